@@ -1,0 +1,48 @@
+# Every target does its own set-up: a virtualenv in .venv, dependencies within constraints.txt.
+# A second call finds the stamps up to date and starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
+
+.PHONY: demo test check bench clean help
+
+help:
+	@echo "make demo   train the mixture map, judge it, write report.html"
+	@echo "make test   the test suite"
+	@echo "make check  lint, format, types, import contract"
+	@echo "make bench  the benchmarks (long); results under benchmarks/results"
+	@echo "make clean  remove the virtualenv and caches"
+
+$(CORE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing metaflowmaps into $(VENV) ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	@echo "installing development tools into $(VENV) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(CORE)
+	$(BIN)/mfm demo
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,35 @@
+"""Meta Flow Maps: one-step posterior sampling and reward alignment for flow models."""
+
+from metaflowmaps import rewards
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.glass import glass_drift
+from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.path import LinearPath, Path, TrigonometricPath
+from metaflowmaps.posterior import (
+    ExactModel,
+    ExactPosterior,
+    GlassPosterior,
+    MapPosterior,
+    Posterior,
+    TweediePosterior,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExactModel",
+    "ExactPosterior",
+    "GaussianMixture",
+    "GlassPosterior",
+    "InputError",
+    "LinearPath",
+    "MapPosterior",
+    "MetaFlowMap",
+    "Path",
+    "Posterior",
+    "TrigonometricPath",
+    "TweediePosterior",
+    "glass_drift",
+    "rewards",
+]

@@ -1,0 +1,243 @@
+"""The command line, ``mfm``: thin. It resolves a configuration, calls the package, prints, and sets the exit code.
+
+Exit codes: 0 done, 2 bad usage or bad input (one line on stderr), 130 interrupted (state saved), 1 anything else.
+"""
+
+import errno
+import json
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from metaflowmaps.errors import InputError, unknown
+
+app = typer.Typer(
+    name="mfm",
+    help="Meta flow maps: train, draw, judge. Start with: mfm demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a checkpoint; writes results.json and figures.")
+app.add_typer(evaluate, name="eval")
+
+Out = Annotated[Path | None, typer.Option("--out", help="Directory for results.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: key.sub=value (repeatable).")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random stream.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, progress on stderr.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint or run directory, or a hub id.")
+]
+
+
+def say(line: str) -> None:
+    """Progress and messages: stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from metaflowmaps.recipes import RECIPES
+
+    for name, make in RECIPES.items():
+        print(f"{name:12s} {(make.__doc__ or '').strip().splitlines()[0]}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Which recipe: see mfm recipes.")],
+    out: Out = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A third of the time, a little less exact.")] = False,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="At most so many steps, schedule included.")
+    ] = None,
+    resume: Annotated[str, typer.Option("--resume", help="auto, none, or a run or checkpoint to start from.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, count, try one step, exit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a meta flow map. Run the same command again to go on after an interruption."""
+    from metaflowmaps import commands
+    from metaflowmaps.recipes import recipe as find_recipe
+
+    if max_steps is not None and max_steps < 1:
+        raise InputError(f"--max-steps must be at least 1, got {max_steps}")
+    config = commands.resolve_training(find_recipe(recipe, fast), settings or [], seed, max_steps)
+    if dry_run:
+        emit(commands.dry_run(config, device), as_json)
+        return
+    results = commands.train(config, out or Path("runs") / recipe, device, resume, invocation(), say)
+    emit(results, as_json)
+
+
+@app.command()
+def sample(
+    checkpoint: CheckpointArgument,
+    num: Annotated[int, typer.Option("--num", min=1, help="How many samples.")] = 1024,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Network calls a sample.")] = 1,
+    method: Annotated[str, typer.Option("--method", help="refine (Alg. 1), compose (k jumps) or ode.")] = "refine",
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw samples of the data law; writes samples.safetensors."""
+    from metaflowmaps import commands
+
+    emit(commands.sample(checkpoint, num, steps, method, out, seed or 0, device, invocation()), as_json)
+
+
+@app.command()
+def posterior(
+    checkpoint: CheckpointArgument,
+    t: Annotated[float, typer.Option("--t", help="Time of the noisy state, in [0, 1].")] = 0.4,
+    x: Annotated[
+        str | None, typer.Option("--x", help="The noisy state, as numbers: 1.0,-0.5. Drawn if absent.")
+    ] = None,
+    num_draws: Annotated[int, typer.Option("--num-draws", min=1, help="How many draws.")] = 1024,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Network calls a draw.")] = 1,
+    out: Out = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw clean data given a noisy state; writes draws.safetensors and, in the plane, a picture."""
+    from metaflowmaps import commands
+
+    emit(commands.posterior(checkpoint, t, x, num_draws, steps, out, seed or 0, device, invocation()), as_json)
+
+
+@evaluate.command("posterior")
+def eval_posterior(
+    checkpoint: CheckpointArgument,
+    law: Annotated[str, typer.Option("--law", help="The law whose posteriors are known: gmm.")] = "gmm",
+    samples: Annotated[int, typer.Option("--samples", help="Samples a set.")] = 8192,
+    out: Out = None,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Relative sliced W2 of posterior draws, with its floor: map at 1, 2, 4 steps and GLASS at 1 to 32."""
+    from metaflowmaps import commands
+
+    results = commands.eval_posterior(
+        checkpoint, law, samples, out, settings or [], seed or 0, device, invocation(), say
+    )
+    if not as_json:
+        commands.print_posterior_tables(results["metrics"])
+    emit(results, as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories that hold a results.json.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Join runs into one self-contained HTML page."""
+    from metaflowmaps.report.html import write_report
+
+    print(write_report(runs, out / "report.html" if out.is_dir() else out))
+
+
+@app.command()
+def demo(
+    law: Annotated[str, typer.Option("--law", help="Which story: gmm.")] = "gmm",
+    out: Out = None,
+    seed: Seed = None,
+) -> None:
+    """Train the mixture's map, judge it, and write report.html: a few minutes on a laptop."""
+    from metaflowmaps import commands
+
+    if law != "gmm":
+        raise unknown("law", law, ("gmm",))
+    page, results = commands.demo(out or Path("runs/demo"), seed or 0, say)
+    commands.print_posterior_tables(results["metrics"])
+    print(f"report: {page}")
+
+
+def emit(results: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: as JSON, or as where to find it."""
+    if as_json:
+        print(json.dumps(results))
+        return
+    for name, value in {**results.get("metrics", {}), **results.get("cost", {})}.items():
+        if isinstance(value, int | float | str):
+            print(f"{name:24s} {value:,.6g}" if isinstance(value, float) else f"{name:24s} {value}")
+    if "out" in results:
+        print(f"results: {results['out']}")
+
+
+def invocation() -> str:
+    """The command as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run, and turn what went wrong into one line and an exit code."""
+    warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; finished files are kept")
+        return 130
+    except BrokenPipeError:
+        # the reader left: nothing more to say, and nothing to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """The exit code of what else may end a command, with its line; what nobody foresaw is raised."""
+    from metaflowmaps.training.loop import Interrupted, NonFiniteLoss
+
+    if isinstance(error, Interrupted):
+        say(str(error))
+        return 130
+    if isinstance(error, NonFiniteLoss):
+        say(f"error: {error}")
+        return 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        say(
+            f"error: no space left on the device ({error.filename or 'output'}): free some and run the same command "
+            "again; finished checkpoints are intact"
+        )
+        return 1
+    if type(error).__name__ == "Abort":
+        say("interrupted; finished files are kept")
+        return 130
+    # usage errors come from click, which typer carries inside itself from some version on: known by their shape
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message)
+        else:
+            context = getattr(error, "ctx", None)
+            where = context.command_path if context is not None else "mfm"
+            say(f"error: {' '.join(message.split())} (see {where} --help)")
+        return 2
+    raise error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The one exception for bad input.
+
+Every message says what was given, what is allowed and what to type. The command line turns it into one line on
+stderr and exit code 2; from Python it is a ``ValueError``.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used; the message names the fix."""
+
+
+def unknown(kind: str, given: str, allowed: Iterable[str]) -> InputError:
+    """An unknown name, with the nearest allowed one suggested."""
+    names = sorted(allowed)
+    near = get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"unknown {kind} {given!r}: {hint}allowed are {', '.join(names)}")

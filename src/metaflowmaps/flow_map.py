@@ -1,0 +1,228 @@
+r"""The meta flow map: one network for every posterior.
+
+``X_{s,u}(x̄; t, x) = x̄ + (u − s) v_{s,u}(x̄; t, x)`` carries the auxiliary process of the context (t, x) from s
+to u; ``v_{s,s} = b̄_s``. One step from noise, ``x_1 = X_{0,1}(ε; t, x)``, is a draw from ``p_{1|t}(·|x)``, differentiable in x.
+By construction ``X_{s,s} = id``. Free by-products:
+
+    b_t(x) = v_{t,t}(x; 0, ·)        D_t(x) = (v_{0,0}(x̄; t, x) − α̇_0 x̄)/β̇_0        generator X_{0,1}(ε; 0, ·)
+
+What the network predicts, and in which coordinates, is its parameterisation: see :mod:`metaflowmaps.chart`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaflowmaps.chart import Chart, chart_class
+from metaflowmaps.errors import InputError
+from metaflowmaps.path import Path, as_path
+from metaflowmaps.randomness import randn
+from metaflowmaps.shapes import (
+    Time,
+    batch_time,
+    check_order,
+    check_same,
+    check_state,
+    check_time,
+    expand_time,
+)
+
+Cond = Mapping[str, Tensor] | None
+
+
+class Anchored:
+    """A map at a batch of contexts, in chart coordinates: ``flow(a, b, z) -> F_{a,b}(z)``.
+
+    z may hold several states a context, stacked as (k·B, *event): the context is repeated to match.
+    """
+
+    def __init__(self, network: nn.Module, chart: Chart, cond: Cond) -> None:
+        self.network, self.chart = network, chart
+        self.cond = dict(cond or {})
+
+    def __call__(self, a: Tensor, b: Tensor, z: Tensor) -> Tensor:
+        return self.chart.flow(self._bound, a, b, z)
+
+    def _bound(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        copies = z.shape[0] // self.chart.context.shape[0]
+        context, context_time, cond = self.chart.context, self.chart.context_time, self.cond
+        if copies > 1:
+            context = context.repeat(copies, *([1] * (context.ndim - 1)))
+            context_time = context_time.repeat(copies)
+            cond = {k: v.repeat(copies) for k, v in cond.items()}
+        out: Tensor = self.network(z, a, b, context, context_time, **cond)
+        return out
+
+    def jump(self, a: Tensor, b: Tensor, z: Tensor) -> Tensor:
+        """Z_{a,b}(z) = z + (b − a) F."""
+        return z + expand_time(b - a, z) * self(a, b, z)
+
+
+class MetaFlowMap(nn.Module):
+    """A network on a path, in a parameterisation; see the module for what it computes.
+
+    ``network(z, a, b, context, context_time, **cond)`` has ``event_shape``; ``data_mean`` (a number or an event-shaped
+    tensor) and ``data_std`` (a number) describe the data for the gaussian parameterisation.
+    """
+
+    data_mean: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: Path,
+        parameterization: str = "gaussian",
+        data_mean: Tensor | float = 0.0,
+        data_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.path = as_path(path)
+        self.parameterization = parameterization
+        self._chart = chart_class(parameterization)
+        if not (math.isfinite(data_std) and data_std > 0):
+            raise InputError(f"data_std must be a positive number, got {data_std}")
+        mean = torch.as_tensor(data_mean, dtype=torch.get_default_dtype())
+        if mean.device.type != "meta" and not bool(torch.isfinite(mean).all()):
+            raise InputError("data_mean must be finite")
+        if not hasattr(network, "event_shape"):
+            raise InputError("the network must have an event_shape, the shape of one sample")
+        self.network = network
+        self.data_std = float(data_std)
+        self.register_buffer("data_mean", mean)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(self.network.event_shape)  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # -- the map -----------------------------------------------------------------------------------------------------
+
+    def anchor(self, t: Tensor, x_t: Tensor, cond: Cond = None) -> Anchored:
+        """The map at contexts (t, x_t), in its chart: what losses train. t is (B,); nothing is checked."""
+        chart = self._chart(self.path, t, x_t, self.data_mean.to(x_t.dtype), self.data_std)  # type: ignore[call-arg]
+        return Anchored(self.network, chart, cond)
+
+    def velocity(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
+        """v_{s,u}(x_s; t, x_t): (B, *event)."""
+        self._check(s, u, x_s, t, x_t)
+        s, u, t = batch_time(s, x_s), batch_time(u, x_s), batch_time(t, x_t)
+        flow = self.anchor(t, x_t, cond)
+        chart = flow.chart
+        f = flow(chart.time_in(s), chart.time_in(u), chart.state_in(s, x_s))
+        return chart.velocity_out(s, u, x_s, f)
+
+    def forward(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
+        """X_{s,u}(x_s; t, x_t) = x_s + (u − s) v_{s,u}."""
+        velocity = self.velocity(s, u, x_s, t, x_t, cond)
+        return x_s + expand_time(batch_time(u, x_s) - batch_time(s, x_s), x_s) * velocity
+
+    def drift(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """b_t(x) = v_{t,t}(x; 0, 0)."""
+        return self.velocity(t, t, x, 0.0, torch.zeros_like(x), cond)
+
+    def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """D_t(x) = (v_{0,0}(x̄; t, x) − α̇_0 x̄)/β̇_0, at x̄ = 0."""
+        beta_dot = self.path.beta_dot(expand_time(0.0, x))
+        return self.velocity(0.0, 0.0, torch.zeros_like(x), t, x, cond) / beta_dot
+
+    # -- drawing -----------------------------------------------------------------------------------------------------
+
+    def push(self, noise: Tensor, t: Time, x_t: Tensor, steps: int = 1, cond: Cond = None) -> Tensor:
+        """X_{0,1}(noise; t, x_t) composed of ``steps`` jumps, equal in the chart's inner time."""
+        if steps < 1:
+            raise InputError(f"steps must be at least 1, got {steps}")
+        x = noise
+        t = batch_time(t, x_t)
+        chart = self.anchor(t, x_t).chart
+        grid = [chart.time_out(torch.full_like(t, i / steps)) for i in range(steps + 1)]
+        grid[0], grid[-1] = torch.zeros_like(t), torch.ones_like(t)
+        for s, u in pairwise(grid):
+            x = self(s, u, x, t, x_t, cond)
+        return x
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        steps: int = 1,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        """num_draws independent draws from p_{1|t}(· | x_t): (num_draws, B, *event), differentiable in x_t."""
+        check_state(x_t, "x_t", self.event_shape)
+        if num_draws < 1:
+            raise InputError(f"num_draws must be at least 1, got {num_draws}")
+        noise = randn((num_draws, *x_t.shape), generator, x_t.dtype, x_t.device)
+        contexts = x_t.expand(num_draws, *x_t.shape).flatten(0, 1)
+        times = batch_time(t, x_t).repeat(num_draws)
+        wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
+        return self.push(noise.flatten(0, 1), times, contexts, steps, wide).reshape(noise.shape)
+
+    @torch.no_grad()
+    def generate(self, n: int, steps: int = 1, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
+        """K-step refinement (Alg. 1), K network calls a sample: (n, *event).
+
+        At each time τ_j of a uniform grid from 0, draw x_1 from the posterior and renoise it to τ_{j+1}.
+        """
+        if n < 1 or steps < 1:
+            raise InputError(f"n and steps must be at least 1, got {n} and {steps}")
+        shape = (n, *self.event_shape)
+
+        def noise() -> Tensor:
+            return randn(shape, generator, self.dtype, self.device)
+
+        x = noise()
+        for j in range(steps):
+            x_1 = self.push(noise(), j / steps, x, 1, cond)
+            t = (j + 1) / steps
+            x = x_1 if j == steps - 1 else self.path.interpolate(noise(), x_1, t)
+        return x
+
+    # -- keeping -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | FilePath) -> None:
+        """Write config.json, model.safetensors and manifest.json into a directory, all or nothing."""
+        from metaflowmaps.checkpoint import save_model
+
+        save_model(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | FilePath, **hub_options: Any) -> "MetaFlowMap":
+        """Load a checkpoint directory, a training run, or a hub repository; anything damaged is refused."""
+        from metaflowmaps.checkpoint import load_model
+
+        return load_model(path_or_hub_id, **hub_options)
+
+    def push_to_hub(self, repo_id: str, **hub_options: Any) -> str:
+        """Upload what save_pretrained writes; returns the address."""
+        from metaflowmaps.checkpoint import push_model
+
+        return push_model(self, repo_id, **hub_options)
+
+    def _check(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor) -> None:
+        check_state(x_s, "x_s", self.event_shape)
+        check_same(x_s, x_t, "x_s and x_t")
+        if x_s.dtype != self.dtype:
+            raise InputError(f"states must have the model's dtype {self.dtype}, got {x_s.dtype}; convert one of them")
+        for name, time in (("s", s), ("u", u), ("t", t)):
+            check_time(time, name)
+        check_order(s, u)
+
+
+Flow = Callable[[Tensor, Tensor, Tensor], Tensor]

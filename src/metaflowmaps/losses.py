@@ -1,0 +1,96 @@
+r"""Losses: regressions that make a network the flow map of the auxiliary process (Eq. 33).
+
+Written for a **flow** ``F_{a,b}(z)`` in chart coordinates, with ``Z_{a,b}(z) = z + (b − a) F_{a,b}(z)``
+(:mod:`metaflowmaps.chart`: in the plain chart these are s, u, x̄, v, X themselves). Z is the flow map of
+``dz/da = c_a(z)`` if and only if ``F_{a,a} = c_a`` and any one of
+
+    Eulerian      ∂_a Z_{a,b} + c_a · ∇Z_{a,b} = 0     ⇔   F = c + (b − a)(∂_a + c·∇) F
+    Lagrangian    ∂_b Z_{a,b}(z) = c_b(Z_{a,b}(z))
+    semigroup     Z_{a,b} = Z_{w,b} ∘ Z_{a,w}
+
+Each function returns ``‖prediction − sg[target]‖²`` per sample, (B,). Where the velocity c comes from is an argument:
+a tensor of values at the sampled points (data targets ``α̇ ε + β̇ x̂``; a teacher; the flow itself), or, where the loss
+needs it at a point that depends on the flow, a callable ``velocity(a, z)``.
+
+Forward-mode AD: Eulerian takes its JVP under no_grad and regresses with an ordinary forward; Lagrangian must keep the
+gradient through its JVP (with a stop-gradient there it is less accurate and can diverge), and its central-difference
+form needs no JVP at all.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.flow_map import Flow
+from metaflowmaps.shapes import event_sum, expand_time
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def diagonal(flow: Flow, a: Tensor, z: Tensor, target: Tensor) -> Tensor:
+    """‖F_{a,a}(z) − c‖²."""
+    return event_sum((flow(a, a, z) - target.detach()).square())
+
+
+def eulerian(flow: Flow, a: Tensor, b: Tensor, z: Tensor, target: Tensor) -> Tensor:
+    """‖F_{a,b}(z) − sg[c + (b−a)(∂_a + c·∇)F_{a,b}]‖²; with c = data it is MeanFlow (unbiased: linear in c)."""
+    c = target.detach()
+    with torch.no_grad():
+        _, tangent = _jvp(lambda a, z: flow(a, b, z), (a, z), (torch.ones_like(a), c))
+        goal = c + expand_time(b - a, z) * tangent
+    return event_sum((flow(a, b, z) - goal).square())
+
+
+def lagrangian(flow: Flow, a: Tensor, b: Tensor, z: Tensor, velocity: Velocity) -> Tensor:
+    """‖∂_b Z_{a,b}(z) − sg c_b(sg Z_{a,b}(z))‖², ∂_b Z = F + (b−a) ∂_b F by JVP, gradient kept."""
+    f, tangent = _jvp(lambda b: flow(a, b, z), (b,), (torch.ones_like(b),))
+    jump = expand_time(b - a, z)
+    with torch.no_grad():
+        goal = velocity(b, z + jump * f)
+    return event_sum((f + jump * tangent - goal).square())
+
+
+def lagrangian_difference(flow: Flow, a: Tensor, b: Tensor, z: Tensor, velocity: Velocity, h: float = 5e-3) -> Tensor:
+    """The same with ∂_b Z = (Z_{a,b+h} − Z_{a,b−h})/2h: two ordinary forwards in one call, error O(h²).
+
+    The step shrinks so that b ± h stays in [a, 1]. Where b = a or b = 1 leaves no room, b itself moves inward by h
+    (at most half of 1 − a): the identity holds at every b, so nothing is lost but the point.
+    """
+    room = (1 - a) / 2
+    step = torch.minimum(torch.full_like(b, h), room)
+    b = torch.minimum(torch.maximum(b, a + step), 1 - step)
+    ahead, behind = flow(
+        torch.cat([a, a]),
+        torch.cat([torch.clamp_max(b + step, 1), torch.maximum(b - step, a)]),
+        torch.cat([z, z]),
+    ).chunk(2)
+    step, jump = expand_time(step.clamp_min(1e-9), z), expand_time(b - a, z)
+    # (Z_{b+h} − Z_{b−h})/2h, with z and the common part of the jumps cancelled by hand
+    mean = (ahead + behind) / 2
+    derivative = mean + jump * (ahead - behind) / (2 * step)
+    with torch.no_grad():
+        goal = velocity(b, z + jump * mean)
+    return event_sum((derivative - goal).square())
+
+
+def semigroup(flow: Flow, a: Tensor, b: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+    """‖F_{a,b}(z) − sg[γ F_{a,w}(z) + (1−γ) F_{w,b}(Z_{a,w}(z))]‖², w = a + γ(b − a)."""
+    w = a + gamma * (b - a)
+    with torch.no_grad():
+        first = flow(a, w, z)
+        second = flow(w, b, z + expand_time(w - a, z) * first)
+        g = expand_time(gamma, z)
+        goal = g * first + (1 - g) * second
+    return event_sum((flow(a, b, z) - goal).square())
+
+
+def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """f and its derivative along a direction, by forward-mode AD."""
+    value, tangent = torch.func.jvp(f, at, along)[:2]
+    return value, tangent
+
+
+def adaptive_weight(loss: Tensor, c: float = 0.01, p: float = 0.5) -> Tensor:
+    """sg[1/(‖Δ‖² + c)^p] (Eq. 73), for a (B,) tensor of squared errors."""
+    return (loss.detach() + c) ** -p

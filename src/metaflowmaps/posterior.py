@@ -1,0 +1,164 @@
+r"""Anything that draws from ``p_{1|t}(· | x_t)``: one interface, four ways.
+
+    MapPosterior      the meta flow map, k jumps a draw                      k network calls
+    GlassPosterior    the auxiliary drift of any drift, integrated           steps × (calls of the integrator)
+    ExactPosterior    a Gaussian mixture's own posterior                     none
+    TweediePosterior  the posterior mean D_t(x) as a point                   one (for all draws)
+
+Losses train the first, values and steering consume any of them.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps.glass import Drift, call_drift, glass_drift
+from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.path import Path, as_path
+from metaflowmaps.randomness import randn
+from metaflowmaps.rewards.analytic import LinearGaussian
+from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.shapes import Time, batch_time, check_state, check_time
+
+
+class Posterior(Protocol):
+    """What steering and values ask of a posterior."""
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        """num_draws draws from p_{1|t}(· | x_t): (num_draws, B, *event)."""
+        ...
+
+
+class MapPosterior:
+    """X_{0,1}(ε; t, x) in ``steps`` jumps."""
+
+    def __init__(self, model: MetaFlowMap, steps: int = 1) -> None:
+        if steps < 1:
+            raise InputError(f"steps must be at least 1, got {steps}")
+        self.model, self.steps = model, steps
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        return self.model.draw(t, x_t, num_draws, self.steps, generator, cond)
+
+
+class GlassPosterior:
+    """The GLASS ODE dx̄/ds = b̄_s(x̄; t, x) from noise at s = 0 to a draw at s = 1."""
+
+    def __init__(self, path: Path, drift: Drift, steps: int = 30, method: str = "euler") -> None:
+        self.path, self.drift, self.method = as_path(path), drift, method
+        self.grid = uniform_grid(steps)
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        _check(t, x_t, num_draws)
+        noise = randn((num_draws, *x_t.shape), generator, x_t.dtype, x_t.device)
+        return self.push(noise.flatten(0, 1), t, x_t, num_draws, cond).reshape(noise.shape)
+
+    def push(self, noise: Tensor, t: Time, x_t: Tensor, num_draws: int = 1, cond: Cond = None) -> Tensor:
+        """Noise (num_draws·B, *event) to draws, the contexts repeated."""
+        contexts = x_t.repeat(num_draws, *([1] * (x_t.ndim - 1)))
+        times = batch_time(t, x_t).repeat(num_draws)
+        wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
+
+        def drift(t: Time, x: Tensor) -> Tensor:
+            return call_drift(self.drift, t, x, wide)
+
+        return integrate(
+            lambda s, x: glass_drift(self.path, drift, s, x, times, contexts), noise, self.grid, self.method
+        )
+
+
+class ExactPosterior:
+    """A mixture's own posterior, drawn exactly."""
+
+    def __init__(self, path: Path, law: GaussianMixture) -> None:
+        self.path, self.law = as_path(path), law
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        _check(t, x_t, num_draws)
+        return self.law.posterior(self.path, t, x_t).draw(num_draws, generator)
+
+
+class TweediePosterior:
+    """The point mass at D_t(x): what DPS-like methods put in place of the posterior."""
+
+    def __init__(self, path: Path, drift: Drift) -> None:
+        self.path, self.drift = as_path(path), drift
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        _check(t, x_t, num_draws)
+        times = batch_time(t, x_t)
+        mean = self.path.to_denoise(times, x_t, call_drift(self.drift, times, x_t, cond), "drift")
+        return mean.expand(num_draws, *mean.shape)
+
+
+class ExactModel:
+    """A mixture in the form of a model: path, event_shape, drift, draw, value."""
+
+    def __init__(self, path: Path, law: GaussianMixture) -> None:
+        self.path, self.law = as_path(path), law
+        self.event_shape = (law.dim,)
+        self._posterior = ExactPosterior(path, law)
+
+    def drift(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """b_t(x)."""
+        return self.law.drift(self.path, t, x)
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        """Exact draws: (num_draws, B, d)."""
+        return self._posterior.draw(t, x_t, num_draws, generator, cond)
+
+    def value(self, t: Time, x: Tensor, reward: LinearGaussian) -> Tensor:
+        """V_t(x), exact."""
+        return self.law.value(self.path, t, x, reward)
+
+
+def _check(t: Time, x_t: Tensor, num_draws: int) -> None:
+    check_time(t)
+    check_state(x_t, "x_t")
+    if num_draws < 1:
+        raise InputError(f"num_draws must be at least 1, got {num_draws}")

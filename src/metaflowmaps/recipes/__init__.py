@@ -1,0 +1,16 @@
+"""Recipes: functions that return a complete, frozen configuration, with the figures it reached in a comment."""
+
+from collections.abc import Callable
+
+from metaflowmaps.errors import unknown
+from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.training.config import TrainConfig
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {"gmm": gmm}
+
+
+def recipe(name: str, fast: bool = False) -> TrainConfig:
+    """The configuration of that name."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name](fast=fast)

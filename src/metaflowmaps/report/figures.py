@@ -1,0 +1,162 @@
+"""Figures. Each function takes results and returns a matplotlib figure; labels and units are on the picture itself."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.path import Path as InterpolantPath
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAP, GLASS, CONTEXT, QUIET = "#1f6feb", "#d9730d", "#c2185b", "#7a7f87"
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
+    """A figure that needs no display and no global state, with its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=10, colors="#3b3f45")
+    return figure, axes
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def posterior_panels(
+    path: InterpolantPath,
+    law: GaussianMixture | None,
+    times: Sequence[float],
+    contexts: Sequence[Tensor],
+    draws: Sequence[Tensor],
+    title: str,
+) -> "Figure":
+    """One panel a time: exact contours of the posterior (where the law is known), draws of the map, the noisy state."""
+    columns = min(3, len(times))
+    rows = -(-len(times) // columns)
+    figure, axes = new_figure(3.5 * columns, 3.5 * rows + 0.7, rows, columns, sharex=True, sharey=True)
+    figure.suptitle(title, fontsize=13)
+    for axis, t, x_t, points in zip(axes.flat, times, contexts, draws, strict=False):
+        axis.scatter(*points[:1000, :2].T.tolist(), s=5, color=MAP, alpha=0.35, linewidths=0, label="draws of the map")
+        if law is not None:
+            _contours(axis, path, law, t, x_t)
+        axis.plot(
+            *x_t[:2].tolist(),
+            "X",
+            color=CONTEXT,
+            markersize=11,
+            markeredgecolor="white",
+            label="noisy state $x_t$",
+        )
+        axis.set_title(f"t = {t:g}", fontsize=12)
+        axis.set(xlim=(-6.2, 6.2), ylim=(-6.2, 6.2), aspect="equal")
+    for axis in axes[-1]:
+        axis.set_xlabel("$x^{(1)}$", fontsize=11)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("$x^{(2)}$", fontsize=11)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if law is not None:
+        from matplotlib.lines import Line2D
+
+        handles, labels = (
+            [*handles, Line2D([], [], color="#22262b", linewidth=1.2)],
+            [*labels, "exact posterior (contours)"],
+        )
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    return figure
+
+
+def _contours(axis: "Axes", path: InterpolantPath, law: GaussianMixture, t: float, x_t: Tensor) -> None:
+    """Contours that hold 50 and 90 % (about) of the exact posterior, and its faint tail."""
+    line = torch.linspace(-6.2, 6.2, 161, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    posterior = law.posterior(path, t, x_t[None].double())
+    density = posterior.log_prob(grid).exp()
+    ordered = density.sort(descending=True).values
+    mass = ordered.cumsum(0) / ordered.sum()
+    levels = sorted({float(ordered[int((mass < q).sum())]) for q in (0.5, 0.9, 0.99)})
+    axis.contour(line, line, density.reshape(161, 161).T, levels=levels, colors="#22262b", linewidths=1.0)
+
+
+def error_against_calls(metrics: dict[str, Any]) -> "Figure":
+    """Relative SW2 against network calls a draw: map and GLASS, one panel a time, the floor dashed."""
+    times = list(metrics["relative_sw2"])
+    columns = min(3, len(times))
+    rows = -(-len(times) // columns)
+    figure, axes = new_figure(3.5 * columns, 2.9 * rows + 0.7, rows, columns, sharex=True, sharey=True)
+    figure.suptitle("Error of posterior draws against network calls", fontsize=13)
+    for axis, t in zip(axes.flat, times, strict=False):
+        for family, color, marker in (("map", MAP, "o"), ("glass", GLASS, "s")):
+            names = sorted(
+                (n for n in metrics["by_sampler"] if n.startswith(f"{family}-")),
+                key=lambda n: int(n.split("-")[1]),
+            )
+            calls = [metrics["network_calls_per_draw"][n] for n in names]
+            error = [metrics["by_sampler"][n][t] for n in names]
+            label = "meta flow map" if family == "map" else "GLASS, same drift"
+            axis.plot(calls, error, marker=marker, color=color, markersize=5, linewidth=1.8, label=label)
+        axis.axhline(metrics["floor"][t], color=QUIET, linestyle="--", linewidth=1.3, label="floor: two exact samples")
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        axis.minorticks_off()
+        axis.set_title(f"t = {float(t):g}", fontsize=12)
+        axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    for axis in axes[-1]:
+        axis.set_xlabel("network calls per draw", fontsize=11)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("sliced W2 / posterior std", fontsize=11)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=11,
+    )
+    return figure
+
+
+def training_curve(metrics_file: Path) -> "Figure":
+    """Mean loss of each logging window against steps."""
+    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    figure, axes = new_figure(6.4, 3.4)
+    axis = axes[0, 0]
+    axis.plot([r["step"] for r in records], [r["loss"] for r in records], color=MAP, linewidth=1.5)
+    axis.set(yscale="log", xlabel="training step", ylabel="loss (mean of a window)")
+    axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    axis.set_title("Training", fontsize=13)
+    return figure
+
+
+def scatter(points: Tensor, title: str, contours: GaussianMixture | None = None) -> "Figure":
+    """Two-dimensional samples."""
+    figure, axes = new_figure(4.6, 4.6)
+    axis = axes[0, 0]
+    axis.scatter(*points[:4000, :2].T.tolist(), s=4, color=MAP, alpha=0.4, linewidths=0)
+    if contours is not None:
+        line = torch.linspace(-6.2, 6.2, 161, dtype=torch.float64)
+        density = contours.log_prob(torch.cartesian_prod(line, line)).exp().reshape(161, 161).T
+        axis.contour(line, line, density, levels=5, colors="#22262b", linewidths=0.8)
+    axis.set(xlabel="$x^{(1)}$", ylabel="$x^{(2)}$", aspect="equal")
+    axis.set_title(title, fontsize=12)
+    return figure

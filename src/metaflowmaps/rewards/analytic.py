@@ -1,0 +1,53 @@
+r"""Rewards whose tilt of a Gaussian mixture is known in closed form.
+
+``r(x) = −λ ‖y − A x‖² / (2 σ²)``: the log-likelihood of a linear observation ``y = A x + σ n``, without normaliser.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.rewards.base import Cond
+
+
+class LinearGaussian:
+    """r(x) = −strength · ‖y − A x‖² / (2 noise_std²); A is (p, d) or (d,), y is (p,) or a number."""
+
+    differentiable = True
+
+    def __init__(self, A: Tensor, y: Tensor | float, noise_std: float, strength: float = 1.0) -> None:
+        matrix = torch.as_tensor(A)
+        matrix = matrix.to(torch.float64).reshape(1, -1) if matrix.ndim < 2 else matrix.to(torch.float64)
+        target = torch.as_tensor(y, dtype=torch.float64).reshape(-1)
+        if matrix.ndim != 2 or target.shape[0] != matrix.shape[0]:
+            raise InputError(
+                f"LinearGaussian needs A of shape (p, d) and y of shape (p,); got {tuple(matrix.shape)} "
+                f"and {tuple(target.shape)}"
+            )
+        if not (torch.isfinite(matrix).all() and torch.isfinite(target).all()):
+            raise InputError("LinearGaussian needs finite A and y")
+        if not (math.isfinite(noise_std) and noise_std > 0):
+            raise InputError(f"noise_std must be a positive number, got {noise_std}")
+        if not (math.isfinite(strength) and strength >= 0):
+            raise InputError(f"strength must be a finite number >= 0, got {strength}")
+        self.A = matrix
+        self.y = target
+        self.noise_std = float(noise_std)
+        self.strength = float(strength)
+
+    @property
+    def precision(self) -> float:
+        """λ/σ², the precision of one coordinate of the observation."""
+        return self.strength / self.noise_std**2
+
+    def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        residual = self.y.to(x) - x.flatten(1) @ self.A.to(x).T
+        return -0.5 * self.precision * residual.square().sum(1)
+
+    def __repr__(self) -> str:
+        return (
+            f"LinearGaussian(A={self.A.tolist()}, y={self.y.tolist()}, noise_std={self.noise_std}, "
+            f"strength={self.strength})"
+        )

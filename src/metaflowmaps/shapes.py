@@ -1,0 +1,89 @@
+"""The one broadcasting rule.
+
+A state is (B, *event). A time is a float or a (B,) tensor, and becomes (B, 1, …, 1) (or a scalar) in the dtype and on
+the device of the state it goes with. Nothing else is ever broadcast silently.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError
+
+Time = float | Tensor
+
+
+def expand_time(t: Time, x: Tensor) -> Tensor:
+    """t as a tensor that multiplies x: shape (B, 1, …, 1), or 0-d for a float."""
+    if not isinstance(t, Tensor):
+        return torch.tensor(t, dtype=x.dtype, device=x.device)
+    t = t.to(dtype=x.dtype, device=x.device)
+    if t.ndim == 0:
+        return t
+    if t.shape != x.shape[:1]:
+        raise InputError(
+            f"a time must be a float or a tensor of shape ({x.shape[0]},) for a state of shape "
+            f"{tuple(x.shape)}; got shape {tuple(t.shape)}"
+        )
+    return t.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def batch_time(t: Time, x: Tensor) -> Tensor:
+    """t as a (B,) tensor in the dtype of x."""
+    t = expand_time(t, x)
+    return t.reshape(-1) if t.ndim else t.expand(x.shape[0])
+
+
+def check_time(t: Time, name: str = "t") -> None:
+    """Refuse a time outside [0, 1] or not finite."""
+    if isinstance(t, Tensor):
+        if not t.is_floating_point():
+            raise InputError(f"{name} must be a float or a floating-point tensor, got dtype {t.dtype}")
+        inside = bool(((t >= 0) & (t <= 1)).all())
+    else:
+        inside = math.isfinite(t) and 0 <= t <= 1
+    if not inside:
+        raise InputError(f"{name} must lie in [0, 1] (0 is noise, 1 is data), got {_brief(t)}")
+
+
+def check_order(s: Time, u: Time) -> None:
+    """Refuse inner times with s > u."""
+    ordered = (torch.as_tensor(s) <= torch.as_tensor(u)).all()
+    if not bool(ordered):
+        raise InputError(f"inner times must satisfy s <= u, got s = {_brief(s)}, u = {_brief(u)}")
+
+
+def check_state(x: Tensor, name: str = "x", event_shape: tuple[int, ...] | None = None) -> None:
+    """Refuse a state that is no floating-point (B, *event) tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"{name} must be a floating-point tensor, got {given}; convert it with .float()")
+    if x.ndim < 2:
+        raise InputError(f"{name} must have shape (B, *event), got {tuple(x.shape)}; add a batch dimension")
+    if event_shape is not None and tuple(x.shape[1:]) != tuple(event_shape):
+        raise InputError(f"{name} must have event shape {tuple(event_shape)}, got {tuple(x.shape[1:])}")
+
+
+def check_same(x: Tensor, y: Tensor, names: str) -> None:
+    """Refuse two states that differ in shape, dtype or device."""
+    for what, a, b in (
+        ("shape", tuple(x.shape), tuple(y.shape)),
+        ("dtype", x.dtype, y.dtype),
+        ("device", x.device, y.device),
+    ):
+        if a != b:
+            raise InputError(f"{names} must have the same {what}, got {a} and {b}")
+
+
+def event_sum(x: Tensor) -> Tensor:
+    """Sum over the event dimensions: (B, *event) -> (B,)."""
+    return x.flatten(1).sum(1)
+
+
+def _brief(t: Time) -> str:
+    if not isinstance(t, Tensor):
+        return repr(t)
+    if t.numel() == 1:
+        return repr(float(t))
+    return f"values in [{float(t.min()):g}, {float(t.max()):g}]"

@@ -1,0 +1,258 @@
+r"""The training loop, written once.
+
+It knows a model, an objective (``batch(model, step)`` and ``objective(model, batch) -> (B,)``) and a place on disk.
+A batch is a function of (seed, step), and a checkpoint holds everything else, so a run that is stopped anywhere and
+started again by the same command ends with the bytes of one that never stopped. In a run's directory:
+
+    run.json            the resolved configuration        checkpoints/step-…   see metaflowmaps.checkpoint
+    metrics.jsonl       one record every log_every steps  timings.jsonl        seconds, the only file that may differ
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.training.config import TrainConfig
+from metaflowmaps.training.objective import Batch
+from metaflowmaps.training.state import TrainState, learning_rate, truncate
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became non-finite; the last checkpoint is untouched."""
+
+
+class TrainingObjective(Protocol):
+    """What the loop asks of an objective."""
+
+    def batch(self, model: MetaFlowMap, step: int) -> Batch: ...
+
+    def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the loop reports every ``log_every`` steps."""
+
+    step: int
+    steps: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands at its end."""
+
+    step: int
+    loss: float
+    seconds: float
+    checkpoint: Path
+
+
+def train(
+    model: MetaFlowMap,
+    objective: TrainingObjective,
+    config: TrainConfig,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    start: Checkpoint | None = None,
+    report: Callable[[Record], None] = lambda record: None,
+    on_sample: Callable[[MetaFlowMap, int], None] | None = None,
+) -> TrainResult:
+    """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``."""
+    # -- set-up
+    device = torch.device(device)
+    model.to(device).train()
+    state = TrainState(model, config.optimizer)
+    store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
+    tracker = _Tracker(out, config.track)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # -- resume
+    if start is not None:
+        state.load(start)
+    log = _Log(out, state)
+    began = time.perf_counter() - log.seconds_before
+
+    def save() -> None:
+        log.sync()
+        state.save(store, config)
+
+    with _stop_signals() as stopped:
+        while state.step < config.steps:
+            step = state.step
+
+            # -- one update: the batch may come in pieces, its inputs and its sum do not depend on how many
+            batch = objective.batch(model, step)
+            rate = learning_rate(config.optimizer, step, config.steps)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            state.optimizer.zero_grad()
+            total = 0.0
+            width = len(batch) // config.micro_batches
+            for first in range(0, len(batch), width):
+                piece = batch.rows(first, first + width).to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = objective(model, piece).float().sum() / len(batch)
+                loss.backward()
+                total += float(loss.detach())
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip))
+            _guard(total, norm, model, objective, batch.to(device), step, store)
+            state.optimizer.step()
+            state.average()
+            state.step += 1
+            state.add({"loss": total, "grad_norm": norm})
+
+            # -- log, sample, checkpoint
+            last = state.step == config.steps
+            if state.step % config.log_every == 0 or last:
+                seconds = time.perf_counter() - began
+                record = Record(state.step, config.steps, {**state.flush(), "lr": rate}, seconds)
+                log.write(record)
+                tracker.write(record)
+                report(record)
+            if on_sample and config.sample_every and state.step % config.sample_every == 0:
+                on_sample(model, state.step)
+            if state.step % config.checkpoint_every == 0 or last or stopped:
+                save()
+            if stopped and not last:
+                raise Interrupted(
+                    f"stopped by {stopped[0]} at step {state.step} of {config.steps}; state saved in {out}: "
+                    "the same command goes on from there"
+                )
+
+    # -- finish
+    seconds = time.perf_counter() - began
+    tracker.close()
+    return TrainResult(state.step, state.last_loss, seconds, store.path(state.step))
+
+
+def _guard(
+    loss: float,
+    norm: float,
+    model: MetaFlowMap,
+    objective: TrainingObjective,
+    batch: Batch,
+    step: int,
+    store: CheckpointStore,
+) -> None:
+    """Stop at a non-finite loss or gradient, saying where in time it arose."""
+    if torch.isfinite(torch.tensor([loss, norm])).all():
+        return
+    with torch.no_grad():
+        bad = ~objective(model, batch).isfinite()
+    where = "the gradient alone"
+    if bad.any():
+        low, high = float(batch.t[bad].min()), float(batch.t[bad].max())
+        where = f"{int(bad.sum())} of {len(batch)} rows, with context times in [{low:.3f}, {high:.3f}]"
+    steps = store.steps()
+    kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
+    raise NonFiniteLoss(
+        f"non-finite loss at step {step} (loss {loss:g}, gradient norm {norm:g}) in {where}; {kept}. "
+        "Lower optimizer.lr or optimizer.clip, or keep times.last further from 1"
+    )
+
+
+class _Log:
+    """metrics.jsonl, cut back to the checkpoint on resume, and timings.jsonl beside it."""
+
+    def __init__(self, out: Path, state: TrainState) -> None:
+        self.state = state
+        self.metrics, self.timings = out / "metrics.jsonl", out / "timings.jsonl"
+        truncate(self.metrics, state.metrics_bytes)
+        kept = [line for line in _records(self.timings) if line["step"] <= state.step]
+        self.timings.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.seconds_before: float = kept[-1]["seconds"] if kept else 0.0
+
+    def write(self, record: Record) -> None:
+        line = (json.dumps({"step": record.step, **record.metrics}) + "\n").encode()
+        with self.metrics.open("ab") as file:
+            file.write(line)
+        self.state.metrics_bytes += len(line)
+        rate = record.step / record.seconds if record.seconds else 0.0
+        with self.timings.open("a") as file:
+            timing = {"step": record.step, "seconds": record.seconds, "steps_per_second": rate}
+            file.write(json.dumps(timing) + "\n")
+
+    def sync(self) -> None:
+        """Flush the metrics to disk: a checkpoint vouches for their length."""
+        if self.metrics.exists():
+            with self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line cut short is dropped."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class _Tracker:
+    """TensorBoard, where asked for (the ``track`` extra)."""
+
+    def __init__(self, out: Path, kind: str) -> None:
+        self.writer: Any = None
+        if kind == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                from metaflowmaps.errors import InputError
+
+                raise InputError("track=tensorboard needs TensorBoard: pip install 'metaflowmaps[track]'") from None
+            self.writer = SummaryWriter(out / "tensorboard")  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        if self.writer is not None:
+            for name, value in record.metrics.items():
+                self.writer.add_scalar(name, value, record.step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """SIGINT and SIGTERM fill the list, once; a second one acts at once. Elsewhere than in the main thread: nothing."""
+    stopped: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stopped.append(signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield stopped
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)

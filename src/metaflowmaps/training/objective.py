@@ -1,0 +1,164 @@
+r"""The objective of a run: ``L = L_diag + L_cons`` on batches that are functions of (seed, step).
+
+A batch is drawn whole from ``stream(seed, "train", step)``: data x_1, a context (t, x_t) made with one noise, an inner
+state z_a made with another, inner times. The first rows train the diagonal, the others the consistency loss; each row's
+loss depends on its own row alone, so the sum does not depend on how the batch is split into micro-batches.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metaflowmaps import losses
+from metaflowmaps.flow_map import Anchored, MetaFlowMap
+from metaflowmaps.randomness import rand, randn, stream
+from metaflowmaps.training.config import LossConfig, TimesConfig
+from metaflowmaps.training.teachers import Teacher
+from metaflowmaps.training.times import context_times, inner_times
+
+
+class DataSource(Protocol):
+    """Where x_1 comes from: n draws, a function of the generator."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's random inputs; the first ``diagonal_rows`` rows train the diagonal."""
+
+    x_1: Tensor
+    t: Tensor
+    x_t: Tensor
+    eps: Tensor
+    a: Tensor
+    b: Tensor
+    gamma: Tensor
+    diagonal_rows: int
+
+    def __len__(self) -> int:
+        return self.t.shape[0]
+
+    def rows(self, start: int, end: int) -> "Batch":
+        """Rows [start, end), each with the role it had."""
+        parts: dict[str, Any] = {name: v[start:end] for name, v in vars(self).items() if isinstance(v, Tensor)}
+        parts["diagonal_rows"] = min(max(self.diagonal_rows - start, 0), end - start)
+        return replace(self, **parts)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+class Objective:
+    """Draws the batch of a step and gives each of its rows a loss."""
+
+    def __init__(
+        self,
+        data: DataSource,
+        loss: LossConfig,
+        times: TimesConfig,
+        teacher: Teacher | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.data, self.loss, self.times, self.teacher = data, loss, times, teacher
+        self.batch_size, self.seed = batch_size, seed
+
+    def batch(self, model: MetaFlowMap, step: int) -> Batch:
+        """The inputs of a step, the same whoever asks and whenever."""
+        g, n = stream(self.seed, "train", step), self.batch_size
+        x_1 = self.data.sample(n, g)
+        t = context_times(self.times, n, g)
+        x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
+        eps = randn(tuple(x_1.shape), g)
+        a, b = inner_times(self.times, n, g, self._longest_jump(step))
+        return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), self._diagonal_rows(step))
+
+    def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:
+        """Per-row losses, (B,)."""
+        n = batch.diagonal_rows
+        if self._fused():
+            return self._consistency(model, batch)
+        parts = []
+        if n > 0:
+            parts.append(self._diagonal(model, batch.rows(0, n)))
+        if n < len(batch):
+            parts.append(self._consistency(model, batch.rows(n, len(batch))))
+        return torch.cat(parts)
+
+    # -- schedules ---------------------------------------------------------------------------------------------------
+
+    def _diagonal_rows(self, step: int) -> int:
+        if self.loss.consistency == "none" or step < self.loss.warmup_steps:
+            return self.batch_size
+        return round(self.loss.diagonal_share * self.batch_size)
+
+    def _longest_jump(self, step: int) -> float:
+        since = step - self.loss.warmup_steps + 1
+        return min(1.0, since / self.loss.anneal_steps) if self.loss.anneal_steps else 1.0
+
+    def _fused(self) -> bool:
+        # the diagonal is the Lagrangian identity at b = a: with one teacher for both, one network call serves them
+        c = self.loss
+        return c.consistency == "lagrangian-difference" and c.diagonal == c.velocity == "teacher"
+
+    # -- the two terms -----------------------------------------------------------------------------------------------
+
+    def _diagonal(self, model: MetaFlowMap, batch: Batch) -> Tensor:
+        flow, z, data_velocity = _at(model, batch)
+        if self.loss.diagonal == "data":
+            target = data_velocity
+        else:
+            with torch.no_grad():
+                target = self._teach(flow, batch)(batch.a, z)
+        return self._weighted(losses.diagonal(flow, batch.a, z, target), flow, self.loss.adaptive_power_diagonal)
+
+    def _consistency(self, model: MetaFlowMap, batch: Batch) -> Tensor:
+        flow, z, data_velocity = _at(model, batch)
+        a, b, kind = batch.a, batch.b, self.loss.consistency
+        if batch.diagonal_rows:
+            at_diagonal = torch.arange(len(batch), device=b.device) < batch.diagonal_rows
+            b = torch.where(at_diagonal, a, b)
+        if kind == "semigroup":
+            loss = losses.semigroup(flow, a, b, z, batch.gamma)
+        elif kind == "mean-flow":
+            loss = losses.eulerian(flow, a, b, z, data_velocity)
+        else:
+            velocity = self._velocity(flow, batch)
+            if kind == "eulerian":
+                with torch.no_grad():
+                    target = velocity(a, z)
+                loss = losses.eulerian(flow, a, b, z, target)
+            elif kind == "lagrangian":
+                loss = losses.lagrangian(flow, a, b, z, velocity)
+            else:
+                step = self.loss.difference_step
+                loss = losses.lagrangian_difference(flow, a, b, z, velocity, step)
+        return self._weighted(loss, flow, self.loss.adaptive_power_consistency)
+
+    def _velocity(self, flow: Anchored, batch: Batch) -> losses.Velocity:
+        if self.loss.velocity == "self":
+            return lambda a, z: flow(a, a, z)
+        return self._teach(flow, batch)
+
+    def _teach(self, flow: Anchored, batch: Batch) -> losses.Velocity:
+        assert self.teacher is not None, "TrainConfig refuses a teacher loss without a teacher"
+        return self.teacher.at(flow.chart, batch.t, batch.x_t)
+
+    def _weighted(self, loss: Tensor, flow: Anchored, power: float) -> Tensor:
+        if flow.chart.weight is not None:
+            loss = loss * flow.chart.weight
+        if power:
+            loss = loss * losses.adaptive_weight(loss, self.loss.adaptive_constant, power)
+        return loss
+
+
+def _at(model: MetaFlowMap, batch: Batch) -> tuple[Anchored, Tensor, Tensor]:
+    """The map at the batch's contexts, the inner state z_a and the data velocity there."""
+    flow = model.anchor(batch.t, batch.x_t)
+    end, path = flow.chart.endpoint(batch.x_1), flow.chart.inner_path
+    return flow, path.interpolate(batch.eps, end, batch.a), path.velocity(batch.eps, end, batch.a)

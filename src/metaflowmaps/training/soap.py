@@ -1,0 +1,92 @@
+r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., arXiv 2409.11321).
+
+For a weight matrix with gradient G keep ``L ← EMA(G Gᵀ)``, ``R ← EMA(Gᵀ G)`` and their eigenvectors Q_L, Q_R, refreshed
+every few steps by one orthogonal iteration. Adam's second moment lives in the rotated coordinates ``Q_Lᵀ G Q_R``; the
+step is rotated back. Vectors and scalars get plain Adam.
+
+Teacher targets carry no noise, so training a small map is function approximation; a curvature-aware step reaches there
+in a third of Adam's time what Adam reaches in all of it (docs/log.md).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SOAP(torch.optim.Optimizer):
+    """Adam in a slowly rotating basis; ``refresh`` steps between rotations."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        refresh: int = 10,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "refresh": refresh,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update from the gradients present."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, self.state[p], group)
+
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta_1, beta_2 = group["betas"]
+        g = grad.flatten(1) if grad.ndim > 1 else grad
+        if not state:
+            _initialise(state, g)
+        state["step"] += 1
+        m, v = state["m"], state["v"]
+        m.lerp_(g, 1 - beta_1)
+        rotated = _rotate(g, state) if g.ndim == 2 else g
+        v.mul_(beta_2).addcmul_(rotated, rotated, value=1 - beta_2)
+        correction_1, correction_2 = 1 - beta_1 ** state["step"], 1 - beta_2 ** state["step"]
+        scale = (v / correction_2).sqrt_().add_(group["eps"])
+        update = (_rotate(m, state) if g.ndim == 2 else m) / scale
+        if g.ndim == 2:
+            update = state["q_left"] @ update @ state["q_right"].T
+            state["left"].lerp_(g @ g.T, 1 - beta_2)
+            state["right"].lerp_(g.T @ g, 1 - beta_2)
+            if state["step"] % group["refresh"] == 0:
+                _refresh(state)
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update.view_as(p), alpha=-group["lr"] / correction_1)
+
+
+def _initialise(state: dict[str, Any], g: Tensor) -> None:
+    state["step"] = 0
+    state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
+    if g.ndim == 2:
+        state["left"], state["right"] = g @ g.T, g.T @ g
+        state["q_left"] = torch.linalg.eigh(state["left"])[1]
+        state["q_right"] = torch.linalg.eigh(state["right"])[1]
+
+
+def _rotate(g: Tensor, state: dict[str, Any]) -> Tensor:
+    rotated: Tensor = state["q_left"].T @ g @ state["q_right"]
+    return rotated
+
+
+def _refresh(state: dict[str, Any]) -> None:
+    """One orthogonal iteration a side, columns kept in order of their eigenvalue estimates, v permuted along."""
+    for side, axis in (("left", 0), ("right", 1)):
+        matrix, q = state[side], state[f"q_{side}"]
+        image = matrix @ q
+        order = (q * image).sum(0).argsort(descending=True)
+        state["v"] = state["v"].index_select(axis, order)
+        state[f"q_{side}"] = torch.linalg.qr(image[:, order])[0]

@@ -1,0 +1,128 @@
+"""Everything a run must remember to go on as if it had never stopped, and its form on disk."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaflowmaps.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    flatten_state,
+    model_config,
+    unflatten_state,
+)
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.training.config import OptimizerConfig, TrainConfig
+from metaflowmaps.training.soap import SOAP
+
+
+class TrainState:
+    """Model, EMA, optimizer and position. ``window`` holds the sums of the metrics since the last record."""
+
+    def __init__(self, model: MetaFlowMap, config: OptimizerConfig) -> None:
+        self.model = model
+        self.optimizer = make_optimizer(model, config)
+        self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.decay = config.ema
+        self.step = 0
+        self.window: dict[str, float] = {}
+        self.window_steps = 0
+        self.last_loss = math.inf
+        self.metrics_bytes = 0
+        live = dict(model.named_parameters())
+        self._averaged = [self.ema[name] for name in live]
+        self._live = list(live.values())
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """ema ← k ema + (1 − k) weights, k = min(decay, (step + 1)/(step + 10))."""
+        keep = min(self.decay, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(self._averaged, [p.detach() for p in self._live], 1 - keep)
+
+    def add(self, values: dict[str, float]) -> None:
+        """Add one step's figures to the window."""
+        for name, value in values.items():
+            self.window[name] = self.window.get(name, 0.0) + value
+        self.window_steps += 1
+
+    def flush(self) -> dict[str, float]:
+        """The means over the window, which starts anew."""
+        means = {name: total / max(1, self.window_steps) for name, total in self.window.items()}
+        self.window, self.window_steps = {}, 0
+        self.last_loss = means.get("loss", self.last_loss)
+        return means
+
+    # -- on disk -----------------------------------------------------------------------------------------------------
+
+    def save(self, store: CheckpointStore, config: TrainConfig) -> None:
+        """One checkpoint directory, complete or not at all."""
+        optimizer, skeleton = flatten_state(self.optimizer.state_dict())
+        position = {
+            "step": self.step,
+            "window": self.window,
+            "window_steps": self.window_steps,
+            "last_loss": self.last_loss if math.isfinite(self.last_loss) else None,
+            "metrics_bytes": self.metrics_bytes,
+            "optimizer": skeleton,
+        }
+        score = self.last_loss if math.isfinite(self.last_loss) else None
+        store.save(
+            self.step,
+            {
+                "model.safetensors": self.model.state_dict(),
+                "ema.safetensors": self.ema,
+                "optimizer.safetensors": optimizer,
+            },
+            {
+                "config.json": {**model_config(self.model), "training": config.model_dump()},
+                "position.json": position,
+            },
+            score,
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take up where the checkpoint left."""
+        position = checkpoint.document("position.json")
+        self.model.load_state_dict(checkpoint.tensors("model.safetensors"))
+        for name, value in checkpoint.tensors("ema.safetensors").items():
+            self.ema[name].copy_(value)
+        self.optimizer.load_state_dict(
+            unflatten_state(checkpoint.tensors("optimizer.safetensors"), position["optimizer"])
+        )
+        self.step = position["step"]
+        self.window, self.window_steps = position["window"], position["window_steps"]
+        self.last_loss = math.inf if position["last_loss"] is None else position["last_loss"]
+        self.metrics_bytes = position["metrics_bytes"]
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a configuration over a model's parameters."""
+    parameters: Iterator[Tensor] = model.parameters()
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "soap":
+        return SOAP(parameters, **options)
+    if config.name == "radam":
+        return torch.optim.RAdam(parameters, **options)
+    return torch.optim.Adam(parameters, fused=True, **options)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then constant or a cosine to 0 at the last step."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
+    return config.lr * warm * decay
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log back to what a checkpoint vouches for."""
+    if path.exists() and path.stat().st_size > size:
+        with path.open("r+b") as file:
+            file.truncate(size)

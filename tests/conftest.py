@@ -1,0 +1,136 @@
+"""One thread, the shared data folder, and what the proofs stand on: laws with their parameters spelled out."""
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import metaflowmaps as mfm
+from metaflowmaps.randomness import randn, stream
+
+torch.set_num_threads(1)
+
+F64 = torch.float64
+PATHS = {"linear": mfm.LinearPath(), "trigonometric": mfm.TrigonometricPath()}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of specifications and shared data (MFM_SHARED, or ../shared)."""
+    folder = Path(os.environ.get("MFM_SHARED", "../shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared folder at {folder}; set MFM_SHARED to it")
+    return folder
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> mfm.Path:
+    return PATHS[request.param]
+
+
+def coefficients(path: mfm.Path, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """α, β, α̇, β̇ written out from the glossary (method.md §1), not through the package."""
+    if path.name == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    w = math.pi / 2
+    return torch.cos(w * t), torch.sin(w * t), -w * torch.sin(w * t), w * torch.cos(w * t)
+
+
+class Case(NamedTuple):
+    """A law and, independently of it, the parameters it should have: (K, d), (K, d, d), (K,)."""
+
+    law: mfm.GaussianMixture
+    means: Tensor
+    covariances: Tensor
+    weights: Tensor
+
+
+def _case(covariances: object, weights: list[float] | None = None) -> Case:
+    means = torch.tensor([[-1.5, -1.0], [0.5, 1.2], [1.5, -0.7]], dtype=F64)
+    given = torch.as_tensor(covariances, dtype=F64)
+    full = given if given.ndim >= 2 else given.reshape(-1, 1, 1) * torch.eye(2, dtype=F64)
+    w = torch.full((3,), 1 / 3, dtype=F64) if weights is None else torch.tensor(weights, dtype=F64)
+    law = mfm.GaussianMixture(means, given, None if weights is None else w)
+    return Case(law, means, full.expand(3, 2, 2), w)
+
+
+CASES = {
+    "isotropic": _case(0.4),
+    "per-component": _case([0.3, 0.6, 0.15], [0.5, 0.3, 0.2]),
+    "shared-full": _case([[0.5, 0.2], [0.2, 0.3]], [0.2, 0.2, 0.6]),
+    "per-component-full": _case(
+        [[[0.5, 0.2], [0.2, 0.3]], [[0.2, -0.1], [-0.1, 0.6]], [[0.9, 0.0], [0.0, 0.1]]], [0.5, 0.3, 0.2]
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def paper_law() -> mfm.GaussianMixture:
+    """The mixture of the paper's inverse problem (method.md §7)."""
+    return mfm.GaussianMixture(torch.tensor([[-3.0, -3], [0, 0], [3, 3]], dtype=F64), 0.5)
+
+
+def normal(*shape: int, seed: str = "x", dtype: torch.dtype = F64) -> Tensor:
+    """Standard normals that depend on their label only."""
+    return randn(shape, stream(0, seed, *shape), dtype)
+
+
+def uniform(*shape: int, low: float = 0.0, high: float = 1.0, seed: str = "t") -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=stream(0, seed, *shape), dtype=F64)
+
+
+def bayes(case: Case, *observations: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior of I_1 given observations (x, α, β) of x = α ε + β I_1, (B, d) and (B,), in information form.
+
+    Precision Σ⁻¹ + Σ β²/α² Id; weights from the evidence of the stacked observations. -> (B,K,d), (B,K,d,d), (B,K).
+    """
+    eye = torch.eye(2, dtype=F64)
+    prior = torch.linalg.inv(case.covariances)
+    precision, information = prior[None], (prior @ case.means[..., None])[..., 0][None]
+    for x, alpha, beta in observations:
+        precision = precision + (beta**2 / alpha**2)[:, None, None, None] * eye
+        information = information + (beta / alpha**2)[:, None, None] * x[:, None]
+    covariances = torch.linalg.inv(precision)
+    means = (covariances @ information[..., None])[..., 0]
+    # evidence of the stacked vector: mean β_i μ, covariance α_i² δ_ij Id + β_i β_j Σ
+    x = torch.cat([o[0] for o in observations], 1)
+    betas = torch.stack([o[2] for o in observations], 1)
+    alphas = torch.stack([o[1] for o in observations], 1)
+    b, n = betas.shape
+    k = len(case.means)
+    loc = (betas[:, None, :, None] * case.means[None, :, None]).reshape(b, k, 2 * n)
+    outer = betas[:, :, None] * betas[:, None, :]
+    cov = torch.einsum("bij,kde->bkidje", outer, case.covariances).reshape(b, k, 2 * n, 2 * n)
+    cov = cov + torch.diag_embed(alphas.repeat_interleave(2, 1) ** 2)[:, None]
+    log_evidence = torch.distributions.MultivariateNormal(loc, cov).log_prob(x[:, None])
+    return means, covariances, torch.softmax(case.weights.log() + log_evidence, -1)
+
+
+def ks_distance(samples: Tensor, means: Tensor, variances: Tensor, weights: Tensor) -> float:
+    """Kolmogorov–Smirnov distance of (n,) samples to a 1-d mixture with (K,) parameters."""
+    x = samples.detach().sort().values
+    cdf = (weights * torch.special.ndtr((x[:, None] - means) / variances.sqrt())).sum(1)
+    steps = torch.arange(len(x) + 1, dtype=F64) / len(x)
+    return float(torch.maximum((cdf - steps[:-1]).abs(), (cdf - steps[1:]).abs()).max())
+
+
+def ks_bound(n: int, level: float = 1e-4) -> float:
+    """P(distance > bound) <= level for n independent draws: Massart's form of the DKW inequality, any n."""
+    return math.sqrt(math.log(2 / level) / (2 * n))
+
+
+def worst_ks(draws: Tensor, means: Tensor, covariances: Tensor, weights: Tensor) -> float:
+    """Largest KS distance of (n, 2) draws along eight directions (which together see the correlation too)."""
+    angles = torch.arange(8, dtype=F64) * math.pi / 8
+    distances = []
+    for e in torch.stack([angles.cos(), angles.sin()], 1):
+        distances.append(ks_distance(draws.double() @ e, means @ e, e @ covariances @ e, weights))
+    return max(distances)
