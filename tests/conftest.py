@@ -68,6 +68,19 @@ CASES = {
 }
 
 
+# in two dimensions eigenvector matrices may come out symmetric (reflections): a transpose shows in three only
+_BASE = torch.tensor(
+    [[[1.0, 0.4, -0.3], [0.2, 0.5, 0.6], [0.7, -0.5, 0.3]], [[0.3, 0.8, 0.1], [-0.4, 0.6, 0.9], [0.5, 0.2, -0.7]]]
+)
+_CUBE = (_BASE @ _BASE.mT + 0.1 * torch.eye(3)).double(), torch.tensor([[1.0, -0.5, 0.2], [-0.8, 0.6, 0.4]], dtype=F64)
+CUBE = Case(
+    mfm.GaussianMixture(_CUBE[1], _CUBE[0], torch.tensor([0.25, 0.75])),
+    _CUBE[1],
+    _CUBE[0],
+    torch.tensor([0.25, 0.75], dtype=F64),
+)
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
@@ -92,7 +105,8 @@ def bayes(case: Case, *observations: tuple[Tensor, Tensor, Tensor]) -> tuple[Ten
 
     Precision Σ⁻¹ + Σ β²/α² Id; weights from the evidence of the stacked observations. -> (B,K,d), (B,K,d,d), (B,K).
     """
-    eye = torch.eye(2, dtype=F64)
+    d = case.means.shape[1]
+    eye = torch.eye(d, dtype=F64)
     prior = torch.linalg.inv(case.covariances)
     precision, information = prior[None], (prior @ case.means[..., None])[..., 0][None]
     for x, alpha, beta in observations:
@@ -106,10 +120,10 @@ def bayes(case: Case, *observations: tuple[Tensor, Tensor, Tensor]) -> tuple[Ten
     alphas = torch.stack([o[1] for o in observations], 1)
     b, n = betas.shape
     k = len(case.means)
-    loc = (betas[:, None, :, None] * case.means[None, :, None]).reshape(b, k, 2 * n)
+    loc = (betas[:, None, :, None] * case.means[None, :, None]).reshape(b, k, d * n)
     outer = betas[:, :, None] * betas[:, None, :]
-    cov = torch.einsum("bij,kde->bkidje", outer, case.covariances).reshape(b, k, 2 * n, 2 * n)
-    cov = cov + torch.diag_embed(alphas.repeat_interleave(2, 1) ** 2)[:, None]
+    cov = torch.einsum("bij,kde->bkidje", outer, case.covariances).reshape(b, k, d * n, d * n)
+    cov = cov + torch.diag_embed(alphas.repeat_interleave(d, 1) ** 2)[:, None]
     log_evidence = torch.distributions.MultivariateNormal(loc, cov).log_prob(x[:, None])
     return means, covariances, torch.softmax(case.weights.log() + log_evidence, -1)
 
@@ -128,9 +142,8 @@ def ks_bound(n: int, level: float = 1e-4) -> float:
 
 
 def worst_ks(draws: Tensor, means: Tensor, covariances: Tensor, weights: Tensor) -> float:
-    """Largest KS distance of (n, 2) draws along eight directions (which together see the correlation too)."""
-    angles = torch.arange(8, dtype=F64) * math.pi / 8
+    """Largest KS distance of (n, d) draws along eight directions (which together see the correlation too)."""
     distances = []
-    for e in torch.stack([angles.cos(), angles.sin()], 1):
+    for e in torch.nn.functional.normalize(normal(8, draws.shape[1], seed="directions"), dim=1):
         distances.append(ks_distance(draws.double() @ e, means @ e, e @ covariances @ e, weights))
     return max(distances)

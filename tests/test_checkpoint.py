@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metaflowmaps as mfm
-from metaflowmaps import checkpoint as module
+from metaflowmaps.checkpoint import files
 from metaflowmaps.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -249,7 +249,7 @@ def faults(action, at, onwards=False, deleting=False):
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(os, name, faulty(getattr(os, name)))
-        patch.setattr(module, "open", lambda *a: File(builtins.open(*a)), raising=False)  # noqa: SIM115
+        patch.setattr(files, "open", lambda *a: File(builtins.open(*a)), raising=False)  # noqa: SIM115
         yield count
 
 
@@ -290,6 +290,7 @@ def test_a_full_disk_harms_nothing(tmp_path, onwards):
         # where later renames fail too, the new one may be unable to step back: complete all the same
         allowed = (2,) if error is None else (1, 2) if onwards else (1,)
         assert value_of(parent / "c") in allowed
+        assert onwards or (parent / "c").is_dir()  # under its own name
         assert not [name for name in hidden(parent) if name.startswith(".tmp-")]
         write_checkpoint(parent / "c", *contents(3))
         assert value_of(parent / "c") == 3
@@ -313,6 +314,7 @@ def test_an_interrupt_leaves_no_temporary_directory(tmp_path):
         write_checkpoint(parent / "c", *contents(1))
         with faults(interrupt, at), pytest.raises(KeyboardInterrupt):
             write_checkpoint(parent / "c", *contents(2))
+        assert (parent / "c").is_dir()
         assert value_of(parent / "c") in (1, 2)
         assert not [name for name in hidden(parent) if name.startswith(".tmp-")]
 
@@ -387,7 +389,7 @@ def test_every_damage_is_refused(saved, name):
     trace = saved.parent / "unpickled"
     rng = random.Random(name)
     damaged = [original[: len(original) // 2], b"", original + b"\n", pickle.dumps(Bomb(trace))]
-    bits = range(8 * len(original)) if name == "manifest.json" else rng.sample(range(8 * len(original)), 60)
+    bits = rng.sample(range(8 * len(original)), 200 if name == "manifest.json" else 60)
     for bit in bits:
         flipped = bytearray(original)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -525,33 +527,30 @@ def test_the_store_may_keep_the_newest_only(tmp_path):
 def test_a_resumed_run_prunes_like_one_never_stopped(tmp_path):
     scores = {1: 2.0, 2: 1.0, 3: 5.0, 4: 4.0, 5: 3.0}
 
-    def run(root, steps):
+    def run(root, first, last):
         store = CheckpointStore(root, keep_last=2)
         store.clean()
-        for step in steps:
+        store.prune(first - 1)
+        for step in range(first, last + 1):
             save_step(store, step, scores[step])
 
-    run(tmp_path / "straight", [1, 2, 3, 4, 5])
+    run(tmp_path / "straight", 1, 5)
     expected = sorted(e.name for e in (tmp_path / "straight").iterdir())
     assert expected == ["step-00000002", "step-00000004", "step-00000005"]
-    run(tmp_path / "start", [1, 2, 3])
-    crashes = 0
-    for at in range(1000):
+    run(tmp_path / "start", 1, 4)
+    crashed, at = True, 0
+    while crashed:
         root = tmp_path / f"crash-{at}"
         shutil.copytree(tmp_path / "start", root)
-        crashed = crash(lambda root=root: run(root, [4, 5]), at)
-        crashes += crashed
-        newest, skipped = CheckpointStore(root).latest_valid()
+        crashed = crash(lambda root=root: run(root, 5, 5), at)
+        store = CheckpointStore(root)
+        newest, skipped = store.latest_valid()
         assert skipped == []
-        step = newest.document("position.json")["step"]
-        run(root, range(step + 1, 6))
-        if step == 5:  # stopped while it pruned, with nothing left to train: the next save would have tidied up
-            save_step(CheckpointStore(root, keep_last=2), 5, scores[5])
+        assert all(value_of(store.path(step)) == step for step in store.steps())  # none half deleted
+        run(root, newest.document("position.json")["step"] + 1, 5)
         assert sorted(e.name for e in root.iterdir()) == expected
-        shutil.rmtree(root)
-        if not crashed:
-            break
-    assert crashes > 30
+        at += 1
+    assert at > 18
 
 
 def test_steps_that_a_resume_skipped_do_not_displace_valid_ones(tmp_path):
@@ -810,8 +809,8 @@ def same(a, b):
 
 def through_files(state):
     tensors, document = flatten_state(state)
-    data = safetensors.torch.save(module._storable(tensors))
-    return unflatten_state(safetensors.torch.load(data), json.loads(module._json(document)))
+    data = safetensors.torch.save(files._storable(tensors))
+    return unflatten_state(safetensors.torch.load(data), json.loads(files._json(document)))
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
 
 import metaflowmaps as mfm
+from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
 from metaflowmaps.chart import CHARTS
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.randomness import stream
@@ -71,7 +71,7 @@ def points(n=200, dim=2, high=1.0):
     return s.clone(), u.clone(), normal(n, dim, seed="x_s"), uniform(n, high=high), normal(n, dim)
 
 
-# -- by construction -------------------------------------------------------------------------------------------------------
+# -- by construction -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -101,7 +101,7 @@ def test_map_and_velocity(model):
 
 
 def test_map_is_the_charts_jump(model):
-    """X = state_out(Z_{a,b}(state_in)): velocity_out, with its slopes free of 0/0, says the same as the chart itself."""
+    """X = state_out(Z_{a,b}(state_in)): velocity_out, whose slopes know no 0/0, agrees."""
     s, u, x_s, t, x_t = points()
     flow = model.anchor(t, x_t)
     chart = flow.chart
@@ -159,7 +159,7 @@ def test_finite_everywhere(path, parameterization):
     assert all(bool(torch.isfinite(g).all()) for g in (out, *gradients))
 
 
-# -- charts ----------------------------------------------------------------------------------------------------------------
+# -- charts ----------------------------------------------------------------------------------------------------------
 
 
 def test_chart_round_trips(model):
@@ -189,8 +189,10 @@ def test_the_auxiliary_process_is_the_inner_path(model):
 
 def test_gaussian_chart_is_the_notes(path):
     """method.md §3: m, τ, g, θ(s) = atan2(β_s τ, α_s) ∈ [0, π/2], z = (x̄ − β_s m)/g_s, x̂ = (x_1 − m)/τ."""
-    s, _, x_s, t, x_t = points()
-    chart, exact = random_map(path, "gaussian").anchor(t, x_t).chart, Gaussian(path, t, x_t)
+    s, u, x_s, t, x_t = points()
+    model, exact = random_map(path, "gaussian"), Gaussian(path, t, x_t)
+    flow = model.anchor(t, x_t)
+    chart = flow.chart
     beta, g = exact.scale(s)
     torch.testing.assert_close(chart.state_in(s, x_s), (x_s - beta * exact.m) / g, rtol=0, atol=1e-11)
     alpha_s = coefficients(path, s)[0]
@@ -198,6 +200,11 @@ def test_gaussian_chart_is_the_notes(path):
     torch.testing.assert_close(chart.time_in(s), angle * 2 / math.pi, rtol=0, atol=1e-13)
     torch.testing.assert_close(chart.shift, exact.m, rtol=0, atol=1e-13)
     torch.testing.assert_close(chart.scale, exact.tau, rtol=0, atol=1e-13)
+    # what the network sees and says; checkpoints depend on it: whitened x_t, the angle of t, and F = (π/2) net
+    alpha, beta, *_ = coefficients(path, t)
+    x_white = (x_t - (beta * MU)[:, None]) / (alpha**2 + beta**2 * DELTA**2).sqrt()[:, None]
+    net = model.network(x_s, s, u, x_white, torch.atan2(beta * DELTA, alpha) * 2 / math.pi)
+    torch.testing.assert_close(flow(s, u, x_s), math.pi / 2 * net, rtol=0, atol=1e-12)
 
 
 def test_residual_form_is_the_notes():
@@ -229,19 +236,17 @@ def test_velocity_in_is_the_inverse_of_velocity_out(model):
 
 
 def test_velocity_in_is_the_chain_rule(model):
-    """dz/da along dx̄/ds = v, by differences of the chart: [state_in(s+h, x̄+hv) − state_in(s−h, x̄−hv)]/[a(s+h) − a(s−h)]."""
+    """dz/da along dx̄/ds = v: [z(s+h, x̄+hv) − z(s−h, x̄−hv)]/[a(s+h) − a(s−h)]."""
     s, t = uniform(200, low=0.02, high=0.95, seed="s"), uniform(200, high=0.95)
     x_s, x_t, v, h = normal(200, 2, seed="x_s"), normal(200, 2), normal(200, 2, seed="v"), 1e-5
     chart = model.anchor(t, x_t).chart
-    (z_1, a_1), (z_0, a_0) = (
-        (chart.state_in(s + e * h, x_s + e * h * v), chart.time_in(s + e * h)) for e in (1, -1)
-    )
+    (z_1, a_1), (z_0, a_0) = ((chart.state_in(s + e * h, x_s + e * h * v), chart.time_in(s + e * h)) for e in (1, -1))
     # h² times a third derivative, up to 1e4 where 1−s and 1−t are .05; rounding 1e-16/h
     expected = (z_1 - z_0) / (a_1 - a_0)[:, None]
     torch.testing.assert_close(chart.velocity_in(s, x_s, v), expected, rtol=1e-5, atol=1e-5)
 
 
-# -- Gaussian data: exact untrained ----------------------------------------------------------------------------------------
+# -- Gaussian data: exact untrained ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WHITENED)
@@ -305,7 +310,7 @@ def test_a_double_model_keeps_a_double_mean():
     torch.testing.assert_close(model.denoise(0.0, x), torch.full_like(x, 0.1), rtol=0, atol=1e-15)
 
 
-# -- by-products and drawing -----------------------------------------------------------------------------------------------
+# -- by-products and drawing -----------------------------------------------------------------------------------------
 
 
 def test_by_products_are_the_velocitys(model):
@@ -337,7 +342,7 @@ def test_draw_is_push_of_noise(model):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_push_composes(model, steps):
-    """k jumps, equal in the chart's time: s uniform (plain), or the angle θ(s) = atan2(β_s τ, α_s) uniform (gaussian)."""
+    """k jumps, equal in the chart's time: uniform s, or (gaussian) uniform angle θ(s) = atan2(β_s τ, α_s)."""
     t, x_t, noise = uniform(20, high=0.95), normal(20, 2), normal(20, 2, seed="noise")
     tau = Gaussian(model.path, t, x_t).tau[:, 0]
     x = noise
@@ -367,7 +372,7 @@ def test_results_do_not_depend_on_the_batch(model):
         torch.testing.assert_close(model(s[row], u[row], x_s[row], t[row], x_t[row]), whole[row], rtol=0, atol=1e-13)
 
 
-# -- conditions ------------------------------------------------------------------------------------------------------------
+# -- conditions ------------------------------------------------------------------------------------------------------
 
 
 def test_labels(path, parameterization):
@@ -403,7 +408,7 @@ def test_fresh_labels_change_nothing(path):
     assert torch.equal(net(x, t, t, x, t, torch.arange(4)), net(x, t, t, x, t))
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 GOOD = {"s": 0.2, "u": 0.7, "x_s": torch.zeros(3, 2, dtype=F64), "t": 0.5, "x_t": torch.zeros(3, 2, dtype=F64)}
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import CASES, F64, bayes, coefficients, ks_bound, normal, uniform, worst_ks
 
 import metaflowmaps as mfm
+from conftest import CASES, F64, bayes, coefficients, ks_bound, normal, uniform, worst_ks
 from metaflowmaps.glass import glass_drift_general
 from metaflowmaps.randomness import stream
 from metaflowmaps.sampling import integrate, uniform_grid
@@ -26,7 +26,7 @@ def close(got, expected, atol=1e-10):
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
-# -- the identity ----------------------------------------------------------------------------------------------------------
+# -- the identity ----------------------------------------------------------------------------------------------------
 
 
 def test_glass_is_the_auxiliary_drift(case, path):
@@ -45,10 +45,10 @@ def test_glass_is_the_auxiliary_drift(case, path):
     close(own, (da_s / a_s)[:, None] * (x_s - b_s[:, None] * mean) + db_s[:, None] * mean)
 
 
-@pytest.mark.parametrize("t", ENDS)
 @pytest.mark.parametrize("s", [*ENDS, 1 - 1e-7, 1 - 1e-10, 1.0])
-def test_glass_near_the_ends(case, path, s, t):
-    x_s, x_t = normal(50, 2, seed="x_s"), normal(50, 2)
+def test_glass_near_the_ends(case, path, s):
+    t = torch.tensor(ENDS, dtype=F64).repeat(25)
+    x_s, x_t = normal(len(t), 2, seed="x_s"), normal(len(t), 2)
     own = case.law.auxiliary_drift(path, s, x_s, t, x_t)
     assert bool(torch.isfinite(own).all())
     # 1e-9 within 1e-6 of s = 1, where the issue grants it
@@ -151,27 +151,29 @@ def test_drift_sees_batch_times_inside_the_unit_interval(path):
         seen.append(t)
         return x
 
-    s, t = torch.cat([uniform(1000, seed="s"), torch.ones(1)]).float(), torch.cat([uniform(1000), torch.zeros(1)]).float()
+    s, t = (
+        torch.cat([uniform(1000, seed="s"), torch.ones(1)]).float(),
+        torch.cat([uniform(1000), torch.zeros(1)]).float(),
+    )
     mfm.glass_drift(path, b, s, normal(1001, 2).float(), t, normal(1001, 2).float())
     assert seen[0].shape == (1001,)
     assert bool(((seen[0] >= 0) & (seen[0] <= 1)).all())
 
 
-# -- the auxiliary flow ----------------------------------------------------------------------------------------------------
+# -- the auxiliary flow ----------------------------------------------------------------------------------------------
 
 CONTEXTS = torch.tensor([0.0, 0.3, 0.7], dtype=F64)
 STATES = torch.tensor([[0.2, 0.1], [-0.3, 0.4], [0.5, -0.2]], dtype=F64)
 
 
-@pytest.mark.parametrize("through", ["own", "glass"])
-def test_the_auxiliary_flow_ends_in_the_posterior(case, path, through):
+def test_the_auxiliary_flow_ends_in_the_posterior(case, path):
+    """From noise along the mixture's own drift. (Along GLASS: contracts/test_posteriors.py.)"""
     n = 4_000
     t, x_t = CONTEXTS.repeat(n), STATES.repeat(n, 1)
     noise = normal(3 * n, 2, seed="flow")
     # rk4 with 24 steps is 1e-4 from the flow: a hundredth of the bound below
-    f = case.law.auxiliary_drift if through == "own" else None
     draws = integrate(
-        lambda s, x: f(path, s, x, t, x_t) if f else glass(case, path, s, x, t, x_t), noise, uniform_grid(24), "rk4"
+        lambda s, x: case.law.auxiliary_drift(path, s, x, t, x_t), noise, uniform_grid(24), "rk4"
     ).reshape(n, 3, 2)
     alpha, beta, *_ = coefficients(path, CONTEXTS)
     for row, parameters in enumerate(zip(*bayes(case, (STATES, alpha, beta)), strict=True)):
@@ -189,8 +191,8 @@ def test_the_two_sample_test_has_power(path):
         assert worst_ks(draws[:, 2], *(p[2] for p in parameters)) > ks_bound(n)
 
 
-def flow_map(case, path, s, u, x, t, x_t, steps=100):
-    """X_{s,u} of the exact auxiliary drift, rk4 (error below 1e-9 with 100 steps, measured)."""
+def flow_map(case, path, s, u, x, t, x_t, steps=48):
+    """X_{s,u} of the exact auxiliary drift, by rk4: 48 steps leave 1e-7 (measured)."""
     grid = uniform_grid(steps, s, u)
     return integrate(lambda s, x: case.law.auxiliary_drift(path, s, x, t, x_t), x, grid, "rk4")
 
@@ -201,7 +203,7 @@ def test_the_flow_map_has_its_three_identities(case, path):
     whole = flow_map(case, path, s, u, x, t, x_t)
     # semigroup
     halves = flow_map(case, path, w, u, flow_map(case, path, s, w, x, t, x_t), t, x_t)
-    close(whole, halves, 1e-7)
+    close(whole, halves, 1e-6)
     # Lagrangian: ∂_u X_{s,u} = b̄_u(X_{s,u}); differences err by h² · (third derivative, < 1e2)
     ahead, behind = (flow_map(case, path, s, u + e * h, x, t, x_t) for e in (1, -1))
     close((ahead - behind) / (2 * h), glass(case, path, u, whole, t, x_t), 1e-5)

@@ -1,19 +1,20 @@
-"""Gaussian mixtures against their definitions: quadrature, Bayes in information form, autograd, 40-digit arithmetic."""
+"""Gaussian mixtures against their definitions: quadrature, Bayes, autograd, 40-digit arithmetic."""
 
+import functools
 import math
 
 import mpmath
 import pytest
 import torch
-from conftest import CASES, F64, bayes, coefficients, ks_bound, normal, paper_law, uniform, worst_ks
 from torch.distributions import MultivariateNormal
 
 import metaflowmaps as mfm
+from conftest import CASES, CUBE, F64, bayes, coefficients, ks_bound, normal, paper_law, uniform, worst_ks
 from metaflowmaps.randomness import stream
 
 TIMES = [0.05, 0.4, 0.9]
-# the sharpest posterior below has standard deviation 0.1 = 2 steps: the trapezoidal rule then errs by e^{-2π²·2²} = 1e-34;
-# the widest component ends at 7.9 of its deviations: 3e-15
+# the sharpest posterior below has standard deviation 0.1 = 2 steps: the trapezoidal rule errs by e^{-2π²·2²} = 1e-34;
+# the widest component is cut at 7.9 of its deviations: 3e-15
 AXIS = torch.linspace(-9, 9, 361, dtype=F64)
 GRID = torch.stack(torch.meshgrid(AXIS, AXIS, indexing="ij"), -1).reshape(-1, 2)
 CELL = float(AXIS[1] - AXIS[0]) ** 2
@@ -26,7 +27,7 @@ def log_density(case, x):
     return torch.logsumexp(case.weights.log() + parts, 1)
 
 
-def states(case, path, t, n=6):
+def states(case, path, t, n=4):
     """States that the interpolant visits at time t, and a few that it hardly does."""
     x = case.law.sample(n, stream(0, "states"))
     return path.interpolate(normal(n, 2, seed="noise"), x, t) * torch.linspace(0.5, 1.5, n, dtype=F64)[:, None]
@@ -40,7 +41,7 @@ def joint(case, path, t, x):
     return (log_density(case, GRID) + log_likelihood).exp(), noise
 
 
-# -- the law itself ------------------------------------------------------------------------------------------------------
+# -- the law itself --------------------------------------------------------------------------------------------------
 
 
 def test_density_and_moments(case):
@@ -64,7 +65,7 @@ def test_sampling(case):
     assert torch.equal(draws, case.law.sample(n, stream(0, "sample")))
 
 
-# -- on a path -----------------------------------------------------------------------------------------------------------
+# -- on a path -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("t", TIMES)
@@ -151,6 +152,45 @@ def test_posterior_draws(case, path):
     assert (white[:, 0] * white[:, 1]).mean(0).abs().max() < 4.5 / math.sqrt(n)
 
 
+def test_three_dimensions(path):
+    """Full covariances where eigenvectors and their transposes differ: everything once more against Bayes."""
+    n, m = 20_000, 40
+    law, s, t = CUBE.law, uniform(m, low=0.02, high=0.98, seed="s"), uniform(m, low=0.02, high=0.98)
+    x_s, x_t = normal(m, 3, seed="x_s"), normal(m, 3).requires_grad_()
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-10)
+    close(law.covariances, CUBE.covariances)
+    close(law.log_prob(x_s), log_density(CUBE, x_s))
+    (gradient,) = torch.autograd.grad(law.marginal(path, 0.4).log_prob(x_t).sum(), x_t)
+    close(law.score(path, 0.4, x_t), gradient)
+    x_t = x_t.detach()
+    (a_s, b_s, da_s, db_s), (a_t, b_t, da_t, db_t) = ((c[:, None] for c in coefficients(path, time)) for time in (s, t))
+    means, covariances, weights = bayes(CUBE, (x_t, a_t[:, 0], b_t[:, 0]))
+    mean = (weights[..., None] * means).sum(1)
+    posterior = law.posterior(path, t, x_t)
+    close(posterior.means, means)
+    close(posterior.covariances, covariances)
+    close(law.denoise(path, t, x_t), mean)
+    close(law.drift(path, t, x_t), da_t / a_t * (x_t - b_t * mean) + db_t * mean)
+    both, _, w = bayes(CUBE, (x_t, a_t[:, 0], b_t[:, 0]), (x_s, a_s[:, 0], b_s[:, 0]))
+    mean = (w[..., None] * both).sum(1)
+    close(law.auxiliary_drift(path, s, x_s, t, x_t), da_s / a_s * (x_s - b_s * mean) + db_s * mean)
+    # level 1e-4 a direction, as in test_sampling
+    assert worst_ks(law.sample(n, stream(0, 3)), CUBE.means, CUBE.covariances, CUBE.weights) < ks_bound(n)
+    draws = posterior.draw(n, stream(0, 3))
+    assert worst_ks(draws[:, 0], means[0], covariances[0], weights[0]) < ks_bound(n)
+    # tilt = conditioning on y = A x + σ n: information form once more
+    reward = mfm.rewards.LinearGaussian(
+        torch.tensor([[1.0, 0.3, -0.6], [0.2, -1.0, 0.5]]), torch.tensor([0.3, -0.2]), 0.5
+    )
+    tilted, a = law.tilt(reward), reward.A
+    expected = torch.linalg.inv(torch.linalg.inv(CUBE.covariances) + a.T @ a / 0.25)
+    close(tilted.covariances, expected)
+    information = torch.linalg.solve(CUBE.covariances, CUBE.means[..., None])[..., 0] + reward.y @ a / 0.25
+    close(tilted.means, torch.einsum("kde,ke->kd", expected, information))
+    constant = log_density(CUBE, x_s) + reward(x_s) - tilted.log_prob(x_s)
+    close(constant, law.log_evidence(reward).expand(m))
+
+
 def test_posterior_at_the_ends(case, path):
     x = normal(4, 2)
     start = case.law.posterior(path, 0.0, x)  # nothing observed
@@ -198,7 +238,7 @@ def test_everything_is_differentiable(case, path, what):
         assert torch.autograd.gradcheck(lambda x: getattr(case.law, what)(path, 0.3, x), x_t)
 
 
-# -- under a reward ------------------------------------------------------------------------------------------------------
+# -- under a reward --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("t", TIMES)
@@ -256,7 +296,7 @@ def test_the_papers_inverse_problem():
     torch.testing.assert_close(tilted.means, means, rtol=0, atol=1e-12)
 
 
-# -- precision -----------------------------------------------------------------------------------------------------------
+# -- precision -------------------------------------------------------------------------------------------------------
 
 MEANS, VARIANCES, WEIGHTS = (-1.5, 0.25, 1.75), (0.25, 0.5, 0.125), (0.5, 0.25, 0.25)  # exact in float32
 LINE = mfm.GaussianMixture(torch.tensor(MEANS, dtype=F64)[:, None], torch.tensor(VARIANCES), torch.tensor(WEIGHTS))
@@ -320,7 +360,9 @@ def test_auxiliary_drift_is_stable_near_the_ends(path, s, t, dtype):
     for x_t, z in ((-1.25, 0.5), (0.5, -1.0), (2.0, 1.5)):
         # an inner state the process visits: β_s x_t + (α_s or so) z, exact in the dtype
         x_s = float(torch.tensor(x_t * float(s) + z * (1 - float(s)), dtype=dtype))
-        got = float(LINE.auxiliary_drift(path, s, torch.tensor([[x_s]], dtype=dtype), t, torch.tensor([[x_t]], dtype=dtype)))
+        got = float(
+            LINE.auxiliary_drift(path, s, torch.tensor([[x_s]], dtype=dtype), t, torch.tensor([[x_t]], dtype=dtype))
+        )
         assert math.isfinite(got) or float(s) == float(t) == 1
         if corner and (dtype == torch.float32 or max(float(s), float(t)) == 1):
             continue  # no digits left to compare: the answer moves by O(1) with the last bit of x̄
@@ -359,7 +401,7 @@ def test_python_numbers_keep_their_digits():
     assert mfm.rewards.LinearGaussian([0.1, 0.7], 0.3, 0.1).A.tolist() == [[0.1, 0.7]]
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import F64, coefficients, normal, uniform
 
 import metaflowmaps as mfm
+from conftest import F64, coefficients, normal, uniform
 from metaflowmaps.path import PREDICTIONS, make_path
 
 

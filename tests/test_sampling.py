@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import CASES, F64, normal
 
 import metaflowmaps as mfm
+from conftest import CASES, F64, normal
 from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
 
 CASE = CASES["per-component-full"]

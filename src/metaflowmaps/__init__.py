@@ -1,5 +1,7 @@
 """Meta Flow Maps: one-step posterior sampling and reward alignment for flow models."""
 
+from importlib.metadata import version
+
 from metaflowmaps import rewards
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -15,7 +17,7 @@ from metaflowmaps.posterior import (
     TweediePosterior,
 )
 
-__version__ = "0.1.0"
+__version__ = version("metaflowmaps")
 
 __all__ = [
     "ExactModel",

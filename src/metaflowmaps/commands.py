@@ -200,8 +200,13 @@ def posterior(
     else:
         x_t = _parse_state(x, model).to(target)
     settings = {
-        "checkpoint": _digest(found), "t": t, "x": x_t.flatten().tolist(), "num_draws": num_draws, "steps": steps, "seed": seed,
-    }  # fmt: skip
+        "checkpoint": _digest(found),
+        "t": t,
+        "x": x_t.flatten().tolist(),
+        "num_draws": num_draws,
+        "steps": steps,
+        "seed": seed,
+    }
     out = out or _beside(checkpoint, found, "posterior")
     done = claim(out, "posterior", settings)
     if done is not None:

@@ -1,8 +1,8 @@
 r"""The meta flow map: one network for every posterior.
 
 ``X_{s,u}(x̄; t, x) = x̄ + (u − s) v_{s,u}(x̄; t, x)`` carries the auxiliary process of the context (t, x) from s
-to u; ``v_{s,s} = b̄_s``. One step from noise, ``x_1 = X_{0,1}(ε; t, x)``, is a draw from ``p_{1|t}(·|x)``, differentiable in x.
-By construction ``X_{s,s} = id``. Free by-products:
+to u; ``v_{s,s} = b̄_s``. One step from noise, ``x_1 = X_{0,1}(ε; t, x)``, is a draw from ``p_{1|t}(·|x)``,
+differentiable in x. By construction ``X_{s,s} = id``. Free by-products:
 
     b_t(x) = v_{t,t}(x; 0, ·)        D_t(x) = (v_{0,0}(x̄; t, x) − α̇_0 x̄)/β̇_0        generator X_{0,1}(ε; 0, ·)
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import CASES, F64, PATHS, bayes, coefficients, ks_bound, normal, worst_ks
 
 import metaflowmaps as mfm
+from conftest import CASES, F64, PATHS, bayes, coefficients, ks_bound, normal, worst_ks
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.randomness import stream
 
@@ -101,7 +101,7 @@ def test_differentiable_in_the_context(name, path):
     assert torch.autograd.gradcheck(draws, normal(3, 2).requires_grad_())
 
 
-# -- each against its law --------------------------------------------------------------------------------------------------
+# -- each against its law --------------------------------------------------------------------------------------------
 
 N = 4_000
 TIMES = torch.tensor([0.0, 0.4, 0.8], dtype=F64)
@@ -137,7 +137,10 @@ def test_glass_posterior_passes_conditions_on():
         return -x
 
     label = torch.tensor([4, 7, 9])
-    for posterior in (mfm.GlassPosterior(PATHS["linear"], drift, steps=2), mfm.TweediePosterior(PATHS["linear"], drift)):
+    for posterior in (
+        mfm.GlassPosterior(PATHS["linear"], drift, steps=2),
+        mfm.TweediePosterior(PATHS["linear"], drift),
+    ):
         seen.clear()
         posterior.draw(0.4, normal(3, 2), 2, cond={"label": label})
         for got, batch in seen:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from metaflowmaps.errors import unknown
-from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.recipes.gmm import gmm, gmm_from_data
 from metaflowmaps.training.config import TrainConfig
 
-RECIPES: dict[str, Callable[..., TrainConfig]] = {"gmm": gmm}
+RECIPES: dict[str, Callable[..., TrainConfig]] = {"gmm": gmm, "gmm-from-data": gmm_from_data}
 
 
 def recipe(name: str, fast: bool = False) -> TrainConfig:

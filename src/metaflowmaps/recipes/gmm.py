@@ -3,7 +3,7 @@
 import math
 
 from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.training.config import LawConfig, ModelConfig, NetworkConfig, TrainConfig
+from metaflowmaps.training.config import LawConfig, ModelConfig, NetworkConfig, TimesConfig, TrainConfig
 
 LAW = LawConfig(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)
 DATA_STD = math.sqrt(6.5)  # of a coordinate: 0.5 within a mode, 6 between them
@@ -20,6 +20,17 @@ def gmm(fast: bool = False) -> TrainConfig:
         recipe="gmm",
         law=LAW,
         model=ModelConfig(data_std=DATA_STD, network=NetworkConfig(width=128, depth=4)),
+        # the posterior splits and merges around t = .2 to .5: half of the contexts go there
+        times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),
         steps=8_000 if fast else 22_000,
         batch_size=512,
+    )
+
+
+def gmm_from_data(fast: bool = False) -> TrainConfig:
+    """The same map from samples alone: a drift is learned first by flow matching, GLASS on it teaches the map."""
+    base = gmm(fast)
+    steps = base.steps // 3
+    return base.model_copy(
+        update={"recipe": "gmm-from-data", "teacher": "learned", "drift_steps": steps, "steps": steps}
     )

@@ -79,6 +79,7 @@ def train(
 ) -> TrainResult:
     """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``."""
     # -- set-up
+    out.mkdir(parents=True, exist_ok=True)
     device = torch.device(device)
     model.to(device).train()
     state = TrainState(model, config.optimizer)
@@ -91,10 +92,6 @@ def train(
         state.load(start)
     log = _Log(out, state)
     began = time.perf_counter() - log.seconds_before
-
-    def save() -> None:
-        log.sync()
-        state.save(store, config)
 
     with _stop_signals() as stopped:
         while state.step < config.steps:
@@ -131,8 +128,10 @@ def train(
                 report(record)
             if on_sample and config.sample_every and state.step % config.sample_every == 0:
                 on_sample(model, state.step)
-            if state.step % config.checkpoint_every == 0 or last or stopped:
-                save()
+            scheduled = state.step % config.checkpoint_every == 0 or last
+            if scheduled or stopped:
+                log.sync()
+                state.save(store, config, scheduled)
             if stopped and not last:
                 raise Interrupted(
                     f"stopped by {stopped[0]} at step {state.step} of {config.steps}; state saved in {out}: "

@@ -71,7 +71,7 @@ def run_training(
         config,
         out,
         device=device,
-        start=_starting_point(out, resume),
+        start=_starting_point(config, out, resume),
         report=lambda record: report("map", record),
         on_sample=on_sample,
     )
@@ -93,9 +93,9 @@ def drift_config(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _starting_point(out: Path, resume: str) -> Checkpoint | None:
+def _starting_point(config: TrainConfig, out: Path, resume: str) -> Checkpoint | None:
     """auto: the newest valid checkpoint of ``out``. none: nothing, and there must be nothing. Else: that checkpoint."""
-    store = CheckpointStore(out / "checkpoints")
+    store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
     store.clean()
     if resume == "none":
         if store.steps():
@@ -106,6 +106,8 @@ def _starting_point(out: Path, resume: str) -> Checkpoint | None:
     checkpoint, skipped = store.latest_valid()
     for line in skipped:
         warnings.warn(f"skipped {line}", stacklevel=2)
+    if checkpoint is not None:
+        store.prune(checkpoint.document("position.json")["step"])  # a kill may have come between a save and its pruning
     if checkpoint is None and skipped:
         warnings.warn("no valid checkpoint is left: starting from step 0", stacklevel=2)
     if checkpoint is None and resume != "auto":

@@ -73,8 +73,9 @@ def _initialise(state: dict[str, Any], g: Tensor) -> None:
     state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
     if g.ndim == 2:
         state["left"], state["right"] = g @ g.T, g.T @ g
-        state["q_left"] = torch.linalg.eigh(state["left"])[1]
-        state["q_right"] = torch.linalg.eigh(state["right"])[1]
+        # LAPACK answers in column order; a state read back from disk is in row order, and a product rounds by it
+        state["q_left"] = torch.linalg.eigh(state["left"])[1].contiguous()
+        state["q_right"] = torch.linalg.eigh(state["right"])[1].contiguous()
 
 
 def _rotate(g: Tensor, state: dict[str, Any]) -> Tensor:
@@ -89,4 +90,4 @@ def _refresh(state: dict[str, Any]) -> None:
         image = matrix @ q
         order = (q * image).sum(0).argsort(descending=True)
         state["v"] = state["v"].index_select(axis, order)
-        state[f"q_{side}"] = torch.linalg.qr(image[:, order])[0]
+        state[f"q_{side}"] = torch.linalg.qr(image[:, order])[0].contiguous()

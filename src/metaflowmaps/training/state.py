@@ -58,8 +58,11 @@ class TrainState:
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
-    def save(self, store: CheckpointStore, config: TrainConfig) -> None:
-        """One checkpoint directory, complete or not at all."""
+    def save(self, store: CheckpointStore, config: TrainConfig, scheduled: bool) -> None:
+        """One checkpoint directory, complete or not at all.
+
+        An unscheduled one has no score: kept as the best, it would make an interrupted run differ from a whole one.
+        """
         optimizer, skeleton = flatten_state(self.optimizer.state_dict())
         position = {
             "step": self.step,
@@ -69,7 +72,7 @@ class TrainState:
             "metrics_bytes": self.metrics_bytes,
             "optimizer": skeleton,
         }
-        score = self.last_loss if math.isfinite(self.last_loss) else None
+        score = self.last_loss if scheduled and math.isfinite(self.last_loss) else None
         store.save(
             self.step,
             {
@@ -90,9 +93,9 @@ class TrainState:
         self.model.load_state_dict(checkpoint.tensors("model.safetensors"))
         for name, value in checkpoint.tensors("ema.safetensors").items():
             self.ema[name].copy_(value)
-        self.optimizer.load_state_dict(
-            unflatten_state(checkpoint.tensors("optimizer.safetensors"), position["optimizer"])
-        )
+        # cloned: torch aligns what it allocates, a view into a file's bytes it does not, and kernels round by that too
+        stored = {name: value.clone() for name, value in checkpoint.tensors("optimizer.safetensors").items()}
+        self.optimizer.load_state_dict(unflatten_state(stored, position["optimizer"]))
         self.step = position["step"]
         self.window, self.window_steps = position["window"], position["window_steps"]
         self.last_loss = math.inf if position["last_loss"] is None else position["last_loss"]

@@ -1,0 +1,28 @@
+"""``python -m benchmarks [NAME …]``: all benchmarks, or those named."""
+
+import sys
+
+from benchmarks import fidelity, losses, step_cost
+
+BENCHMARKS = {
+    "step-cost": step_cost.main,
+    "fidelity": fidelity.main,
+    "glass": fidelity.glass,
+    "losses": losses.main,
+}
+
+
+def main() -> int:
+    """Run them in order."""
+    names = sys.argv[1:] or list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"unknown benchmark {unknown[0]!r}: allowed are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    for name in names:
+        BENCHMARKS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

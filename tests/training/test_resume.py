@@ -1,0 +1,137 @@
+"""A run stopped anywhere and started again ends with the bytes of one that never stopped."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from metaflowmaps.checkpoint import CheckpointError, CheckpointStore
+from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.training.config import TrainConfig
+from metaflowmaps.training.loop import Interrupted
+from metaflowmaps.training.run import run_training
+
+STEPS = 120
+
+
+def small(**changes) -> TrainConfig:
+    """A run of about a second, most of it spent writing checkpoints; odd intervals, so that nothing lines up."""
+    data = gmm().model_dump()
+    data["model"]["network"].update(width=16, depth=2)
+    data.update(steps=STEPS, batch_size=16, checkpoint_every=7, log_every=5, keep_last=2, threads=1)
+    data.update(changes)
+    return TrainConfig.model_validate(data)
+
+
+LEARNED = {"teacher": "learned", "drift_steps": 40, "steps": 60}
+
+
+def worker(data: dict, out: str, started) -> None:
+    torch.set_num_threads(1)
+    started.set()
+    try:
+        run_training(TrainConfig.model_validate(data), Path(out))
+    except Interrupted:
+        os._exit(130)
+    os._exit(0)
+
+
+def fingerprint(out: Path) -> dict[str, str]:
+    """The hash of every file that must not depend on interruptions."""
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "timings.jsonl"]
+    assert files
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tuple[int, int]:
+    """Start, stop at a random moment, start again, until it is done. Returns (kills, of which while writing)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["metaflowmaps.training.run", "metaflowmaps.recipes"])
+    rng, killed, writing = random.Random(seed), 0, 0
+    for _ in range(20 * kills):
+        started = context.Event()
+        process = context.Process(target=worker, args=(config.model_dump(), str(out), started))
+        process.start()
+        assert started.wait(60)
+        if killed < kills:
+            # every second kill waits for a checkpoint in the making, the others for a random moment
+            if killed % 2:
+                deadline = time.monotonic() + 5
+                while not list(out.glob("**/checkpoints/.tmp-*")) and process.is_alive():
+                    assert time.monotonic() < deadline
+                time.sleep(rng.uniform(0, 0.004))
+            else:
+                time.sleep(rng.uniform(0, 0.15))
+            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            if process.is_alive():
+                os.kill(process.pid, number)
+                killed += 1
+        process.join(120)
+        writing += bool(list(out.glob("**/checkpoints/.*")))
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    return killed, writing
+
+
+@pytest.mark.parametrize(("changes", "kills", "seed"), [({}, 24, 1), (LEARNED, 6, 2)], ids=["exact", "learned"])
+def test_killed_at_random_moments(tmp_path, changes, kills, seed):
+    config = small(**changes)
+    torch.set_num_threads(1)
+    run_training(config, tmp_path / "whole")
+    killed, writing = run_with_kills(config, tmp_path / "killed", kills, seed)
+    assert killed >= kills - 4, "the run must be long enough to be killed often"
+    if kills > 20:
+        assert killed >= 20
+        assert writing >= 3, "some kills must fall into the writing of a checkpoint"
+    assert fingerprint(tmp_path / "killed") == fingerprint(tmp_path / "whole")
+
+
+def test_disk_full_at_every_write(tmp_path, monkeypatch):
+    """The n-th fsync fails, for many n: the run ends with one line, and the same command then ends as if it had not."""
+    torch.set_num_threads(1)
+    config = small(steps=30)
+    run_training(config, tmp_path / "whole")
+    real, out = os.fsync, tmp_path / "full"
+    failures = 0
+    for failing in (1, 2, 3, 5, 8, 13, 21):
+        calls = 0
+
+        def fsync(descriptor: int, failing: int = failing) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise OSError(28, "No space left on device")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            run_training(config, out)
+        except (CheckpointError, OSError) as error:
+            failures += 1
+            assert "\n" not in str(error)
+    monkeypatch.undo()
+    assert failures >= 5
+    run_training(config, out)
+    assert fingerprint(out) == fingerprint(tmp_path / "whole")
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_said(tmp_path):
+    torch.set_num_threads(1)
+    config = small(steps=30)
+    run_training(config, tmp_path / "whole")
+    run_training(config, tmp_path / "damaged")
+    newest = CheckpointStore(tmp_path / "damaged" / "checkpoints").path(30)
+    weights = newest / "optimizer.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.warns(UserWarning, match="optimizer.safetensors"):
+        run_training(config, tmp_path / "damaged")
+    assert fingerprint(tmp_path / "damaged") == fingerprint(tmp_path / "whole")
