@@ -1,9 +1,8 @@
 """Benchmark 1: posterior fidelity of the recipes, as ratios to the sampling floor; and 4: map against GLASS."""
 
+from benchmarks.common import judged, keep, say, table, trained
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig
 from metaflowmaps.recipes.gmm import gmm, gmm_from_data
-
-from benchmarks.common import judged, keep, say, table, trained
 
 ONE_STEP = {"map_steps": (1,), "glass_steps": ()}
 
@@ -23,7 +22,7 @@ def main() -> None:
             metrics = judged(run, PosteriorEvalConfig(samples=samples, **samplers)).metrics()
             figures[f"{name}, {samples} samples"] = {"train_seconds": run.seconds, "steps": run.step, **metrics}
             ratios = metrics["ratio"]
-            worst = max(metrics["spread"].values())
+            worst = max(spread or 0.0 for spread in metrics["spread"].values())
             rows.append([name, f"{samples:,}", f"{run.seconds:.0f}", *ratios.values(), f"{worst:.3f}"])
     head = ["recipe", "samples", "seconds", *(f"t = {t}" for t in ratios), "± (largest)"]
     print(table(head, rows))

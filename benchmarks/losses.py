@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from benchmarks.common import RESULTS, judged, keep, say, table, trained
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.report.figures import GLASS, MAP, new_figure, save
@@ -17,8 +18,6 @@ from metaflowmaps.training.config import LossConfig, TrainConfig
 from metaflowmaps.training.run import build_map, build_objective, drift_config
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
-
-from benchmarks.common import RESULTS, judged, keep, say, table, trained
 
 BUDGET, DRIFT_SHARE, SEEDS = 20.0, 0.4, (0, 1, 2)
 JUDGE = PosteriorEvalConfig(samples=8192, contexts=16, sets=4, map_steps=(1,), glass_steps=())
@@ -65,7 +64,11 @@ def main(budget: float = BUDGET) -> None:
             }
             say(f"{parameterization}: {name}: {means}")
     rows = [
-        [name, f"{f['mean']:.3f} ± {f['spread']:.3f}", *(f"{statistics.fmean(v):.3f}" for v in f["relative_sw2"].values())]  # type: ignore[attr-defined]
+        [
+            name,
+            f"{f['mean']:.3f} ± {f['spread']:.3f}",
+            *(f"{statistics.fmean(v):.3f}" for v in f["relative_sw2"].values()),
+        ]  # type: ignore[attr-defined]
         for name, f in figures.items()
     ]
     print(table(["loss", "mean over t (± over seeds)", *(f"t = {t:g}" for t in JUDGE.times)], rows))

@@ -5,14 +5,13 @@ import time
 
 import torch
 
+from benchmarks.common import keep, table
 from metaflowmaps.glass import Drift
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.config import LossConfig, TrainConfig
 from metaflowmaps.training.run import build_map, build_objective
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
-
-from benchmarks.common import keep, table
 
 ROUNDS, STEPS = 12, 20
 

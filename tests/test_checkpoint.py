@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metaflowmaps as mfm
-from metaflowmaps.checkpoint import files
 from metaflowmaps.checkpoint import (
     CheckpointError,
     CheckpointStore,
     build_model,
+    files,
     flatten_state,
     load_model,
     model_config,
@@ -662,7 +662,7 @@ def edit_config(saved, **changes):
         ({"path": [1]}, "does not describe a model"),
         ({"parameterization": "gausian"}, "did you mean 'gaussian'"),
         ({"data_std": -1.0}, "data_std"),
-        ({"data_std": "wide"}, "does not describe a model"),
+        ({"data_std": "wide"}, "data_std must be a positive number"),
         ({"network": {"name": "mpl"}}, "did you mean 'mlp'"),
         ({"network": {"name": "mlp", "dim": 2, "heads": 3}}, "heads"),
         ({"network": {"name": "mlp", "dim": "2"}}, "does not describe a model"),

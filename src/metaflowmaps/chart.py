@@ -223,6 +223,6 @@ CHARTS: dict[str, type[Chart]] = {"plain": PlainChart, "gaussian": GaussianChart
 
 def chart_class(name: str) -> type[Chart]:
     """The chart of a parameterisation's name."""
-    if name not in CHARTS:
+    if not isinstance(name, str) or name not in CHARTS:
         raise unknown("parameterization", name, CHARTS)
     return CHARTS[name]

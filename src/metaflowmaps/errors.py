@@ -12,9 +12,9 @@ class InputError(ValueError):
     """Something the caller gave cannot be used; the message names the fix."""
 
 
-def unknown(kind: str, given: str, allowed: Iterable[str]) -> InputError:
+def unknown(kind: str, given: object, allowed: Iterable[str]) -> InputError:
     """An unknown name, with the nearest allowed one suggested."""
     names = sorted(allowed)
-    near = get_close_matches(given, names, n=1, cutoff=0.5)
+    near = get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {given!r}: {hint}allowed are {', '.join(names)}")

@@ -9,7 +9,6 @@ differentiable in x. By construction ``X_{s,s} = id``. Free by-products:
 What the network predicts, and in which coordinates, is its parameterisation: see :mod:`metaflowmaps.chart`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path as FilePath
@@ -19,20 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps.chart import Chart, chart_class
-from metaflowmaps.errors import InputError
+from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.path import Path, as_path
 from metaflowmaps.randomness import randn
 from metaflowmaps.shapes import (
     Time,
+    as_numbers,
     batch_time,
+    check_count,
     check_order,
     check_same,
     check_state,
     check_time,
     expand_time,
+    positive,
 )
 
 Cond = Mapping[str, Tensor] | None
+CONDITIONS = ("guidance", "label")
 
 
 class Anchored:
@@ -84,16 +87,19 @@ class MetaFlowMap(nn.Module):
         self.path = as_path(path)
         self.parameterization = parameterization
         self._chart = chart_class(parameterization)
-        if not (math.isfinite(data_std) and data_std > 0):
-            raise InputError(f"data_std must be a positive number, got {data_std}")
-        mean = torch.as_tensor(data_mean, dtype=torch.get_default_dtype())
+        mean = as_numbers(data_mean, "data_mean")
         if mean.device.type != "meta" and not bool(torch.isfinite(mean).all()):
             raise InputError("data_mean must be finite")
         if not hasattr(network, "event_shape"):
             raise InputError("the network must have an event_shape, the shape of one sample")
+        if mean.ndim and tuple(mean.shape) != tuple(network.event_shape):  # type: ignore[arg-type]
+            raise InputError(
+                f"data_mean must be a number or have the event shape {tuple(network.event_shape)}, "  # type: ignore[arg-type]
+                f"got {tuple(mean.shape)}"
+            )
         self.network = network
-        self.data_std = float(data_std)
-        self.register_buffer("data_mean", mean)
+        self.data_std = positive(data_std, "data_std")
+        self.register_buffer("data_mean", mean.to(self.dtype))
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -103,12 +109,14 @@ class MetaFlowMap(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return next(self.parameters()).dtype
+        first = next(self.network.parameters(), None)
+        return torch.get_default_dtype() if first is None else first.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        first = next(self.network.parameters(), None)
+        return self.data_mean.device if first is None else first.device
 
     # -- the map -----------------------------------------------------------------------------------------------------
 
@@ -120,6 +128,7 @@ class MetaFlowMap(nn.Module):
     def velocity(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
         """v_{s,u}(x_s; t, x_t): (B, *event)."""
         self._check(s, u, x_s, t, x_t)
+        self._check_cond(cond, x_s)
         s, u, t = batch_time(s, x_s), batch_time(u, x_s), batch_time(t, x_t)
         flow = self.anchor(t, x_t, cond)
         chart = flow.chart
@@ -144,8 +153,8 @@ class MetaFlowMap(nn.Module):
 
     def push(self, noise: Tensor, t: Time, x_t: Tensor, steps: int = 1, cond: Cond = None) -> Tensor:
         """X_{0,1}(noise; t, x_t) composed of ``steps`` jumps, equal in the chart's inner time."""
-        if steps < 1:
-            raise InputError(f"steps must be at least 1, got {steps}")
+        check_count(steps, "steps")
+        check_time(t)
         x = noise
         t = batch_time(t, x_t)
         chart = self.anchor(t, x_t).chart
@@ -166,8 +175,9 @@ class MetaFlowMap(nn.Module):
     ) -> Tensor:
         """num_draws independent draws from p_{1|t}(· | x_t): (num_draws, B, *event), differentiable in x_t."""
         check_state(x_t, "x_t", self.event_shape)
-        if num_draws < 1:
-            raise InputError(f"num_draws must be at least 1, got {num_draws}")
+        check_count(num_draws, "num_draws")
+        self._check_cond(cond, x_t)
+        check_time(t)
         noise = randn((num_draws, *x_t.shape), generator, x_t.dtype, x_t.device)
         contexts = x_t.expand(num_draws, *x_t.shape).flatten(0, 1)
         times = batch_time(t, x_t).repeat(num_draws)
@@ -180,8 +190,8 @@ class MetaFlowMap(nn.Module):
 
         At each time τ_j of a uniform grid from 0, draw x_1 from the posterior and renoise it to τ_{j+1}.
         """
-        if n < 1 or steps < 1:
-            raise InputError(f"n and steps must be at least 1, got {n} and {steps}")
+        check_count(n, "n")
+        check_count(steps, "steps")
         shape = (n, *self.event_shape)
 
         def noise() -> Tensor:
@@ -222,7 +232,23 @@ class MetaFlowMap(nn.Module):
             raise InputError(f"states must have the model's dtype {self.dtype}, got {x_s.dtype}; convert one of them")
         for name, time in (("s", s), ("u", u), ("t", t)):
             check_time(time, name)
+            expand_time(time, x_s)  # its shape
         check_order(s, u)
+
+    def _check_cond(self, cond: Cond, x: Tensor) -> None:
+        for key, value in (cond or {}).items():
+            if key not in CONDITIONS:
+                raise unknown("condition", key, CONDITIONS)
+            if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"condition {key!r} must be a tensor of shape ({x.shape[0]},), got {given}")
+        label = None if cond is None else cond.get("label")
+        if label is not None:
+            if label.dtype != torch.int64:
+                raise InputError(f"labels must be int64, got {label.dtype}; convert them with .long()")
+            classes = getattr(self.network, "num_classes", None)
+            if classes is not None and not bool(((label >= 0) & (label <= classes)).all()):
+                raise InputError(f"labels must lie in 0..{classes} ({classes} is the null class)")
 
 
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -28,7 +28,7 @@ from torch import Tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.path import Path
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.shapes import Time, check_same, check_state, check_time, expand_time
+from metaflowmaps.shapes import Time, as_numbers, check_count, check_same, check_state, check_time, expand_time
 
 
 class GaussianMixture:
@@ -39,14 +39,17 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Any, covariances: Any, weights: Any = None) -> None:
-        given = torch.as_tensor(means)
-        self.dtype = given.dtype if given.is_floating_point() else torch.get_default_dtype()
-        mu = given.to(torch.float64)
+        mu = as_numbers(means, "means")
+        typed = isinstance(means, Tensor) and means.is_floating_point()
+        self.dtype = means.dtype if typed else torch.get_default_dtype()
         if mu.ndim != 2 or 0 in mu.shape:
             raise InputError(f"means must have shape (K, d), got {tuple(mu.shape)}")
         if not bool(torch.isfinite(mu).all()):
             raise InputError("means must be finite")
-        eigenvalues, basis = _eigen(torch.as_tensor(covariances).to(torch.float64), *mu.shape)
+        eigenvalues, basis = _eigen(as_numbers(covariances, "covariances"), *mu.shape)
+        held = eigenvalues.to(self.dtype)
+        if not bool((torch.isfinite(held) & (held > 0) & torch.isfinite(mu.to(self.dtype)).all()).all()):
+            raise InputError(f"means and variances must be positive and finite in the law's dtype, {self.dtype}")
         self._means = mu
         self._eigenvalues = eigenvalues
         self._basis = basis
@@ -127,8 +130,7 @@ class GaussianMixture:
         """num_draws exact draws from the mixture of each row: (num_draws, B, d)."""
         if self._means.ndim != 3:
             raise InputError("draw() belongs to the posterior of a batch; a single law has sample(n)")
-        if num_draws < 1:
-            raise InputError(f"num_draws must be at least 1, got {num_draws}")
+        check_count(num_draws, "num_draws")
         means, eigenvalues, basis, log_weights = self._parts(None)
         batch, components, dim = means.shape
         # the law's own generator order: uniforms for the components, then normals
@@ -299,7 +301,7 @@ def _log_normal(y: Tensor, v: Tensor) -> Tensor:
 def _log_weights(weights: Any, components: int) -> Tensor:
     if weights is None:
         return torch.full((components,), -math.log(components), dtype=torch.float64)
-    given = torch.as_tensor(weights).to(torch.float64)
+    given = as_numbers(weights, "weights")
     if given.shape != (components,):
         raise InputError(f"weights must have shape ({components},), got {tuple(given.shape)}")
     if not bool((torch.isfinite(given) & (given >= 0)).all()):

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Cond, MetaFlowMap
 from metaflowmaps.glass import Drift, call_drift, glass_drift
 from metaflowmaps.mixture import GaussianMixture
@@ -21,7 +20,7 @@ from metaflowmaps.path import Path, as_path
 from metaflowmaps.randomness import randn
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.sampling import integrate, uniform_grid
-from metaflowmaps.shapes import Time, batch_time, check_state, check_time
+from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time
 
 
 class Posterior(Protocol):
@@ -43,8 +42,7 @@ class MapPosterior:
     """X_{0,1}(ε; t, x) in ``steps`` jumps."""
 
     def __init__(self, model: MetaFlowMap, steps: int = 1) -> None:
-        if steps < 1:
-            raise InputError(f"steps must be at least 1, got {steps}")
+        check_count(steps, "steps")
         self.model, self.steps = model, steps
 
     def draw(
@@ -160,5 +158,4 @@ class ExactModel:
 def _check(t: Time, x_t: Tensor, num_draws: int) -> None:
     check_time(t)
     check_state(x_t, "x_t")
-    if num_draws < 1:
-        raise InputError(f"num_draws must be at least 1, got {num_draws}")
+    check_count(num_draws, "num_draws")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.shapes import Time, expand_time
+from metaflowmaps.shapes import Time, check_count, expand_time
 
 VelocityField = Callable[[Time, Tensor], Tensor]
 
@@ -70,6 +70,5 @@ def integrate(f: VelocityField, x: Tensor, grid: Tensor, method: str = "euler") 
 
 def uniform_grid(steps: int, start: float = 0.0, end: float = 1.0) -> Tensor:
     """steps + 1 equally spaced times, float64 (the ends are exact)."""
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
+    check_count(steps, "steps")
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)

@@ -5,6 +5,7 @@ the device of the state it goes with. Nothing else is ever broadcast silently.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,41 @@ def batch_time(t: Time, x: Tensor) -> Tensor:
     return t.reshape(-1) if t.ndim else t.expand(x.shape[0])
 
 
+def check_count(n: int, name: str) -> None:
+    """Refuse a count that is no whole number >= 1."""
+    if not isinstance(n, int) or n < 1:
+        raise InputError(f"{name} must be at least 1 (a whole number), got {n!r}")
+
+
+def positive(value: float, name: str, or_zero: bool = False) -> float:
+    """value as a float, refused unless it is a finite number > 0 (>= 0 with or_zero)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and (number > 0 or (or_zero and number == 0))):
+        kind = "a finite number >= 0" if or_zero else "a positive number"
+        raise InputError(f"{name} must be {kind}, got {_short(value)}")
+    return number
+
+
+def as_numbers(values: Any, name: str) -> Tensor:
+    """Numbers, nested lists of them or a tensor as float64: typed digits are kept."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be a number, a tensor or a list of numbers, got {_short(values)}") from None
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def check_time(t: Time, name: str = "t") -> None:
     """Refuse a time outside [0, 1] or not finite."""
+    if not isinstance(t, Tensor | float | int):
+        raise InputError(f"{name} must be a float or a floating-point tensor, got {_short(t)}")
     if isinstance(t, Tensor):
         if not t.is_floating_point():
             raise InputError(f"{name} must be a float or a floating-point tensor, got dtype {t.dtype}")

@@ -1,10 +1,11 @@
-"""The loop's promises: exact sums under micro-batches, determinism, a guard against non-finite losses, real learning."""
+"""The loop's promises: exact sums under micro-batches, determinism, a guard against non-finite losses, learning."""
 
 import json
 import math
 
 import pytest
 import torch
+from test_resume import small
 
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
@@ -18,9 +19,6 @@ from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import learning_rate, make_optimizer
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
-
-from test_resume import small
-
 
 OPTIMIZER = gmm().optimizer.model_dump()
 
@@ -76,7 +74,9 @@ def test_micro_batches_train_alike(tmp_path):
     for pieces in (1, 4):
         config = small(steps=20, micro_batches=pieces, optimizer={**OPTIMIZER, "name": "adam"})
         result = run_training(config, tmp_path / str(pieces))
-        weights.append(torch.cat([p.detach().flatten() for p in load_model(result.checkpoint, weights="raw").parameters()]))
+        weights.append(
+            torch.cat([p.detach().flatten() for p in load_model(result.checkpoint, weights="raw").parameters()])
+        )
     assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 1e-5
 
 

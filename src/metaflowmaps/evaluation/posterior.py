@@ -37,7 +37,7 @@ class PosteriorEvalConfig(Config):
 
     samples: int = Field(8192, ge=2)
     contexts: int = Field(32, ge=1)
-    sets: int = Field(0, ge=0)  # sets a context for one map step and the floor; 0: 262,144 samples a context, >= 8
+    sets: int = Field(0, ge=0)  # sets a context for one map step and the floor; 0: 131,072 samples a context, >= 4
     other_sets: int = Field(1, ge=1)  # sets a context for the other samplers
     other_contexts: int = Field(8, ge=1)  # the first of the contexts, for the other samplers
     times: tuple[float, ...] = TIMES
@@ -49,6 +49,8 @@ class PosteriorEvalConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> "PosteriorEvalConfig":
+        if self.sets == 1:
+            raise ValueError("sets must be at least 2 (a floor compares two exact sets), or 0 for the default")
         if any(not 0 <= t < 1 for t in self.times):
             raise ValueError("times must lie in [0, 1): at t = 1 the posterior is a point")
         if 1 not in self.map_steps or min((*self.map_steps, *self.glass_steps), default=1) < 1:
@@ -58,7 +60,7 @@ class PosteriorEvalConfig(Config):
     @property
     def num_sets(self) -> int:
         """Sets a context for one map step and the floor."""
-        return self.sets or max(8, 262_144 // self.samples)
+        return self.sets or max(4, 131_072 // self.samples)
 
 
 @dataclass
@@ -67,7 +69,7 @@ class TimeResult:
 
     t: float
     floor: float
-    spread: float
+    spread: float | None  # None: too few sets to tell
     by_sampler: dict[str, float]
     floor_of_others: float
     contexts: Tensor
@@ -175,15 +177,15 @@ def _at_time(
     for c in range(config.contexts):
         x = contexts[c : c + 1]
         own = law.posterior(model.path, t, x)
-        exact, parts = Curves(), [Curves() for _ in range(GROUPS)]
+        exact, parts = Curves(), [Curves() for _ in range(min(GROUPS, config.num_sets // 2))]
         for m in range(config.num_sets):
             sample = own.draw(config.samples, stream(config.seed, "exact", key, c, m))[:, 0]
             sorted_set = curves(sample, along)
             exact.add(sorted_set)
-            parts[m % GROUPS].add(sorted_set)
+            parts[m % len(parts)].add(sorted_set)
         v = float(variances[c])
         floors.append(exact.floor() / v)
-        groups.append([part.floor() / v for part in parts if part.count > 1])
+        groups.append([part.floor() / v for part in parts])
         for name, push in samplers.items():
             if name != "map-1" and c >= config.other_contexts:
                 continue
@@ -233,10 +235,10 @@ def _root_mean(values: list[float]) -> float:
     return math.sqrt(max(0.0, sum(values) / len(values)))
 
 
-def _ratio_spread(groups: list[list[float]]) -> float:
+def _ratio_spread(groups: list[list[float]]) -> float | None:
     """Standard error of √(floor²/floor²) for two independent exact samplers, from the scatter between groups."""
     if len(groups[0]) < 2:
-        return math.nan
+        return None
     by_group = torch.tensor(groups, dtype=torch.float64).mean(0)
     relative = float(by_group.std() / by_group.mean()) / math.sqrt(len(by_group))
     return relative / math.sqrt(2)  # ratio of two: ×√2; square root: ×½

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.errors import InputError
+from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.networks.embed import TimeFeatures
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -24,7 +24,10 @@ class MLP(nn.Module):
         self, dim: int, width: int = 128, depth: int = 4, activation: str = "silu", num_classes: int = 0
     ) -> None:
         super().__init__()
-        if min(dim, width, depth) < 1 or num_classes < 0:
+        if activation not in list(ACTIVATIONS):
+            raise unknown("activation", activation, ACTIVATIONS)
+        sizes = (dim, width, depth, num_classes)
+        if not all(isinstance(n, int) for n in sizes) or min(dim, width, depth) < 1 or num_classes < 0:
             raise InputError(
                 f"mlp needs dim, width and depth >= 1 and num_classes >= 0, got {dim}, {width}, {depth}, {num_classes}"
             )

@@ -22,15 +22,14 @@ def gmm(fast: bool = False) -> TrainConfig:
         model=ModelConfig(data_std=DATA_STD, network=NetworkConfig(width=128, depth=4)),
         # the posterior splits and merges around t = .2 to .5: half of the contexts go there
         times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),
-        steps=8_000 if fast else 22_000,
+        steps=5_500 if fast else 14_000,
         batch_size=512,
     )
 
 
 def gmm_from_data(fast: bool = False) -> TrainConfig:
     """The same map from samples alone: a drift is learned first by flow matching, GLASS on it teaches the map."""
-    base = gmm(fast)
-    steps = base.steps // 3
-    return base.model_copy(
-        update={"recipe": "gmm-from-data", "teacher": "learned", "drift_steps": steps, "steps": steps}
+    drift_steps, steps = (3_500, 2_500) if fast else (10_000, 7_500)
+    return gmm().model_copy(
+        update={"recipe": "gmm-from-data", "teacher": "learned", "drift_steps": drift_steps, "steps": steps}
     )

@@ -3,13 +3,12 @@ r"""Rewards whose tilt of a Gaussian mixture is known in closed form.
 ``r(x) = −λ ‖y − A x‖² / (2 σ²)``: the log-likelihood of a linear observation ``y = A x + σ n``, without normaliser.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import Cond
+from metaflowmaps.shapes import as_numbers, positive
 
 
 class LinearGaussian:
@@ -18,24 +17,20 @@ class LinearGaussian:
     differentiable = True
 
     def __init__(self, A: Tensor, y: Tensor | float, noise_std: float, strength: float = 1.0) -> None:
-        matrix = torch.as_tensor(A)
-        matrix = matrix.to(torch.float64).reshape(1, -1) if matrix.ndim < 2 else matrix.to(torch.float64)
-        target = torch.as_tensor(y, dtype=torch.float64).reshape(-1)
-        if matrix.ndim != 2 or target.shape[0] != matrix.shape[0]:
+        matrix = as_numbers(A, "A")
+        matrix = matrix.reshape(1, -1) if matrix.ndim < 2 else matrix
+        target = as_numbers(y, "y").reshape(-1)
+        if matrix.ndim != 2 or 0 in matrix.shape or target.shape[0] != matrix.shape[0]:
             raise InputError(
                 f"LinearGaussian needs A of shape (p, d) and y of shape (p,); got {tuple(matrix.shape)} "
                 f"and {tuple(target.shape)}"
             )
         if not (torch.isfinite(matrix).all() and torch.isfinite(target).all()):
             raise InputError("LinearGaussian needs finite A and y")
-        if not (math.isfinite(noise_std) and noise_std > 0):
-            raise InputError(f"noise_std must be a positive number, got {noise_std}")
-        if not (math.isfinite(strength) and strength >= 0):
-            raise InputError(f"strength must be a finite number >= 0, got {strength}")
         self.A = matrix
         self.y = target
-        self.noise_std = float(noise_std)
-        self.strength = float(strength)
+        self.noise_std = positive(noise_std, "noise_std")
+        self.strength = positive(strength, "strength", or_zero=True)
 
     @property
     def precision(self) -> float:
