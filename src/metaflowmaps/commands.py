@@ -109,7 +109,10 @@ def dry_run(config: TrainConfig, device: str) -> Results:
     seconds = 0.0
     for step in range(3):  # the first ones allocate and warm up
         began = time.perf_counter()
-        objective(model, objective.batch(model, step).to(target)).mean().backward()
+        loss = objective(model, objective.batch(model, step).to(target)).mean()
+        if not bool(loss.isfinite()):
+            raise InputError(f"the loss of the first step is {float(loss)}: check model.data_std and the law")
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
@@ -271,7 +274,7 @@ def eval_posterior(
     cost = {"seconds": time.perf_counter() - began, "seconds_by_sampler": measured.seconds}
     panels = figures.posterior_panels(
         model.path, mixture, config.times,
-        [at.contexts[_telling(at.t)].cpu() for at in measured.at], [at.draws[_telling(at.t)] for at in measured.at],
+        [at.contexts[_telling(at.t, len(at.contexts))].cpu() for at in measured.at], [at.draws[_telling(at.t, len(at.contexts))] for at in measured.at],
         "Draws of the map in one call, exact posteriors as contours",
     )  # fmt: skip
     figures.save(panels, out / "posteriors.png")
@@ -360,9 +363,9 @@ def _panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> Any:
     )
 
 
-def _telling(t: float) -> int:
+def _telling(t: float, contexts: int = 4) -> int:
     """Which of the seeded contexts to draw at a time: neighbours differ, the choice is fixed."""
-    return round(t * 100) % 4
+    return round(t * 100) % min(4, contexts)
 
 
 def _sample_picture(model: MetaFlowMap, law: GaussianMixture, step: int, out: Path) -> None:

@@ -99,6 +99,8 @@ class MetaFlowMap(nn.Module):
             )
         self.network = network
         self.data_std = positive(data_std, "data_std")
+        if not 1e-8 <= self.data_std <= 1e8:  # its square must fit float32, with room for precision
+            raise InputError(f"data_std must lie between 1e-8 and 1e8, got {data_std:g}: scale the data")
         self.register_buffer("data_mean", mean.to(self.dtype))
 
     @property

@@ -1,0 +1,245 @@
+"""The command line as a newcomer meets it: exit codes, one-line errors, results.json, interruption."""
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metaflowmaps import cli
+
+TINY = ["--set", "model.network.width=16", "--set", "model.network.depth=2", "--set", "batch_size=32"]
+TINY += ["--set", "checkpoint_every=20", "--set", "log_every=5", "--set", "threads=1"]
+
+
+def mfm(capsys, *arguments) -> tuple[int, str, str]:
+    """Run in this process: exit code, stdout, stderr."""
+    before = sys.argv
+    sys.argv = ["mfm", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A tiny finished training run."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "metaflowmaps.cli", "train", "gmm", *TINY, "--max-steps", "40", "--out", str(out)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+BAD = {
+    "no such command": (["trian"], "train"),
+    "no recipe": (["train"], "mfm train --help"),
+    "unknown recipe": (["train", "gm"], "did you mean 'gmm'"),
+    "unknown option": (["train", "gmm", "--stesp", "3"], "--"),
+    "unknown setting": (["train", "gmm", "--set", "optimizer.lrr=1"], "did you mean 'optimizer.lr'"),
+    "setting without value": (["train", "gmm", "--set", "steps"], "key=value"),
+    "group of settings": (["train", "gmm", "--set", "optimizer=3"], "optimizer is a group"),
+    "wrong type": (["train", "gmm", "--set", "steps=many"], "steps"),
+    "not finite": (["train", "gmm", "--set", "optimizer.lr=NaN"], "optimizer.lr"),
+    "out of range": (["train", "gmm", "--set", "optimizer.lr=-1"], "greater than 0"),
+    "impossible pair": (["train", "gmm", "--set", "loss.velocity=data"], "mean-flow"),
+    "no teacher": (["train", "gmm", "--set", "teacher=none"], "teacher=exact"),
+    "zero steps": (["train", "gmm", "--max-steps", "0"], "at least 1"),
+    "negative seed": (["train", "gmm", "--seed", "-1"], "--seed"),
+    "no gpu": (["train", "gmm", "--device", "cuda:7"], "--device cpu"),
+    "no such device": (["train", "gmm", "--device", "tpu9"], "auto, cpu or cuda"),
+    "unwritable output": (["train", "gmm", "--out", "/proc/nowhere"], "choose another directory"),
+    "output is a file": (["train", "gmm", "--out", __file__], "directory"),
+    "missing checkpoint": (["sample", "/no/such/place"], "no such file or directory"),
+    "unknown law": (["eval", "posterior", "x", "--law", "gm"], "did you mean 'gmm'"),
+    "one sample": (["eval", "posterior", "x", "--samples", "1"], "samples"),
+    "report of nothing": (["report", "/no/such/run"], "does not exist"),
+    "demo of nothing": (["demo", "--law", "digit"], "allowed are gmm"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mfm(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert says in err
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_bad_states_and_times(capsys, run, tmp_path):
+    for arguments, says in (
+        (["--t", "1.5"], "[0, 1]"),
+        (["--t", "nan"], "[0, 1]"),
+        (["--x", "1,2,3"], "needs 2"),
+        (["--x", "1,one"], "numbers"),
+        (["--num-draws", "0"], "--num-draws"),
+    ):
+        code, _, err = mfm(capsys, "posterior", run, *arguments, "--out", tmp_path / "p")
+        assert code == 2
+        assert err.count("\n") == 1
+        assert says in err
+    code, _, err = mfm(capsys, "sample", run, "--method", "refin", "--out", tmp_path / "s")
+    assert (code, "did you mean 'refine'" in err) == (2, True)
+    code, _, err = mfm(capsys, "sample", run, "--out", run / "checkpoints" / "step-00000040")
+    assert (code, "is a checkpoint" in err) == (2, True)
+    code, _, err = mfm(capsys, "train", "gmm", *TINY, "--max-steps", "40", "--resume", "none", "--out", run / "x")
+    assert code == 0  # an empty directory
+    code, _, err = mfm(capsys, "train", "gmm", *TINY, "--max-steps", "41", "--resume", "/no/such", "--out", run / "y")
+    assert (code, "no such file" in err) == (2, True)
+
+
+def test_train_writes_its_results_and_reports_completion(capsys, run):
+    results = json.loads((run / "results.json").read_text())
+    assert results["schema"] == 1
+    assert results["command"] == "train"
+    assert results["cost"]["steps"] == 40
+    assert results["cost"]["seconds"] > 0
+    assert results["metrics"]["loss"] > 0
+    assert results["environment"].keys() >= {"torch", "device", "threads", "commit", "seed"}
+    again = ["train", "gmm", *TINY, "--max-steps", "40", "--out", run]
+    code, out, err = mfm(capsys, *again, "--json")
+    assert code == 0
+    assert "is complete" in err
+    assert json.loads(out)["metrics"] == results["metrics"]
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    code, _, err = mfm(capsys, *again, "--seed", "5")
+    assert (code, "config.seed: 0 ≠ 5" in err) == (2, True)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(capsys, run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "checkpoints" / "step-00000040", copy)
+    weights = copy / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    code, out, err = mfm(capsys, "sample", copy, "--out", tmp_path / "s")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert str(weights) in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = mfm(capsys, "train", "gmm", "--dry-run", "--json")
+    assert code == 0
+    metrics = json.loads(out)["metrics"]
+    assert metrics["parameters"] == 53_122
+    assert metrics["memory_bytes"] > 4 * 5 * 53_122  # weights, gradients, EMA and two moments at least
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_and_posterior(capsys, run, tmp_path):
+    from safetensors.torch import load_file
+
+    for method in ("refine", "compose", "ode"):
+        out = tmp_path / method
+        code, text, _ = mfm(
+            capsys, "sample", run, "--num", "50", "--steps", "3", "--method", method, "--out", out, "--json"
+        )
+        assert code == 0
+        assert load_file(out / "samples.safetensors")["samples"].shape == (50, 2)
+        assert json.loads(text)["cost"]["forwards"] == 150
+    out = tmp_path / "posterior"
+    code, text, _ = mfm(
+        capsys, "posterior", run, "--t", "0.9", "--x", "1.0,-0.5", "--num-draws", "64", "--out", out, "--json"
+    )
+    assert code == 0
+    metrics = json.loads(text)["metrics"]
+    # at t = .9 even a hardly trained gaussian map is close: its spread is right to a few hundredths
+    assert metrics["mean"] == pytest.approx(metrics["exact_mean"], abs=0.1)
+    assert load_file(out / "draws.safetensors")["draws"].shape == (64, 2)
+    assert (out / "posteriors.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_posterior_and_report(capsys, run, tmp_path):
+    out = tmp_path / "eval"
+    few = ["sets=2", "contexts=2", "other_contexts=1", "glass_steps=[1,2]"]
+    options = [part for setting in few for part in ("--set", setting)]
+    code, text, _ = mfm(capsys, "eval", "posterior", run, "--samples", "500", *options, "--out", out, "--json")
+    assert code == 0
+    results = json.loads(text)
+    assert results == {**json.loads((out / "results.json").read_text()), "out": results["out"]}
+    keys = {"0.0", "0.2", "0.4", "0.6", "0.8", "0.95"}
+    assert results["metrics"]["relative_sw2"].keys() == keys == results["metrics"]["floor"].keys()
+    assert results["metrics"]["by_sampler"].keys() == {"map-1", "map-2", "map-4", "glass-1", "glass-2"}
+    page = tmp_path / "report.html"
+    code, text, _ = mfm(capsys, "report", out, run, "--out", page)
+    assert (code, text.strip()) == (0, str(page))
+    html = page.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html), "the page must need no network"
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(pictures) == 4
+    assert all(base64.b64decode(p)[:4] == b"\x89PNG" for p in pictures)
+    assert "ratio to floor" in html
+    (out / "results.json").write_text("{")
+    code, _, err = mfm(capsys, "report", out, "--out", page)
+    assert (code, "damaged" in err) == (2, True)
+
+
+def test_interruption_saves_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "-m", "metaflowmaps.cli", "train", "gmm", *TINY, "--max-steps", "3000"]
+    command += ["--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "state saved" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    step = int(re.search(r"at step (\d+)", err)[1])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def test_a_closed_pipe_is_no_error_message():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "metaflowmaps.cli", "recipes"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert done.stderr == b""
+
+
+KEYS = ["steps", "batch_size", "optimizer.lr", "optimizer.betas", "times.focus", "law.means", "loss.diagonal"]
+KEYS += ["law.covariances", "law.weights", "model.data_std", "threads", "nonsense", "a.b.c", ""]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    key=st.sampled_from(KEYS),
+    value=st.one_of(
+        st.text(max_size=8), st.integers().map(str), st.floats().map(str),
+        st.sampled_from(["null", "[]", "{}", "[1,2]", "[[1,2],[3]]", '"x"', "1e999", "-0", "true"]),
+    ),
+)  # fmt: skip
+def test_any_setting_is_taken_or_refused_in_one_line(capsys, tmp_path, key, value):
+    """Malformed settings never raise anything but a one-line refusal (the dry run stops before training)."""
+    sizes = ["--set", "model.network.width=4", "--set", "batch_size=8"]
+    if key in ("batch_size", "threads") and value.lstrip("-").isdigit() and int(value) > 64:
+        return  # a valid request for more memory or threads than a test should take
+    code, _, err = mfm(capsys, "train", "gmm", *sizes, "--set", f"{key}={value}", "--dry-run")
+    assert code in (0, 2)
+    if code == 2:
+        assert err.count("\n") == 1
