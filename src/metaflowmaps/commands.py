@@ -272,12 +272,7 @@ def eval_posterior(
     measured = evaluate_posterior(model, mixture, config, lambda line: say(f"eval posterior: {line}"))
     metrics = measured.metrics()
     cost = {"seconds": time.perf_counter() - began, "seconds_by_sampler": measured.seconds}
-    panels = figures.posterior_panels(
-        model.path, mixture, config.times,
-        [at.contexts[_telling(at.t, len(at.contexts))].cpu() for at in measured.at], [at.draws[_telling(at.t, len(at.contexts))] for at in measured.at],
-        "Draws of the map in one call, exact posteriors as contours",
-    )  # fmt: skip
-    figures.save(panels, out / "posteriors.png")
+    figures.save(_panels(model, mixture, seed), out / "posteriors.png")
     figures.save(figures.error_against_calls(metrics), out / "error-against-calls.png")
     results = write_results(out, "eval posterior", full, metrics, cost, seed=seed, device=target, invocation=invocation)
     return {**results, "out": str(out / "results.json")}
@@ -345,27 +340,19 @@ def _parse_state(text: str, model: MetaFlowMap) -> torch.Tensor:
 
 
 def _panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> Any:
+    """Draws for one noisy state a time: of eight seeded ones, the one whose posterior is the widest."""
     contexts, draws = [], []
     for t in PICTURE_TIMES:
         g = stream(seed, "picture", str(t))
-        x_1 = law.sample(4, g)
-        x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)[_telling(t)][None].to(model.device)
+        x_1 = law.sample(8, g)
+        candidates = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
+        widest = int(law.posterior(model.path, t, candidates).variance.sum(-1).argmax())
+        x_t = candidates[widest : widest + 1].to(model.device, model.dtype)
         with torch.no_grad():
             draws.append(model.draw(t, x_t, 1000, generator=g)[:, 0].cpu())
         contexts.append(x_t[0].cpu())
-    return figures.posterior_panels(
-        model.path,
-        law,
-        PICTURE_TIMES,
-        contexts,
-        draws,
-        "Draws of the map in one call, exact posteriors as contours",
-    )
-
-
-def _telling(t: float, contexts: int = 4) -> int:
-    """Which of the seeded contexts to draw at a time: neighbours differ, the choice is fixed."""
-    return round(t * 100) % min(4, contexts)
+    title = "Draws of the map in one call, exact posteriors as contours"
+    return figures.posterior_panels(model.path, law, PICTURE_TIMES, contexts, draws, title)
 
 
 def _sample_picture(model: MetaFlowMap, law: GaussianMixture, step: int, out: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from test_resume import small
 
 from metaflowmaps.checkpoint import load_model
+from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.mlp import MLP
@@ -198,6 +199,35 @@ def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
     assert "checkpoint of step 7 is untouched" in message
     kept = load_model(tmp_path)
     assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_mixed_precision_trains_where_asked(tmp_path):
+    """bf16 autocast on the CPU: the loss stays finite, falls, and differs from float32's in the third digit or so."""
+    torch.set_num_threads(1)
+    losses = {}
+    for precision in ("float32", "bf16"):
+        losses[precision] = run_training(small(steps=60, batch_size=64, precision=precision), tmp_path / precision).loss
+    assert 0 < abs(losses["bf16"] - losses["float32"]) < 0.2 * losses["float32"]
+
+
+def test_tensorboard_is_asked_for_by_name(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+    with pytest.raises(InputError, match=r"pip install 'metaflowmaps\[track\]'"):
+        run_training(small(steps=5, track="tensorboard"), tmp_path)
+
+
+def test_periodic_samples_see_the_model_and_leave_it_alone(tmp_path):
+    torch.set_num_threads(1)
+    seen = []
+    config = small(steps=20, sample_every=8)
+    result = run_training(config, tmp_path / "a", on_sample=lambda model, step: seen.append(step))
+    plain = run_training(config, tmp_path / "b")
+    assert seen == [8, 16]
+    assert (result.checkpoint / "model.safetensors").read_bytes() == (
+        plain.checkpoint / "model.safetensors"
+    ).read_bytes()
 
 
 def test_records_hold_window_means(tmp_path):

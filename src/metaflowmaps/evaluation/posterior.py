@@ -65,15 +65,13 @@ class PosteriorEvalConfig(Config):
 
 @dataclass
 class TimeResult:
-    """Relative SW2 at one t: the floor, and by sampler; the contexts and a few draws for the picture."""
+    """Relative SW2 at one t: the floor, and by sampler."""
 
     t: float
     floor: float
     spread: float | None  # None: too few sets to tell
     by_sampler: dict[str, float]
     floor_of_others: float
-    contexts: Tensor
-    draws: Tensor
 
 
 @dataclass
@@ -173,7 +171,6 @@ def _at_time(
     floors: list[float] = []
     groups: list[list[float]] = []
     errors: dict[str, list[float]] = {name: [] for name in samplers}
-    kept: list[Tensor] = []
     for c in range(config.contexts):
         x = contexts[c : c + 1]
         own = law.posterior(model.path, t, x)
@@ -194,8 +191,6 @@ def _at_time(
             for sample in _sets(model, push, config, t, x, c, sets, name, result):
                 own_curves.add(curves(sample, along))
                 drawn[name] += len(sample)
-                if name == "map-1" and len(kept) <= c:
-                    kept.append(sample[:2000].cpu())
             errors[name].append(own_curves.squared_distance(exact) / v)
     return TimeResult(
         t=t,
@@ -203,8 +198,6 @@ def _at_time(
         spread=_ratio_spread(groups),
         by_sampler={name: _root_mean(values) for name, values in errors.items()},
         floor_of_others=_root_mean(floors[: config.other_contexts]),
-        contexts=contexts,
-        draws=torch.stack(kept),
     )
 
 

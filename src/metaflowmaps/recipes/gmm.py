@@ -24,6 +24,7 @@ def gmm(fast: bool = False) -> TrainConfig:
         times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),
         steps=5_500 if fast else 14_000,
         batch_size=512,
+        sample_every=7_000,
     )
 
 

@@ -52,12 +52,10 @@ def posterior_panels(
     """One panel a time: exact contours of the posterior (where the law is known), draws of the map, the noisy state."""
     columns = min(3, len(times))
     rows = -(-len(times) // columns)
-    figure, axes = new_figure(3.5 * columns, 3.5 * rows + 0.7, rows, columns, sharex=True, sharey=True)
+    figure, axes = new_figure(3.5 * columns, 3.5 * rows + 0.7, rows, columns)
     figure.suptitle(title, fontsize=13)
     for axis, t, x_t, points in zip(axes.flat, times, contexts, draws, strict=False):
         axis.scatter(*points[:1000, :2].T.tolist(), s=5, color=MAP, alpha=0.35, linewidths=0, label="draws of the map")
-        if law is not None:
-            _contours(axis, path, law, t, x_t)
         axis.plot(
             *x_t[:2].tolist(),
             "X",
@@ -66,8 +64,10 @@ def posterior_panels(
             markeredgecolor="white",
             label="noisy state $x_t$",
         )
-        axis.set_title(f"t = {t:g}", fontsize=12)
-        axis.set(xlim=(-6.2, 6.2), ylim=(-6.2, 6.2), aspect="equal")
+        zoom = _frame(axis, points)
+        axis.set_title(f"t = {t:g}{zoom}", fontsize=12)
+        if law is not None:
+            _contours(axis, path, law, t, x_t)
     for axis in axes[-1]:
         axis.set_xlabel("$x^{(1)}$", fontsize=11)
     for axis in axes[:, 0]:
@@ -87,16 +87,25 @@ def posterior_panels(
     return figure
 
 
+def _frame(axis: "Axes", points: Tensor) -> str:
+    """Fix the limits: the common frame, or a closer one where the draws would be a speck in it. Returns what to say."""
+    centre, spread = points[:, :2].mean(0), float(points[:, :2].std(0).max())
+    zoomed = spread < 0.5
+    (x, y), half = (centre.tolist(), max(6 * spread, 0.05)) if zoomed else ((0.0, 0.0), 6.2)
+    axis.set(xlim=(x - half, x + half), ylim=(y - half, y + half), aspect="equal")
+    return f"  (zoomed, {2 * half:.2g} wide)" if zoomed else ""
+
+
 def _contours(axis: "Axes", path: InterpolantPath, law: GaussianMixture, t: float, x_t: Tensor) -> None:
-    """Contours that hold 50 and 90 % (about) of the exact posterior, and its faint tail."""
-    line = torch.linspace(-6.2, 6.2, 161, dtype=torch.float64)
-    grid = torch.cartesian_prod(line, line)
+    """Contours that hold 50, 90 and 99 % of the exact posterior's mass."""
+    lines = [torch.linspace(*limits, 161, dtype=torch.float64) for limits in (axis.get_xlim(), axis.get_ylim())]
+    grid = torch.cartesian_prod(*lines)
     posterior = law.posterior(path, t, x_t[None].double())
     density = posterior.log_prob(grid).exp()
     ordered = density.sort(descending=True).values
     mass = ordered.cumsum(0) / ordered.sum()
     levels = sorted({float(ordered[int((mass < q).sum())]) for q in (0.5, 0.9, 0.99)})
-    axis.contour(line, line, density.reshape(161, 161).T, levels=levels, colors="#22262b", linewidths=1.0)
+    axis.contour(*lines, density.reshape(161, 161).T, levels=levels, colors="#22262b", linewidths=1.0)
 
 
 def error_against_calls(metrics: dict[str, Any]) -> "Figure":
@@ -142,7 +151,7 @@ def training_curve(metrics_file: Path) -> "Figure":
     figure, axes = new_figure(6.4, 3.4)
     axis = axes[0, 0]
     axis.plot([r["step"] for r in records], [r["loss"] for r in records], color=MAP, linewidth=1.5)
-    axis.set(yscale="log", xlabel="training step", ylabel="loss (mean of a window)")
+    axis.set(yscale="log", xlabel="training step", ylabel="loss, mean since last record")
     axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     axis.set_title("Training", fontsize=13)
     return figure

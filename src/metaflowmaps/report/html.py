@@ -29,9 +29,9 @@ th:first-child, td:first-child { text-align: left; } thead th { color: var(--qui
 """
 
 CAPTIONS = {
-    "posteriors.png": "Draws of the map in one network call (dots) over the exact posterior (contours of 50, 90 "
-    "and 99 % of its mass), for one noisy state at each time. At t = 0 the state says nothing and the posterior is "
-    "the data law; as t → 1 it closes in on the state.",
+    "posteriors.png": "Draws of the map in one network call (dots) over the exact posterior (contours of 50, 90 and 99 % "
+    "of its mass), for one noisy state at each time, the most ambiguous of eight. At t = 0 the state says nothing and "
+    "the posterior is the data law; as t → 1 it closes in on the state.",
     "error-against-calls.png": "Sliced W2 distance to the exact posterior, in units of its standard deviation, "
     "against network calls a draw. Dashed: the same figure between two exact samples; nothing can be seen below it.",
     "training.png": "Training loss, mean over each logging window.",
