@@ -33,19 +33,22 @@ def glass() -> None:
     """How many calls GLASS needs to match one map step, with the default map's own drift, by integrator."""
     run = trained(gmm(), "fidelity-default")
     figures, rows = {}, []
-    for method, steps, calls in (
-        ("euler", (1, 2, 4, 8, 16, 32, 64, 128), 1),
-        ("midpoint", (1, 2, 4, 8, 16, 32), 2),
+    for method, spacing, steps, calls in (
+        ("euler", "uniform", (1, 2, 4, 8, 16, 32, 64, 128), 1),
+        ("euler", "angle", (1, 2, 4, 8, 16, 32, 64, 128), 1),
+        ("midpoint", "angle", (1, 2, 4, 8, 16, 32), 2),
     ):
-        say(f"glass: {method}")
-        config = PosteriorEvalConfig(glass_steps=steps, glass_method=method, sets=8, map_steps=(1, 2, 4))
+        say(f"glass: {method}, {spacing}")
+        config = PosteriorEvalConfig(
+            glass_steps=steps, glass_method=method, glass_spacing=spacing, sets=8, map_steps=(1, 2, 4)
+        )
         metrics = judged(run, config).metrics()
-        figures[method] = metrics
+        figures[f"{method}, {spacing}"] = metrics
         matched = metrics["glass_calls_to_match_one_map_step"]
         limit = f"> {calls * steps[-1]}"
-        rows.append([method, *(calls * n if n else limit for n in matched.values())])
+        rows.append([f"{method}, {spacing} steps", *(calls * n if n else limit for n in matched.values())])
         for name, values in metrics["by_sampler"].items():
-            if method == "euler" or name.startswith("glass"):
+            if spacing == "uniform" or name.startswith("glass"):
                 rows.append([f"  {name} error", *(f"{v:.4f}" for v in values.values())])
     print(table(["GLASS calls to match one map step", *(f"t = {t}" for t in matched)], rows))
     keep("glass", "python -m benchmarks glass", figures)

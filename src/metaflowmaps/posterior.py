@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metaflowmaps.chart import GaussianChart
 from metaflowmaps.flow_map import Cond, MetaFlowMap
 from metaflowmaps.glass import Drift, call_drift, glass_drift
 from metaflowmaps.mixture import GaussianMixture
@@ -57,11 +58,29 @@ class MapPosterior:
 
 
 class GlassPosterior:
-    """The GLASS ODE dx̄/ds = b̄_s(x̄; t, x) from noise at s = 0 to a draw at s = 1."""
+    """The GLASS ODE dx̄/ds = b̄_s(x̄; t, x) from noise at s = 0 to a draw at s = 1.
 
-    def __init__(self, path: Path, drift: Drift, steps: int = 30, method: str = "euler") -> None:
-        self.path, self.drift, self.method = as_path(path), drift, method
+    Steps are equal in s, or, given the data's ``data_std``, equal in the angle of :mod:`metaflowmaps.chart`: late
+    contexts form their posterior near s = 1, where equal steps in s have nearly nothing left.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        drift: Drift,
+        steps: int = 30,
+        method: str = "euler",
+        data_std: float | None = None,
+    ) -> None:
+        self.path, self.drift, self.method, self.data_std = as_path(path), drift, method, data_std
         self.grid = uniform_grid(steps)
+
+    def _grid(self, times: Tensor, x_t: Tensor) -> Tensor:
+        if self.data_std is None:
+            return self.grid
+        chart = GaussianChart(self.path, times, x_t, 0.0, self.data_std)
+        inner = [chart.time_out(torch.full_like(times, a)) for a in self.grid.tolist()]
+        return torch.stack([torch.zeros_like(times), *inner[1:-1], torch.ones_like(times)])
 
     def draw(
         self,
@@ -85,7 +104,10 @@ class GlassPosterior:
             return call_drift(self.drift, t, x, wide)
 
         return integrate(
-            lambda s, x: glass_drift(self.path, drift, s, x, times, contexts), noise, self.grid, self.method
+            lambda s, x: glass_drift(self.path, drift, s, x, times, contexts),
+            noise,
+            self._grid(times, contexts),
+            self.method,
         )
 
 

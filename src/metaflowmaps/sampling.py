@@ -57,11 +57,11 @@ INTEGRATORS = {
 
 
 def integrate(f: VelocityField, x: Tensor, grid: Tensor, method: str = "euler") -> Tensor:
-    """x carried along an increasing 1-d grid of times by one step of ``method`` an interval."""
+    """x carried along increasing times, (K+1,) or one grid a row (K+1, B), by one step of ``method`` an interval."""
     if method not in INTEGRATORS:
         raise unknown("integrator", method, INTEGRATORS)
-    if grid.ndim != 1 or grid.numel() < 2 or not bool((grid.diff() > 0).all()):
-        raise InputError("a time grid must be 1-d, strictly increasing, with at least two times")
+    if grid.ndim not in (1, 2) or len(grid) < 2 or not bool((grid.diff(dim=0) > 0).all()):
+        raise InputError("a time grid must be (K+1,) or (K+1, B), strictly increasing, with at least two times")
     step = INTEGRATORS[method].step
     for t, end in pairwise(grid):
         x = step(f, t, end - t, x)

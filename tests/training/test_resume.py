@@ -29,7 +29,7 @@ def small(**changes) -> TrainConfig:
     return TrainConfig.model_validate(data)
 
 
-LEARNED = {"teacher": "learned", "drift_steps": 40, "steps": 60}
+LEARNED = {"teacher": "learned", "drift_steps": 40, "drift_batch_size": 16, "steps": 60}
 
 
 def worker(data: dict, out: str, started) -> None:

@@ -29,9 +29,9 @@ th:first-child, td:first-child { text-align: left; } thead th { color: var(--qui
 """
 
 CAPTIONS = {
-    "posteriors.png": "Draws of the map in one network call (dots) over the exact posterior (contours of 50, 90 and 99 % "
-    "of its mass), for one noisy state at each time, the most ambiguous of eight. At t = 0 the state says nothing and "
-    "the posterior is the data law; as t → 1 it closes in on the state.",
+    "posteriors.png": "Draws of the map in one network call (dots) over the exact posterior (contours of 50, 90 and "
+    "99 % of its mass), for one noisy state at each time, the most ambiguous of eight. At t = 0 the state says nothing "
+    "and the posterior is the data law; as t → 1 it closes in on the state.",
     "error-against-calls.png": "Sliced W2 distance to the exact posterior, in units of its standard deviation, "
     "against network calls a draw. Dashed: the same figure between two exact samples; nothing can be seen below it.",
     "training.png": "Training loss, mean over each logging window.",
@@ -125,7 +125,7 @@ def posterior_tables(metrics: dict[str, Any]) -> dict[str, tuple[list[str], list
     }
     first = [[name, *(_number(values[t]) for t in times)] for name, values in rows.items()]
     second = [
-        [f"{name} ({metrics['network_calls_per_draw'][name]:g} calls)", *(_number(values[t]) for t in times)]
+        [f"{name}, calls a draw: {metrics['network_calls_per_draw'][name]:g}", *(_number(values[t]) for t in times)]
         for name, values in metrics["by_sampler"].items()
     ]
     second.append(["floor", *(_number(metrics["floor_of_others"][t]) for t in times)])
@@ -133,7 +133,7 @@ def posterior_tables(metrics: dict[str, Any]) -> dict[str, tuple[list[str], list
     second.append(["GLASS calls to match one map step", *(str(matched[t] or "more") for t in times)])
     return {
         "Relative sliced W2 of one map step": (head, first),
-        "By sampler (fewer sets; map-1 and floor there as above)": (head, second),
+        "By sampler, on the first of the contexts": (head, second),
     }
 
 

@@ -50,7 +50,8 @@ class TimesConfig(Config):
     focus: tuple[float, float] = (0.0, 1.0)  # an interval of t that gets more than its share:
     focus_share: float = Field(0.0, ge=0, le=1)  # of the contexts, uniform on the interval
     from_noise: float = Field(0.5, ge=0, le=1)  # share of pairs with a = 0: the one-step jumps
-    last: float = Field(0.9936, gt=0, le=1)  # inner times stay below: the target there divides by 1 − a
+    last: float = Field(0.9936, gt=0, le=1)  # inner times stay below: a teacher's target there divides by 1 − a
+    late_share: float = Field(0.0, ge=0, le=1)  # of the pairs, drawn late in the path's own time: s = 1 − U²
 
     @model_validator(mode="after")
     def _possible(self) -> "TimesConfig":
@@ -107,11 +108,12 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     teacher: Literal["exact", "learned", "none"] = "exact"
     drift_steps: int = Field(0, ge=0)  # steps of flow matching that make the learned teacher
+    drift_batch_size: int = Field(2048, ge=1, le=2**24)  # larger: its targets are noisy, the map's are not
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(512, ge=1)
+    batch_size: int = Field(512, ge=1, le=2**24)
     micro_batches: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
-    threads: int = Field(2, ge=1)
+    threads: int = Field(2, ge=1, le=1024)
     precision: Literal["float32", "bf16"] = "float32"
     log_every: int = Field(100, ge=1)
     checkpoint_every: int = Field(2000, ge=1)
@@ -129,6 +131,6 @@ class TrainConfig(Config):
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
         if self.teacher == "learned" and self.drift_steps < 1:
             raise ValueError("teacher=learned needs drift_steps >= 1, the flow matching that makes it")
-        if self.batch_size % self.micro_batches:
-            raise ValueError("batch_size must be a multiple of micro_batches")
+        if self.batch_size % self.micro_batches or self.drift_batch_size % self.micro_batches:
+            raise ValueError("batch_size and drift_batch_size must be multiples of micro_batches")
         return self

@@ -76,6 +76,10 @@ class Objective:
         x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
         eps = randn(tuple(x_1.shape), g)
         a, b = inner_times(self.times, n, g, self._longest_jump(step))
+        if self.times.late_share:
+            chart = model.anchor(t.to(model.device), x_t.to(model.device)).chart
+            late = rand((n,), g) < self.times.late_share
+            a, b = (torch.where(late, chart.time_in((1 - (1 - u) ** 2).to(model.device)).to(u), u) for u in (a, b))
         return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), self._diagonal_rows(step))
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_network
 from metaflowmaps.path import make_path
-from metaflowmaps.training.config import TrainConfig
+from metaflowmaps.training.config import TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Record, TrainResult, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
@@ -84,10 +84,12 @@ def drift_config(config: TrainConfig) -> TrainConfig:
         update={
             "teacher": "none",
             "steps": config.drift_steps,
+            "batch_size": config.drift_batch_size,
             "drift_steps": 0,
             "seed": config.seed + 1_000_003,
             "loss": config.loss.model_copy(update={"diagonal": "data", "consistency": "none", "velocity": "self"}),
-            "times": config.times.model_copy(update={"context_at_zero": 1.0, "from_noise": 0.0}),
+            # GLASS at a late context asks for the drift later still, in a sliver of a: half of the rows go there
+            "times": TimesConfig(context_at_zero=1.0, from_noise=0.0, last=1.0, late_share=0.5),
             "sample_every": 0,
         }
     )
