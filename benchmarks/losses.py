@@ -19,7 +19,7 @@ from metaflowmaps.training.run import build_map, build_objective, drift_config
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
 
-BUDGET, DRIFT_SHARE, SEEDS = 20.0, 0.4, (0, 1, 2)
+BUDGET, DRIFT_SHARE, SEEDS = 15.0, 0.4, (0, 1, 2)
 JUDGE = PosteriorEvalConfig(samples=4096, contexts=16, sets=2, map_steps=(1,), glass_steps=())
 
 LOSSES: dict[str, LossConfig] = {

@@ -472,7 +472,7 @@ def test_pickled_files_are_sent_to_convert(tmp_path, suffix):
     for reader in (read_checkpoint, resolve_checkpoint, load_model):
         line = refusal(lambda reader=reader: reader(file))
         assert str(file) in line
-        assert "pickled files are never read; use mfm convert" in line
+        assert "pickled files are never read; save the weights as safetensors" in line
     assert not (tmp_path / "unpickled").exists()
 
 

@@ -214,7 +214,7 @@ def test_the_flow_map_has_its_three_identities(case, path):
 
 
 def test_steps_equal_in_the_angle_serve_late_contexts():
-    """N(0, 2.25) at t = .95, 8 Euler steps: the spread of draws is within 15 % with angles, and not within 40 % without.
+    """N(0, 2.25) at t = .95, 8 Euler steps: the spread of draws is within 15 % with angles, off by 40 % without.
 
     In the chart this flow stands still (Gaussian data have F = 0), so what angles leave is Euler's error of a rotation.
     """

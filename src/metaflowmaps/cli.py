@@ -195,7 +195,7 @@ def _run() -> int:
         return code if isinstance(code, int) else 0
     except InputError as error:
         say(f"error: {error}")
-        return 2
+        return 1 if _disk_full(error.__cause__) else 2
     except KeyboardInterrupt:
         say("interrupted; finished files are kept")
         return 130
@@ -205,6 +205,10 @@ def _run() -> int:
         return 1
     except Exception as error:
         return _failed(error)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _failed(error: Exception) -> int:
@@ -217,11 +221,8 @@ def _failed(error: Exception) -> int:
     if isinstance(error, NonFiniteLoss):
         say(f"error: {error}")
         return 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        say(
-            f"error: no space left on the device ({error.filename or 'output'}): free some and run the same command "
-            "again; finished checkpoints are intact"
-        )
+    if _disk_full(error):
+        say("error: no space left on the device: free some and run the same command again; checkpoints are intact")
         return 1
     if type(error).__name__ == "Abort":
         say("interrupted; finished files are kept")

@@ -23,7 +23,7 @@ def training_progress(config: TrainConfig, say: Callable[[str], None]) -> Iterat
         TextColumn("{task.description:5s}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.2e}  {task.fields[rate]:.0f} steps/s  left"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]:.0f} steps/s  left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -31,9 +31,9 @@ def training_progress(config: TrainConfig, say: Callable[[str], None]) -> Iterat
 
         def report(stage: str, record: Record) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=record.steps, loss=float("nan"), rate=0.0)
+                tasks[stage] = bar.add_task(stage, total=record.steps, loss="–", rate=0.0)
             rate = record.step / record.seconds if record.seconds else 0.0
-            bar.update(tasks[stage], completed=record.step, loss=record.metrics["loss"], rate=rate)
+            bar.update(tasks[stage], completed=record.step, loss=f"{record.metrics['loss']:.2e}", rate=rate)
 
         yield report
 

@@ -264,7 +264,7 @@ def _locate(path: FilePath) -> FilePath:
     if path.is_dir():
         return path
     if path.is_file() and path.suffix.lower() in PICKLES:
-        raise CheckpointError(path, "pickled files are never read; use mfm convert")
+        raise CheckpointError(path, "pickled files are never read: save the weights as safetensors")
     if path.is_file():
         problem = f"is a file; a checkpoint is a directory: give the one that holds {MANIFEST}"
         raise CheckpointError(path, problem)
