@@ -243,3 +243,17 @@ def test_any_setting_is_taken_or_refused_in_one_line(capsys, tmp_path, key, valu
     assert code in (0, 2)
     if code == 2:
         assert err.count("\n") == 1
+
+
+def test_the_example_in_the_readme_runs(capsys, run):
+    """README's Python, as it stands but for the checkpoint, which is the tiny run here."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    names: dict = {}
+    exec(code.replace("runs/demo/train", str(run)), names)
+    assert names["draws"].shape == (1000, 4, 2)
+    assert names["samples"].shape == (1000, 2)
+    assert names["glass"].draw(0.4, names["x_t"], 2).shape == (2, 4, 2)
+    assert "tensor" in capsys.readouterr().out
