@@ -23,7 +23,8 @@ class Meter:
         self.peak_memory_bytes = 0
 
     def __enter__(self) -> "Meter":
-        self._cuda = torch.cuda.is_available()
+        first = next(self.network.parameters(), None)
+        self._cuda = first is not None and first.is_cuda
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

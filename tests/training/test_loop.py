@@ -128,8 +128,9 @@ def test_time_laws():
     law, path, n = paper_mixture(), LinearPath(), 20_000
     model = MetaFlowMap(MLP(2, 8, 1), path, "gaussian", 0.0, DATA_STD)
 
-    def times(**options):
-        return Objective(law, LossConfig(), TimesConfig(**options), ExactTeacher(path, law), n, 0).batch(model, 0)
+    def times(diagonal_share=0.0, **options):
+        loss = LossConfig(diagonal_share=diagonal_share)
+        return Objective(law, loss, TimesConfig(**options), ExactTeacher(path, law), n, 0).batch(model, 0)
 
     uniform = times(context_at_zero=0.1)
     assert abs(float((uniform.t == 0).float().mean()) - 0.1) < 0.018
@@ -141,8 +142,12 @@ def test_time_laws():
     assert abs(float(inside) - 0.75) < 0.018
     assert bool((uniform.a <= uniform.b).all())
     assert abs(float((uniform.a == 0).float().mean()) - 0.5) < 0.018
+    # the diagonal has a law of its own: uniform, and b = a
+    diagonal = times(diagonal_share=1.0)
+    assert torch.equal(diagonal.a, diagonal.b)
+    assert abs(float((diagonal.a > 0.9 * 0.9936).float().mean()) - 0.1) < 0.018
     # late rows: s = 1 − U², so P(s > .75) = 1/2; at context time 0 and δ the chart's a is (2/π) atan(s δ/(1−s))
-    late = times(context_at_zero=1.0, from_noise=0.0, last=1.0, late_share=1.0)
+    late = times(context_at_zero=1.0, from_noise=0.0, last=1.0, late_share=1.0, diagonal_share=0.0)
     s_of = torch.tan(late.b.double() * math.pi / 2)
     s = s_of / (s_of + DATA_STD)
     # b is the larger of two: P(max U' <= x) = x² with s = 1 − (1 − U')², so P(s > .75) = 1 − 1/4

@@ -30,7 +30,7 @@ def gmm(fast: bool = False) -> TrainConfig:
 
 def gmm_from_data(fast: bool = False) -> TrainConfig:
     """The same map from samples alone: a drift is learned first by flow matching, GLASS on it teaches the map."""
-    drift_steps, steps = (1_500, 2_500) if fast else (7_500, 7_000)
+    drift_steps, steps = (1_500, 2_500) if fast else (6_000, 6_000)
     return gmm().model_copy(
         update={"recipe": "gmm-from-data", "teacher": "learned", "drift_steps": drift_steps, "steps": steps}
     )

@@ -1,12 +1,13 @@
 """What a training run is made of. Recipes are functions that return a :class:`TrainConfig`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from metaflowmaps.config import Config
 from metaflowmaps.mixture import GaussianMixture
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Consistency = Literal["none", "eulerian", "mean-flow", "lagrangian", "lagrangian-difference", "semigroup"]
 
 
@@ -51,7 +52,7 @@ class TimesConfig(Config):
     focus_share: float = Field(0.0, ge=0, le=1)  # of the contexts, uniform on the interval
     from_noise: float = Field(0.5, ge=0, le=1)  # share of pairs with a = 0: the one-step jumps
     last: float = Field(0.9936, gt=0, le=1)  # inner times stay below: a teacher's target there divides by 1 − a
-    late_share: float = Field(0.0, ge=0, le=1)  # of the pairs, drawn late in the path's own time: s = 1 − U²
+    late_share: float = Field(0.0, ge=0, le=1)  # of the rows, inner times late in the path's own time: s = 1 − U²
 
     @model_validator(mode="after")
     def _possible(self) -> "TimesConfig":
@@ -89,7 +90,7 @@ class OptimizerConfig(Config):
 
     name: Literal["soap", "adam", "radam"] = "soap"
     lr: float = Field(3e-3, gt=0)
-    betas: tuple[float, float] = (0.95, 0.99)
+    betas: tuple[Beta, Beta] = (0.95, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -112,7 +113,7 @@ class TrainConfig(Config):
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(512, ge=1, le=2**24)
     micro_batches: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     threads: int = Field(2, ge=1, le=1024)
     precision: Literal["float32", "bf16"] = "float32"
     log_every: int = Field(100, ge=1)
@@ -129,6 +130,8 @@ class TrainConfig(Config):
         )
         if wanted and self.teacher == "none":
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
+        if self.model.network.num_classes:
+            raise ValueError("a mixture has no labels to train classes with: leave model.network.num_classes at 0")
         if self.teacher == "learned" and self.drift_steps < 1:
             raise ValueError("teacher=learned needs drift_steps >= 1, the flow matching that makes it")
         if self.batch_size % self.micro_batches or self.drift_batch_size % self.micro_batches:

@@ -16,7 +16,7 @@ from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.randomness import rand, randn, stream
 from metaflowmaps.training.config import LossConfig, TimesConfig
 from metaflowmaps.training.teachers import Teacher
-from metaflowmaps.training.times import context_times, inner_times
+from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
 
 
 class DataSource(Protocol):
@@ -75,12 +75,14 @@ class Objective:
         t = context_times(self.times, n, g)
         x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
         eps = randn(tuple(x_1.shape), g)
-        a, b = inner_times(self.times, n, g, self._longest_jump(step))
+        a, b = inner_times(self.times, n, g)
+        rows = self._diagonal_rows(step)
+        a[:rows] = b[:rows] = diagonal_times(self.times, n, g)[:rows]
         if self.times.late_share:
-            chart = model.anchor(t.to(model.device), x_t.to(model.device)).chart
-            late = rand((n,), g) < self.times.late_share
-            a, b = (torch.where(late, chart.time_in((1 - (1 - u) ** 2).to(model.device)).to(u), u) for u in (a, b))
-        return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), self._diagonal_rows(step))
+            chart, flags = model.anchor(t.to(model.device), x_t.to(model.device)).chart, late_rows(self.times, n, g)
+            a, b = (torch.where(flags, chart.time_in((1 - (1 - u) ** 2).to(model.device)).to(u), u) for u in (a, b))
+        b = a + torch.clamp_max(b - a, self._longest_jump(step))
+        return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), rows)
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         """Per-row losses, (B,)."""
@@ -108,7 +110,8 @@ class Objective:
     def _fused(self) -> bool:
         # the diagonal is the Lagrangian identity at b = a: with one teacher for both, one network call serves them
         c = self.loss
-        return c.consistency == "lagrangian-difference" and c.diagonal == c.velocity == "teacher"
+        same = c.diagonal == c.velocity == "teacher" and c.adaptive_power_diagonal == c.adaptive_power_consistency
+        return c.consistency == "lagrangian-difference" and same
 
     # -- the two terms -----------------------------------------------------------------------------------------------
 
@@ -124,9 +127,6 @@ class Objective:
     def _consistency(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         flow, z, data_velocity = _at(model, batch)
         a, b, kind = batch.a, batch.b, self.loss.consistency
-        if batch.diagonal_rows:
-            at_diagonal = torch.arange(len(batch), device=b.device) < batch.diagonal_rows
-            b = torch.where(at_diagonal, a, b)
         if kind == "semigroup":
             loss = losses.semigroup(flow, a, b, z, batch.gamma)
         elif kind == "mean-flow":

@@ -23,10 +23,19 @@ def context_times(config: TimesConfig, n: int, generator: torch.Generator) -> Te
     return torch.where(at_zero, torch.zeros(()), t)
 
 
-def inner_times(config: TimesConfig, n: int, generator: torch.Generator, longest: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(n,) sorted pairs a ≤ b with b − a ≤ longest, below ``last``."""
+def diagonal_times(config: TimesConfig, n: int, generator: torch.Generator) -> Tensor:
+    """(n,) inner times of the diagonal, uniform below ``last``."""
+    return config.last * rand((n,), generator)
+
+
+def late_rows(config: TimesConfig, n: int, generator: torch.Generator) -> Tensor:
+    """(n,) flags of the rows whose inner times go by s = 1 − U² instead (the objective knows the chart)."""
+    return rand((n,), generator) < config.late_share
+
+
+def inner_times(config: TimesConfig, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(n,) sorted pairs a ≤ b, below ``last``; a share of them starts at a = 0."""
     a, b = (config.last * rand((2, n), generator).sort(0).values).unbind()
     from_noise = rand((n,), generator) < config.from_noise
-    start = config.last * rand((n,), generator)
-    a, b = torch.where(from_noise, torch.zeros(()), a), torch.where(from_noise, start, b)
-    return a, a + torch.clamp_max(b - a, longest)
+    alone = config.last * rand((n,), generator)
+    return torch.where(from_noise, torch.zeros(()), a), torch.where(from_noise, alone, b)
