@@ -257,3 +257,57 @@ def test_the_example_in_the_readme_runs(capsys, run):
     assert names["samples"].shape == (1000, 2)
     assert names["glass"].draw(0.4, names["x_t"], 2).shape == (2, 4, 2)
     assert "tensor" in capsys.readouterr().out
+
+
+def test_a_rejected_start_does_not_occupy_its_directory(capsys, tmp_path):
+    out = ["--max-steps", "5", "--out", tmp_path / "run"]
+    for refused in (["--set", "law.covariances=[[1,2],[2,1]]"], ["--resume", "/no/such"], ["--set", "law.means=[]"]):
+        code, _, err = mfm(capsys, "train", "gmm", *TINY, *refused, *out)
+        assert (code, err.count("\n")) == (2, 1)
+    assert mfm(capsys, "train", "gmm", *TINY, *out)[0] == 0
+
+
+def test_a_second_writer_is_refused(capsys, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", "gmm", *TINY, "--max-steps", "100000", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "metaflowmaps.cli", *arguments], stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        code, _, err = mfm(capsys, *arguments)
+        assert (code, "another process is writing" in err) == (2, True)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_starting_from_another_run(capsys, run, tmp_path):
+    longer = ["train", "gmm", *TINY, "--max-steps", "60", "--resume", run, "--out", tmp_path / "more"]
+    assert mfm(capsys, *longer)[0] == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [45, 50, 55, 60]
+    for changes, says in (
+        (["--set", "model.network.width=8"], "has another model (network.width: 16 ≠ 8)"),
+        (["--set", "optimizer.name=adam"], "has another optimizer"),
+        (["--max-steps", "30"], "stands at step 40, this run ends at 30"),
+    ):
+        code, _, err = mfm(capsys, *longer[:-1], tmp_path / "other", *changes)
+        assert (code, err.count("\n")) == (2, 1)
+        assert says in err
+
+
+def test_damaged_logs(capsys, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", "gmm", *TINY, "--max-steps", "20", "--out", out]
+    assert mfm(capsys, *command)[0] == 0
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "results.json").unlink()  # as if stopped just before its end
+    with (out / "timings.jsonl").open("a") as file:
+        file.write("3\n{")
+    assert mfm(capsys, *command)[0] == 0
+    assert (out / "metrics.jsonl").read_bytes() == whole
+    (out / "results.json").unlink()
+    (out / "metrics.jsonl").write_bytes(whole[:-10])
+    code, _, err = mfm(capsys, *command)
+    assert (code, err.count("\n"), "metrics.jsonl is shorter" in err) == (2, 1, True)

@@ -208,7 +208,7 @@ def _angle(sine: Tensor, cosine: Tensor) -> Tensor:
 
 
 def _angle_over_sine(sine: Tensor, cosine: Tensor) -> Tensor:
-    """(2/π) atan2(y, x)/y for y >= 0, x > 0; by its series below 1e-3, where the next term is 2e-13 of it."""
+    """(2/π) atan2(y, x)/y for y >= 0, x > 0; by its series below 1e-3, where the first term left out is 1e-19 of it."""
     ratio = sine / cosine
     small = ratio < 1e-3
     safe = torch.where(small, cosine, sine)

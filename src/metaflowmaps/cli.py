@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,24 @@ CheckpointArgument = Annotated[
 
 def say(line: str) -> None:
     """Progress and messages: stderr."""
-    print(line, file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # nobody reads the progress: the work goes on
+        print(line, file=sys.stderr, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Meta flow maps: train, draw, judge. Start with: mfm demo"""
+    if version:
+        from metaflowmaps import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -54,7 +72,7 @@ def recipes() -> None:
 def train(
     recipe: Annotated[str, typer.Argument(help="Which recipe: see mfm recipes.")],
     out: Out = None,
-    fast: Annotated[bool, typer.Option("--fast", help="A third of the time, a little less exact.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Two fifths of the time, a little less exact.")] = False,
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -192,6 +210,8 @@ def _run() -> int:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # click's own word for an interrupt
+            say("interrupted; finished files are kept")
         return code if isinstance(code, int) else 0
     except InputError as error:
         say(f"error: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
 from metaflowmaps.config import override, validated
@@ -18,11 +18,11 @@ from metaflowmaps.meter import Meter
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.progress import training_progress
 from metaflowmaps.randomness import randn, stream
-from metaflowmaps.recipes.gmm import gmm, paper_mixture
+from metaflowmaps.recipes.gmm import LAW, gmm, paper_mixture
 from metaflowmaps.report import figures
 from metaflowmaps.report.html import posterior_tables, write_report
 from metaflowmaps.runs import claim, pick_device, write_results
-from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
 from metaflowmaps.training.config import LawConfig, TrainConfig
 from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import TrainState
@@ -54,11 +54,11 @@ def train(config: TrainConfig, out: Path, device: str, resume: str, invocation: 
     """Train in ``out``; complete runs report, interrupted ones go on."""
     target = pick_device(device)
     torch.set_num_threads(config.threads)
+    law, parameters = config.law.build(), _parameters(build_map(config))  # what cannot be built claims no directory
     done = claim(out, "train", config.model_dump())
     if done is not None:
         say(f"{out} is complete: {config.steps} steps of {config.recipe}")
         return {**done, "out": str(out / "results.json")}
-    law = config.law.build()
     with training_progress(config, say) as report:
         result = run_training(
             config,
@@ -66,7 +66,7 @@ def train(config: TrainConfig, out: Path, device: str, resume: str, invocation: 
             device=target,
             resume=resume,
             report=report,
-            on_sample=lambda model, step: _sample_picture(model, law, step, out),
+            on_sample=(lambda model, step: _sample_picture(model, law, step, out)) if law.dim == 2 else None,
         )
     if law.dim == 2:
         model = load_model(result.checkpoint)
@@ -76,7 +76,7 @@ def train(config: TrainConfig, out: Path, device: str, resume: str, invocation: 
         out,
         "train",
         config.model_dump(),
-        {"loss": result.loss, "parameters": _parameters(build_map(config))},
+        {"loss": result.loss, "parameters": parameters},
         {"seconds": result.seconds, "steps": result.step},
         seed=config.seed,
         device=target,
@@ -262,6 +262,11 @@ def eval_posterior(
         raise unknown("law", law, LAWS)
     config = override(validated(PosteriorEvalConfig, {"samples": samples, "seed": seed}), settings)
     model, found, target = _open(checkpoint, device)
+    trained_on = found.config.get("training", {}).get("law")
+    if trained_on not in (None, LAW.model_dump()):
+        raise InputError(f"{checkpoint} was trained on another law than --law {law}: judge it with its own")
+    if config.glass_method not in INTEGRATORS:
+        raise unknown("glass_method", config.glass_method, INTEGRATORS)
     out = out or _beside(checkpoint, found, f"eval-posterior-{config.samples}")
     full = {"checkpoint": _digest(found), "law": law, **config.model_dump()}
     done = claim(out, "eval posterior", full)
@@ -361,8 +366,12 @@ def _sample_picture(model: MetaFlowMap, law: GaussianMixture, step: int, out: Pa
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary)
-    temporary.replace(path)
+    try:
+        # to bytes first: writing them here gives an OSError, which the command line knows how to report
+        temporary.write_bytes(save({name: value.contiguous().cpu() for name, value in tensors.items()}))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _parameters(model: MetaFlowMap) -> int:

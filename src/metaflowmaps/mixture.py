@@ -237,7 +237,14 @@ class GaussianMixture:
             check_state(x)
             if x.shape[-1] != self.dim or x.ndim != 2:
                 raise InputError(f"the mixture lives in {self.dim} dimensions, got a state of shape {tuple(x.shape)}")
+            if self._means.ndim == 3 and len(self._means) not in (
+                1,
+                len(x),
+            ):  # one posterior serves any number of states
+                raise InputError(f"a posterior of {len(self._means)} contexts takes as many states, got {len(x)}")
         dtype, device = (self.dtype, self._means.device) if x is None else (x.dtype, x.device)
+        if self._means.requires_grad:  # a cached cast made under no_grad would cut the gradient of later calls
+            self._cast.clear()
         key = (dtype, device)
         if key not in self._cast:
             basis = None if self._basis is None else self._basis.to(device, dtype)

@@ -98,6 +98,7 @@ class Path(ABC):
 
     def velocity(self, x_0: Tensor, x_1: Tensor, t: Time) -> Tensor:
         """İ_t = α̇_t x_0 + β̇_t x_1, the data target of flow matching."""
+        check_same(x_0, x_1, "x_0 and x_1")
         t = expand_time(t, x_1)
         return self.alpha_dot(t) * x_0 + self.beta_dot(t) * x_1
 
@@ -111,6 +112,7 @@ class Path(ABC):
 
     def to_denoise(self, t: Time, x: Tensor, value: Tensor, predicts: str) -> Tensor:
         """D_t(x) from a drift, noise, score or data prediction at (t, x)."""
+        check_same(x, value, "a state and a prediction at it")
         t = expand_time(t, x)
         alpha, beta = self.alpha(t), self.beta(t)
         if predicts == "data":

@@ -12,6 +12,8 @@ from metaflowmaps.config import differences
 from metaflowmaps.errors import InputError
 
 SCHEMA = 1
+LOCK = ".lock"
+_held: set[str] = set()
 
 
 def claim(out: Path, command: str, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -25,13 +27,18 @@ def claim(out: Path, command: str, config: dict[str, Any]) -> dict[str, Any] | N
     try:
         if mark.exists():
             held = read_json(mark)
-            if held != wanted:
+            # a directory where nothing but the claim was written holds nothing: a failed start does not occupy it
+            begun = any(path != mark and path.name != LOCK for path in out.iterdir())
+            if held != wanted and begun:
                 lines = differences(held, wanted)
                 more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
                 raise InputError(
                     f"{out} holds another run ({'; '.join(lines[:3])}{more}): choose another --out, "
                     "or repeat its settings"
                 )
+            _lock(out)
+            if held != wanted:
+                write_json(mark, wanted)
             results = out / "results.json"
             return read_json(results) if results.exists() else None
         if out.exists() and not out.is_dir():
@@ -39,10 +46,28 @@ def claim(out: Path, command: str, config: dict[str, Any]) -> dict[str, Any] | N
         if out.exists() and any(path.name == "manifest.json" for path in out.iterdir()):
             raise InputError(f"--out {out} is a checkpoint: give another directory")
         out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
         write_json(mark, wanted)
     except OSError as error:
         raise InputError(f"cannot write to --out {out}: {error.strerror}; choose another directory") from None
     return None
+
+
+def _lock(out: Path) -> None:
+    """Hold ``out`` until this process ends: two writers in one directory would mix their files."""
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on this platform
+        return
+    file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        if str(out.resolve()) not in _held:
+            raise InputError(f"another process is writing to {out}: wait for it, or choose another --out") from None
+        return
+    _held.add(str(out.resolve()))
 
 
 def write_results(

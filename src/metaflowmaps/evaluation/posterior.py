@@ -6,8 +6,8 @@ For contexts drawn from the law (x_1 ~ p_1, then x_t) by a fixed seed, and sampl
 
 ``E[SW2²]`` is a mean over all pairs of a model's set and an exact set (:mod:`metaflowmaps.metrics.sliced_w2`), the
 **floor** the same between two exact sets on the same contexts. A ratio of 1 is indistinguishable from exact.
-``spread`` is the standard error of the ratio of two exact samplers, each judged with as many sets as the model,
-from the scatter between groups of sets.
+``spread`` is an upper estimate of the standard error of the ratio of two exact samplers, each judged with as many
+sets as the model, from the scatter between groups of sets (groups scatter by 1.3 to 2 times more than the whole).
 """
 
 import math

@@ -78,7 +78,11 @@ def _discrepancy(x: Tensor, y: Tensor, kernel: PairKernel) -> float:
 def mmd_squared(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
     """Unbiased MMD² between samples (n, *event) and (m, *event); bandwidth: the pooled median distance."""
     x, y = _prepared(x, y)
-    return _discrepancy(x, y, rbf_kernel(bandwidth or median_distance(torch.cat([x, y]))))
+    if bandwidth is None:
+        bandwidth = median_distance(torch.cat([x, y]))
+    if not bandwidth > 0:
+        raise InputError(f"bandwidth must be positive, got {bandwidth}")
+    return _discrepancy(x, y, rbf_kernel(bandwidth))
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

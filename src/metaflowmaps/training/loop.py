@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.objective import Batch
@@ -90,6 +91,8 @@ def train(
     # -- resume
     if start is not None:
         state.load(start)
+        if start.path.resolve().parent != store.root.resolve():
+            state.metrics_bytes = 0  # another run's checkpoint: its log stayed there
     log = _Log(out, state)
     began = time.perf_counter() - log.seconds_before
 
@@ -177,6 +180,10 @@ class _Log:
         self.state = state
         self.metrics, self.timings = out / "metrics.jsonl", out / "timings.jsonl"
         truncate(self.metrics, state.metrics_bytes)
+        if state.metrics_bytes and (not self.metrics.exists() or self.metrics.stat().st_size < state.metrics_bytes):
+            raise InputError(
+                f"{self.metrics} is shorter than its checkpoint recorded: restore it, or start in another --out"
+            )
         kept = [line for line in _records(self.timings) if line["step"] <= state.step]
         self.timings.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.seconds_before: float = kept[-1]["seconds"] if kept else 0.0
@@ -199,15 +206,17 @@ class _Log:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line cut short is dropped."""
+    """The records of a log, up to the first damaged line: a write may have been cut short."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            float(record["step"]), float(record["seconds"])
+        except (ValueError, TypeError, KeyError):
             break
+        records.append(record)
     return records
 
 
@@ -220,8 +229,6 @@ class _Tracker:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                from metaflowmaps.errors import InputError
-
                 raise InputError("track=tensorboard needs TensorBoard: pip install 'metaflowmaps[track]'") from None
             self.writer = SummaryWriter(out / "tensorboard")  # type: ignore[no-untyped-call]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, load_model, resolve_checkpoint
+from metaflowmaps.config import differences
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_network
@@ -95,6 +96,20 @@ def drift_config(config: TrainConfig) -> TrainConfig:
     )
 
 
+def _check_source(config: TrainConfig, checkpoint: Checkpoint, resume: str) -> None:
+    """Refuse to start from what cannot be gone on with."""
+    if not checkpoint.has("optimizer.safetensors"):
+        raise InputError(f"--resume {resume}: this checkpoint holds a model without a training state")
+    theirs, ours = checkpoint.config.get("training", {}), config.model_dump(mode="json")
+    for part in ("model", "optimizer"):
+        lines = differences(theirs.get(part), ours[part])
+        if lines:
+            raise InputError(f"--resume {resume} has another {part} ({'; '.join(lines[:3])}): repeat its settings")
+    step = checkpoint.document("position.json")["step"]
+    if step >= config.steps:
+        raise InputError(f"--resume {resume} stands at step {step}, this run ends at {config.steps}: raise steps")
+
+
 def _starting_point(config: TrainConfig, out: Path, resume: str) -> Checkpoint | None:
     """auto: the newest valid checkpoint of ``out``. none: nothing, and there must be nothing. Else: that checkpoint."""
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
@@ -114,6 +129,5 @@ def _starting_point(config: TrainConfig, out: Path, resume: str) -> Checkpoint |
         warnings.warn("no valid checkpoint is left: starting from step 0", stacklevel=2)
     if checkpoint is None and resume != "auto":
         checkpoint = resolve_checkpoint(resume)
-        if not checkpoint.has("optimizer.safetensors"):
-            raise InputError(f"--resume {resume}: this checkpoint holds a model without a training state")
+        _check_source(config, checkpoint, resume)
     return checkpoint
