@@ -472,7 +472,7 @@ def test_pickled_files_are_sent_to_convert(tmp_path, suffix):
     for reader in (read_checkpoint, resolve_checkpoint, load_model):
         line = refusal(lambda reader=reader: reader(file))
         assert str(file) in line
-        assert "pickled files are never read; save the weights as safetensors" in line
+        assert "pickled files are never read: save the weights as safetensors" in line
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -665,7 +665,7 @@ def edit_config(saved, **changes):
         ({"data_std": "wide"}, "data_std must be a positive number"),
         ({"network": {"name": "mpl"}}, "did you mean 'mlp'"),
         ({"network": {"name": "mlp", "dim": 2, "heads": 3}}, "heads"),
-        ({"network": {"name": "mlp", "dim": "2"}}, "does not describe a model"),
+        ({"network": {"name": "mlp", "dim": "2"}}, "mlp needs dim"),
         ({"network": {"name": "mlp", "dim": 2, "activation": "step"}}, "step"),
         ({"network": 7}, "does not describe a model"),
         ({"data_std": ...}, "'data_std'"),

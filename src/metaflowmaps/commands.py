@@ -111,7 +111,8 @@ def dry_run(config: TrainConfig, device: str) -> Results:
         began = time.perf_counter()
         loss = objective(model, objective.batch(model, step).to(target)).mean()
         if not bool(loss.isfinite()):
-            raise InputError(f"the loss of the first step is {float(loss)}: check model.data_std and the law")
+            value = float(loss.detach())
+            raise InputError(f"the loss of a first step is {value}: check optimizer.lr, model.data_std and the law")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
