@@ -14,7 +14,7 @@ Consistency = Literal["none", "eulerian", "mean-flow", "lagrangian", "lagrangian
 class LawConfig(Config):
     """A Gaussian mixture."""
 
-    means: list[list[float]]
+    means: list[Annotated[list[float], Field(min_length=1)]] = Field(min_length=1)
     covariances: Any = 1.0
     weights: list[float] | None = None
 
