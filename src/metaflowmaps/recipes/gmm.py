@@ -16,6 +16,7 @@ def paper_mixture() -> GaussianMixture:
 
 def gmm(fast: bool = False) -> TrainConfig:
     """The meta flow map of the mixture, from its exact auxiliary drift."""
+    # python -m benchmarks fidelity, 2 cores: see docs/benchmarks.md for the figures that this and --fast reached
     return TrainConfig(
         recipe="gmm",
         law=LAW,
