@@ -19,7 +19,7 @@ _held: set[str] = set()
 def claim(out: Path, command: str, config: dict[str, Any]) -> dict[str, Any] | None:
     """Take ``out`` for this command and configuration; the results, if it is complete already.
 
-    A directory that holds another configuration is refused and left as it is.
+    A directory that holds another configuration is refused and left as it is, unless nothing but its claim was written.
     """
     wanted = {"command": command, "config": config}
     wanted = json.loads(json.dumps(wanted))  # tuples and such as they will come back
