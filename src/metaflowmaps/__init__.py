@@ -16,6 +16,8 @@ from metaflowmaps.posterior import (
     Posterior,
     TweediePosterior,
 )
+from metaflowmaps.steering import SteerResult, steer
+from metaflowmaps.value import ValueEstimate, value_gradient
 
 __version__ = version("metaflowmaps")
 
@@ -30,8 +32,12 @@ __all__ = [
     "MetaFlowMap",
     "Path",
     "Posterior",
+    "SteerResult",
     "TrigonometricPath",
     "TweediePosterior",
+    "ValueEstimate",
     "glass_drift",
     "rewards",
+    "steer",
+    "value_gradient",
 ]

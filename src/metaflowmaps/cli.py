@@ -19,7 +19,7 @@ from metaflowmaps.errors import InputError, unknown
 
 app = typer.Typer(
     name="mfm",
-    help="Meta flow maps: train, draw, judge. Start with: mfm demo",
+    help="Meta flow maps: train, draw, steer, judge. Start with: mfm demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,7 +48,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Meta flow maps: train, draw, judge. Start with: mfm demo"""
+    """Meta flow maps: train, draw, steer, judge. Start with: mfm demo"""
     if version:
         from metaflowmaps import __version__
 
@@ -134,6 +134,85 @@ def posterior(
     emit(commands.posterior(checkpoint, t, x, num_draws, steps, out, seed or 0, device, invocation()), as_json)
 
 
+@app.command()
+def steer(
+    checkpoint: CheckpointArgument,
+    reward: Annotated[
+        str, typer.Option("--reward", help="A task (gmm-inverse, mixture-16d) or file.py:function.")
+    ] = "gmm-inverse",
+    strength: Annotated[float, typer.Option("--strength", help="λ: the reward is multiplied by it.")] = 1.0,
+    num: Annotated[int, typer.Option("--num", min=1, help="How many samples.")] = 1024,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="none, mfm-g, mfm-gf, mfm-search, mfm-smc, dps, tds, best-of-n, glass or exact."),
+    ] = "mfm-g",
+    num_draws: Annotated[int, typer.Option("--num-draws", min=1, help="Posterior draws a step (N).")] = 4,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the time grid.")] = 250,
+    process: Annotated[str, typer.Option("--process", help="ode or sde.")] = "ode",
+    renormalize: Annotated[str, typer.Option("--renormalize", help="none, clip or rescale.")] = "none",
+    label: Annotated[int | None, typer.Option("--label", help="Class to condition on.")] = None,
+    out: Out = None,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Sample with a reward: samples.safetensors holds samples and rewards. --set gives a method's own options."""
+    from metaflowmaps import commands
+
+    results = commands.steer(
+        checkpoint, reward, strength, num, method, num_draws, steps, process, renormalize, label, settings or [], out,
+        seed or 0, device, invocation(), sys.stderr.isatty(),
+    )  # fmt: skip
+    emit(results, as_json)
+
+
+Task = Annotated[str, typer.Option("--task", help="gmm-inverse or mixture-16d.")]
+
+
+@evaluate.command("steering")
+def eval_steering(
+    checkpoint: CheckpointArgument,
+    task: Task = "gmm-inverse",
+    samples: Annotated[int | None, typer.Option("--samples", help="Samples a run (4096).")] = None,
+    out: Out = None,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Every steering method against the exact tilted law, with costs. CHECKPOINT "exact": the mixture itself."""
+    from metaflowmaps import commands
+    from metaflowmaps.report.html import steering_tables
+
+    results = commands.eval_steering(
+        checkpoint, task, samples, out, settings or [], seed or 0, device, invocation(), say
+    )
+    if not as_json:
+        commands.print_tables(steering_tables(results["metrics"]))
+    emit(results, as_json)
+
+
+@evaluate.command("value")
+def eval_value(
+    checkpoint: CheckpointArgument,
+    task: Task = "gmm-inverse",
+    out: Out = None,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """The value from posterior draws against the exact one: map at 1, 2, 4 steps and GLASS at 1 to 32."""
+    from metaflowmaps import commands
+    from metaflowmaps.report.html import value_tables
+
+    results = commands.eval_value(checkpoint, task, out, settings or [], seed or 0, device, invocation(), say)
+    if not as_json:
+        commands.print_tables(value_tables(results["metrics"]))
+    emit(results, as_json)
+
+
 @evaluate.command("posterior")
 def eval_posterior(
     checkpoint: CheckpointArgument,
@@ -147,12 +226,13 @@ def eval_posterior(
 ) -> None:
     """Relative sliced W2 of posterior draws, with its floor: map at 1, 2, 4 steps and GLASS at 1 to 32."""
     from metaflowmaps import commands
+    from metaflowmaps.report.html import posterior_tables
 
     results = commands.eval_posterior(
         checkpoint, law, samples, out, settings or [], seed or 0, device, invocation(), say
     )
     if not as_json:
-        commands.print_posterior_tables(results["metrics"])
+        commands.print_tables(posterior_tables(results["metrics"]))
     emit(results, as_json)
 
 
@@ -175,11 +255,12 @@ def demo(
 ) -> None:
     """Train the mixture's map, judge it, and write report.html: a few minutes on a laptop."""
     from metaflowmaps import commands
+    from metaflowmaps.report.html import posterior_tables
 
     if law != "gmm":
         raise unknown("law", law, ("gmm",))
     page, results = commands.demo(out or Path("runs/demo"), seed or 0, say)
-    commands.print_posterior_tables(results["metrics"])
+    commands.print_tables(posterior_tables(results["metrics"]))
     print(f"report: {page}")
 
 

@@ -42,6 +42,17 @@ def override(config: C, settings: Iterable[str]) -> C:
     return validated(type(config), data)
 
 
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` pairs as a dictionary; values are JSON, or else plain text."""
+    out = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set takes key=value, got {setting!r}")
+        out[key.strip()] = _parse(text)
+    return out
+
+
 def validated(kind: type[C], data: Any) -> C:
     """Build a configuration; what is wrong comes back as one line."""
     try:

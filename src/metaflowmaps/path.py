@@ -46,6 +46,14 @@ def _tensor(t: Time) -> Tensor:
     return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
+class Bridge(NamedTuple):
+    """x_u given x_t and x_1 is ``N(keep · x_t + data · x_1, std²)``; see :meth:`Path.bridge`."""
+
+    keep: Tensor
+    data: Tensor
+    std: Tensor
+
+
 class Path(ABC):
     """α and β, their derivatives and divided differences; everything else follows."""
 
@@ -107,6 +115,23 @@ class Path(ABC):
         check_time(t)
         alpha, beta = self.alpha(t), self.beta(t)
         return 2 * (self.beta_dot(t) / beta * alpha**2 - self.alpha_dot(t) * alpha)
+
+    def tilt_gain(self, t: Time) -> Tensor:
+        """c_t = β̇ − β α̇/α: by how much the drift moves when D_t moves, ``b* = b + c_t (D* − D)``."""
+        alpha = self.alpha(t)
+        return (alpha * self.beta_dot(t) - self.beta(t) * self.alpha_dot(t)) / alpha
+
+    def bridge(self, t: Time, u: Time) -> Bridge:
+        """The memoryless process between t < u with x_1 held fixed, exactly; regular at t = 0 and at u = 1.
+
+        Its noising is linear, ``x_t | x_u ~ N(ρ x_u, α_t² − ρ² α_u²)`` with ρ = β_t/β_u, and Bayes' rule with
+        ``x_u | x_1 ~ N(β_u x_1, α_u²)`` gives the rest.
+        """
+        alpha_t, alpha_u, beta_u = self.alpha(t), self.alpha(u), self.beta(u)
+        rho = self.beta(t) / beta_u
+        fresh = alpha_t**2 - rho**2 * alpha_u**2
+        keep = rho * alpha_u**2 / alpha_t**2
+        return Bridge(keep, beta_u * fresh / alpha_t**2, alpha_u * fresh.clamp_min(0).sqrt() / alpha_t)
 
     # -- the hub -----------------------------------------------------------------------------------------------------
 

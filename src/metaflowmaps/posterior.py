@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.chart import GaussianChart
+from metaflowmaps.errors import unknown
 from metaflowmaps.flow_map import Cond, MetaFlowMap
 from metaflowmaps.glass import Drift, call_drift, glass_drift
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.path import Path, as_path
 from metaflowmaps.randomness import randn
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
 from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time
 
 
@@ -44,7 +45,15 @@ class MapPosterior:
 
     def __init__(self, model: MetaFlowMap, steps: int = 1) -> None:
         check_count(steps, "steps")
-        self.model, self.steps = model, steps
+        self.model, self.steps, self.path = model, steps, model.path
+
+    def push(self, noise: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
+        """Noise to draws, one a row: (B, *event)."""
+        return self.model.push(noise, t, x_t, self.steps, cond)
+
+    def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """D_t(x)."""
+        return self.model.denoise(t, x, cond)
 
     def draw(
         self,
@@ -72,6 +81,8 @@ class GlassPosterior:
         method: str = "euler",
         data_std: float | None = None,
     ) -> None:
+        if method not in INTEGRATORS:
+            raise unknown("integrator", method, INTEGRATORS)
         self.path, self.drift, self.method, self.data_std = as_path(path), drift, method, data_std
         self.grid = uniform_grid(steps)
 
@@ -92,27 +103,35 @@ class GlassPosterior:
     ) -> Tensor:
         _check(t, x_t, num_draws)
         noise = randn((num_draws, *x_t.shape), generator, x_t.dtype, x_t.device)
-        return self.push(noise.flatten(0, 1), t, x_t, num_draws, cond).reshape(noise.shape)
-
-    def push(self, noise: Tensor, t: Time, x_t: Tensor, num_draws: int = 1, cond: Cond = None) -> Tensor:
-        """Noise (num_draws·B, *event) to draws, the contexts repeated."""
         contexts = x_t.repeat(num_draws, *([1] * (x_t.ndim - 1)))
         times = batch_time(t, x_t).repeat(num_draws)
         wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
+        return self.push(noise.flatten(0, 1), times, contexts, wide).reshape(noise.shape)
+
+    def push(self, noise: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
+        """Noise to draws, one a row: (B, *event)."""
 
         def drift(t: Time, x: Tensor) -> Tensor:
-            return call_drift(self.drift, t, x, wide)
+            return call_drift(self.drift, t, x, cond)
 
+        times = batch_time(t, x_t)
         return integrate(
-            lambda s, x: glass_drift(self.path, drift, s, x, times, contexts),
+            lambda s, x: glass_drift(self.path, drift, s, x, times, x_t),
             noise,
-            self._grid(times, contexts),
+            self._grid(times, x_t),
             self.method,
         )
 
+    def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """D_t(x)."""
+        times = batch_time(t, x)
+        return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
+
 
 class ExactPosterior:
-    """A mixture's own posterior, drawn exactly."""
+    """A mixture's own posterior, drawn exactly. A draw picks a component: it has no pathwise gradient in x_t."""
+
+    pathwise = False
 
     def __init__(self, path: Path, law: GaussianMixture) -> None:
         self.path, self.law = as_path(path), law
@@ -127,6 +146,10 @@ class ExactPosterior:
     ) -> Tensor:
         _check(t, x_t, num_draws)
         return self.law.posterior(self.path, t, x_t).draw(num_draws, generator)
+
+    def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """D_t(x)."""
+        return self.law.denoise(self.path, t, x)
 
 
 class TweediePosterior:
@@ -144,17 +167,24 @@ class TweediePosterior:
         cond: Cond = None,
     ) -> Tensor:
         _check(t, x_t, num_draws)
-        times = batch_time(t, x_t)
-        mean = self.path.to_denoise(times, x_t, call_drift(self.drift, times, x_t, cond), "drift")
+        mean = self.denoise(t, x_t, cond)
         return mean.expand(num_draws, *mean.shape)
+
+    def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """D_t(x)."""
+        times = batch_time(t, x)
+        return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
 
 
 class ExactModel:
     """A mixture in the form of a model: path, event_shape, drift, draw, value."""
 
+    pathwise = False
+
     def __init__(self, path: Path, law: GaussianMixture) -> None:
         self.path, self.law = as_path(path), law
         self.event_shape = (law.dim,)
+        self.dtype = law.dtype
         self._posterior = ExactPosterior(path, law)
 
     def drift(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:

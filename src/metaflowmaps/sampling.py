@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.shapes import Time, check_count, expand_time
+from metaflowmaps.path import Path
+from metaflowmaps.shapes import Time, check_count, expand_time, positive
 
 VelocityField = Callable[[Time, Tensor], Tensor]
 
@@ -60,8 +61,7 @@ def integrate(f: VelocityField, x: Tensor, grid: Tensor, method: str = "euler") 
     """x carried along increasing times, (K+1,) or one grid a row (K+1, B), by one step of ``method`` an interval."""
     if method not in INTEGRATORS:
         raise unknown("integrator", method, INTEGRATORS)
-    if grid.ndim not in (1, 2) or len(grid) < 2 or not bool((grid.diff(dim=0) > 0).all()):
-        raise InputError("a time grid must be (K+1,) or (K+1, B), strictly increasing, with at least two times")
+    check_grid(grid)
     step = INTEGRATORS[method].step
     for t, end in pairwise(grid):
         x = step(f, t, end - t, x)
@@ -72,3 +72,44 @@ def uniform_grid(steps: int, start: float = 0.0, end: float = 1.0) -> Tensor:
     """steps + 1 equally spaced times, float64 (the ends are exact)."""
     check_count(steps, "steps")
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)
+
+
+def power_grid(steps: int, power: float = 2.5, start: float = 0.01, end: float = 1.0) -> Tensor:
+    """linspace(start, end)^power: short steps early, the grid of MFM-Search."""
+    return uniform_grid(steps, start, end) ** positive(power, "power")
+
+
+def log_snr_grid(path: Path, steps: int, ends: float = 0.01) -> Tensor:
+    """0, then times uniform in log β/α between ends and 1 − ends, then 1."""
+    check_count(steps, "steps")
+    if steps < 3:
+        return uniform_grid(steps)
+    inner = torch.tensor([ends, 1 - ends], dtype=torch.float64)
+    low, high = (path.beta(inner) / path.alpha(inner)).log().tolist()
+    ratio = torch.linspace(low, high, steps - 1, dtype=torch.float64).exp()
+    return torch.cat([torch.zeros(1), path.time_of_ratio(ratio, torch.ones_like(ratio)), torch.ones(1)])
+
+
+GRIDS = ("uniform", "power", "log-snr")
+
+
+def time_grid(path: Path, grid: str | Tensor, steps: int) -> Tensor:
+    """The grid of that name with ``steps`` intervals, or a tensor of times as it is, checked."""
+    if isinstance(grid, Tensor):
+        check_grid(grid)
+        if grid.ndim != 1 or not (float(grid[0]) >= 0 and float(grid[-1]) == 1):
+            raise InputError("a steering grid must be (K+1,) times from somewhere in [0, 1) to exactly 1")
+        return grid.to("cpu", torch.float64)
+    if grid == "uniform":
+        return uniform_grid(steps)
+    if grid == "power":
+        return power_grid(steps)
+    if grid == "log-snr":
+        return log_snr_grid(path, steps)
+    raise unknown("grid", grid, GRIDS)
+
+
+def check_grid(grid: Tensor) -> None:
+    """Refuse times that do not increase."""
+    if grid.ndim not in (1, 2) or len(grid) < 2 or not bool((grid.diff(dim=0) > 0).all()):
+        raise InputError("a time grid must be (K+1,) or (K+1, B), strictly increasing, with at least two times")

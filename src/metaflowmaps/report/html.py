@@ -3,10 +3,13 @@
 import base64
 import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metaflowmaps.errors import InputError
+
+Tables = dict[str, tuple[list[str], list[list[str]]]]
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -34,6 +37,14 @@ CAPTIONS = {
     "and the posterior is the data law; as t → 1 it closes in on the state.",
     "error-against-calls.png": "Sliced W2 distance to the exact posterior, in units of its standard deviation, "
     "against network calls a draw. Dashed: the same figure between two exact samples; nothing can be seen below it.",
+    "steered.png": "Samples of each method (dots) over the exact tilted law (contours of 50, 90 and 99 % of its mass). "
+    "SW2 as a ratio to the distance between two exact sample sets of that size; NFE by the paper's convention.",
+    "error-against-cost.png": "Error against the cost of one returned sample, in network and reward evaluations (left) "
+    "and in time on this machine (right). Dashed: exact samples.",
+    "trajectory.png": "Effective number of draws behind each estimate, and the size of the estimated gradient of the "
+    "value, along the trajectory.",
+    "value-against-calls.png": "Error and correlation of the estimated value against network calls a draw. Dashed: the "
+    "same number of exact draws.",
     "training.png": "Training loss, mean over each logging window.",
     "samples.png": "Samples.",
 }
@@ -83,6 +94,9 @@ TITLES = {
     "eval posterior": "Posterior fidelity",
     "posterior": "Posterior draws",
     "sample": "Samples",
+    "steer": "Steered samples",
+    "eval steering": "Steering",
+    "eval value": "Value estimation",
 }
 
 
@@ -105,15 +119,16 @@ def read_results(run: Path) -> dict[str, Any]:
 
 def _tables(results: dict[str, Any]) -> str:
     metrics, cost = results["metrics"], results["cost"]
-    if results["command"] == "eval posterior":
+    if results["command"] in TABLES:
         return "".join(
-            f"<h3>{html.escape(name)}</h3>" + _table(*table) for name, table in posterior_tables(metrics).items()
+            f"<h3>{html.escape(name)}</h3>" + _table(*table)
+            for name, table in TABLES[results["command"]](metrics).items()
         )
     rows = [[k, _number(v)] for k, v in {**metrics, **cost}.items() if isinstance(v, int | float)]
     return _table(["figure", "value"], rows)
 
 
-def posterior_tables(metrics: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+def posterior_tables(metrics: dict[str, Any]) -> Tables:
     """The tables of ``mfm eval posterior``: one map step against its floor, and every sampler."""
     times = list(metrics["relative_sw2"])
     head = ["t", *(f"{float(t):g}" for t in times)]
@@ -135,6 +150,62 @@ def posterior_tables(metrics: dict[str, Any]) -> dict[str, tuple[list[str], list
         "Relative sliced W2 of one map step": (head, first),
         "By sampler, on the first of the contexts": (head, second),
     }
+
+
+def steering_tables(metrics: dict[str, Any]) -> Tables:
+    """The tables of ``mfm eval steering``: one row a method and number of draws."""
+    head = [
+        "method", "N", "SW2 / floor", "MMD", "mode L1", "reward", "NFE", "ms", "network", "backward", "reward calls",
+        "samples",
+    ]  # fmt: skip
+    rows = []
+    for name, by_draws in metrics["methods"].items():
+        for key in sorted(by_draws, key=int):
+            cell = by_draws[key]
+            cost, total = cell["cost"], cell["samples"] * cell["seeds"]
+            rows.append(
+                [
+                    name, key, _number(cell["sw2"] / cell["floor_sw2"]), _number(cell["mmd"]), _number(cell["mode_l1"]),
+                    _number(cell["reward"]), f"{cost['nfe']:,.0f}", _number(1000 * cost["seconds"] / total),
+                    *(f"{cost[k] / total:,.0f}" for k in ("forwards", "backwards", "reward_calls")),
+                    f"{cell['seeds']} × {cell['samples']:,}",
+                ]
+            )  # fmt: skip
+    floor = metrics["floor"]
+    rows.append(
+        ["exact samples", "–", "1", "–", _number(floor["mode_l1"]), _number(metrics["exact_reward"])] + ["–"] * 6
+    )
+    return {"Steering, costs per returned sample": (head, rows)}
+
+
+def value_tables(metrics: dict[str, Any]) -> Tables:
+    """The tables of ``mfm eval value``."""
+    times = list(next(iter(metrics["by_sampler"].values())))
+    head = ["sampler, calls a draw", *(f"t = {float(t):g}" for t in times), "seconds"]
+    tables: Tables = {}
+    for what, title in (("rmse", "RMSE of the value"), ("pearson", "Pearson r with the exact value")):
+        tables[title] = (
+            head,
+            [
+                [
+                    f"{name}, {metrics['network_calls_per_draw'][name]:g}",
+                    *(_number(at[t][what]) for t in times),
+                    _number(metrics["seconds_by_sampler"][name]),
+                ]
+                for name, at in metrics["by_sampler"].items()
+            ],
+        )
+    tables["RMSE of the value"][1].append(
+        ["spread of the exact value", *(_number(v) for v in metrics["value_std"].values()), "–"]
+    )
+    return tables
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], Tables]] = {
+    "eval posterior": posterior_tables,
+    "eval steering": steering_tables,
+    "eval value": value_tables,
+}
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,27 @@
 """Rewards: ``reward(x, cond=None) -> (B,)``."""
 
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.rewards.base import Reward
+from metaflowmaps.rewards.base import Reward, call_reward, is_differentiable
+from metaflowmaps.rewards.black_box import BlackBox
+from metaflowmaps.rewards.classifier import ClassifierMixture, LogitMargin
+from metaflowmaps.rewards.compose import Tempered, WeightedSum
+from metaflowmaps.rewards.density import LogDensity
+from metaflowmaps.rewards.inverse import InverseProblem
+from metaflowmaps.rewards.operators import Blur, Downsample, Mask
 
-__all__ = ["LinearGaussian", "Reward"]
+__all__ = [
+    "BlackBox",
+    "Blur",
+    "ClassifierMixture",
+    "Downsample",
+    "InverseProblem",
+    "LinearGaussian",
+    "LogDensity",
+    "LogitMargin",
+    "Mask",
+    "Reward",
+    "Tempered",
+    "WeightedSum",
+    "call_reward",
+    "is_differentiable",
+]

@@ -3,10 +3,13 @@
 A plain function works. A class in this package also declares ``differentiable`` (may ∇r be taken?) and ``strength``.
 """
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from metaflowmaps.shapes import event_sum
 
 Cond = Mapping[str, Tensor] | None
 
@@ -19,3 +22,55 @@ class Reward(Protocol):
     strength: float
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor: ...
+
+
+def is_differentiable(reward: Callable[..., Any]) -> bool:
+    """What the reward declares; True where it declares nothing."""
+    return bool(getattr(reward, "differentiable", True))
+
+
+def call_reward(reward: Callable[..., Any], x: Tensor, cond: Cond = None) -> Any:
+    """reward(x, cond) where the callable has a place for cond, reward(x) where it has none.
+
+    The place is a parameter named ``cond``, or else a second positional one. A default stays as it is when there is no
+    condition, and always when it is not None: ``scale=2.0`` is an option of the function, not a place for cond.
+    """
+    try:
+        signature = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)
+    except (TypeError, ValueError):  # builtins written in C
+        return reward(x) if cond is None else reward(x, cond)
+    place = _place_of_cond(signature)
+    if place is None:
+        return reward(x)
+    required = place.default is place.empty and place.kind is not place.VAR_POSITIONAL
+    option = place.default is not place.empty and place.default is not None
+    if option or (cond is None and not required):
+        return reward(x)
+    by_name = place.name == "cond" and place.kind in (place.POSITIONAL_OR_KEYWORD, place.KEYWORD_ONLY)
+    return reward(x, cond=cond) if by_name else reward(x, cond)
+
+
+def _place_of_cond(signature: inspect.Signature) -> inspect.Parameter | None:
+    parameters = list(signature.parameters.values())
+    named = [p for p in parameters[1:] if p.name == "cond" and p.kind is not p.VAR_KEYWORD]
+    if named:
+        return named[0]
+    begin = 0 if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else 1
+    by_position = (p for p in parameters[begin:] if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD))
+    return next(by_position, None)
+
+
+def no_reward(x: Tensor) -> Tensor:
+    """r(x) = 0: (B,) zeros on the graph of x, so that a gradient exists and is 0."""
+    return event_sum(0 * x)
+
+
+def describe(thing: object) -> str:
+    """A function's name, a module's class or a short repr: what a reward's own repr says of its parts."""
+    name = getattr(thing, "__name__", None)
+    if isinstance(name, str):
+        return name
+    if isinstance(thing, nn.Module) or type(thing).__repr__ is object.__repr__:
+        return type(thing).__name__
+    text = " ".join(repr(thing).split())
+    return text if len(text) <= 120 else text[:117] + "..."

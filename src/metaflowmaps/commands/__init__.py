@@ -1,0 +1,21 @@
+"""What each command does, apart from parsing and printing: a function from arguments to a results dictionary."""
+
+from metaflowmaps.commands.draw import posterior, sample
+from metaflowmaps.commands.judge import demo, eval_posterior
+from metaflowmaps.commands.shared import print_tables
+from metaflowmaps.commands.steering import eval_steering, eval_value, steer
+from metaflowmaps.commands.train import dry_run, resolve_training, train
+
+__all__ = [
+    "demo",
+    "dry_run",
+    "eval_posterior",
+    "eval_steering",
+    "eval_value",
+    "posterior",
+    "print_tables",
+    "resolve_training",
+    "sample",
+    "steer",
+    "train",
+]

@@ -1,0 +1,92 @@
+"""What several commands do: open a checkpoint, find a place for results, keep tensors, draw the usual picture."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
+from metaflowmaps.config import validated
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.report import figures
+from metaflowmaps.runs import pick_device
+from metaflowmaps.training.config import LawConfig
+
+Say = Callable[[str], None]
+Results = dict[str, Any]
+PICTURE_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+
+def open_model(checkpoint: str, device: str) -> tuple[MetaFlowMap, Checkpoint, torch.device]:
+    target = pick_device(device)
+    return load_model(checkpoint).to(target), resolve_checkpoint(checkpoint), target
+
+
+def beside(checkpoint: str, found: Checkpoint, name: str) -> Path:
+    """Results go into the run that made the checkpoint; from elsewhere, under runs/."""
+    run = found.path.parent.parent
+    return run / name if (run / "run.json").exists() else Path("runs") / f"{Path(checkpoint).name}-{name}"
+
+
+def law_of(found: Checkpoint) -> GaussianMixture | None:
+    law = found.config.get("training", {}).get("law")
+    return None if law is None else validated(LawConfig, law).build()
+
+
+def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> Any:
+    """Draws for one noisy state a time: of eight seeded ones, the one whose posterior is the widest."""
+    contexts, draws = [], []
+    for t in PICTURE_TIMES:
+        g = stream(seed, "picture", str(t))
+        x_1 = law.sample(8, g)
+        candidates = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
+        widest = int(law.posterior(model.path, t, candidates).variance.sum(-1).argmax())
+        x_t = candidates[widest : widest + 1].to(model.device, model.dtype)
+        with torch.no_grad():
+            draws.append(model.draw(t, x_t, 1000, generator=g)[:, 0].cpu())
+        contexts.append(x_t[0].cpu())
+    title = "Draws of the map in one call, exact posteriors as contours"
+    return figures.posterior_panels(model.path, law, PICTURE_TIMES, contexts, draws, title)
+
+
+def sample_picture(model: MetaFlowMap, law: GaussianMixture, step: int, out: Path) -> None:
+    figures.save(panels(model, law, 0), out / "samples" / f"step-{step:08d}.png")
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        # to bytes first: writing them here gives an OSError, which the command line knows how to report
+        temporary.write_bytes(save({name: value.contiguous().cpu() for name, value in tensors.items()}))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def count_parameters(model: MetaFlowMap) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def digest(found: Checkpoint) -> str:
+    """What identifies a checkpoint: the hash of its manifest, which holds the hash of everything else."""
+    return hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
+
+
+def print_tables(tables: dict[str, tuple[list[str], list[list[str]]]]) -> None:
+    """Tables as text: title -> (head, rows)."""
+    for title, (head, rows) in tables.items():
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        print(f"\n{title}")
+        for row in [head, *rows]:
+            print(
+                "  ".join(
+                    cell.ljust(w) if i == 0 else cell.rjust(w)
+                    for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                )
+            )
+    print()

@@ -1,0 +1,249 @@
+"""mfm steer, mfm eval steering, mfm eval value."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.checkpoint import Checkpoint
+from metaflowmaps.commands.shared import Results, Say, beside, digest, law_of, open_model, save_tensors
+from metaflowmaps.config import override, parse_settings, validated
+from metaflowmaps.errors import InputError
+from metaflowmaps.evaluation.steering import SteeringEvalConfig, evaluate_steering
+from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
+from metaflowmaps.path import LinearPath
+from metaflowmaps.posterior import ExactModel
+from metaflowmaps.randomness import stream
+from metaflowmaps.recipes.tasks import TASKS, SteeringTask, steering_task
+from metaflowmaps.report import figures, steering_figures
+from metaflowmaps.rewards import LinearGaussian, Tempered
+from metaflowmaps.runs import claim, pick_device, write_results
+from metaflowmaps.steering import SteeringFailed, SteerResult
+from metaflowmaps.steering import steer as run_steering
+
+PICTURED = 4  # of num_draws, the panels show the one nearest to this
+
+
+def steer(
+    checkpoint: str,
+    reward: str,
+    strength: float,
+    num: int,
+    method: str,
+    num_draws: int,
+    steps: int,
+    process: str,
+    renormalize: str,
+    label: int | None,
+    settings: Iterable[str],
+    out: Path | None,
+    seed: int,
+    device: str,
+    invocation: str,
+    progress: bool,
+) -> Results:
+    """Steered samples of a checkpoint, with their rewards and costs."""
+    r, known = _reward(reward, strength)
+    model, found, target = open_model(checkpoint, device)
+    options = parse_settings(settings)
+    config: dict[str, Any] = {
+        "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
+        "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
+        "seed": seed, **options,
+    }  # fmt: skip
+    out = out or beside(checkpoint, found, f"steer-{method}")
+    done = claim(out, "steer", config)
+    if done is not None:
+        return {**done, "out": str(out / "results.json")}
+    law = law_of(found)
+    if method == "exact" and law is None:
+        raise InputError(
+            '--method exact needs a checkpoint of a known mixture (recipes gmm, mixture-16d); use "mfm-gf"'
+        )
+    base: Any = model if method != "exact" or law is None else ExactModel(model.path, law)
+    cond = None if label is None else {"label": torch.full((num,), label, dtype=torch.int64, device=target)}
+    try:
+        result = run_steering(
+            base, r, num, method, num_draws, steps, process, renormalize, cond, stream(seed, "steer"),
+            progress=progress, **options,
+        )  # fmt: skip
+    except SteeringFailed as failed:
+        _keep(out, failed.result)
+        raise
+    _keep(out, result)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    tilted = law.tilt(known) if law is not None and known is not None else None
+    if model.event_shape == (2,):
+        title = f"{method}, {num} samples, {result.cost['nfe']:,.0f} evaluations each"
+        figures.save(figures.scatter(result.samples.cpu(), title, tilted), out / "samples.png")
+    if len(result.info["time"]) > 1 and "ess" in result.info:
+        figures.save(steering_figures.trajectory({method: _curves(result)}), out / "trajectory.png")
+    rewards = result.rewards.double()
+    metrics: dict[str, Any] = {
+        "num": num,
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()) if num > 1 else 0.0,
+        "reward_max": float(rewards.max()),
+        **{name: float(result.info[name].double().mean()) for name in ("ess", "base_ess") if name in result.info},
+    }
+    results = write_results(out, "steer", config, metrics, result.cost, seed=seed, device=target, invocation=invocation)
+    return {**results, "out": str(out / "results.json")}
+
+
+def eval_steering(
+    checkpoint: str,
+    task: str,
+    samples: int | None,
+    out: Path | None,
+    settings: Iterable[str],
+    seed: int,
+    device: str,
+    invocation: str,
+    say: Say,
+) -> Results:
+    """Every method on a task whose answer is known. ``checkpoint`` may be "exact": the mixture itself."""
+    known = steering_task(task)
+    given = {"seed": seed, **({} if samples is None else {"samples": samples})}
+    config = override(validated(SteeringEvalConfig, given), settings)
+    reward = known.reward(config.reward)
+    model, identity, out, target = _judged_model(checkpoint, known, device, out, f"eval-steering-{task}")
+    data_std = getattr(model, "data_std", None)
+    if isinstance(model, ExactModel):
+        config = _without_gradients(config, say)
+    full = {"checkpoint": identity, "task": task, **config.model_dump()}
+    done = claim(out, "eval steering", full)
+    if done is not None:
+        return {**done, "out": str(out / "results.json")}
+    began = time.perf_counter()
+    metrics, pictures = evaluate_steering(
+        model, known.law, reward, config, lambda line: say(f"eval steering: {line}"), data_std
+    )
+    cost = {"seconds": time.perf_counter() - began}
+    shown = _pictured(pictures)
+    if known.law.dim == 2:
+        figures.save(steering_figures.panels(known.law.tilt(reward), metrics, shown), out / "steered.png")
+    figures.save(steering_figures.error_against_cost(metrics), out / "error-against-cost.png")
+    curves = {
+        name: cell["trajectory"]
+        for name, by_draws in metrics["methods"].items()
+        for key, cell in by_draws.items()
+        if f"{name}.{key}" in shown
+    }
+    figures.save(steering_figures.trajectory(curves), out / "trajectory.png")
+    results = write_results(out, "eval steering", full, metrics, cost, seed=seed, device=target, invocation=invocation)
+    return {**results, "out": str(out / "results.json")}
+
+
+def eval_value(
+    checkpoint: str,
+    task: str,
+    out: Path | None,
+    settings: Iterable[str],
+    seed: int,
+    device: str,
+    invocation: str,
+    say: Say,
+) -> Results:
+    """V̂ of map and GLASS against the exact value."""
+    known = steering_task(task)
+    config = override(validated(ValueEvalConfig, {"seed": seed}), settings)
+    reward = known.reward(config.reward)
+    model, identity, out, target = _judged_model(checkpoint, known, device, out, f"eval-value-{task}")
+    if isinstance(model, ExactModel):
+        raise InputError("mfm eval value judges a checkpoint; the exact value is what it compares with")
+    full = {"checkpoint": identity, "task": task, **config.model_dump()}
+    done = claim(out, "eval value", full)
+    if done is not None:
+        return {**done, "out": str(out / "results.json")}
+    began = time.perf_counter()
+    metrics = evaluate_value(model, known.law, reward, config, lambda line: say(f"eval value: {line}"))
+    cost = {"seconds": time.perf_counter() - began}
+    figures.save(steering_figures.value_error(metrics), out / "value-against-calls.png")
+    results = write_results(out, "eval value", full, metrics, cost, seed=seed, device=target, invocation=invocation)
+    return {**results, "out": str(out / "results.json")}
+
+
+# -- internals -----------------------------------------------------------------------------------------
+
+
+def _reward(text: str, strength: float) -> tuple[Callable[..., Tensor], LinearGaussian | None]:
+    """A task's reward by its name, or ``file.py:function``; and the linear-Gaussian one it is, if it is one."""
+    name, colon, attribute = text.rpartition(":")
+    if not colon:
+        if text.endswith(".py"):
+            raise InputError(f"--reward {text}: name the function too, {text}:my_reward")
+        task = steering_task(text)
+        own = task.reward("")
+        scaled = LinearGaussian(own.A, own.y, own.noise_std, own.strength * strength)
+        return scaled, scaled
+    if name in TASKS:
+        own = steering_task(name).reward(attribute)
+        scaled = LinearGaussian(own.A, own.y, own.noise_std, own.strength * strength)
+        return scaled, scaled
+    file = Path(name)
+    if not file.is_file():
+        raise InputError(f"--reward {text}: no file {name}; give a task ({', '.join(TASKS)}) or file.py:function")
+    spec = importlib.util.spec_from_file_location("mfm_user_reward", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--reward {text}: {name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises is theirs to read, in one line
+        raise InputError(f"--reward {text}: {name} fails with {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        raise InputError(f"--reward {text}: {name} has no {attribute}")
+    found = getattr(module, attribute)
+    if strength != 1:
+        return Tempered(found, strength), None
+    return found, None
+
+
+def _judged_model(
+    checkpoint: str, task: SteeringTask, device: str, out: Path | None, name: str
+) -> tuple[Any, str, Path, torch.device]:
+    if checkpoint == "exact":
+        return (
+            ExactModel(LinearPath(), task.law), "exact", out or Path("runs") / f"exact-{name}", pick_device("cpu")
+        )  # fmt: skip
+    model, found, target = open_model(checkpoint, device)
+    _same_law(checkpoint, found, task)
+    return model, digest(found), out or beside(checkpoint, found, name), target
+
+
+def _same_law(checkpoint: str, found: Checkpoint, task: SteeringTask) -> None:
+    trained_on = found.config.get("training", {}).get("law")
+    if trained_on not in (None, task.law_config.model_dump()):
+        raise InputError(f"{checkpoint} was trained on another law than that of --task {task.name}")
+
+
+def _without_gradients(config: SteeringEvalConfig, say: Say) -> SteeringEvalConfig:
+    """An exact mixture's draws have no pathwise gradient: what needs one is left out, and said so."""
+    kept = tuple(name for name in config.methods if not name.startswith("mfm-g-") and name != "mfm-g")
+    if kept != config.methods:
+        say("eval steering: exact draws have no gradient in the state; leaving mfm-g out")
+    return validated(SteeringEvalConfig, {**config.model_dump(), "methods": kept})
+
+
+def _keep(out: Path, result: SteerResult) -> None:
+    if len(result.samples):
+        save_tensors(out / "samples.safetensors", {"samples": result.samples, "rewards": result.rewards})
+
+
+def _curves(result: SteerResult) -> dict[str, list[float]]:
+    return {k: result.info[k].tolist() for k in ("time", "ess", "gradient_norm") if k in result.info}
+
+
+def _pictured(pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One cell a method: the number of draws nearest to PICTURED."""
+    best: dict[str, str] = {}
+    for cell in pictures:
+        name, key = cell.rsplit(".", 1)
+        if name not in best or abs(int(key) - PICTURED) < abs(int(best[name]) - PICTURED):
+            best[name] = key
+    return {f"{name}.{key}": pictures[f"{name}.{key}"] for name, key in best.items()}

@@ -1,0 +1,147 @@
+"""Figures of steering: samples over exact contours, error against cost, what happens along the trajectory."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.report.figures import MAP, QUIET, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# one colour and marker a method, the same in every figure
+STYLE = {
+    "mfm-g": ("#1f6feb", "o"), "mfm-gf": ("#0a9396", "s"), "mfm-smc": ("#7b2cbf", "D"), "mfm-search": ("#6c757d", "v"),
+    "dps": ("#c2185b", "X"), "tds": ("#d9730d", "^"), "best-of-n": ("#b8860b", "P"), "glass": ("#2d6a4f", "h"),
+    "exact": ("#22262b", "*"), "none": ("#9aa0a6", "."),
+}  # fmt: skip
+
+
+def style(name: str) -> dict[str, Any]:
+    """Colour and marker of a method; variants of it are dashed and hollow."""
+    base = max((known for known in STYLE if name.startswith(known)), key=len, default="none")
+    color, marker = STYLE[base]
+    own = name == base
+    return {
+        "color": color, "marker": marker, "markersize": 7 if own else 6, "linewidth": 1.8 if own else 1.2,
+        "linestyle": "-" if own else "--", "markerfacecolor": color if own else "white",
+    }  # fmt: skip
+
+
+def panels(tilted: GaussianMixture, metrics: dict[str, Any], samples: dict[str, Tensor]) -> "Figure":
+    """One panel a method: its samples over contours of the exact tilted law, with error and cost."""
+    columns = min(4, len(samples))
+    rows = -(-len(samples) // columns)
+    figure, axes = new_figure(3.2 * columns, 3.45 * rows + 0.6, rows, columns, sharex=True, sharey=True)
+    figure.suptitle("Steered samples over the exact tilted law (contours hold 50, 90, 99 %)", fontsize=13)
+    line = torch.linspace(-5.6, 5.6, 241, dtype=torch.float64)
+    density = tilted.log_prob(torch.cartesian_prod(line, line)).exp()
+    ordered = density.sort(descending=True).values
+    mass = ordered.cumsum(0) / ordered.sum()
+    levels = sorted({float(ordered[int((mass < q).sum())]) for q in (0.5, 0.9, 0.99)})
+    for axis, (cell, points) in zip(axes.flat, samples.items(), strict=False):
+        name, key = cell.rsplit(".", 1)
+        figures = metrics["methods"][name][key]
+        axis.contour(line, line, density.reshape(241, 241).T, levels=levels, colors="#22262b", linewidths=0.9)
+        axis.scatter(*points[:1500, :2].T.tolist(), s=4, color=MAP, alpha=0.45, linewidths=0)
+        axis.set(xlim=(-5.6, 5.6), ylim=(-5.6, 5.6), aspect="equal")
+        draws = "" if key == "0" else f", N = {key}"
+        ratio = figures["sw2"] / figures["floor_sw2"]
+        shown = f"{ratio:.2f}" if ratio < 100 else "> 100"
+        axis.set_title(f"{name}{draws}\nSW2 {shown} × floor, {_short(figures['cost']['nfe'])} NFE", fontsize=10.5)
+    for axis in axes.flat[len(samples) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("$x^{(1)}$", fontsize=11)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("$x^{(2)}$", fontsize=11)
+    return figure
+
+
+def error_against_cost(metrics: dict[str, Any]) -> "Figure":
+    """SW2 and mode-weight error, as ratios to and above their floors, against NFE and against seconds a sample."""
+    figure, axes = new_figure(11.5, 8.2, 2, 2, sharey="row")
+    figure.suptitle("Error against cost per returned sample; dashed line: exact samples", fontsize=13)
+    for name, by_draws in metrics["methods"].items():
+        cells = [by_draws[key] for key in sorted(by_draws, key=int)]
+        nfe = [max(cell["cost"]["nfe"], 1) for cell in cells]
+        seconds = [1000 * cell["cost"]["seconds"] / (cell["samples"] * cell["seeds"]) for cell in cells]
+        sw2 = [min(cell["sw2"] / cell["floor_sw2"], CEILING) for cell in cells]
+        mode = [max(cell["mode_l1"], 1e-3) for cell in cells]
+        for axis, x, y in zip(axes.flat, (nfe, seconds, nfe, seconds), (sw2, sw2, mode, mode), strict=True):
+            axis.plot(x, y, label=name, **style(name))
+    for axis in axes.flat:
+        axis.set(xscale="log", yscale="log")
+        axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    axes[0, 0].set_ylim(0.7, 1.3 * CEILING)
+    for axis in axes[0]:
+        axis.axhline(1.0, color=QUIET, linestyle="--", linewidth=1.3)
+    for axis in axes[1]:
+        axis.axhline(metrics["floor"]["mode_l1"], color=QUIET, linestyle="--", linewidth=1.3)
+    axes[0, 0].set_ylabel(f"sliced W2 / floor (at most {CEILING} shown)", fontsize=11)
+    axes[1, 0].set_ylabel("mode-weight L1", fontsize=11)
+    axes[1, 0].set_xlabel("NFE per sample", fontsize=11)
+    axes[1, 1].set_xlabel("milliseconds per sample", fontsize=11)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=11
+    )
+    return figure
+
+
+CEILING = 100
+
+
+def trajectory(curves: dict[str, dict[str, list[float]]]) -> "Figure":
+    """ESS of the draws and norm of the value's gradient against time, one line a method."""
+    figure, axes = new_figure(11.0, 4.4, 1, 2)
+    figure.suptitle("Along the trajectory, mean over samples", fontsize=13)
+    for name, kept in curves.items():
+        for axis, what in zip(axes[0], ("ess", "gradient_norm"), strict=True):
+            if kept.get(what):
+                look = {**style(name), "markevery": max(1, len(kept["time"]) // 8), "markersize": 5}
+                axis.plot(kept["time"], kept[what], label=name, **look)
+    axes[0, 0].set(xlabel="time t (0: noise, 1: data)", ylabel="effective number of draws (ESS)", ylim=(0, None))
+    axes[0, 1].set(xlabel="time t (0: noise, 1: data)", ylabel="norm of the estimated ∇V", yscale="log")
+    low, high = axes[0, 1].get_ylim()
+    axes[0, 1].set_ylim(max(low, 1e-2), min(high, 1e4))  # at t = 0 it vanishes; a method that explodes leaves the frame
+    for axis in axes.flat:
+        axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=10.5)
+    return figure
+
+
+def value_error(metrics: dict[str, Any]) -> "Figure":
+    """RMSE and correlation of V̂ against network calls a draw, one panel a time."""
+    times = list(next(iter(metrics["by_sampler"].values())))
+    figure, axes = new_figure(3.1 * len(times), 6.6, 2, len(times), sharex=True, sharey="row")
+    figure.suptitle(f"Value from {metrics['num_draws']} draws against the exact value", fontsize=13)
+    for column, t in zip(axes.T, times, strict=True):
+        for family, label in (("map", "meta flow map"), ("glass", "GLASS, same drift")):
+            names = sorted(
+                (n for n in metrics["by_sampler"] if n.startswith(f"{family}-")), key=lambda n: int(n.split("-")[1])
+            )
+            calls = [metrics["network_calls_per_draw"][n] for n in names]
+            look = style("mfm-g" if family == "map" else "glass")
+            for axis, what in zip(column, ("rmse", "pearson"), strict=True):
+                axis.plot(calls, [metrics["by_sampler"][n][t][what] for n in names], label=label, **look)
+        for axis, what in zip(column, ("rmse", "pearson"), strict=True):
+            exact = metrics["by_sampler"]["exact"][t][what]
+            axis.axhline(exact, color=QUIET, linestyle="--", linewidth=1.3, label="exact draws")
+            axis.set_xscale("log", base=2)
+            axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+        column[0].set(yscale="log")
+        column[0].set_title(f"t = {float(t):g}", fontsize=12)
+        column[1].set_xlabel("network calls per draw", fontsize=11)
+    axes[0, 0].set_ylabel("RMSE of the value", fontsize=11)
+    axes[1, 0].set_ylabel("Pearson r", fontsize=11)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=11
+    )
+    return figure
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:.3g}k" if value >= 1000 else f"{value:.3g}"

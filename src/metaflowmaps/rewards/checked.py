@@ -1,0 +1,54 @@
+"""A reward behind a check: what comes back is (B,) finite numbers on the device of x, and x is as it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.rewards.base import Cond, call_reward, is_differentiable
+
+
+class CheckedReward:
+    """``reward(x, cond) -> (B,)`` in the dtype of x, or one line that says what is wrong with it.
+
+    −inf is allowed (a hard constraint); NaN and +inf at a finite x are not.
+    """
+
+    def __init__(self, reward: Callable[..., Any]) -> None:
+        if not callable(reward):
+            raise InputError(f"a reward is a function of x (and optionally cond), got {type(reward).__name__}")
+        self.reward = reward
+        self.differentiable = is_differentiable(reward)
+
+    def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        version = x._version
+        out = call_reward(self.reward, x, cond)
+        if x._version != version:
+            raise InputError("the reward changed its input in place: begin it with x = x.clone()")
+        if not isinstance(out, Tensor):
+            raise InputError(
+                f"the reward must return a tensor of shape ({len(x)},), got {type(out).__name__}; "
+                "wrap functions that are not written in torch as mfm.rewards.BlackBox"
+            )
+        if tuple(out.shape) != (len(x),):
+            raise InputError(
+                f"the reward must return one number a sample, shape ({len(x)},), got {tuple(out.shape)}; "
+                "sum or mean over the other dimensions"
+            )
+        if out.device != x.device:
+            raise InputError(f"the reward returned a tensor on {out.device} for samples on {x.device}: move it there")
+        out = out.to(x.dtype)
+        bad = (out.isnan() | (out == torch.inf)) & x.flatten(1).isfinite().all(1)
+        if bool(bad.any()):
+            raise InputError(
+                f"the reward is {float(out[bad][0]):g} for {int(bad.sum())} of {len(x)} finite samples: "
+                "it must be finite (or −inf, for what is forbidden)"
+            )
+        return out
+
+
+def checked_reward(reward: Callable[..., Any]) -> CheckedReward:
+    """The reward behind a check, once."""
+    return reward if isinstance(reward, CheckedReward) else CheckedReward(reward)

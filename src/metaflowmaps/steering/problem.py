@@ -1,0 +1,151 @@
+"""What every steering method works on: a counted model, a counted and checked reward, and its random streams."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.meter import Meter
+from metaflowmaps.path import Path, as_path
+from metaflowmaps.posterior import MapPosterior
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.rewards.base import Cond
+from metaflowmaps.rewards.checked import CheckedReward, checked_reward
+from metaflowmaps.shapes import batch_time
+from metaflowmaps.value import repeat_cond
+
+Info = dict[str, Tensor]
+
+
+class Problem:
+    """Model, reward and condition of one chunk of samples; every evaluation passes the meter.
+
+    States may hold k rows a sample, as k blocks of the batch: conditions are repeated to match.
+    """
+
+    def __init__(self, model: Any, reward: Any, meter: Meter, map_steps: int = 1) -> None:
+        self.path: Path = as_path(_needed(model, "path"))
+        self.event_shape = tuple(_needed(model, "event_shape"))
+        self.dtype: torch.dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
+        self.device = torch.device(getattr(model, "device", None) or "cpu")
+        self.meter = meter
+        self.model = model
+        checked = checked_reward(reward)
+        self.reward = _CountedReward(checked, meter)
+        drift = _needed(model, "drift")
+        if isinstance(model, MetaFlowMap):
+            meter.watch(model.network)
+            self._drift, self.posterior = drift, MapPosterior(model, map_steps)
+        else:
+            if map_steps != 1:
+                raise InputError("map_steps belongs to a MetaFlowMap; this model draws in its own way")
+            # a model whose evaluations cannot be watched is counted by the rows that come back
+            self._drift = meter.counted(drift, "forwards", "backwards")
+            self.posterior = _CountedDraws(model, meter) if hasattr(model, "draw") else None  # type: ignore[assignment]
+        decoder = getattr(model, "decoder", None)
+        if isinstance(decoder, nn.Module):
+            meter.watch(decoder, "decodes", None)
+        self.cond: Cond = None
+        self.seed = 0
+        self.chunk = 0
+        self._streams: dict[str, torch.Generator] = {}
+
+    def begin(self, seed: int, chunk: int, cond: Cond) -> None:
+        """A new chunk: its own streams, its own conditions."""
+        self.seed, self.chunk, self.cond = seed, chunk, cond
+        self._streams = {}
+
+    def stream(self, name: str) -> torch.Generator:
+        """A generator for one purpose: what one purpose draws never shifts another's numbers."""
+        if name not in self._streams:
+            self._streams[name] = stream(self.seed, name, self.chunk)
+        return self._streams[name]
+
+    def noise(self, name: str, rows: int) -> Tensor:
+        """Standard normals for ``rows`` states."""
+        return randn((rows, *self.event_shape), self.stream(name), self.dtype, self.device)
+
+    def cond_for(self, rows: int) -> Cond:
+        """The condition of a state of so many rows."""
+        if self.cond is None:
+            return None
+        return repeat_cond(self.cond, rows // len(next(iter(self.cond.values()))))
+
+    def drift(self, t: float, x: Tensor) -> Tensor:
+        """b_t(x)."""
+        cond = self.cond_for(len(x))
+        times = batch_time(t, x)
+        out: Tensor = self._drift(times, x) if cond is None else self._drift(times, x, cond)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(f"the model's drift must return a tensor of shape {tuple(x.shape)}, got {given}")
+        return out
+
+    def denoise(self, t: float, x: Tensor, drift: Tensor) -> Tensor:
+        """D_t(x), from a drift that is known already."""
+        return self.path.to_denoise(t, x, drift, "drift")
+
+    def score_of(self, x: Tensor) -> Tensor:
+        """r(x), counted."""
+        return self.reward(x, self.cond_for(len(x)))
+
+    def draws_from(self) -> Any:
+        """The posterior; refused by name where the model has none."""
+        if self.posterior is None:
+            raise InputError(
+                "this method draws from the posterior and the model has no draw(t, x_t, num_draws, ...): use "
+                'method="glass" (it needs the drift alone), "dps", "tds" or "best-of-n"'
+            )
+        return self.posterior
+
+
+class _CountedReward:
+    """A checked reward whose calls and backward passes are counted."""
+
+    def __init__(self, checked: CheckedReward, meter: Meter) -> None:
+        self.differentiable = checked.differentiable
+        self._call: Callable[..., Tensor] = meter.counted(checked, "reward_calls", "reward_backwards")
+
+    def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        return self._call(x, cond)
+
+
+class _CountedDraws:
+    """``draw`` of a model that is not ours: one evaluation a draw, as far as the meter can see."""
+
+    def __init__(self, model: Any, meter: Meter) -> None:
+        self.path = model.path
+        self.pathwise = getattr(model, "pathwise", True)
+        self._model, self._meter = model, meter
+        if hasattr(model, "push"):
+            self.push = meter.counted(model.push, "forwards", "backwards")
+
+    def draw(
+        self,
+        t: Any,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        def rows() -> Tensor:
+            out: Tensor = self._model.draw(t, x_t, num_draws, generator=generator, cond=cond)
+            if not isinstance(out, Tensor) or out.shape != (num_draws, *x_t.shape):
+                given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise InputError(
+                    f"the model's draw must return a tensor of shape {(num_draws, *x_t.shape)}, got {given}"
+                )
+            return out.flatten(0, 1)
+
+        return self._meter.counted(rows, "forwards", "backwards")().reshape(num_draws, *x_t.shape)
+
+
+def _needed(model: Any, name: str) -> Any:
+    if not hasattr(model, name):
+        raise InputError(
+            f"a model to steer needs path, event_shape and drift(t, x, cond=None); {type(model).__name__} has no {name}"
+        )
+    return getattr(model, name)

@@ -1,0 +1,63 @@
+r"""Resampling: ancestors for S systems of M weighted particles, unbiased: particle m has M w_m children on average.
+
+    multinomial   M independent choices
+    stratified    one in each M-th of the unit interval
+    systematic    the same with one uniform for all
+    residual      ⌊M w_m⌋ for certain, the rest multinomial
+
+A weight of zero (log-weight −inf) has no children. Systems whose weights are all zero keep their particles.
+"""
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import unknown
+from metaflowmaps.randomness import rand
+
+RESAMPLERS = ("systematic", "stratified", "multinomial", "residual")
+
+
+def resample(kind: str, log_weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Ancestors (S, M) from unnormalised log-weights (S, M)."""
+    systems, count = log_weights.shape
+    dead = log_weights.amax(1, keepdim=True) == -torch.inf
+    weights = torch.where(dead, torch.zeros_like(log_weights), log_weights).double().softmax(1)
+    if kind == "multinomial":
+        points = rand((systems, count), generator, torch.float64, log_weights.device).sort(1).values
+        ancestors = _at(weights, points)
+    elif kind in ("systematic", "stratified"):
+        offset = rand((systems, 1 if kind == "systematic" else count), generator, torch.float64, log_weights.device)
+        strata = torch.arange(count, dtype=torch.float64, device=log_weights.device)
+        ancestors = _at(weights, (strata + offset) / count)
+    elif kind == "residual":
+        certain = (weights * count + 1e-9).floor()
+        rest = (weights * count - certain).clamp_min(0)
+        filled = certain.sum(1, keepdim=True)
+        points = rand((systems, count), generator, torch.float64, log_weights.device)
+        chosen = _at(_normalised(rest, weights), points)
+        places = torch.arange(count, device=log_weights.device)[None]
+        ordered = torch.searchsorted(certain.cumsum(1), places.double().expand(systems, -1).contiguous(), right=True)
+        ancestors = torch.where(places < filled, ordered.clamp_max(count - 1), chosen)
+    else:
+        raise unknown("resampler", kind, RESAMPLERS)
+    return torch.where(dead, torch.arange(count, device=log_weights.device)[None], ancestors)
+
+
+def _normalised(rest: Tensor, weights: Tensor) -> Tensor:
+    total = rest.sum(1, keepdim=True)
+    return torch.where(total > 0, rest / total.clamp_min(1e-300), weights)
+
+
+def _at(weights: Tensor, points: Tensor) -> Tensor:
+    """The particle whose stretch of the cumulated weights holds each point; one of weight zero has no stretch."""
+    edges = weights.cumsum(1)
+    edges = edges / edges[:, -1:]
+    index = torch.searchsorted(edges, points.contiguous(), right=True)
+    last = (weights > 0).long() * torch.arange(weights.shape[1], device=weights.device)
+    return torch.minimum(index, last.amax(1, keepdim=True))
+
+
+def effective(log_weights: Tensor) -> Tensor:
+    """ESS (Σw)²/Σw² of each system: (S,); all particles where every weight is zero."""
+    out = torch.exp(2 * torch.logsumexp(log_weights, 1) - torch.logsumexp(2 * log_weights, 1))
+    return torch.where(out.isnan(), torch.full_like(out, log_weights.shape[1]), out)

@@ -1,0 +1,349 @@
+"""``steer``: the loop, written once, for every method, on one time grid and one meter."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.meter import Meter
+from metaflowmaps.rewards.base import Cond, call_reward
+from metaflowmaps.sampling import time_grid
+from metaflowmaps.shapes import check_count
+from metaflowmaps.steering.best_of_n import BestOfN
+from metaflowmaps.steering.dps import DpsGuide
+from metaflowmaps.steering.exact import ExactGuide
+from metaflowmaps.steering.glass import GlassGuide
+from metaflowmaps.steering.guided import Control, Guided
+from metaflowmaps.steering.mfm_g import GradientGuide
+from metaflowmaps.steering.mfm_gf import GradientFreeGuide
+from metaflowmaps.steering.none import NoGuide
+from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.search import Search
+from metaflowmaps.steering.smc import TwistedSmc, ValueTwist
+from metaflowmaps.steering.tds import PointTwist
+
+
+class Method(Protocol):
+    """init → step, step, … → finish. ``copies`` rows of state make one returned sample."""
+
+    copies: int
+    default_grid: str
+
+    def init(self, problem: Problem, x: Tensor) -> Any: ...
+
+    def step(self, problem: Problem, state: Any, t: float, u: float) -> tuple[Any, Info]: ...
+
+    def finish(self, problem: Problem, state: Any) -> tuple[Tensor, Info]: ...
+
+
+class Step(NamedTuple):
+    """What a callback sees after each step; returning True from it stops as Ctrl-C does."""
+
+    chunk: int
+    chunks: int
+    step: int
+    steps: int
+    time: float  # where the step ended
+    state: Any  # the method's own; state.x are the rows
+    info: Info
+
+
+@dataclass
+class SteerResult:
+    """Samples, their rewards, what they cost, and what was seen on the way."""
+
+    samples: Tensor  # (n, *event)
+    rewards: Tensor  # (n,)
+    cost: dict[str, float]
+    info: dict[str, Tensor]  # per step (K,), averaged over samples; "time" is where each step began
+    interrupted: bool = False
+    seed: int = 0
+
+    @property
+    def num_finished(self) -> int:
+        """How many samples are there: fewer than asked for only after an interruption."""
+        return len(self.samples)
+
+
+class SteeringFailed(InputError):
+    """Bad input that showed itself on the way; ``result`` holds what was finished before."""
+
+    def __init__(self, message: str, result: SteerResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+# -- methods -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What every factory is given."""
+
+    num_draws: int
+    control: Control
+    reward: Any
+
+
+def _guided(make: Callable[..., Any]) -> Callable[..., Method]:
+    return lambda common, **options: Guided(make(common, **options), common.control)
+
+
+METHODS: dict[str, tuple[Callable[..., Method], Any]] = {
+    # name: (factory, where its own options are declared)
+    "none": (_guided(lambda common: NoGuide()), None),
+    "mfm-g": (_guided(lambda common, **o: GradientGuide(common.num_draws, **o)), GradientGuide),
+    "mfm-gf": (_guided(lambda common, **o: GradientFreeGuide(common.num_draws, **o)), GradientFreeGuide),
+    "mfm-search": (lambda common, **o: Search(common.num_draws, **o), Search),
+    "mfm-smc": (lambda common, **o: _smc(lambda **own: ValueTwist(common.num_draws, **own), ValueTwist, o), ValueTwist),
+    "dps": (_guided(lambda common: DpsGuide()), None),
+    "tds": (lambda common, **o: _smc(PointTwist, None, o), None),
+    "best-of-n": (lambda common: BestOfN(common.num_draws, common.control), None),
+    "glass": (_guided(lambda common, **o: GlassGuide(common.num_draws, **o)), GlassGuide),
+    "exact": (_guided(lambda common: ExactGuide(common.reward)), None),
+}
+DRAWLESS = ("none", "dps", "tds", "exact")  # num_draws means nothing to them
+PARTICLE = ("mfm-smc", "tds")
+GUIDED = ("none", "mfm-g", "mfm-gf", "dps", "best-of-n", "glass", "exact")  # those with a choice of process
+
+
+def _parameters(owner: Any) -> set[str]:
+    if owner is None:
+        return set()
+    taken = inspect.signature(owner.__init__).parameters
+    return {name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD} - {"self", "num_draws", "twist"}
+
+
+def _smc(make: Callable[..., Any], owner: Any, options: dict[str, Any]) -> Method:
+    own = _parameters(owner)
+    return TwistedSmc(
+        make(**{k: v for k, v in options.items() if k in own}), **{k: v for k, v in options.items() if k not in own}
+    )
+
+
+def method_options(method: str) -> set[str]:
+    """The names of a method's own options."""
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    names = _parameters(METHODS[method][1])
+    if method == "glass":
+        names = (names | _parameters(GradientGuide) | _parameters(GradientFreeGuide)) - {"posterior"}
+    if method in PARTICLE:
+        names |= _parameters(TwistedSmc)
+    return names
+
+
+def make_method(method: str, common: _Common, options: dict[str, Any]) -> Method:
+    """The method of that name; options it does not have are refused."""
+    allowed = method_options(method)
+    for name in options:
+        if name not in allowed:
+            raise unknown(f"option of {method}", name, {*allowed, *LOOP_OPTIONS})
+    try:
+        return METHODS[method][0](common, **options)
+    except TypeError as error:
+        raise InputError(f"{method}: {error}") from None
+
+
+# -- the loop ------------------------------------------------------------------------------------------
+
+LOOP_OPTIONS = ("grid", "integrator", "sigma_cap", "batch_size", "map_steps", "progress")
+FEW = 1.2  # an ESS below this is one draw that has it all
+
+
+def steer(
+    model: Any,
+    reward: Callable[..., Tensor],
+    num_samples: int,
+    method: str = "mfm-g",
+    num_draws: int = 4,
+    steps: int = 250,
+    process: str = "ode",
+    renormalize: str = "none",
+    cond: Cond = None,
+    generator: torch.Generator | None = None,
+    callback: Callable[[Step], Any] | None = None,
+    *,
+    grid: str | Tensor | None = None,
+    integrator: str = "euler",
+    sigma_cap: float | None = None,
+    batch_size: int = 4096,
+    map_steps: int = 1,
+    progress: bool = False,
+    **options: Any,
+) -> SteerResult:
+    """num_samples samples of ``model`` steered towards p_reward ∝ p_1 e^r.
+
+    ``model``: a MetaFlowMap, an ExactModel, or anything with path, event_shape, drift(t, x, cond=None) and, for methods
+    that draw, draw(t, x_t, num_draws, generator=, cond=). ``reward``: any function x (B, *event) -> (B,).
+    ``grid``: uniform, power, log-snr, or times; ``integrator``: euler, midpoint, heun, rk4 (sde: euler, heun);
+    ``batch_size``: rows of state at a time; ``options``: the method's own, see its file. Ctrl-C returns what is
+    finished.
+    """
+    check_count(num_samples, "num_samples")
+    check_count(batch_size, "batch_size")
+    check_count(num_draws, "num_draws")
+    if process == "sde" and method not in GUIDED and method in METHODS:
+        process = "ode"  # searches and particles have a process of their own
+    common = _Common(num_draws, Control(process, integrator, renormalize, sigma_cap), reward)
+    made = make_method(method, common, options)
+    meter = Meter(device=_device(model))
+    problem = Problem(model, reward, meter, map_steps)
+    _check_cond(cond, num_samples)
+    times = time_grid(problem.path, grid if grid is not None else made.default_grid, steps).tolist()
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+    size = max(1, batch_size // made.copies)
+    if isinstance(made, TwistedSmc) and made.particles is not None and made.returns == "all":
+        size = max(made.particles, size // made.particles * made.particles)
+        if num_samples % made.particles:
+            raise InputError(
+                f"num_samples must be a multiple of particles ({made.particles}), got {num_samples}: whole systems "
+                "are returned"
+            )
+    sizes = [min(size, num_samples - begin) for begin in range(0, num_samples, size)]
+    run = _Run(problem, made, times, callback, len(sizes), seed)
+    bar = _Bar(len(sizes) * (len(times) - 1), method) if progress else None
+    failure: InputError | None = None
+    with meter:
+        for chunk, rows in enumerate(sizes):
+            begin = chunk * size
+            problem.begin(seed, chunk, None if cond is None else {k: v[begin : begin + rows] for k, v in cond.items()})
+            try:
+                going = run.chunk(chunk, rows, bar)
+            except KeyboardInterrupt:
+                going = False
+            except InputError as error:
+                failure, going = error, False
+            if not going:
+                run.interrupted = True
+                break
+    if bar is not None:
+        bar.close()
+    result = run.result(model, reward, cond)
+    if failure is not None:
+        if not len(result.samples):
+            raise failure
+        raise SteeringFailed(f"{failure} ({len(result.samples)} finished samples are kept)", result) from failure
+    _warn(method, num_draws, result)
+    return result
+
+
+@dataclass
+class _Run:
+    """The chunks of one call."""
+
+    problem: Problem
+    method: Method
+    times: list[float]
+    callback: Callable[[Step], Any] | None
+    chunks: int
+    seed: int
+    interrupted: bool = False
+    samples: list[Tensor] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    endings: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: int = 0
+
+    def chunk(self, chunk: int, rows: int, bar: "_Bar | None") -> bool:
+        """One chunk from noise to samples; False if the callback stopped it."""
+        problem, copies = self.problem, self.method.copies
+        sums: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            state = self.method.init(problem, problem.noise("start", rows * copies))
+            for i, (t, u) in enumerate(pairwise(self.times)):
+                state, info = self.method.step(problem, state, t, u)
+                for name, value in info.items():
+                    sums.setdefault(name, []).append(value.detach().double().mean().cpu() * rows)
+                if bar is not None:
+                    bar.advance()
+                told = Step(chunk, self.chunks, i, len(self.times) - 1, u, state, info)
+                if self.callback is not None and self.callback(told) is True:
+                    return False
+            samples, ending = self.method.finish(problem, state)
+        self.samples.append(samples)
+        for name, values in sums.items():
+            stacked = torch.stack(values)
+            self.sums[name] = self.sums[name] + stacked if name in self.sums else stacked
+        for name, value in ending.items():
+            self.endings.setdefault(name, []).append(value.detach())
+        self.rows += rows
+        return True
+
+    def result(self, model: Any, reward: Any, cond: Cond) -> SteerResult:
+        """What is finished, scored: the scoring is not part of the cost."""
+        problem = self.problem
+        empty = torch.empty(0, *problem.event_shape, dtype=problem.dtype, device=problem.device)
+        samples = torch.cat(self.samples) if self.samples else empty
+        kept = None if cond is None else {k: v[: len(samples)] for k, v in cond.items()}
+        with torch.no_grad():
+            rewards = call_reward(reward, samples.clone(), kept) if len(samples) else empty.new_empty(0)
+        info = {name: total / max(1, self.rows) for name, total in self.sums.items()}
+        info["time"] = torch.tensor(self.times[:-1], dtype=torch.float64)
+        info["nonfinite"] = (~samples.flatten(1).isfinite().all(1)).sum()
+        for name, values in self.endings.items():
+            info[name] = torch.cat(values)
+        cost = problem.meter.cost()
+        cost["nfe"] = problem.meter.evaluations / max(1, len(samples))
+        return SteerResult(samples, rewards.detach(), cost, info, self.interrupted, self.seed)
+
+
+def _device(model: Any) -> torch.device:
+    return torch.device(getattr(model, "device", None) or "cpu")
+
+
+def _check_cond(cond: Cond, num_samples: int) -> None:
+    for key, value in (cond or {}).items():
+        if not isinstance(value, Tensor) or value.shape != (num_samples,):
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"cond[{key!r}] must be a tensor of shape ({num_samples},), got {given}")
+
+
+def _warn(method: str, num_draws: int, result: SteerResult) -> None:
+    """Say what a user should know before trusting the samples."""
+    bad = int(result.info["nonfinite"])
+    if bad:
+        warnings.warn(
+            f"{bad} of {len(result.samples)} samples are not finite: the steering is too stiff for these steps; "
+            "use more steps, renormalize='clip', or mfm-gf",
+            UserWarning,
+            stacklevel=3,
+        )
+    seen = result.info.get("ess")
+    if seen is not None and num_draws > 1 and float((seen < FEW).double().mean()) > 0.5:
+        warnings.warn(
+            f"one draw carries all the weight (ESS < {FEW}) at {int((seen < FEW).sum())} of {len(seen)} steps: the "
+            "reward is too sharp for these draws; use more draws, recycle=8 or more, or a smaller strength",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+class _Bar:
+    """A progress bar on stderr."""
+
+    def __init__(self, total: int, method: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(console=Console(stderr=True))
+        self._task = self._progress.add_task(method, total=total)
+        self._progress.start()
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def log_normaliser(result: SteerResult) -> float:
+    """log of the mean evidence over the systems of an SMC run."""
+    evidence = result.info["log_evidence"]
+    return float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
