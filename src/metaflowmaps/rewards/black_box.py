@@ -31,14 +31,14 @@ class BlackBox:
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         if self.strength == 0:  # 0 · (−inf) would be NaN
             return x.new_zeros(len(x))
-        out = call_reward(self.function, x.detach().clone(), cond)
+        out = call_reward(self.function, x.clone(), cond)
         numbers = out if isinstance(out, Tensor) else _numbers(out)
         if numbers.shape != x.shape[:1]:
             raise InputError(
                 f"a BlackBox function must return one number a row, {len(x)} of them in a flat list, array or tensor; "
                 f"got shape {tuple(numbers.shape)}"
             )
-        return self.strength * numbers.detach().to(x)
+        return self.strength * numbers.to(x)
 
     def __repr__(self) -> str:
         return f"BlackBox({describe(self.function)}, strength={self.strength:g})"

@@ -23,9 +23,9 @@ class CheckedReward:
         self.differentiable = is_differentiable(reward)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
-        version = x._version
+        version = _version(x)
         out = call_reward(self.reward, x, cond)
-        if x._version != version:
+        if _version(x) != version:
             raise InputError("the reward changed its input in place: begin it with x = x.clone()")
         if not isinstance(out, Tensor):
             raise InputError(
@@ -47,6 +47,11 @@ class CheckedReward:
                 "it must be finite (or −inf, for what is forbidden)"
             )
         return out
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; tensors of inference mode do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def checked_reward(reward: Callable[..., Any]) -> CheckedReward:

@@ -36,10 +36,8 @@ class ClassifierMixture:
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         log_p = _logits(self.classifier, x, len(self.weights), "weights").log_softmax(1)
-        wanted = self.weights.nonzero()[:, 0]  # a class of weight 0 takes no part, in the value or in the gradient
-        log_w = self.weights[wanted].log()
-        wished = log_p.index_select(1, wanted.to(log_p.device)) + log_w.to(log_p)
-        return (self.strength * wished.logsumexp(1)).to(x.dtype)
+        log_w = self.weights.log().to(log_p)  # −inf for a weight of 0: no part in the value, a gradient of 0
+        return (self.strength * (log_p + log_w).logsumexp(1)).to(x.dtype)
 
     def __repr__(self) -> str:
         weights = {int(i): round(float(self.weights[i]), 4) for i in self.weights.nonzero()[:, 0]}

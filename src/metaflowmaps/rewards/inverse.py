@@ -19,7 +19,10 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class InverseProblem:
-    """r(x) = −strength · ‖y − A(x)‖² / (2 noise_std²); y is one observation, or (B, …) with one a row."""
+    """r(x) = −strength · ‖y − A(x)‖² / (2 noise_std²); y is one observation, or (B, …) with one a row.
+
+    An x of k·B rows is k copies of the batch, as draws for a batch of states are.
+    """
 
     differentiable = True
 
@@ -60,13 +63,17 @@ class InverseProblem:
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         seen = _observations(self.operator, x)
         one, rows = tuple(seen.shape[1:]), tuple(seen.shape)
-        if tuple(self.y.shape) not in (one, rows):
+        y = self.y
+        if y.ndim == seen.ndim and tuple(y.shape[1:]) == one and len(y) > 1 and len(x) % len(y) == 0:
+            # several draws a state come as several copies of the batch, one after the other
+            y = y.repeat(len(x) // len(y), *([1] * len(one)))
+        elif tuple(y.shape) not in (one, rows):
             hint = "; y[0] is one observation for the whole batch" if tuple(self.y.shape) == (1, *one) else ""
             raise InputError(
                 f"y must have shape {one} (one observation) or {rows} (one a row), as the operator returns for this x; "
                 f"got {tuple(self.y.shape)}{hint}"
             )
-        residual = self.y.to(seen) - seen
+        residual = y.to(seen) - seen
         return (-0.5 * self.precision * event_sum(residual[..., None].square())).to(x.dtype)
 
     def __repr__(self) -> str:

@@ -173,7 +173,7 @@ class ValueTwist:
         num_draws: int,
         recycle: int = 8,
         guide: str = "mfm-gf",
-        temper: float = 0.0,
+        temper: float = 0.3,
         noise: str = "independent",
         chunk: int = 64,
     ) -> None:
