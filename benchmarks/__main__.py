@@ -2,13 +2,17 @@
 
 import sys
 
-from benchmarks import fidelity, losses, step_cost
+from benchmarks import fidelity, losses, steering, step_cost
 
 BENCHMARKS = {
     "step-cost": step_cost.main,
     "fidelity": fidelity.main,
     "glass": fidelity.glass,
     "losses": losses.main,
+    "steering": steering.gmm_inverse,
+    "steering-16d": steering.in_16d,
+    "value": steering.value,
+    "recycling": steering.recycling,
 }
 
 

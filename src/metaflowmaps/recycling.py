@@ -12,9 +12,9 @@ The constants follow from the draws themselves, since weights for each of the L 
 
 the maximum-likelihood equations of a biased-sampling model (Vardi's; multistate Bennett acceptance ratio in physics).
 No marginal density is needed, a context whose draws do not overlap with the present one loses its weight by itself, and
-with L = 1 the weights are equal. A context's constant is first read off the draws that are there already and then
-polished by one round of the equations a step, which follows the trajectory closely enough that more rounds change
-nothing (docs/log.md). Log-kernels are kept, so a step costs one new row and N new columns of an L × LN table.
+with L = 1 the weights are equal. A new context's constant is first read off the draws that are there already; the
+equations are then solved from the last step's solution. Log-kernels are kept, so a step costs one new row and N new
+columns of an L × LN table.
 
 The weights are consistent as N grows. At fixed N they are self-normalised, with a bias that shrinks with the effective
 number of draws; and draws steered the trajectory they are used on again, which a long memory would feel: keep L ≲ 16.
@@ -26,6 +26,34 @@ from torch import Tensor
 from metaflowmaps.path import Path
 from metaflowmaps.shapes import check_count, event_sum
 from metaflowmaps.value import Draws
+
+TOLERANCE = 1e-3  # of a context's share of the draws
+MAX_ROUNDS = 12
+RIDGE = 1e-4
+
+
+def solve_constants(log_kernels: Tensor, constants: Tensor, num_draws: int) -> Tensor:
+    """f of the balance heuristic from log-kernels (l, M, B), num_draws of the M from each context: (l, B).
+
+    With P_{ln} = e^{f_l} K_l(n) / Σ_k e^{f_k} K_k(n), the equations are Σ_n P_{ln} = N, the stationarity of a concave
+    likelihood. One round of the fixed point, which always climbs, then Newton on the rows that are not there yet.
+    """
+    constants = -torch.logsumexp(log_kernels - torch.logsumexp(log_kernels + constants[:, None], 0), 1)
+    constants = constants - constants[:1]
+    eye = torch.eye(len(constants), dtype=constants.dtype, device=constants.device)
+    rows = torch.arange(constants.shape[1], device=constants.device)
+    for _ in range(MAX_ROUNDS):
+        shares = (log_kernels[..., rows] + constants[:, None, rows]).softmax(0)  # (l, M, b)
+        missing = num_draws - shares.sum(1)
+        far = (missing.abs().amax(0) > TOLERANCE * num_draws) & missing.isfinite().all(0)
+        if not bool(far.any()):
+            break
+        rows, shares, missing = rows[far], shares[..., far], missing[:, far]
+        p = shares.permute(2, 0, 1)
+        hessian = torch.diag_embed(p.sum(2)) - p @ p.mT + RIDGE * num_draws * eye
+        step = torch.linalg.solve(hessian, missing.T).T.clamp(-3, 3)
+        constants[:, rows] = constants[:, rows] + step
+    return constants - constants[:1]
 
 
 class DrawPool:
@@ -59,9 +87,7 @@ class DrawPool:
             # where no old draw reaches the present context nothing is known yet: start level with the last one
             newest = torch.where(newest.isfinite(), newest, constants[-1])
             constants = torch.cat([constants, newest[None]])
-            mixture = torch.logsumexp(kernels + constants[:, None], 0)
-            constants = -torch.logsumexp(kernels - mixture, 1)
-            constants = constants - constants[:1]
+            constants = solve_constants(kernels, constants, n)
             log_weights = kernels[-1] - torch.logsumexp(kernels + constants[:, None], 0)
         else:
             kernels, constants = column, torch.zeros_like(column[:, 0])

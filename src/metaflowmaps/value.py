@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.path import Path
+from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.randomness import noise as draw_noise
 from metaflowmaps.rewards.base import Cond, is_differentiable
 from metaflowmaps.rewards.checked import checked_reward
@@ -144,7 +146,12 @@ def reparameterised(draws: Draws, log_weights: Tensor, correction: str = "none")
 def _corrected(estimate: Callable[[Tensor], Tensor], log_weights: Tensor, correction: str) -> Tensor:
     if correction not in CORRECTIONS:
         raise unknown("correction", correction, CORRECTIONS)
-    return estimate(log_weights) if correction == "none" else jackknife(estimate, log_weights)
+    plain = estimate(log_weights)
+    if correction == "none":
+        return plain
+    better = jackknife(estimate, log_weights)
+    # without one draw there may be nothing left to say, as when all others have reward −inf
+    return torch.where(better.isfinite(), better, plain)
 
 
 # -- drawing -------------------------------------------------------------------------------------------
@@ -156,6 +163,7 @@ class DrawOptions(NamedTuple):
     noise: str = "independent"
     chunk: int = 8
     passes: int = 1
+    negligible: float = NEGLIGIBLE
 
 
 def make_draws(
@@ -184,6 +192,8 @@ def make_draws(
             raise InputError(
                 'this reward declares itself not differentiable: use method="mfm-gf" (value_gradient: "gradient-free")'
             )
+    if isinstance(posterior, MetaFlowMap):
+        posterior = MapPosterior(posterior)
     source = _Source(posterior, x_t, num_draws, generator, options.noise)
     draws, rewards, gradients = [], [], []
     for begin in range(0, num_draws, options.chunk):
@@ -200,7 +210,7 @@ def make_draws(
             gradients.append(g.reshape(n, *x_t.shape))
     made = Draws(torch.cat(draws), torch.cat(rewards), torch.cat(gradients) if gradients else None)
     if differentiate and options.passes == 2:
-        made = made._replace(gradients=_second_pass(source, reward, t, x_t, made, cond, options.chunk))
+        made = made._replace(gradients=_second_pass(source, reward, t, x_t, made, cond, options))
     return made
 
 
@@ -273,14 +283,14 @@ def pull_back(r: Tensor, x: Tensor, x_1: Tensor) -> Tensor:
 
 
 def _second_pass(
-    source: _Source, reward: Callable[..., Tensor], t: Time, x_t: Tensor, made: Draws, cond: Cond, chunk: int
+    source: _Source, reward: Callable[..., Tensor], t: Time, x_t: Tensor, made: Draws, cond: Cond, options: DrawOptions
 ) -> Tensor:
     """Gradients of the draws whose weight is more than a negligible part of an equal share."""
     weights = tilted_weights(made.rewards, equal_log_weights(made.rewards))
-    keep = (weights.flatten() > NEGLIGIBLE / len(weights)).nonzero()[:, 0]
+    keep = (weights.flatten() >= options.negligible / len(weights)).nonzero()[:, 0]
     gradients = torch.zeros_like(made.x_1).flatten(0, 1)
     batch, times = len(x_t), batch_time(t, x_t)
-    for part in keep.split(chunk * batch):
+    for part in keep.split(options.chunk * batch):
         row = part % batch
         wide = None if cond is None else {k: v[row] for k, v in cond.items()}
         with torch.enable_grad():
@@ -292,7 +302,7 @@ def _second_pass(
 
 def repeat_cond(cond: Cond, times: int) -> Cond:
     """The condition of a batch repeated ``times`` times."""
-    return None if cond is None or times == 1 else {k: v.repeat(times) for k, v in cond.items()}
+    return None if cond is None else {k: v.repeat(times) for k, v in cond.items()}
 
 
 # -- the public estimate -------------------------------------------------------------------------------
@@ -331,9 +341,9 @@ def value_gradient(
     check_state(x_t, "x_t")
     check_time(t)
     checked = checked_reward(reward)
-    draws = make_draws(
-        posterior, checked, t, x_t, num_draws, method == "gradient", generator, cond, DrawOptions(noise, chunk, passes)
-    )
+    # with one draw left out, one that carries no weight may come to carry it all
+    options = DrawOptions(noise, chunk, passes, NEGLIGIBLE if correction == "none" else 0.0)
+    draws = make_draws(posterior, checked, t, x_t, num_draws, method == "gradient", generator, cond, options)
     log_base = equal_log_weights(draws.rewards)
     base, tilted = log_base.exp(), tilted_weights(draws.rewards, log_base)
     value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, correction)

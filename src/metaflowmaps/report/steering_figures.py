@@ -93,6 +93,40 @@ def error_against_cost(metrics: dict[str, Any]) -> "Figure":
 CEILING = 100
 
 
+def reward_against_cost(metrics: dict[str, Any]) -> "Figure":
+    """Mean reward against NFE, reward calls and time per returned sample; the tilted law's own mean reward dashed."""
+    figure, axes = new_figure(13.0, 4.9, 1, 3, sharey=True)
+    figure.suptitle("Mean reward against cost per returned sample; dashed line: the exact tilted law", fontsize=13)
+    for name, by_draws in metrics["methods"].items():
+        cells = [by_draws[key] for key in sorted(by_draws, key=int)]
+        totals = [cell["samples"] * cell["seeds"] for cell in cells]
+        gap = [max(-cell["reward"], 1e-3) for cell in cells]
+        for axis, x in zip(
+            axes[0],
+            (
+                [max(cell["cost"]["nfe"], 1) for cell in cells],
+                [cell["cost"]["reward_calls"] / n for cell, n in zip(cells, totals, strict=True)],
+                [1000 * cell["cost"]["seconds"] / n for cell, n in zip(cells, totals, strict=True)],
+            ),
+            strict=True,
+        ):
+            shown = [(a, min(b, 1e3)) for a, b in zip(x, gap, strict=True) if a > 0]
+            if shown:
+                axis.plot(*zip(*shown, strict=True), label=name, **style(name))
+    for axis in axes[0]:
+        axis.axhline(-metrics["exact_reward"], color=QUIET, linestyle="--", linewidth=1.3)
+        axis.set(xscale="log", yscale="log")
+        axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylabel("− mean reward (log scale; up is better)", fontsize=11)
+    for axis, label in zip(axes[0], ("NFE", "reward calls", "milliseconds"), strict=True):
+        axis.set_xlabel(f"{label} per sample", fontsize=11)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=10.5
+    )
+    return figure
+
+
 def trajectory(curves: dict[str, dict[str, list[float]]]) -> "Figure":
     """ESS of the draws and norm of the value's gradient against time, one line a method."""
     figure, axes = new_figure(11.0, 4.4, 1, 2)

@@ -27,6 +27,7 @@ from metaflowmaps.shapes import check_count, event_sum
 from metaflowmaps.steering.mfm_gf import draw_info
 from metaflowmaps.steering.problem import Info, Problem
 from metaflowmaps.value import (
+    NEGLIGIBLE,
     DrawOptions,
     Draws,
     equal_log_weights,
@@ -59,7 +60,7 @@ class GradientGuide:
         check_count(recycle, "recycle")
         self.num_draws, self.blend, self.correction = num_draws, blend, correction
         self.recycle = recycle if blend else 1
-        self.options = DrawOptions(noise, chunk, passes)
+        self.options = DrawOptions(noise, chunk, passes, NEGLIGIBLE if correction == "none" else 0.0)
 
     def start(self, problem: Problem) -> DrawPool:
         return DrawPool(problem.path, self.recycle)

@@ -1,0 +1,208 @@
+"""Steering: every method on the paper's inverse problem and in 16 dimensions, the value, and what recycling is worth.
+
+Parts are kept one by one in ``results/``; a part that is there already with the same settings is not measured again.
+"""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, keep, say, table, trained
+from metaflowmaps.checkpoint import load_model
+from metaflowmaps.evaluation.steering import SteeringEvalConfig, evaluate_steering
+from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.path import LinearPath
+from metaflowmaps.posterior import ExactModel
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.recipes.mixture16 import mixture_16d
+from metaflowmaps.recipes.tasks import steering_task
+from metaflowmaps.recycling import DrawPool
+from metaflowmaps.report import figures, steering_figures
+from metaflowmaps.rewards.analytic import LinearGaussian
+from metaflowmaps.sampling import uniform_grid
+from metaflowmaps.value import ess, free_shift, make_draws
+
+ALL = (
+    "none", "mfm-g", "mfm-g-plain", "mfm-g-plain-clip", "mfm-gf", "mfm-gf-plain", "mfm-gf-denoise", "mfm-smc",
+    "mfm-smc-plain", "mfm-search", "dps", "tds", "best-of-n", "glass", "exact",
+)  # fmt: skip
+PARTICLES = ("tds", "tds-64-all", "tds-512-all", "tds-64-one", "tds-512-one")
+# budgets keep a cell under a minute on one core; a cell that they cut says on how many samples it ran
+PARTS: dict[str, dict[str, Any]] = {
+    "ode, 50 steps": {
+        "steps": 50, "seeds": 4, "methods": ALL, "num_draws": (1, 2, 4, 8, 16, 32, 64, 128), "budget": 2e6
+    },
+    "ode, 250 steps": {"steps": 250, "seeds": 2, "methods": ALL, "num_draws": (1, 4, 16), "budget": 9.3e6},
+    "ode, 250 steps, 20 seeds": {"steps": 250, "seeds": 20, "methods": ("mfm-gf", "mfm-smc"), "num_draws": (4,)},
+    "ode, 50 steps, 20 seeds": {"steps": 50, "seeds": 20, "methods": ("mfm-gf", "mfm-g", "mfm-smc"), "num_draws": (4,)},
+    "tds, 250 steps, 20 seeds": {"steps": 250, "seeds": 20, "methods": PARTICLES, "num_draws": (1,), "budget": 4.2e6},
+    "sde, 50 steps": {
+        "steps": 50, "seeds": 4, "process": "sde", "methods": ("none", "mfm-g", "mfm-gf", "exact"),
+        "num_draws": (1, 4, 16), "budget": 2e6,
+    },
+    "sde, 250 steps": {
+        "steps": 250, "seeds": 2, "process": "sde", "methods": ("none", "mfm-g", "mfm-gf", "exact"), "num_draws": (4,),
+        "budget": 9.3e6,
+    },
+    "ode, 1000 steps": {
+        "steps": 1000, "seeds": 1, "methods": ("mfm-g", "mfm-gf", "mfm-smc", "tds", "exact"), "num_draws": (4,),
+        "budget": 2e7,
+    },
+    "sde, 1000 steps": {
+        "steps": 1000, "seeds": 1, "process": "sde", "methods": ("mfm-gf", "exact"), "num_draws": (4,), "budget": 2e7
+    },
+}  # fmt: skip
+IN_16D = ("none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "dps", "tds", "best-of-n", "exact")
+
+
+def gmm_inverse() -> None:
+    """Benchmark 1 and 4: the paper's inverse problem."""
+    task = steering_task("gmm-inverse")
+    run = trained(gmm(), "fidelity-default")
+    model = load_model(run.checkpoint)
+    measured = _parts("steering", model, task.law, task.reward(""), PARTS)
+    main = measured["ode, 50 steps"]
+    figures.save(steering_figures.error_against_cost(main), RESULTS / "steering-error.png")
+    figures.save(steering_figures.reward_against_cost(main), RESULTS / "steering-reward.png")
+
+
+def in_16d() -> None:
+    """Benchmark 2: 16 dimensions, three sharpnesses."""
+    task = steering_task("mixture-16d")
+    model = load_model(trained(mixture_16d(), "mixture-16d").checkpoint)
+    for name, reward in task.rewards.items():
+        part = {"steps": 50, "seeds": 1, "methods": IN_16D, "num_draws": (1, 4, 16), "budget": 2e6}
+        _parts(f"steering-16d-{name}", model, task.law, reward, {"ode, 50 steps": part})
+
+
+def _parts(
+    name: str, model: MetaFlowMap, law: GaussianMixture, reward: LinearGaussian, parts: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    file = RESULTS / f"{name}.json"
+    kept: dict[str, Any] = json.loads(file.read_text())["parts"] if file.exists() else {}
+    for label, settings in parts.items():
+        config = SteeringEvalConfig(**{"budget": 1e9, **settings})
+        if kept.get(label, {}).get("config") != json.loads(config.model_dump_json()):
+            say(f"{name}: {label}")
+            metrics, _ = evaluate_steering(model, law, reward, config, lambda line: say(f"  {line}"), model.data_std)
+            kept[label] = {"config": json.loads(config.model_dump_json()), "metrics": _light(metrics)}
+            keep(name, f"python -m benchmarks {'steering-16d' if '16d' in name else 'steering'}", {"parts": kept})
+        print(f"\n{label}\n\n{summary(kept[label]['metrics'])}")
+    return {label: part["metrics"] for label, part in kept.items()}
+
+
+def _light(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without the trajectories, rounded: these files live in the repository."""
+    methods = {
+        name: {key: {k: _rounded(v) for k, v in cell.items() if k != "trajectory"} for key, cell in by.items()}
+        for name, by in metrics["methods"].items()
+    }
+    return {**{k: _rounded(v) for k, v in metrics.items() if k != "methods"}, "methods": methods}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """One Markdown row a method and number of draws."""
+    rows = []
+    for name, by_draws in metrics["methods"].items():
+        for key, cell in by_draws.items():
+            cost, total = cell["cost"], cell["samples"] * cell["seeds"]
+            rows.append(
+                [
+                    name, key, f"{min(cell['sw2'] / cell['floor_sw2'], 9999):.2f}", f"{cell['mode_l1']:.3f}",
+                    f"{cell['floor_mode_l1']:.3f}", f"{cell['mmd']:.3f}", f"{cell['reward']:.2f}",
+                    f"{cost['nfe']:,.0f}", f"{cost['reward_calls'] / total:,.0f}",
+                    f"{1000 * cost['seconds'] / total:.2f}", f"{cell['seeds']} × {cell['samples']:,}",
+                ]
+            )  # fmt: skip
+    head = [
+        "method", "N", "SW2 / floor", "mode L1", "its floor", "MMD", "reward", "NFE", "reward calls", "ms", "samples"
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def value() -> None:
+    """Benchmark 3: V̂ of map and GLASS against the exact value."""
+    task = steering_task("gmm-inverse")
+    model = load_model(trained(gmm(), "fidelity-default").checkpoint)
+    out = {}
+    for label, settings in (
+        ("euler", {}),
+        ("midpoint, angle", {"glass_method": "midpoint", "glass_spacing": "angle", "glass_steps": (1, 2, 4, 8, 16)}),
+    ):
+        metrics = evaluate_value(model, task.law, task.reward(""), ValueEvalConfig(**settings), say)
+        out[label] = _rounded(metrics)
+        times = list(metrics["value_std"])
+        rows = [
+            [
+                name, f"{metrics['network_calls_per_draw'][name]:g}", f"{metrics['seconds_by_sampler'][name]:.2f}",
+                *(f"{at[t]['rmse']:.3f} / {at[t]['pearson']:.4f}" for t in times),
+            ]
+            for name, at in metrics["by_sampler"].items()
+        ]  # fmt: skip
+        print(f"\nGLASS {label}\n")
+        print(table(["sampler", "calls", "seconds", *(f"t = {t}: RMSE / r" for t in times)], rows))
+        if label == "euler":
+            figures.save(steering_figures.value_error(metrics), RESULTS / "value.png")
+    keep("value", "python -m benchmarks value", out)
+
+
+# -- recycling -----------------------------------------------------------------------------------------
+
+
+LENGTHS = (2, 4, 8, 16)
+
+
+def recycling() -> None:
+    """What recycled draws are worth as the dimension grows: exact draws, exact trajectories, error of the shift."""
+    rows, out = [], {}
+    for dim in (2, 8, 32, 128, 512):
+        for steps in (50, 250):
+            cell = {length: _recycled(dim, steps, length) for length in (1, *LENGTHS)}
+            out[f"{dim}, {steps}"] = cell
+            shown = (f"{cell[n]['error'] / cell[1]['error']:.2f} ({cell[n]['draws']:.1f})" for n in LENGTHS)
+            rows.append([dim, steps, *shown])
+            say(f"recycling: {dim} dimensions, {steps} steps: {rows[-1][2:]}")
+    print(table(["dimensions", "steps", *(f"L = {n}" for n in LENGTHS)], rows))
+    keep("recycling", "python -m benchmarks recycling", {"dimension, steps -> L -> error and effective draws": out})
+
+
+@torch.no_grad()
+def _recycled(dim: int, steps: int, length: int, num_draws: int = 4, batch: int = 128) -> dict[str, float]:
+    """Root-mean-square error of Σ (w − ω) x_1 along exactly steered trajectories of a three-mode mixture."""
+    means = torch.zeros(3, dim)
+    means[0], means[2] = -3.0 / dim**0.5, 3.0 / dim**0.5
+    law, path = GaussianMixture(means, 0.5), LinearPath()
+    a = torch.nn.functional.normalize(torch.randn(dim, generator=stream(0, "along", dim)), dim=0)
+    target, noise = 1.0, 0.5
+    reward = LinearGaussian(a, target, noise)
+    model, pool = ExactModel(path, law), DrawPool(path, length)
+    g = stream(0, "recycling", dim, steps)
+    x = randn((batch, dim), g)
+    errors, effective = [], []
+    for t, u in pairwise(uniform_grid(steps).tolist()):
+        drawn = make_draws(model, lambda x, cond=None: reward(x), t, x, num_draws, False, g)
+        log_base = pool.add(t, x, drawn)
+        posterior = law.posterior(path, t, x)
+        # one observed coordinate a·x_1 ~ N(a·m_k, v) in each component: the tilt of an isotropic mixture
+        v, gap = 0.5 * (1 - t) ** 2 / ((1 - t) ** 2 + 0.5 * t**2), target - posterior.means.to(x) @ a
+        weights = (posterior.weights.to(x).log() - gap.square() / (2 * (noise**2 + v))).softmax(-1)
+        moved = posterior.means.to(x) + (v / (noise**2 + v) * gap)[..., None] * a
+        exact = (weights[..., None] * moved).sum(1) - posterior.mean.to(x)
+        if t > 0.05:  # a pool has to fill first
+            errors.append((free_shift(pool.pooled(), log_base) - exact).square().sum(1).mean())
+            effective.append(ess(log_base.exp()).mean())
+        x = x + (u - t) * (model.drift(t, x) + float(path.tilt_gain(t)) * exact)
+    return {"error": float(torch.stack(errors).mean().sqrt()), "draws": float(torch.stack(effective).mean())}
