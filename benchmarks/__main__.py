@@ -10,6 +10,7 @@ BENCHMARKS = {
     "glass": fidelity.glass,
     "losses": losses.main,
     "steering": steering.gmm_inverse,
+    "steering-seeds": steering.gmm_inverse_seeds,
     "steering-16d": steering.in_16d,
     "value": steering.value,
     "recycling": steering.recycling,

@@ -1,5 +1,7 @@
-"""mfm eval posterior, and the demo that ends in it."""
+"""mfm eval posterior, and the demo."""
 
+import json
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +14,7 @@ from metaflowmaps.commands.shared import (
     open_model,
     panels,
 )
+from metaflowmaps.commands.steering import eval_steering
 from metaflowmaps.commands.train import resolve_training, train
 from metaflowmaps.config import override, validated
 from metaflowmaps.errors import InputError, unknown
@@ -23,6 +26,7 @@ from metaflowmaps.report.html import write_report
 from metaflowmaps.runs import claim, write_results
 from metaflowmaps.sampling import INTEGRATORS
 
+SHOWN = ["none", "mfm-g", "mfm-gf", "mfm-smc", "dps", "tds", "best-of-n", "exact"]
 LAWS: dict[str, Callable[[], GaussianMixture]] = {"gmm": paper_mixture}
 
 
@@ -74,4 +78,11 @@ def demo(out: Path, seed: int, say: Say) -> tuple[Path, Results]:
         str(out / "train"), "gmm", 8192, out / "eval", settings, seed, "cpu",
         "mfm eval posterior " + " ".join([str(out / "train"), *(f"--set {s}" for s in settings)]), say,
     )  # fmt: skip
-    return write_report([out / "eval", out / "train"], out / "report.html"), results
+    say("steering it towards an observation, every method on one meter …")
+    settings = ["steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(SHOWN)}"]
+    typed = ["mfm", "eval", "steering", str(out / "train"), "--samples", "2048"]
+    eval_steering(
+        str(out / "train"), "gmm-inverse", 2048, out / "steering", settings, seed, "cpu",
+        shlex.join([*typed, *(part for s in settings for part in ("--set", s))]), say,
+    )  # fmt: skip
+    return write_report([out / "eval", out / "steering", out / "train"], out / "report.html"), results

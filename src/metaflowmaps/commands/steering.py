@@ -24,6 +24,8 @@ from metaflowmaps.rewards import LinearGaussian, Tempered
 from metaflowmaps.runs import claim, pick_device, write_results
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
+from metaflowmaps.steering.guided import Control
+from metaflowmaps.steering.run import check_steering
 
 PICTURED = 4  # of num_draws, the panels show the one nearest to this
 
@@ -48,8 +50,10 @@ def steer(
 ) -> Results:
     """Steered samples of a checkpoint, with their rewards and costs."""
     r, known = _reward(reward, strength)
-    model, found, target = open_model(checkpoint, device)
     options = parse_settings(settings)
+    integrator = options.get("integrator", "euler")
+    check_steering(method, num_draws, Control(process, integrator, renormalize, options.get("sigma_cap")), options)
+    model, found, target = open_model(checkpoint, device)
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
         "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,

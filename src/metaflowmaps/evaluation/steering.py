@@ -206,7 +206,7 @@ def _affordable(config: SteeringEvalConfig, method: str, num_draws: int, options
         "tds": 4 * (options.get("particles") or 1 if options.get("returns") == "one" else 1),
         "glass": 1 + num_draws * (1 + 2 * config.glass_steps),
     }[method]  # fmt: skip
-    affordable = min(config.samples, max(256, int(config.budget / (a_step * config.steps))))
+    affordable = min(config.samples, max(64, int(config.budget / (a_step * config.steps))))
     unit = options.get("particles") if method in ("tds", "mfm-smc") and options.get("returns") != "one" else None
     return affordable if unit is None else max(unit, affordable // unit * unit)
 

@@ -137,9 +137,12 @@ def trajectory(curves: dict[str, dict[str, list[float]]]) -> "Figure":
                 look = {**style(name), "markevery": max(1, len(kept["time"]) // 8), "markersize": 5}
                 axis.plot(kept["time"], kept[what], label=name, **look)
     axes[0, 0].set(xlabel="time t (0: noise, 1: data)", ylabel="effective number of draws (ESS)", ylim=(0, None))
-    axes[0, 1].set(xlabel="time t (0: noise, 1: data)", ylabel="norm of the estimated ∇V", yscale="log")
-    low, high = axes[0, 1].get_ylim()
-    axes[0, 1].set_ylim(max(low, 1e-2), min(high, 1e4))  # at t = 0 it vanishes; a method that explodes leaves the frame
+    axes[0, 1].set(xlabel="time t (0: noise, 1: data)", ylabel="norm of the estimated ∇V")
+    if any(norm > 0 for kept in curves.values() for norm in kept.get("gradient_norm", ())):
+        axes[0, 1].set_yscale("log")
+        low, high = axes[0, 1].get_ylim()
+        # at t = 0 it vanishes; a method that explodes leaves the frame
+        axes[0, 1].set_ylim(max(low, 1e-2), max(min(high, 1e4), 1e-1))
     for axis in axes.flat:
         axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     handles, labels = axes[0, 1].get_legend_handles_labels()

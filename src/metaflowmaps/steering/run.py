@@ -152,6 +152,15 @@ def make_method(method: str, common: _Common, options: dict[str, Any]) -> Method
         raise InputError(f"{method}: {error}") from None
 
 
+def check_steering(method: str, num_draws: int, control: Control, options: dict[str, Any]) -> None:
+    """Refuse what ``steer`` would refuse of a method and its options, before anything is begun."""
+    make_method(
+        method,
+        _Common(num_draws, control.checked(), None),
+        {k: v for k, v in options.items() if k not in LOOP_OPTIONS},
+    )
+
+
 # -- the loop ------------------------------------------------------------------------------------------
 
 LOOP_OPTIONS = ("grid", "integrator", "sigma_cap", "batch_size", "map_steps", "progress")
