@@ -19,7 +19,11 @@ from metaflowmaps.value import (
 
 
 class GradientFreeGuide:
-    """D* − D = Σ (w_i − ω_i) x_1^i over the draws of the last ``recycle`` steps (1: of this step only)."""
+    """D* − D = Σ (w_i − ω_i) x_1^i over the draws of the last ``recycle`` steps (1: of this step only).
+
+    With ``fill`` the first step makes draws for a whole pool: N (recycle − 1) more calls, once. Early steps choose the
+    mode, and with one or two draws a step the pool is nearly empty when they do.
+    """
 
     def __init__(
         self,
@@ -29,12 +33,14 @@ class GradientFreeGuide:
         correction: str = "none",
         noise: str = "independent",
         chunk: int = 64,
+        fill: bool = False,
     ) -> None:
         check_count(num_draws, "num_draws")
         check_count(recycle, "recycle")
         if centre not in ("draws", "denoise"):
             raise unknown("centre", centre, ("draws", "denoise"))
         self.num_draws, self.recycle, self.centre, self.correction = num_draws, recycle, centre, correction
+        self.fill = fill
         self.options = DrawOptions(noise, chunk)
 
     def start(self, problem: Problem) -> DrawPool:
@@ -42,11 +48,13 @@ class GradientFreeGuide:
 
     def guide(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
         drift = problem.drift(t, x)
-        made = make_draws(
-            problem.draws_from(), problem.reward, t, x, self.num_draws, False, problem.stream("draws"),
-            problem.cond_for(len(x)), self.options,
-        )  # fmt: skip
-        log_base = memory.add(t, x, made)
+        contexts = self.recycle if self.fill and not memory.draws else 1
+        for _ in range(contexts):
+            made = make_draws(
+                problem.draws_from(), problem.reward, t, x, self.num_draws, False, problem.stream("draws"),
+                problem.cond_for(len(x)), self.options,
+            )  # fmt: skip
+            log_base = memory.add(t, x, made)
         pool = memory.pooled()
         if self.centre == "draws":
             shift = free_shift(pool, log_base, self.correction)

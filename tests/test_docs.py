@@ -1,0 +1,30 @@
+"""The documented examples run as they stand, and say what they claim."""
+
+import re
+from pathlib import Path
+
+import torch
+
+PAGE = Path(__file__).parent.parent / "docs" / "steering.md"
+
+
+def test_the_steering_page_runs_and_is_right(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    mean = names["result"].samples.mean(0)
+    # tilted mean of the first coordinate: 1 · .25/(.25 + .09); four standard errors of 512 samples of spread .26, .5,
+    # and .02 for what 50 steps and few draws leave
+    assert abs(float(mean[0]) - 0.25 / 0.34) < 4 * 0.26 / 512**0.5 + 0.02
+    assert abs(float(mean[1])) < 4 * 0.5 / 512**0.5 + 0.02
+    samples, exact = names["steered"].samples, names["exact"]
+    spread = exact.variance.sqrt()
+    # four standard errors of 2048 samples, and .1 for what 50 steps with 4 draws leave (docs/benchmarks.md)
+    assert bool(((samples.mean(0) - exact.mean).abs() < 4 * spread / 2048**0.5 + 0.1).all())
+    estimate = names["estimate"]
+    truth = names["law"].value(names["path"], 0.4, torch.zeros(8, 2), names["observed"])
+    # eight estimates, each within five of its own standard errors
+    assert bool(((estimate.value - truth).abs() < 5 * estimate.std_err).all())
+    assert "tensor" in capsys.readouterr().out
