@@ -66,7 +66,7 @@ class SteeringEvalConfig(Config):
     reward: str = ""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of a method or variant, beyond its defaults
     glass_steps: int = Field(4, ge=1)  # midpoint steps, equal in the chart's angle
-    budget: float = Field(2e7, gt=0)  # evaluations a cell and seed
+    budget: float = Field(1e7, gt=0)  # evaluations a cell and seed
     mmd_seeds: int = Field(1, ge=0)
     seed: int = Field(0, ge=0)
 
