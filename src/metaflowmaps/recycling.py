@@ -20,6 +20,8 @@ The weights are consistent as N grows. At fixed N they are self-normalised, with
 number of draws; and draws steered the trajectory they are used on again, which a long memory would feel: keep L ≲ 16.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,32 +30,44 @@ from metaflowmaps.shapes import check_count, event_sum
 from metaflowmaps.value import Draws
 
 TOLERANCE = 1e-3  # of a context's share of the draws
-MAX_ROUNDS = 12
+MAX_ROUNDS = 40
 RIDGE = 1e-4
 
 
 def solve_constants(log_kernels: Tensor, constants: Tensor, num_draws: int) -> Tensor:
     """f of the balance heuristic from log-kernels (l, M, B), num_draws of the M from each context: (l, B).
 
-    With P_{ln} = e^{f_l} K_l(n) / Σ_k e^{f_k} K_k(n), the equations are Σ_n P_{ln} = N, the stationarity of a concave
-    likelihood. One round of the fixed point, which always climbs, then Newton on the rows that are not there yet.
+    With P_{ln} = e^{f_l} K_l(n) / Σ_k e^{f_k} K_k(n), the equations are Σ_n P_{ln} = N, the stationarity of a
+    concave likelihood N Σ_l f_l − Σ_n log Σ_l e^{f_l} K_l(n). One round of the fixed point, which always climbs, and on the rows
+    that are not there yet Newton steps, or where one would fall another round of the fixed point.
     """
-    constants = -torch.logsumexp(log_kernels - torch.logsumexp(log_kernels + constants[:, None], 0), 1)
-    constants = constants - constants[:1]
+    constants = _fixed_point(log_kernels, constants)
     eye = torch.eye(len(constants), dtype=constants.dtype, device=constants.device)
     rows = torch.arange(constants.shape[1], device=constants.device)
     for _ in range(MAX_ROUNDS):
-        shares = (log_kernels[..., rows] + constants[:, None, rows]).softmax(0)  # (l, M, b)
+        kernels, f = log_kernels[..., rows], constants[:, rows]
+        shares = (kernels + f[:, None]).softmax(0)  # (l, M, b)
         missing = num_draws - shares.sum(1)
         far = (missing.abs().amax(0) > TOLERANCE * num_draws) & missing.isfinite().all(0)
         if not bool(far.any()):
             break
-        rows, shares, missing = rows[far], shares[..., far], missing[:, far]
+        rows, kernels, f, shares, missing = rows[far], kernels[..., far], f[:, far], shares[..., far], missing[:, far]
         p = shares.permute(2, 0, 1)
         hessian = torch.diag_embed(p.sum(2)) - p @ p.mT + RIDGE * num_draws * eye
-        step = torch.linalg.solve(hessian, missing.T).T.clamp(-3, 3)
-        constants[:, rows] = constants[:, rows] + step
+        newton = f + torch.linalg.solve(hessian, missing.T).T
+        climbs = _likelihood(kernels, newton, num_draws) >= _likelihood(kernels, f, num_draws)
+        constants[:, rows] = torch.where(climbs, newton, _fixed_point(kernels, f))
     return constants - constants[:1]
+
+
+def _fixed_point(log_kernels: Tensor, constants: Tensor) -> Tensor:
+    """f_l ← −log Σ_n K_l(n) / Σ_k e^{f_k} K_k(n), relative to the first."""
+    new = -torch.logsumexp(log_kernels - torch.logsumexp(log_kernels + constants[:, None], 0), 1)
+    return new - new[:1]
+
+
+def _likelihood(log_kernels: Tensor, constants: Tensor, num_draws: int) -> Tensor:
+    return num_draws * constants.sum(0) - torch.logsumexp(log_kernels + constants[:, None], 0).sum(0)
 
 
 class DrawPool:
@@ -82,7 +96,7 @@ class DrawPool:
         if old:
             row = torch.cat([self._log_kernel(t, x, made.x_1) for made in self.draws])  # (old·N, B)
             mixture = torch.logsumexp(kernels + constants[:, None], 0)
-            newest = -torch.logsumexp(row - mixture, 0)
+            newest = math.log(n) - torch.logsumexp(row - mixture, 0)
             kernels = torch.cat([torch.cat([kernels, row[None]]), column], 1)
             # where no old draw reaches the present context nothing is known yet: start level with the last one
             newest = torch.where(newest.isfinite(), newest, constants[-1])
@@ -120,5 +134,8 @@ class DrawPool:
     def _log_kernel(self, t: float, x: Tensor, x_1: Tensor) -> Tensor:
         """log N(x; β_t x_1, α_t²) up to a constant of the context, which f absorbs: (n, B)."""
         alpha, beta = float(self.path.alpha(t)), float(self.path.beta(t))
-        residual = (x - beta * x_1).flatten(0, 1)
+        wide = torch.promote_types(
+            x.dtype, torch.float32
+        )  # half precision has no linear solver, and no digits to spare
+        residual = (x.to(wide) - beta * x_1.to(wide)).flatten(0, 1)
         return (event_sum(residual.square()) / (-2 * alpha**2)).reshape(x_1.shape[:2])

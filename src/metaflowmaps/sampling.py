@@ -98,7 +98,7 @@ def time_grid(path: Path, grid: str | Tensor, steps: int) -> Tensor:
     if isinstance(grid, Tensor):
         check_grid(grid)
         if grid.ndim != 1 or not (float(grid[0]) >= 0 and float(grid[-1]) == 1):
-            raise InputError("a steering grid must be (K+1,) times from somewhere in [0, 1) to exactly 1")
+            raise InputError("a steering grid must be (K+1,) times from 0, or a little later, to exactly 1")
         return grid.to("cpu", torch.float64)
     if grid == "uniform":
         return uniform_grid(steps)

@@ -93,7 +93,7 @@ def value_std_err(weights: Tensor, base: Tensor) -> Tensor:
 
 def weighted(weights: Tensor, y: Tensor) -> Tensor:
     """Σ_i w_i y_i over (M, B) weights and (M, B, *event) values."""
-    return torch.einsum("mb,mbd->bd", weights, y.flatten(2)).reshape(y.shape[1:])
+    return torch.einsum("mb,mbd->bd", weights, y.flatten(2).to(weights.dtype)).reshape(y.shape[1:]).to(y.dtype)
 
 
 def _spread(weights: Tensor, deviation: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def make_draws(
         x_1, r, g = _differentiated(source, reward, times, contexts, begin, n, wide) if first else _plain(
             source, reward, times, contexts, begin, n, wide
         )  # fmt: skip
-        draws.append(x_1.reshape(n, *x_t.shape))
+        draws.append(x_1.reshape(n, *x_t.shape).to(x_t.dtype))
         rewards.append(r.reshape(n, -1))
         if g is not None:
             gradients.append(g.reshape(n, *x_t.shape))

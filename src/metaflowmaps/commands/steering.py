@@ -1,5 +1,6 @@
 """mfm steer, mfm eval steering, mfm eval value."""
 
+import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from metaflowmaps.runs import claim, pick_device, write_results
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
-from metaflowmaps.steering.run import check_steering
+from metaflowmaps.steering.run import check_steering, log_normaliser
 
 PICTURED = 4  # of num_draws, the panels show the one nearest to this
 
@@ -51,13 +52,15 @@ def steer(
     """Steered samples of a checkpoint, with their rewards and costs."""
     r, known = _reward(reward, strength)
     options = parse_settings(settings)
+    if "progress" in options:
+        raise InputError("progress shows itself on a terminal: leave --set progress out")
     integrator = options.get("integrator", "euler")
     check_steering(method, num_draws, Control(process, integrator, renormalize, options.get("sigma_cap")), options)
     model, found, target = open_model(checkpoint, device)
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
         "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
-        "seed": seed, **options,
+        "seed": seed, **_file_hash(reward), **options,
     }  # fmt: skip
     out = out or beside(checkpoint, found, f"steer-{method}")
     done = claim(out, "steer", config)
@@ -93,6 +96,7 @@ def steer(
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()) if num > 1 else 0.0,
         "reward_max": float(rewards.max()),
+        **({"log_evidence": log_normaliser(result)} if "log_evidence" in result.info else {}),
         **{name: float(result.info[name].double().mean()) for name in ("ess", "base_ess") if name in result.info},
     }
     results = write_results(out, "steer", config, metrics, result.cost, seed=seed, device=target, invocation=invocation)
@@ -206,6 +210,12 @@ def _reward(text: str, strength: float) -> tuple[Callable[..., Tensor], LinearGa
     if strength != 1:
         return Tempered(found, strength), None
     return found, None
+
+
+def _file_hash(reward: str) -> dict[str, str]:
+    """What a reward's file held: another version of it is another run."""
+    file = Path(reward.rpartition(":")[0])
+    return {"reward_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
 
 
 def _judged_model(

@@ -30,7 +30,8 @@ from metaflowmaps.posterior import ExactModel
 from metaflowmaps.randomness import stream
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.steering import METHODS, SteerResult, steer
-from metaflowmaps.steering.run import DRAWLESS
+from metaflowmaps.steering.guided import Control
+from metaflowmaps.steering.run import DRAWLESS, GUIDED, check_steering
 
 # name: (method, options). "-plain" is a method as published, without what this package adds by default
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,6 +47,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 for _particles in (64, 512):
     for _returns in ("all", "one"):
         VARIANTS[f"tds-{_particles}-{_returns}"] = ("tds", {"particles": _particles, "returns": _returns})
+DEFAULT_METHODS = (
+    "none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n",
+    "glass", "exact",
+)  # fmt: skip
 PARTICLES_RETURNED_ONE = 8  # a search returns one of so many
 
 
@@ -58,11 +63,8 @@ class SteeringEvalConfig(Config):
     process: Literal["ode", "sde"] = "ode"
     integrator: str = "euler"
     renormalize: str = "none"
-    methods: tuple[str, ...] = (
-        "none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n",
-        "glass", "exact",
-    )  # fmt: skip
-    num_draws: tuple[int, ...] = (1, 4)
+    methods: tuple[str, ...] = Field(DEFAULT_METHODS, min_length=1)
+    num_draws: tuple[int, ...] = Field((1, 4), min_length=1)
     reward: str = ""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of a method or variant, beyond its defaults
     glass_steps: int = Field(4, ge=1)  # midpoint steps, equal in the chart's angle
@@ -140,6 +142,8 @@ def evaluate_steering(
     data_std: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
+    for name, num_draws in cells(config):  # an option that does not exist is refused before the first hour, not after
+        check_steering(VARIANTS[name][0], num_draws, Control(), _options(config, name, data_std))
     judge = Judge(law, reward, config.seed)
     methods: dict[str, dict[str, Any]] = {}
     pictures: dict[str, Tensor] = {}
@@ -172,29 +176,36 @@ def cells(config: SteeringEvalConfig) -> Iterator[tuple[str, int]]:
 def _cell(
     model: Any, judge: Judge, config: SteeringEvalConfig, name: str, num_draws: int, data_std: float | None
 ) -> tuple[dict[str, Any], Tensor]:
-    method, variant = VARIANTS[name]
-    options = {**variant, **config.options.get(method, {}), **config.options.get(name, {})}
-    if method == "glass":
-        options = {
-            "glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std, **options
-        }  # fmt: skip
+    method, options = VARIANTS[name][0], _options(config, name, data_std)
     base = ExactModel(model.path, judge.law) if method == "exact" else model
     samples = _affordable(config, method, num_draws, options)
-    options = {"renormalize": config.renormalize, "process": config.process, **options}
-    if method not in ("mfm-search", "mfm-smc", "tds"):
-        options["integrator"] = config.integrator
+    if method in GUIDED:
+        control = {"renormalize": config.renormalize, "process": config.process, "integrator": config.integrator}
+        options = {**control, **options}
     runs, said = [], set()
     for seed in range(config.seeds):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            runs.append(
-                steer(
-                    base, judge.reward, samples, method, num_draws, config.steps,
-                    generator=stream(config.seed, "steer", seed), **options,
-                )
+            run = steer(
+                base, judge.reward, samples, method, num_draws, config.steps,
+                generator=stream(config.seed, "steer", seed), **options,
             )  # fmt: skip
+        if run.interrupted:
+            raise KeyboardInterrupt
+        runs.append(run)
         said |= {str(w.message) for w in caught}
-    return _judged(judge, config, runs, samples, sorted(said)), runs[0].samples.cpu()
+    process = {"mfm-search": "search", "mfm-smc": "sde", "tds": "sde"}.get(method, config.process)
+    return {**_judged(judge, config, runs, samples, sorted(said)), "process": process}, runs[0].samples.cpu()
+
+
+def _options(config: SteeringEvalConfig, name: str, data_std: float | None) -> dict[str, Any]:
+    """A variant's own options, with those of the configuration on top."""
+    method, variant = VARIANTS[name]
+    options = {**variant, **config.options.get(method, {}), **config.options.get(name, {})}
+    if method == "glass":
+        spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std}
+        options = {**spacing, **options}
+    return options
 
 
 def _affordable(config: SteeringEvalConfig, method: str, num_draws: int, options: dict[str, Any]) -> int:
@@ -219,14 +230,17 @@ def _judged(
         x = run.samples.cpu()
         finite = x.isfinite().all(1)
         lost += int((~finite).sum())
-        # what is not finite counts as being at the origin: left out, it would flatter the method
+        # for distances, what is not finite counts as being at the origin: left out, it would flatter the method
         x = torch.where(finite[:, None], x, torch.zeros_like(x)).clamp(-1e6, 1e6)
         mine.add(curves(x, judge.along))
         pooled.append(x)
         if i < config.mmd_seeds:
             mmd.append(mmd_squared(x, judge.tilted.sample(samples, stream(judge.seed, "mmd", i)).to(x)))
     everything = torch.cat(pooled)
-    frequencies = judge.frequencies(everything)
+    # samples that are lost belong to no mode: the frequencies do not sum to one then
+    whole = torch.cat([run.samples.cpu() for run in runs])
+    kept = whole[whole.isfinite().all(1)]
+    frequencies = judge.frequencies(kept) * (len(kept) / len(whole)) if len(kept) else 0 * judge.probabilities
     rewards = judge.reward(everything.double())
     cost = {k: sum(run.cost[k] for run in runs) for k in runs[0].cost if k not in ("nfe", "peak_memory_bytes")}
     cost["nfe"] = sum(run.cost["nfe"] for run in runs) / len(runs)
@@ -240,7 +254,6 @@ def _judged(
         "mode_frequencies": frequencies.tolist(),
         "reward": float(rewards.mean()),
         "cost": cost,
-        "process": config.process,
         "steps": config.steps,
         "samples": samples,
         "seeds": len(runs),

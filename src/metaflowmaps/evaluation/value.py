@@ -26,7 +26,7 @@ class ValueEvalConfig(Config):
     """What to estimate, where, and with what."""
 
     states: int = Field(256, ge=3)
-    times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    times: tuple[float, ...] = Field((0.1, 0.2, 0.3, 0.5), min_length=1)
     num_draws: int = Field(256, ge=1)
     map_steps: tuple[int, ...] = (1, 2, 4)
     glass_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -39,6 +39,8 @@ class ValueEvalConfig(Config):
     def _possible(self) -> "ValueEvalConfig":
         if any(not 0 <= t < 1 for t in self.times):
             raise ValueError("times must lie in [0, 1): at t = 1 the value is the reward")
+        if not (self.map_steps or self.glass_steps):
+            raise ValueError("give map_steps or glass_steps: there is nothing to judge")
         if min((*self.map_steps, *self.glass_steps), default=1) < 1:
             raise ValueError("steps must be at least 1")
         return self

@@ -135,7 +135,8 @@ def trajectory(curves: dict[str, dict[str, list[float]]]) -> "Figure":
         for axis, what in zip(axes[0], ("ess", "gradient_norm"), strict=True):
             if kept.get(what):
                 look = {**style(name), "markevery": max(1, len(kept["time"]) // 8), "markersize": 5}
-                axis.plot(kept["time"], kept[what], label=name, **look)
+                shown = [(t, v) for t, v in zip(kept["time"], kept[what], strict=True) if v > 0]  # ∇V is 0 at t = 0
+                axis.plot(*zip(*(shown or [(0.0, float("nan"))]), strict=True), label=name, **look)
     axes[0, 0].set(xlabel="time t (0: noise, 1: data)", ylabel="effective number of draws (ESS)", ylim=(0, None))
     axes[0, 1].set(xlabel="time t (0: noise, 1: data)", ylabel="norm of the estimated ∇V")
     if any(norm > 0 for kept in curves.values() for norm in kept.get("gradient_norm", ())):

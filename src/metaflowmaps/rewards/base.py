@@ -29,6 +29,16 @@ def is_differentiable(reward: Callable[..., Any]) -> bool:
     return bool(getattr(reward, "differentiable", True))
 
 
+def rows_of(reward: Any, x: Tensor) -> int | None:
+    """How many samples the reward is about, row by row; None (nearly always) if it treats all alike."""
+    if hasattr(reward, "rows_for"):
+        rows: int | None = reward.rows_for(x)
+        return rows
+    # compositions hold their parts as ``rewards``, wrappers theirs as ``reward``
+    inside = (*getattr(reward, "rewards", ()), *([reward.reward] if hasattr(reward, "reward") else []))
+    return next((n for part in inside if (n := rows_of(part, x)) is not None), None)
+
+
 def call_reward(reward: Callable[..., Any], x: Tensor, cond: Cond = None) -> Any:
     """reward(x, cond) where the callable has a place for cond, reward(x) where it has none.
 

@@ -1,13 +1,16 @@
 """A reward behind a check: what comes back is (B,) finite numbers on the device of x, and x is as it was."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import Cond, call_reward, is_differentiable
+
+MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # other in training than in use
 
 
 class CheckedReward:
@@ -17,14 +20,25 @@ class CheckedReward:
     """
 
     def __init__(self, reward: Callable[..., Any]) -> None:
-        if not callable(reward):
-            raise InputError(f"a reward is a function of x (and optionally cond), got {type(reward).__name__}")
+        if not callable(reward) or inspect.isclass(reward):
+            given = f"the class {reward.__name__}" if inspect.isclass(reward) else type(reward).__name__
+            raise InputError(f"a reward is a function of x (and optionally cond), got {given}")
+        if isinstance(reward, nn.Module) and any(m.training and isinstance(m, MOODY) for m in reward.modules()):
+            raise InputError(
+                "the reward is a module in training mode, where dropout draws at random: call .eval() on it"
+            )
         self.reward = reward
         self.differentiable = is_differentiable(reward)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         version = _version(x)
-        out = call_reward(self.reward, x, cond)
+        try:
+            out = call_reward(self.reward, x, cond)
+        except InputError:
+            raise
+        except Exception as error:  # the user's own code: in one line, with its traceback behind it
+            text = " ".join(str(error).split())
+            raise InputError(f"the reward raised {type(error).__name__}: {text[:200]}") from error
         if _version(x) != version:
             raise InputError("the reward changed its input in place: begin it with x = x.clone()")
         if not isinstance(out, Tensor):
@@ -37,13 +51,15 @@ class CheckedReward:
                 f"the reward must return one number a sample, shape ({len(x)},), got {tuple(out.shape)}; "
                 "sum or mean over the other dimensions"
             )
+        if out.is_complex():
+            raise InputError("the reward must return real numbers, got complex ones")
         if out.device != x.device:
             raise InputError(f"the reward returned a tensor on {out.device} for samples on {x.device}: move it there")
         out = out.to(x.dtype)
         bad = (out.isnan() | (out == torch.inf)) & x.flatten(1).isfinite().all(1)
         if bool(bad.any()):
             raise InputError(
-                f"the reward is {float(out[bad][0]):g} for {int(bad.sum())} of {len(x)} finite samples: "
+                f"the reward is {float(out.detach()[bad][0]):g} for {int(bad.sum())} of {len(x)} finite samples: "
                 "it must be finite (or −inf, for what is forbidden)"
             )
         return out

@@ -55,6 +55,12 @@ class InverseProblem:
         y = clean + positive(noise_std, "noise_std") * noise
         return cls(operator, y[0] if len(x) == 1 else y, noise_std, strength)
 
+    def rows_for(self, x: Tensor) -> int | None:
+        """How many observations y holds, one a sample; None if it is one for all. Steering keeps such rows together."""
+        with torch.no_grad():
+            one = _observations(self.operator, x[:1]).shape[1:]
+        return None if self.y.shape == one else len(self.y)
+
     @property
     def precision(self) -> float:
         """λ/σ², the precision of one coordinate of the observation."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.shapes import event_sum
 from metaflowmaps.steering.problem import Info, Problem
 
 FIRST = 1e-6  # D* − D = (α²/β) ∇V is 0/0 at t = 0; in float64 this close to it loses nothing
@@ -23,6 +24,8 @@ class ExactGuide:
 
     def guide(self, problem: Problem, memory: Any, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
         drift, t = problem.drift(t, x), max(t, FIRST)
+        if getattr(self.reward, "strength", None) == 0:  # V = 0: its gradient by autograd would be rounding
+            return drift, torch.zeros_like(x), {}
         with torch.enable_grad():
             wide = x.detach().double().requires_grad_(True)
             value = problem.model.value(t, wide, self.reward)
@@ -31,5 +34,5 @@ class ExactGuide:
         return (
             drift,
             (factor * gradient).to(x),
-            {"value": value.detach().to(x), "gradient_norm": gradient.norm(dim=1).to(x)},
+            {"value": value.detach().to(x), "gradient_norm": event_sum(gradient.square()).sqrt().to(x)},
         )

@@ -40,10 +40,10 @@ class GlassGuide:
 
 
 class _Drift:
-    """The problem's drift in the form GLASS calls it; the condition is the problem's own."""
+    """The problem's drift in the form GLASS calls it."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
     def __call__(self, t: Any, x: Tensor, cond: Any = None) -> Tensor:
-        return self.problem.drift(t, x)
+        return self.problem.drift_under(t, x, cond)

@@ -18,7 +18,7 @@ from torch import Tensor
 from metaflowmaps.errors import unknown
 from metaflowmaps.path import Path
 from metaflowmaps.sampling import INTEGRATORS
-from metaflowmaps.shapes import event_sum
+from metaflowmaps.shapes import event_sum, positive
 from metaflowmaps.steering.problem import Info, Problem
 
 PROCESSES = ("ode", "sde")
@@ -55,6 +55,8 @@ class Control(NamedTuple):
         ):
             if given not in allowed:
                 raise unknown(kind, given, allowed)
+        if self.sigma_cap is not None:
+            positive(self.sigma_cap, "sigma_cap")
         return self
 
 

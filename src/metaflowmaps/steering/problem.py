@@ -14,7 +14,7 @@ from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.rewards.base import Cond
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
-from metaflowmaps.shapes import batch_time
+from metaflowmaps.shapes import Time, batch_time
 from metaflowmaps.value import repeat_cond
 
 Info = dict[str, Tensor]
@@ -29,8 +29,11 @@ class Problem:
     def __init__(self, model: Any, reward: Any, meter: Meter, map_steps: int = 1) -> None:
         self.path: Path = as_path(_needed(model, "path"))
         self.event_shape = tuple(_needed(model, "event_shape"))
-        self.dtype: torch.dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
-        self.device = torch.device(getattr(model, "device", None) or "cpu")
+        first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.dtype: torch.dtype = getattr(model, "dtype", None) or (
+            torch.get_default_dtype() if first is None else first.dtype
+        )
+        self.device = device_of(model)
         self.meter = meter
         self.model = model
         checked = checked_reward(reward)
@@ -74,15 +77,18 @@ class Problem:
             return None
         return repeat_cond(self.cond, rows // len(next(iter(self.cond.values()))))
 
-    def drift(self, t: float, x: Tensor) -> Tensor:
-        """b_t(x)."""
-        cond = self.cond_for(len(x))
+    def drift(self, t: Time, x: Tensor) -> Tensor:
+        """b_t(x), under the condition of the state's rows."""
+        return self.drift_under(t, x, self.cond_for(len(x)))
+
+    def drift_under(self, t: Time, x: Tensor, cond: Cond) -> Tensor:
+        """b_t(x) under a condition for each row."""
         times = batch_time(t, x)
         out: Tensor = self._drift(times, x) if cond is None else self._drift(times, x, cond)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(f"the model's drift must return a tensor of shape {tuple(x.shape)}, got {given}")
-        return out
+        return out.to(x.dtype)
 
     def denoise(self, t: float, x: Tensor, drift: Tensor) -> Tensor:
         """D_t(x), from a drift that is known already."""
@@ -141,6 +147,15 @@ class _CountedDraws:
             return out.flatten(0, 1)
 
         return self._meter.counted(rows, "forwards", "backwards")().reshape(num_draws, *x_t.shape)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model lives: its device, that of its parameters, or the CPU."""
+    given = getattr(model, "device", None)
+    if given is None and isinstance(model, nn.Module):
+        first = next(model.parameters(), None)
+        given = None if first is None else first.device
+    return torch.device(given or "cpu")
 
 
 def _needed(model: Any, name: str) -> Any:

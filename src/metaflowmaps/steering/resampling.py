@@ -23,7 +23,7 @@ def resample(kind: str, log_weights: Tensor, generator: torch.Generator | None =
     dead = log_weights.amax(1, keepdim=True) == -torch.inf
     weights = torch.where(dead, torch.zeros_like(log_weights), log_weights).double().softmax(1)
     if kind == "multinomial":
-        points = rand((systems, count), generator, torch.float64, log_weights.device).sort(1).values
+        points = rand((systems, count), generator, torch.float64, log_weights.device)
         ancestors = _at(weights, points)
     elif kind in ("systematic", "stratified"):
         offset = rand((systems, 1 if kind == "systematic" else count), generator, torch.float64, log_weights.device)

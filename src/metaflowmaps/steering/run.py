@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.meter import Meter
-from metaflowmaps.rewards.base import Cond, call_reward
+from metaflowmaps.rewards.base import Cond, rows_of
+from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.sampling import time_grid
 from metaflowmaps.shapes import check_count
 from metaflowmaps.steering.best_of_n import BestOfN
@@ -24,7 +25,7 @@ from metaflowmaps.steering.guided import Control, Guided
 from metaflowmaps.steering.mfm_g import GradientGuide
 from metaflowmaps.steering.mfm_gf import GradientFreeGuide
 from metaflowmaps.steering.none import NoGuide
-from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.problem import Info, Problem, device_of
 from metaflowmaps.steering.search import Search
 from metaflowmaps.steering.smc import TwistedSmc, ValueTwist
 from metaflowmaps.steering.tds import PointTwist
@@ -143,6 +144,12 @@ def method_options(method: str) -> set[str]:
 def make_method(method: str, common: _Common, options: dict[str, Any]) -> Method:
     """The method of that name; options it does not have are refused."""
     allowed = method_options(method)
+    if method not in GUIDED:
+        own = {"mfm-search": "renoises its draws", "mfm-smc": "moves by the SDE", "tds": "moves by the SDE"}[method]
+        defaults = Control(common.control.checked().process)
+        for name in ("integrator", "renormalize", "sigma_cap"):
+            if getattr(common.control, name) != getattr(defaults, name):
+                raise InputError(f"{method} {own}: it has no {name}; leave it at {getattr(defaults, name)!r}")
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {method}", name, {*allowed, *LOOP_OPTIONS})
@@ -164,6 +171,7 @@ def check_steering(method: str, num_draws: int, control: Control, options: dict[
 # -- the loop ------------------------------------------------------------------------------------------
 
 LOOP_OPTIONS = ("grid", "integrator", "sigma_cap", "batch_size", "map_steps", "progress")
+LATEST_START = 0.05  # the release starts at .01
 FEW = 1.2  # an ESS below this is one draw that has it all
 
 
@@ -193,55 +201,74 @@ def steer(
     ``model``: a MetaFlowMap, an ExactModel, or anything with path, event_shape, drift(t, x, cond=None) and, for methods
     that draw, draw(t, x_t, num_draws, generator=, cond=). ``reward``: any function x (B, *event) -> (B,).
     ``grid``: uniform, power, log-snr, or times; ``integrator``: euler, midpoint, heun, rk4 (sde: euler, heun);
-    ``batch_size``: rows of state at a time; ``options``: the method's own, see its file. Ctrl-C returns what is
-    finished.
+    ``batch_size``: rows of state at a time (draws multiply it, by at most the method's ``chunk``); ``options``: the
+    method's own, see its file. Ctrl-C returns what is finished.
     """
     check_count(num_samples, "num_samples")
     check_count(batch_size, "batch_size")
     check_count(num_draws, "num_draws")
-    if process == "sde" and method not in GUIDED and method in METHODS:
-        process = "ode"  # searches and particles have a process of their own
     common = _Common(num_draws, Control(process, integrator, renormalize, sigma_cap), reward)
     made = make_method(method, common, options)
-    meter = Meter(device=_device(model))
+    meter = Meter(device=device_of(model))
     problem = Problem(model, reward, meter, map_steps)
     _check_cond(cond, num_samples)
+    cond = cond or None
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     times = time_grid(problem.path, grid if grid is not None else made.default_grid, steps).tolist()
+    if times[0] > LATEST_START:
+        warnings.warn(
+            f"the grid starts at t = {times[0]:g} with pure noise, which is the law at t = 0: start it there",
+            UserWarning,
+            stacklevel=2,
+        )
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+    sizes = _chunk_sizes(problem, made, reward, num_samples, batch_size, options)
+    run = _Run(problem, made, times, callback, len(sizes), seed)
+    bar = _Bar(len(sizes) * (len(times) - 1), method) if progress else None
+    try:
+        with meter:
+            run.all(sizes, cond, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+    result = run.result(reward, cond)
+    if run.failure is not None:
+        if not len(result.samples):
+            raise run.failure
+        text = " ".join(str(run.failure).split()) or type(run.failure).__name__
+        kept = f"{text} ({len(result.samples)} finished samples are kept)"
+        raise SteeringFailed(kept, result) from run.failure
+    _warn(method, num_draws, result)
+    return result
+
+
+def _chunk_sizes(
+    problem: Problem, made: Method, reward: Any, num_samples: int, batch_size: int, options: dict[str, Any]
+) -> list[int]:
+    """Samples a chunk: as even as possible, whole systems of particles, rows of a row-by-row reward together."""
+    systems = made.particles if isinstance(made, TwistedSmc) else 1
+    rows = rows_of(reward, torch.zeros(1, *problem.event_shape, dtype=problem.dtype, device=problem.device))
+    if rows is not None:
+        if rows != num_samples:
+            raise InputError(f"the reward holds {rows} observations, one a sample: ask for num_samples={rows}")
+        if systems != 1 or options.get("passes", 1) != 1:
+            raise InputError(
+                "the reward holds one observation a sample: particles cannot replace each other (use mfm-gf or mfm-g, "
+                "with passes=1)"
+            )
+        return [num_samples]
     size = max(1, batch_size // made.copies)
     if isinstance(made, TwistedSmc) and made.particles is not None and made.returns == "all":
-        size = max(made.particles, size // made.particles * made.particles)
         if num_samples % made.particles:
             raise InputError(
                 f"num_samples must be a multiple of particles ({made.particles}), got {num_samples}: whole systems "
                 "are returned"
             )
-    sizes = [min(size, num_samples - begin) for begin in range(0, num_samples, size)]
-    run = _Run(problem, made, times, callback, len(sizes), seed)
-    bar = _Bar(len(sizes) * (len(times) - 1), method) if progress else None
-    failure: InputError | None = None
-    with meter:
-        for chunk, rows in enumerate(sizes):
-            begin = chunk * size
-            problem.begin(seed, chunk, None if cond is None else {k: v[begin : begin + rows] for k, v in cond.items()})
-            try:
-                going = run.chunk(chunk, rows, bar)
-            except KeyboardInterrupt:
-                going = False
-            except InputError as error:
-                failure, going = error, False
-            if not going:
-                run.interrupted = True
-                break
-    if bar is not None:
-        bar.close()
-    result = run.result(model, reward, cond)
-    if failure is not None:
-        if not len(result.samples):
-            raise failure
-        raise SteeringFailed(f"{failure} ({len(result.samples)} finished samples are kept)", result) from failure
-    _warn(method, num_draws, result)
-    return result
+        size = max(made.particles, size // made.particles * made.particles)
+        return [min(size, num_samples - begin) for begin in range(0, num_samples, size)]
+    chunks = -(-num_samples // size)
+    return [num_samples // chunks + (i < num_samples % chunks) for i in range(chunks)]
 
 
 @dataclass
@@ -255,10 +282,27 @@ class _Run:
     chunks: int
     seed: int
     interrupted: bool = False
+    failure: Exception | None = None
     samples: list[Tensor] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
     endings: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: int = 0
+
+    def all(self, sizes: list[int], cond: Cond, bar: "_Bar | None") -> None:
+        """Chunk after chunk, until the end, an interruption or an error: what is finished stays finished."""
+        begin = 0
+        for chunk, rows in enumerate(sizes):
+            part = None if cond is None else {k: v[begin : begin + rows] for k, v in cond.items()}
+            self.problem.begin(self.seed, chunk, part)
+            begin += rows
+            try:
+                self.interrupted = not self.chunk(chunk, rows, bar)
+            except KeyboardInterrupt:
+                self.interrupted = True
+            except Exception as error:
+                self.failure, self.interrupted = error, True
+            if self.interrupted:
+                return
 
     def chunk(self, chunk: int, rows: int, bar: "_Bar | None") -> bool:
         """One chunk from noise to samples; False if the callback stopped it."""
@@ -285,14 +329,29 @@ class _Run:
         self.rows += rows
         return True
 
-    def result(self, model: Any, reward: Any, cond: Cond) -> SteerResult:
+    def scores(self, reward: Any, cond: Cond) -> Tensor:
+        """r of the finished samples, a chunk at a time; NaN where the reward fails, which is then the failure."""
+        checked, begin, out = checked_reward(reward), 0, []
+        for samples in self.samples:
+            part = None if cond is None else {k: v[begin : begin + len(samples)] for k, v in cond.items()}
+            begin += len(samples)
+            scores = torch.full_like(samples.flatten(1)[:, 0], torch.nan)
+            try:
+                with torch.no_grad():
+                    scores = checked(samples.clone(), part).detach()
+            except KeyboardInterrupt:
+                self.interrupted = True
+            except InputError as error:
+                self.failure = self.failure or error
+            out.append(scores)
+        return torch.cat(out)
+
+    def result(self, reward: Any, cond: Cond) -> SteerResult:
         """What is finished, scored: the scoring is not part of the cost."""
         problem = self.problem
         empty = torch.empty(0, *problem.event_shape, dtype=problem.dtype, device=problem.device)
         samples = torch.cat(self.samples) if self.samples else empty
-        kept = None if cond is None else {k: v[: len(samples)] for k, v in cond.items()}
-        with torch.no_grad():
-            rewards = call_reward(reward, samples.clone(), kept) if len(samples) else empty.new_empty(0)
+        rewards = self.scores(reward, cond) if len(samples) else empty.new_empty(0)
         info = {name: total / max(1, self.rows) for name, total in self.sums.items()}
         info["time"] = torch.tensor(self.times[:-1], dtype=torch.float64)
         info["nonfinite"] = (~samples.flatten(1).isfinite().all(1)).sum()
@@ -303,11 +362,9 @@ class _Run:
         return SteerResult(samples, rewards.detach(), cost, info, self.interrupted, self.seed)
 
 
-def _device(model: Any) -> torch.device:
-    return torch.device(getattr(model, "device", None) or "cpu")
-
-
 def _check_cond(cond: Cond, num_samples: int) -> None:
+    if cond is not None and not isinstance(cond, Mapping):
+        raise InputError('cond is None or a mapping such as {"label": a tensor of one label a sample}')
     for key, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.shape != (num_samples,):
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -57,7 +57,7 @@ class Twist(Protocol):
         ...
 
     def last(self, problem: Problem, memory: Any, t: float, x: Tensor, twisted: Twisted) -> tuple[Tensor, Tensor]:
-        """x_1 and its log-weight beyond log ψ: (B, *event), (B,)."""
+        """x_1 and the log-weight e^r it stands for: (B, *event), (B,)."""
         ...
 
 
@@ -110,18 +110,16 @@ class TwistedSmc:
 
     def step(self, problem: Problem, state: _State, t: float, u: float) -> tuple[_State, Info]:
         twisted = self.twist.at(problem, state.memory, t, state.x)
-        # a twist of zero ends a particle: it stays at weight zero until it is replaced
-        gained = torch.where(state.log_twist == -torch.inf, -torch.inf, twisted.log_twist - state.log_twist)
+        # a twist must be positive: where the estimate is e^{−inf}, the draws have seen nothing and the last one stays
+        log_twist = torch.where(twisted.log_twist == -torch.inf, state.log_twist, twisted.log_twist)
         size = state.log_weights.shape[1]
-        log_weights = state.log_weights + _by_system(gained, size)
+        log_weights = _dead_if_nan(state.log_weights + _by_system(log_twist - state.log_twist, size))
         particle_ess = effective(log_weights)
-        x, evidence, log_twist, drift, shift = (
-            state.x, state.log_evidence, twisted.log_twist, twisted.drift, twisted.shift
-        )  # fmt: skip
+        x, evidence, drift, shift, raw = state.x, state.log_evidence, twisted.drift, twisted.shift, twisted.log_twist
         tired = particle_ess < self.threshold * size
         if bool(tired.any()):
             rows, log_weights, evidence = self._resample(problem, log_weights, evidence, tired)
-            x, log_twist, drift, shift = x[rows], log_twist[rows], drift[rows], shift[rows]
+            x, log_twist, drift, shift, raw = x[rows], log_twist[rows], drift[rows], shift[rows], raw[rows]
             self.twist.select(state.memory, rows)
         info = {
             **twisted.info,
@@ -129,8 +127,10 @@ class TwistedSmc:
             "resampled": tired.to(x).repeat(size),
         }
         if float(problem.path.alpha(u)) == 0:
-            x, more = self.twist.last(problem, state.memory, t, x, Twisted(drift, log_twist, shift, {}))
-            return _State(x, log_weights + _by_system(more, size), log_twist, evidence, state.memory), info
+            x, more = self.twist.last(problem, state.memory, t, x, Twisted(drift, raw, shift, {}))
+            more = more - log_twist
+            log_weights = _dead_if_nan(log_weights + _by_system(more, size))
+            return _State(x, log_weights, log_twist, evidence, state.memory), info
         bridge = problem.path.bridge(t, u)
         std, data = float(bridge.std), float(bridge.data)
         noise = problem.noise("sde", len(x))
@@ -159,8 +159,8 @@ class TwistedSmc:
         itself = torch.arange(size, device=ancestors.device).expand_as(ancestors)
         ancestors = torch.where(tired[:, None], ancestors, itself)
         gained = torch.logsumexp(log_weights, 1) - math.log(size)
+        # a system without any weight left goes on unweighted, for samples' sake; its evidence is zero and stays so
         evidence = torch.where(tired, evidence + gained, evidence)
-        # a system without any weight left stays so: its evidence is zero
         log_weights = torch.where(tired[:, None], torch.zeros_like(log_weights), log_weights)
         return _rows(ancestors), log_weights, evidence
 
@@ -226,7 +226,12 @@ class ValueTwist:
         uniform = torch.rand(len(x), generator=problem.stream("pick"), dtype=torch.float64).to(x.device)
         chosen = (edges <= uniform).sum(0)
         picked = made.x_1[chosen, torch.arange(len(x), device=x.device)]
-        return picked, log_mean(made.rewards, log_base) - twisted.log_twist
+        return picked, log_mean(made.rewards, log_base)
+
+
+def _dead_if_nan(log_weights: Tensor) -> Tensor:
+    """A particle that is not a number any more, or never had a weight to gain from, has weight zero."""
+    return torch.where(log_weights.isnan(), -torch.inf, log_weights)
 
 
 def _by_system(values: Tensor, size: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaflowmaps.shapes import event_sum
 from metaflowmaps.steering.dps import DpsGuide, at_posterior_mean
+from metaflowmaps.steering.mfm_g import FIRST
 from metaflowmaps.steering.problem import Problem
 from metaflowmaps.steering.smc import Twisted
 
@@ -26,4 +26,6 @@ class PointTwist:
         return None
 
     def last(self, problem: Problem, memory: Any, t: float, x: Tensor, twisted: Twisted) -> tuple[Tensor, Tensor]:
-        return problem.denoise(t, x, twisted.drift), torch.zeros_like(twisted.log_twist)
+        point = problem.denoise(t, x, twisted.drift)
+        # a twist this early was looked at a little later: the reward of where the particle goes is another one
+        return point, problem.score_of(point) if t < FIRST else twisted.log_twist

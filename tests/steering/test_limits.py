@@ -1,0 +1,183 @@
+"""Limits in which steering must do nothing: no reward, one draw, one particle, one candidate. Bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+from closed_forms import base_chain, random_map
+
+import metaflowmaps as mfm
+from conftest import CASES, F64, PATHS, ks_bound, ks_distance
+from metaflowmaps.randomness import stream
+
+CASE = CASES["per-component-full"]
+# every process, the paths taking turns
+PROCESSES = [
+    ("ode", "euler", "linear"), ("ode", "midpoint", "trigonometric"), ("ode", "heun", "linear"),
+    ("ode", "rk4", "trigonometric"), ("sde", "euler", "trigonometric"), ("sde", "heun", "linear"),
+]  # fmt: skip
+RENORMALIZATIONS = ("none", "clip", "rescale")
+
+
+def nothing(x):
+    return 0 * x.sum(1)
+
+
+def sharp(x):
+    return -50 * (x[:, 0] - 1).square()
+
+
+def steered(model, reward, method, seed=0, n=12, steps=5, **options):
+    return mfm.steer(model, reward, n, method, steps=steps, generator=stream(seed), **options).samples
+
+
+def same_as_base(model, reward, method, process, integrator, n=12, **options):
+    base = steered(model, nothing, "none", n=n, process=process, integrator=integrator)
+    assert bool(base.isfinite().all())
+    for renormalize in RENORMALIZATIONS:
+        got = mfm.steer(
+            model, reward, n, method, steps=5, process=process, integrator=integrator, renormalize=renormalize,
+            generator=stream(0), **options,
+        )  # fmt: skip
+        off = float((got.samples - base).abs().max())
+        assert torch.equal(got.samples, base), f"{renormalize}: off by {off:.1e}"
+        # a zero is not stretched to the length of the drift, not even by a factor that happens not to overflow
+        assert torch.equal(got.info["scale"], torch.ones(5, dtype=F64))
+
+
+# -- no reward -------------------------------------------------------------------------------------------------------
+
+DRAWS = {
+    "gf": ("mfm-gf", {"num_draws": 3}),
+    "gf, 1 draw": ("mfm-gf", {"num_draws": 1}),
+    "gf, not recycled": ("mfm-gf", {"num_draws": 4, "recycle": 1}),
+    "gf, 1 draw, not recycled": ("mfm-gf", {"num_draws": 1, "recycle": 1}),
+    "gf, jackknife": ("mfm-gf", {"num_draws": 3, "correction": "jackknife"}),
+    "gf, antithetic, capped": ("mfm-gf", {"num_draws": 4, "noise": "antithetic", "chunk": 3, "sigma_cap": 5.0}),
+    "gf, filled": ("mfm-gf", {"num_draws": 2, "recycle": 4, "fill": True}),
+    "g": ("mfm-g", {"num_draws": 3}),
+    "g, 1 draw": ("mfm-g", {"num_draws": 1}),
+    "g, not recycled": ("mfm-g", {"num_draws": 4, "recycle": 1}),
+    "g, jackknife": ("mfm-g", {"num_draws": 3, "correction": "jackknife"}),
+    "g, plain": ("mfm-g", {"num_draws": 4, "blend": False}),
+    "g, plain, 1 draw": ("mfm-g", {"num_draws": 1, "blend": False}),
+    "g, plain, jackknife": ("mfm-g", {"num_draws": 3, "blend": False, "correction": "jackknife"}),
+    "g, two passes": ("mfm-g", {"num_draws": 3, "passes": 2, "chunk": 2}),
+    "g, quasi": ("mfm-g", {"num_draws": 3, "noise": "quasi", "chunk": 1}),
+    "glass": ("glass", {"num_draws": 3, "glass_steps": 2}),
+    "glass, g": ("glass", {"num_draws": 2, "glass_steps": 2, "estimator": "mfm-g"}),
+    "dps": ("dps", {}),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize(("process", "integrator", "path"), PROCESSES)
+def test_zero_reward_is_the_base_sampler(name, process, integrator, path):
+    """x + dt (b + 0) and the same random numbers: equal in every bit, whatever the renormalisation."""
+    method, options = DRAWS[name]
+    same_as_base(random_map(PATHS[path]), nothing, method, process, integrator, **options)
+
+
+@pytest.mark.parametrize(("process", "integrator", "path"), PROCESSES)
+def test_zero_reward_on_an_exact_mixture(process, integrator, path):
+    model = mfm.ExactModel(PATHS[path], CASE.law)
+    for recycle, num_draws in itertools.product((1, 8), (1, 3)):
+        same_as_base(model, nothing, "mfm-gf", process, integrator, recycle=recycle, num_draws=num_draws)
+
+
+@pytest.mark.parametrize(("process", "integrator", "path"), PROCESSES)
+def test_zero_reward_is_the_base_sampler_exact(process, integrator, path):
+    for case in (CASE, CASES["isotropic"]):
+        reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6]), 0.8, 1.0, strength=0.0)
+        same_as_base(mfm.ExactModel(PATHS[path], case.law), reward, "exact", process, integrator)
+
+
+def test_centred_on_the_drift_it_is_not(path):
+    """The exception: draws scatter about D_t, and their mean is not it."""
+    base = steered(random_map(path), nothing, "none")
+    assert not torch.equal(steered(random_map(path), nothing, "mfm-gf", centre="denoise"), base)
+
+
+@pytest.mark.parametrize("resampler", ["systematic", "stratified", "multinomial", "residual"])
+@pytest.mark.parametrize("recycle", [1, 8])
+def test_zero_reward_gives_equal_weights_and_no_evidence(path, resampler, recycle):
+    """Every weight is 1: the evidence is 0, nobody is resampled, and the samples follow the base chain."""
+    n, times = 4000, torch.linspace(0, 1, 5).tolist()
+    law = mfm.GaussianMixture(torch.tensor([[0.7]], dtype=F64), 0.6)
+    seen = []
+    got = mfm.steer(
+        mfm.ExactModel(path, law), nothing, n, "mfm-smc", num_draws=2, steps=4, particles=8, recycle=recycle,
+        resampler=resampler, generator=stream(0), callback=lambda step: seen.append(step.info),
+    )  # fmt: skip
+    assert got.info["log_evidence"].shape == (n // 8,)
+    # log-weights are sums of at most 4 rounding errors of logsumexp
+    assert float(got.info["log_evidence"].abs().max()) < 1e-14
+    for info in seen:
+        torch.testing.assert_close(info["particle_ess"], torch.full((n,), 8.0, dtype=F64))
+        assert float(info["resampled"].max()) == 0
+    mean, cov = base_chain(path, torch.tensor([0.7], dtype=F64), torch.tensor([[0.6]], dtype=F64), times, "draw")
+    distance = ks_distance(got.samples[:, 0], mean, cov[0], torch.ones(1, dtype=F64))
+    # level 1e-4 for independent samples; multinomial ancestors repeat in a system of 8: as good as n/2 of them
+    assert distance < ks_bound(n if resampler != "multinomial" else n // 2)
+
+
+@pytest.mark.parametrize("returns", ["all", "one"])
+def test_tds_without_a_reward_is_the_base_sde(path, returns):
+    """Proposals are the base kernel, the weights equal: bit for bit the euler SDE (returns="one": of one of them)."""
+    model = random_map(path)
+    base = steered(model, nothing, "none", process="sde", n=12)
+    if returns == "all":
+        assert torch.equal(steered(model, nothing, "tds", n=12, particles=4), base)
+        assert torch.equal(steered(model, nothing, "tds", n=12), base)
+        return
+    one = steered(model, nothing, "tds", n=3, particles=4, returns="one")
+    for i, sample in enumerate(one):
+        assert any(torch.equal(sample, row) for row in base[i::3])
+
+
+def test_search_without_a_reward_is_a_function_of_its_generator(path):
+    model = random_map(path)
+    one, again, other = (steered(model, nothing, "mfm-search", seed, num_draws=2, particles=3) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.isclose(one, other).any()
+
+
+# -- one draw, one particle, one candidate ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("process", "integrator", "path"), PROCESSES)
+def test_one_draw_without_a_past_says_nothing(process, integrator, path):
+    """MFM-GF at N = 1, centred on its draw: identically zero (method.md §6), however sharp the reward."""
+    same_as_base(random_map(PATHS[path]), sharp, "mfm-gf", process, integrator, num_draws=1, recycle=1)
+    assert not torch.equal(
+        steered(random_map(PATHS[path]), sharp, "mfm-gf", num_draws=1, recycle=2),
+        steered(random_map(PATHS[path]), sharp, "none"),
+    )  # with a past it speaks
+
+
+@pytest.mark.parametrize(("process", "integrator", "path"), PROCESSES)
+def test_best_of_one_is_the_base_sampler(process, integrator, path):
+    same_as_base(random_map(PATHS[path]), sharp, "best-of-n", process, integrator, num_draws=1)
+
+
+@pytest.mark.filterwarnings("ignore:one draw carries all the weight")
+@pytest.mark.parametrize("method", ["tds", "mfm-smc"])
+def test_one_particle_is_never_replaced(method, path):
+    """A system of one: no threshold and no resampler can matter."""
+    model = random_map(path)
+    made = [
+        steered(model, sharp, method, particles=1, threshold=threshold, resampler=resampler, num_draws=2)
+        for threshold in (0.0, 0.5, 1.0) for resampler in ("systematic", "multinomial")
+    ]  # fmt: skip
+    for other in made[1:]:
+        assert torch.equal(other, made[0])
+    assert not torch.equal(steered(model, sharp, method, particles=4, num_draws=2), made[0])
+
+
+def test_one_particle_with_one_draw_and_no_guide_is_unsteered(path):
+    """It moves by the base kernel and goes to its only draw."""
+    model = random_map(path)
+    options = {"particles": 1, "num_draws": 1, "guide": "none"}
+    unsteered = steered(model, nothing, "mfm-smc", **options)
+    assert torch.equal(steered(model, sharp, "mfm-smc", **options), unsteered)
+    assert not torch.equal(steered(model, sharp, "mfm-smc", particles=1, num_draws=4, guide="none"), unsteered)

@@ -1,0 +1,352 @@
+"""mfm.steer as a function: what it may depend on, what it refuses and how, what it keeps when something goes wrong."""
+
+import inspect
+import math
+import warnings
+
+import pytest
+import torch
+from closed_forms import random_map
+
+import metaflowmaps as mfm
+from conftest import CASES, F64, PATHS
+from metaflowmaps.randomness import stream
+from metaflowmaps.steering import SteeringFailed
+from metaflowmaps.steering.glass import GlassGuide
+from metaflowmaps.steering.mfm_g import GradientGuide
+from metaflowmaps.steering.mfm_gf import GradientFreeGuide
+from metaflowmaps.steering.run import METHODS, method_options
+from metaflowmaps.steering.search import Search
+from metaflowmaps.steering.smc import TwistedSmc, ValueTwist
+
+PATH = PATHS["linear"]
+MODEL = random_map(PATH)
+EXACT = mfm.ExactModel(PATH, CASES["per-component-full"].law)
+LINEAR = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6]), 0.8, 1.0)
+GRADIENT_METHODS = [
+    ("mfm-g", {}), ("mfm-g", {"blend": False, "passes": 2}), ("dps", {}), ("tds", {}),
+    ("glass", {"estimator": "mfm-g", "glass_steps": 2}), ("mfm-smc", {"guide": "mfm-g"}),
+]  # fmt: skip
+
+
+def mild(x):
+    return -0.2 * (x - 0.5).square().sum(1)
+
+
+def run(method, reward=mild, n=6, model=None, seed=0, **options):
+    if method == "exact":
+        model, reward = EXACT, LINEAR
+    return mfm.steer(
+        model or MODEL, reward, n, method, **{"num_draws": 2, "steps": 4, "generator": stream(seed), **options}
+    )
+
+
+# -- a function of its generator -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_are_a_function_of_the_generator(method):
+    state = torch.random.get_rng_state()
+    one, again, other = (run(method, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)  # torch's own generator is left alone
+    assert torch.equal(one.samples, again.samples)
+    assert torch.equal(one.rewards, again.rewards)
+    assert not torch.isclose(one.samples, other.samples).any()
+    assert one.info.keys() == again.info.keys()
+    for name in one.info:
+        torch.testing.assert_close(one.info[name], again.info[name], rtol=0, atol=0, equal_nan=True)
+    assert one.seed == again.seed != other.seed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_watching_changes_nothing(method, capsys):
+    """A callback, a progress bar, and a graph around the call."""
+    told = []
+    plain = run(method)
+    watched = run(method, callback=told.append, progress=True)
+    with torch.enable_grad():
+        inside = run(method)
+    assert torch.equal(plain.samples, watched.samples)
+    assert torch.equal(plain.samples, inside.samples)
+    assert not inside.samples.requires_grad
+    assert [(s.chunk, s.chunks, s.step, s.steps) for s in told] == [(0, 1, k, 4) for k in range(4)]
+    times = [s.time for s in told]
+    assert times[-1] == 1
+    assert times == sorted(times)
+    assert capsys.readouterr().out == ""  # progress is for stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shapes_and_scores(method):
+    got = run(method, n=8, process="sde" if method not in ("mfm-search", "mfm-smc", "tds") else "ode")
+    assert got.samples.shape == (8, 2)
+    assert got.rewards.shape == (8,)
+    torch.testing.assert_close(got.rewards, (LINEAR if method == "exact" else mild)(got.samples))
+    assert got.num_finished == 8
+    assert not got.interrupted
+    assert {name for name, v in got.info.items() if v.shape == (4,)} >= {"time"}
+    assert got.cost["nfe"] > 0
+
+
+def test_chunks_of_samples_are_independent_and_in_order():
+    """Each chunk has streams of its own; a generator that was used before gives other numbers."""
+    got = run("mfm-gf", n=7, batch_size=3)
+    assert got.samples.shape == (7, 2)
+    assert not torch.isclose(got.samples[:3], got.samples[3:6]).any()
+    assert torch.equal(run("mfm-gf", n=3, batch_size=3).samples, got.samples[:3])
+    g = stream(0)
+    first, second = (mfm.steer(MODEL, mild, 3, "none", steps=2, generator=g).samples for _ in range(2))
+    assert not torch.isclose(first, second).any()
+
+
+def test_info_is_averaged_over_all_chunks():
+    seen = []
+    got = run("mfm-gf", n=7, batch_size=3, callback=lambda s: seen.append((s.step, s.info["ess"])))
+    for k in range(4):
+        expected = torch.cat([ess for step, ess in seen if step == k]).double().mean()
+        torch.testing.assert_close(got.info["ess"][k], expected)
+    assert got.info["time"].tolist() == [0, 0.25, 0.5, 0.75]
+
+
+# -- rewards that are wrong ------------------------------------------------------------------------------------------
+
+
+def refused(match, method="mfm-gf", error=mfm.InputError, **options):
+    with pytest.raises(error, match=match) as caught:
+        run(method, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return caught.value
+
+
+WRONG = {
+    "a matrix": (lambda x: x, r"shape \(\d+,\), got \(\d+, 2\)"),
+    "a number": (lambda x: 1.0, "must return a tensor of shape"),
+    "a sum over the batch": (lambda x: x.sum(), r"one number a sample"),
+    "nan": (lambda x: x[:, 0] * math.nan, "is nan for"),
+    "inf": (lambda x: x[:, 0] * 0 + math.inf, "is inf for"),
+    "elsewhere": (lambda x: x.sum(1).to("meta"), "move it there"),
+    "in place": (lambda x: x.mul_(2).sum(1), r"changed its input in place.*clone"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exact"])
+def test_wrong_rewards_are_refused_by_every_method(name, method):
+    """Also by "none", whose samples are scored by it at the end."""
+    reward, match = WRONG[name]
+    refused(match, method, reward=reward)
+
+
+@pytest.mark.parametrize(("method", "options"), GRADIENT_METHODS, ids=str)
+def test_rewards_without_a_gradient_are_refused_where_one_is_needed(method, options):
+    for reward in (
+        lambda x: x.detach().sum(1),
+        torch.no_grad()(mild),
+        mfm.rewards.BlackBox(lambda x: x.sum(1).numpy()),
+    ):
+        assert "mfm-gf" in str(refused("not differentiable", method, reward=reward, **options))
+        # and welcome where not
+        assert run("mfm-gf", reward).samples.shape == (6, 2)
+
+
+def test_not_a_reward():
+    refused("a reward is a function of x", reward=3.0)
+
+
+def test_exact_needs_a_reward_that_it_knows():
+    with pytest.raises(mfm.InputError, match="LinearGaussian"):
+        mfm.steer(EXACT, mild, 4, "exact", steps=2)
+
+
+def test_exact_draws_have_no_gradient():
+    refused("pick a component.*mfm-gf", "mfm-g", model=EXACT)
+    refused("pick a component.*mfm-gf", "mfm-smc", model=EXACT, guide="mfm-g")
+    refused("noise='quasi' needs a posterior with push", "mfm-gf", model=EXACT, noise="quasi")
+
+
+# -- calls that are wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "grid", [[0.0, 0.5, 0.5, 1.0], [0.0, 1.0, 0.5], [0.0], [0.0, 0.5], [-0.1, 1.0], [0.0, math.nan, 1.0], [0.5, 1.1]]
+)
+def test_bad_grids(grid):
+    refused("strictly increasing|to exactly 1", grid=torch.tensor(grid, dtype=F64))
+
+
+def test_numbers_out_of_range():
+    refused("num_draws must be at least 1", num_draws=0)
+    refused("num_samples must be at least 1", n=0)
+    refused("steps must be at least 1", steps=0)
+    refused("batch_size must be at least 1", batch_size=0)
+    refused("recycle must be at least 1", recycle=0)
+    refused("chunk must be at least 1", chunk=0)
+    refused("steps must be at least 1", "glass", glass_steps=0)
+    refused("particles must be at least 1", "mfm-search", particles=0)
+    refused("steps must be at least 1", map_steps=0)
+    refused("map_steps belongs to a MetaFlowMap", model=EXACT, map_steps=2)
+    refused("num_draws must be at least 2", num_draws=1, recycle=1, correction="jackknife")
+    refused("passes must be 1", "mfm-g", passes=3)
+
+
+@pytest.mark.parametrize("cap", [-3.0, 0.0, math.nan])
+def test_a_cap_must_be_positive(cap):
+    refused("sigma_cap", sigma_cap=cap)
+
+
+def test_unknown_names_and_the_nearest():
+    refused("unknown method 'mfm-gg'.*did you mean 'mfm-g'", "mfm-gg")
+    refused("unknown process 'sed'.*did you mean 'sde'", process="sed")
+    refused("unknown renormalize 'rescaled'.*did you mean 'rescale'", renormalize="rescaled")
+    refused("unknown integrator 'eular'.*did you mean 'euler'", integrator="eular")
+    refused("unknown integrator 'rk4'.*allowed are euler, heun", process="sde", integrator="rk4")
+    refused("unknown grid 'unifrom'.*did you mean 'uniform'", grid="unifrom")
+    refused("unknown option of mfm-gf 'recylce'.*did you mean 'recycle'", recylce=2)
+    refused("unknown option of mfm-gf 'batchsize'.*did you mean 'batch_size'", batchsize=2)
+    refused("unknown option of dps 'recycle'", "dps", recycle=2)
+    refused("unknown centre", centre="denoize")
+    refused("did you mean 'jackknife'", correction="jackknive")
+    refused("did you mean 'antithetic'", noise="antithetic?")
+    refused("did you mean 'global'", "mfm-search", selection="globle")
+    refused("did you mean 'stochastic'", "mfm-search", transition="stochastik")
+    refused("did you mean 'mfm-gf'", "glass", estimator="mfm-f")
+    refused("did you mean 'systematic'", "tds", resampler="systemic")
+    refused("did you mean 'all'", "mfm-smc", returns="al")
+    refused("unknown guide", "mfm-smc", guide="gradients")
+
+
+@pytest.mark.parametrize("method", ["mfm-search", "mfm-smc", "tds"])
+def test_unknown_names_are_refused_where_they_would_not_matter(method):
+    refused("did you mean 'sde'", method, process="sed")
+    refused("did you mean 'euler'", method, integrator="eular")
+    refused("did you mean 'rescale'", method, renormalize="rescaled")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_declared_option_is_taken(method):
+    """Each option that a method lists is one it accepts, at the default it declares."""
+    owners = (GradientFreeGuide, GradientGuide, GlassGuide, ValueTwist, TwistedSmc, Search)
+    defaults = {k: p.default for o in owners for k, p in inspect.signature(o.__init__).parameters.items()}
+    for name in method_options(method):
+        options = {name: 2 if name == "particles" else defaults[name]}
+        if method == "glass" and name not in inspect.signature(GradientFreeGuide.__init__).parameters:
+            options = {"estimator": "mfm-g", **options} if name != "estimator" else options
+        assert run(method, **options).samples.shape == (6, 2)
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------
+
+
+class Breaks:
+    """Good for so many calls, then not."""
+
+    def __init__(self, calls, then):
+        self.calls, self.then = calls, then
+
+    def __call__(self, x):
+        self.calls -= 1
+        return mild(x) if self.calls >= 0 else self.then(x)
+
+
+def fail(error):
+    def then(x):
+        raise error
+
+    return then
+
+
+def test_a_reward_that_breaks_in_a_later_chunk_loses_nothing():
+    """4 steps a chunk: the third chunk of three samples fails, six are kept."""
+    whole = run("mfm-gf", n=9, batch_size=3)
+    error = refused(
+        "is nan for.*6 finished samples are kept", "mfm-gf", SteeringFailed, n=9, batch_size=3,
+        reward=Breaks(10, lambda x: mild(x) * math.nan),
+    )  # fmt: skip
+    assert isinstance(error, mfm.InputError)
+    assert torch.equal(error.result.samples, whole.samples[:6])
+    assert error.result.interrupted
+    assert error.result.info["ess"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "then", [lambda x: 3.0, lambda x: x, fail(mfm.InputError("no more")), fail(RuntimeError("out of memory"))],
+    ids=["a number", "a matrix", "an InputError", "an error of its own"],
+)  # fmt: skip
+def test_a_broken_reward_may_not_take_the_samples_with_it(then):
+    with pytest.raises(SteeringFailed) as caught:
+        run("mfm-gf", Breaks(10, then), n=9, batch_size=3)
+    assert caught.value.result.samples.shape == (6, 2)
+    assert caught.value.result.rewards.shape == (6,)
+
+
+def test_in_the_first_chunk_there_is_nothing_to_keep():
+    with pytest.raises(mfm.InputError, match="is nan for") as caught:
+        run("mfm-gf", Breaks(2, lambda x: mild(x) * math.nan), n=9, batch_size=3)
+    assert not isinstance(caught.value, SteeringFailed)
+
+
+def stop(step):
+    if (step.chunk, step.step) == (2, 1):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("callback", [stop, lambda step: (step.chunk, step.step) == (2, 1)], ids=["ctrl-c", "True"])
+@pytest.mark.parametrize("method", ["mfm-gf", "best-of-n", "mfm-search"])
+def test_ctrl_c_keeps_finished_chunks(callback, method):
+    copies = 1 if method == "mfm-gf" else 2
+    options = {"particles": 2} if method == "mfm-search" else {}
+    whole = run(method, n=9, batch_size=3 * copies, **options)
+    got = run(method, n=9, batch_size=3 * copies, callback=callback, **options)
+    assert got.interrupted
+    assert got.num_finished == 6
+    assert torch.equal(got.samples, whole.samples[:6])
+    assert torch.equal(got.rewards, whole.rewards[:6])
+
+
+def test_ctrl_c_in_the_first_chunk_returns_no_samples():
+    def at_once(step):
+        raise KeyboardInterrupt
+
+    got = run("mfm-gf", callback=at_once)
+    assert got.interrupted
+    assert got.samples.shape == (0, 2)
+    assert got.rewards.shape == (0,)
+
+
+def test_ctrl_c_keeps_conditions_apart():
+    model = random_map(PATH, num_classes=3)
+
+    def reward(x, cond):
+        return mild(x) - cond["label"]
+
+    got = mfm.steer(
+        model, reward, 9, "mfm-gf", num_draws=2, steps=4, batch_size=3, cond={"label": torch.arange(9) % 3},
+        callback=stop, generator=stream(0),
+    )  # fmt: skip
+    torch.testing.assert_close(got.rewards, mild(got.samples) - torch.arange(6) % 3)
+
+
+# -- warnings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mfm-gf", "mfm-g", "mfm-smc", "glass"])
+def test_one_draw_that_has_it_all_is_said(method):
+    options = {"glass_steps": 2} if method == "glass" else {}
+    sharp = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6]), 0.8, 1e-3)
+    with pytest.warns(UserWarning, match=r"one draw carries all the weight.*more draws.*recycle"):
+        run(method, sharp, num_draws=4, **({"recycle": 1} | options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(method, mild, num_draws=4, **options)
+
+
+def test_samples_that_are_not_finite_are_said():
+    """A reward whose gradient is enormous: plain MFM-G leaves every scale."""
+
+    def wall(x):
+        return -1e30 * x.square().sum(1)
+
+    with pytest.warns(UserWarning, match=r"of 6 samples are not finite.*more steps.*clip"):
+        got = run("mfm-g", wall, num_draws=1, blend=False)
+    assert int(got.info["nonfinite"]) > 0
