@@ -39,7 +39,7 @@ def solve_constants(log_kernels: Tensor, constants: Tensor, num_draws: int) -> T
 
     With P_{ln} = e^{f_l} K_l(n) / Σ_k e^{f_k} K_k(n), the equations are Σ_n P_{ln} = N, the stationarity of a
     concave likelihood N Σ_l f_l − Σ_n log Σ_l e^{f_l} K_l(n). One round of the fixed point, which always
-    climbs, and on the rows that are not there yet Newton steps, or where one would fall another round of the fixed point.
+    climbs; on the rows that are not there yet Newton steps, or where one would fall the fixed point again.
     """
     constants = _fixed_point(log_kernels, constants)
     eye = torch.eye(len(constants), dtype=constants.dtype, device=constants.device)
