@@ -250,11 +250,12 @@ def test_the_example_in_the_readme_runs(capsys, run):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
     lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 15
+    assert len(lines) <= 16
     names: dict = {}
     exec(code.replace("runs/demo/train", str(run)), names)
     assert names["draws"].shape == (1000, 4, 2)
     assert names["samples"].shape == (1000, 2)
+    assert names["steered"].samples.shape == (1000, 2)
     assert names["glass"].draw(0.4, names["x_t"], 2).shape == (2, 4, 2)
     assert "tensor" in capsys.readouterr().out
 

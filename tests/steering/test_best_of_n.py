@@ -66,6 +66,7 @@ def test_it_is_the_best_of_its_own_candidates():
     torch.testing.assert_close(got.samples[:, 0], x[best, torch.arange(5)], rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the grid starts")  # late on purpose: few steps, each by hand
 @pytest.mark.parametrize("selection", ["particle", "global"])
 @pytest.mark.parametrize("transition", ["stochastic", "deterministic"])
 def test_search_by_hand(selection, transition, path):
