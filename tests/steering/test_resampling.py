@@ -61,6 +61,12 @@ def test_low_variance(name):
     assert bool(((made["multinomial"].var(0) - binomial).abs() <= error).all())
     for kind in ("systematic", "stratified", "residual"):
         assert bool((made[kind].var(0) <= binomial + error).all())
+    # stratified: one independent choice in each M-th, Σ p(1 − p) over parts of a particle's stretch that lie in each
+    edges = torch.cat([torch.zeros(1, dtype=F64), (w / w.sum()).cumsum(0)]) * len(w)
+    strata = torch.arange(len(w), dtype=F64)[:, None]
+    part = ((edges[1:] - strata).clamp(0, 1) - (edges[:-1] - strata).clamp(0, 1)).clamp_min(0)
+    expected = (part * (1 - part)).sum(0)
+    assert bool(((made["stratified"].var(0) - expected).abs() <= error).all())
 
 
 def test_choices_of_a_system_do_not_depend_on_another():

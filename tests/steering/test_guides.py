@@ -1,0 +1,169 @@
+"""Each guide's shift D* − D at fixed states, against the exact one and against value_gradient."""
+
+import functools
+import math
+
+import pytest
+import torch
+from closed_forms import gaussian_map, gaussian_moment, random_map
+
+import metaflowmaps as mfm
+from conftest import F64, PATHS, coefficients, normal
+from metaflowmaps.meter import Meter
+from metaflowmaps.randomness import stream
+from metaflowmaps.steering.dps import DpsGuide
+from metaflowmaps.steering.glass import GlassGuide
+from metaflowmaps.steering.mfm_g import GradientGuide
+from metaflowmaps.steering.mfm_gf import GradientFreeGuide
+from metaflowmaps.steering.problem import Problem
+
+MEAN, VAR = torch.tensor([0.4, -0.3], dtype=F64), 0.5
+A, Y = torch.tensor([[1.0, -0.6]], dtype=F64), torch.tensor([1.0], dtype=F64)
+# four contexts of one trajectory
+TIMES = [0.3, 0.36, 0.42, 0.48]
+STATES = torch.tensor([[0.3, -0.1], [0.35, -0.15], [0.4, -0.2], [0.5, -0.2]], dtype=F64)
+ROWS = 600
+
+
+def posterior_at(path, t, x):
+    """Mean and covariance of x_1 given x_t = x (d,), for N(MEAN, VAR Id)."""
+    alpha, beta, *_ = coefficients(path, torch.tensor(t, dtype=F64))
+    v = alpha**2 + beta**2 * VAR
+    return MEAN + beta * VAR / v * (x - beta * MEAN), VAR * alpha**2 / v * torch.eye(2, dtype=F64)
+
+
+@torch.no_grad()
+def guided(path, guide, noise_std, rows=ROWS, seed=0):
+    """The shift at the last of the contexts, after the guide has seen them all: (rows, 2), and its info."""
+    reward = mfm.rewards.LinearGaussian(A, Y, noise_std)
+    problem = Problem(gaussian_map(path, MEAN, math.sqrt(VAR)), reward, Meter())
+    problem.begin(seed, 0, None)
+    memory = guide.start(problem)
+    for t, x in zip(TIMES, STATES, strict=True):
+        drift, shift, info = guide.guide(problem, memory, t, x.expand(rows, 2).clone())
+    # drift: b_t(x) itself, whatever the guide
+    alpha, beta, alpha_dot, beta_dot = coefficients(path, torch.tensor(TIMES[-1], dtype=F64))
+    mean, _ = posterior_at(path, TIMES[-1], STATES[-1])
+    expected = alpha_dot / alpha * (STATES[-1] - beta * mean) + beta_dot * mean
+    torch.testing.assert_close(drift, expected.expand(rows, 2), rtol=0, atol=1e-12)
+    return shift, info
+
+
+def exact_shift(path, noise_std):
+    mean, cov = posterior_at(path, TIMES[-1], STATES[-1])
+    return gaussian_moment(mean, cov, A, Y, noise_std)[1] - mean
+
+
+GUIDES = {
+    "gf": lambda n: GradientFreeGuide(n, recycle=1),
+    "gf, recycled": GradientFreeGuide,
+    "gf, filled": lambda n: GradientFreeGuide(n, recycle=6, fill=True),
+    "gf, centred on D": lambda n: GradientFreeGuide(n, centre="denoise"),
+    "g, plain": lambda n: GradientGuide(n, blend=False),
+    "g, blended, not recycled": lambda n: GradientGuide(n, recycle=1),
+    "g": GradientGuide,
+    "g, two passes": lambda n: GradientGuide(n, passes=2),
+    "glass": lambda n: GlassGuide(n, glass_steps=4, glass_integrator="rk4"),
+}
+
+
+@functools.cache
+def errors(name, n, path_name, noise_std):
+    path = PATHS[path_name]
+    shift, _ = guided(path, GUIDES[name](n), noise_std)
+    return shift - exact_shift(path, noise_std)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_shifts_converge_to_the_exact_one(name):
+    """Draws are exact here (the map is, for this law): error ∝ N^-1/2, and a bias that vanishes faster."""
+    sizes, path_name = [8, 32, 128], list(PATHS)[list(GUIDES).index(name) % 2]  # the paths take turns
+    made = [errors(name, n, path_name, 1.0) for n in sizes]
+    rms = [float(e.square().mean().sqrt()) for e in made]
+    slope = math.log(rms[0] / rms[-1]) / math.log(sizes[0] / sizes[-1])
+    # an rms of 1,200 numbers is known to 2 %: ±.01 in the slope; what is left is the next order at N = 8
+    assert abs(slope + 0.5) < 0.07, (slope, rms)
+    # 4.5 standard errors, and a ratio's bias: rms² over the spread of one draw, VAR^1/2 and less (times 2)
+    bound = 4.5 * made[-1].std(0) / math.sqrt(ROWS) + 2 * made[-1].square().mean(0) / 0.4
+    assert bool((made[-1].mean(0).abs() < bound).all()), (made[-1].mean(0), bound)
+
+
+def rms(name, n, noise_std):
+    return float(errors(name, n, "linear", noise_std).square().mean().sqrt())
+
+
+def test_recycling_pays():
+    """Three more contexts' draws for nothing. (Each ratio is known to 3 %.)"""
+    assert rms("gf, recycled", 16, 1.0) < 0.55 * rms("gf", 16, 1.0)
+    assert rms("g", 16, 1.0) < 0.88 * rms("g, blended, not recycled", 16, 1.0)
+    assert rms("gf, filled", 8, 1.0) < 0.95 * rms("gf, recycled", 8, 1.0)
+
+
+def test_the_blend_tames_the_gradient_where_the_reward_is_sharp():
+    """σ = .3 in a posterior of .5: with one draw the plain form overstates by 1 + τ²|a|²/σ² = 3.6 on average."""
+    assert rms("g, blended, not recycled", 1, 0.3) < 0.35 * rms("g, plain", 1, 0.3)
+    assert rms("g", 4, 0.3) < 0.3 * rms("g, plain", 4, 0.3)
+    # and is no worse than the gradient-free form alone, by more than 10 %
+    for n in (1, 4, 16):
+        assert rms("g", n, 0.3) < 1.1 * rms("gf, recycled", n, 0.3)
+    _, info = guided(PATHS["linear"], GradientGuide(4), 0.3, rows=200)
+    assert float(info["gradient_share"].min()) >= 0
+    assert float(info["gradient_share"].max()) <= 1
+    assert 0.01 < float(info["gradient_share"].mean()) < 0.9
+
+
+# -- by definition ---------------------------------------------------------------------------------------------------
+
+
+SLOPE = torch.tensor([0.5, -0.2], dtype=F64)
+
+
+def mild(x):
+    return x @ SLOPE.to(x) - 0.1 * x.square().sum(1)
+
+
+@pytest.mark.parametrize("correction", ["none", "jackknife"])
+@pytest.mark.parametrize("noise", ["independent", "antithetic"])
+@pytest.mark.parametrize("kind", ["gf", "g", "glass", "glass, g"])
+def test_without_a_past_it_is_value_gradient(kind, noise, correction, path):
+    """D* − D = (α²/β) ∇V̂ from the very draws."""
+    model, t, x = random_map(path, F64), 0.37, normal(5, 2)
+    options = {"correction": correction, "noise": noise}
+    guide = {
+        "gf": lambda: GradientFreeGuide(4, recycle=1, **options),
+        "g": lambda: GradientGuide(4, blend=False, **options),
+        "glass": lambda: GlassGuide(4, glass_steps=3, recycle=1, **options),
+        "glass, g": lambda: GlassGuide(4, glass_steps=3, estimator="mfm-g", blend=False, **options),
+    }[kind]()
+    problem = Problem(model, mild, Meter())
+    problem.begin(7, 0, None)
+    with torch.no_grad():
+        _, shift, info = guide.guide(problem, guide.start(problem), t, x)
+    posterior = mfm.GlassPosterior(path, model.drift, 3) if "glass" in kind else mfm.MapPosterior(model)
+    method = "gradient" if kind.endswith("g") else "gradient-free"
+    got = mfm.value_gradient(posterior, mild, t, x, 4, method, stream(7, "draws", 0), **options)
+    alpha, beta, *_ = coefficients(path, torch.tensor(t, dtype=F64))
+    torch.testing.assert_close(shift, alpha**2 / beta * got.gradient, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(info["ess"], got.ess)
+    torch.testing.assert_close(info["value_std_err"], got.std_err)
+    torch.testing.assert_close(info["gradient_norm"], got.gradient.norm(dim=1), rtol=1e-9, atol=1e-9)
+    if correction == "none":
+        torch.testing.assert_close(info["value"], got.value)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.004, 0.3, 0.9])
+def test_dps_is_the_rewards_gradient_at_the_posterior_mean(t, path):
+    """(α²/β) (∂D/∂x) ∇r(D), with ∂D/∂x = β VAR/v for this law; looked at no earlier than .01."""
+    x, seen = normal(5, 2), max(t, 0.01)
+    problem = Problem(gaussian_map(path, MEAN, math.sqrt(VAR)), mild, Meter())
+    problem.begin(0, 0, None)
+    with torch.no_grad():
+        drift, shift, info = DpsGuide().guide(problem, None, t, x)
+    alpha, beta, *_ = coefficients(path, torch.tensor(seen, dtype=F64))
+    v = alpha**2 + beta**2 * VAR
+    point = MEAN + beta * VAR / v * (x - beta * MEAN)
+    gradient = beta * VAR / v * (SLOPE - 0.2 * point)
+    torch.testing.assert_close(shift, alpha**2 / beta * gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(info["value"], mild(point), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(info["gradient_norm"], gradient.norm(dim=1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(drift, problem.drift(t, x))
