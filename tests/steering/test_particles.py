@@ -9,6 +9,7 @@ resampling,
 over independent systems; the second tells that the right particles come back with the right weights.
 """
 
+import itertools
 import math
 
 import pytest
@@ -155,6 +156,43 @@ def test_a_single_step(method, path):
         torch.testing.assert_close(got.samples, MEAN.expand(16_000, 1))
     else:
         check(got, *gaussian_moment(MEAN, COV, A, Y, NOISE_STD), 4)
+
+
+# -- twists and thresholds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temper", [0.0, 0.5, 1.0])
+def test_the_twist_is_tempered_until_its_time(temper, path):
+    """log ψ_t = min(1, t/temper) V̂_t: never resampled, so that particles and what was reported of them stay put."""
+    seen = []
+    mfm.steer(
+        mfm.ExactModel(path, LAW), REWARD, 24, "mfm-smc", num_draws=2, steps=8, particles=4, temper=temper,
+        threshold=0.0, generator=stream(0), callback=seen.append,
+    )  # fmt: skip
+    for k, step in enumerate(seen):
+        gamma = 1.0 if temper == 0 else min(1.0, k / 8 / temper)
+        torch.testing.assert_close(step.state.log_twist, gamma * step.info["value"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["tds", "mfm-smc"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])
+def test_systems_are_resampled_below_the_threshold(method, threshold, path):
+    """Where the ESS is below threshold · M, there and then, and nowhere else."""
+    seen = []
+    mfm.steer(
+        mfm.ExactModel(path, LAW), REWARD, 200, method, num_draws=2, steps=8, particles=4, threshold=threshold,
+        generator=stream(0), callback=seen.append,
+    )  # fmt: skip
+    resampled = torch.stack([step.info["resampled"] for step in seen])
+    ess = torch.stack([step.info["particle_ess"] for step in seen])
+    assert torch.equal(resampled, (ess < threshold * 4).to(resampled))
+    share = float(resampled.mean())
+    assert share == 0 if threshold == 0 else share > 0
+    assert bool(((ess > 1 - 1e-9) & (ess < 4 + 1e-9)).all())
+    for before, after in itertools.pairwise(seen):
+        # what a system has gained goes to its evidence when it is resampled, and only then
+        changed = after.state.log_evidence != before.state.log_evidence
+        assert torch.equal(changed, after.info["resampled"][:50] == 1)
 
 
 # -- the layout ------------------------------------------------------------------------------------------------------
