@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.recycling import DrawPool
-from metaflowmaps.shapes import check_count, event_sum
+from metaflowmaps.shapes import check_count, event_sum, positive
 from metaflowmaps.steering.mfm_g import FIRST, blended
 from metaflowmaps.steering.mfm_gf import draw_info
 from metaflowmaps.steering.problem import Info, Problem
@@ -88,7 +88,7 @@ class TwistedSmc:
             raise unknown("returns", returns, RETURNS)
         if resampler not in RESAMPLERS:
             raise unknown("resampler", resampler, RESAMPLERS)
-        if not 0 <= threshold <= 1:
+        if positive(threshold, "threshold", or_zero=True) > 1:
             raise InputError(f"threshold is a fraction of the particles, in [0, 1], got {threshold}")
         if returns == "one" and particles is None:
             raise InputError('returns="one" needs particles=, the size of the system that each sample comes from')
@@ -180,7 +180,7 @@ class ValueTwist:
         check_count(num_draws, "num_draws")
         if guide not in ("mfm-gf", "mfm-g", "none"):
             raise unknown("guide", guide, ("mfm-gf", "mfm-g", "none"))
-        if not 0 <= temper <= 1:
+        if positive(temper, "temper", or_zero=True) > 1:
             raise InputError(f"temper is the time at which the twist reaches full strength, in [0, 1], got {temper}")
         self.num_draws, self.recycle, self.guide, self.temper = num_draws, recycle, guide, temper
         self.options = DrawOptions(noise, chunk)
