@@ -392,6 +392,19 @@ def test_two_passes_are_one_for_a_sharp_reward(correction):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
 
 
+def test_two_passes_leave_every_row_its_observation():
+    """Draws left out would shift the rows of an InverseProblem with one y a row: two rows, kept in the order (1, 0)."""
+    reward = mfm.rewards.InverseProblem(lambda x: x[:, :1], torch.tensor([[0.0], [1.0]], dtype=F64), 0.02)
+    for seed in range(10):
+        one, two = (
+            mfm.value_gradient(
+                mfm.MapPosterior(labelled()), reward, 0.3, normal(2, 2), 2, "gradient", stream(seed), passes=passes
+            ).gradient
+            for passes in (1, 2)
+        )
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
 def test_rows_have_their_own_condition_time_and_draws():
     """x_1 = scale · x + ε and r = a · x_1: the gradient is a · scale to rounding, whatever the draws weigh."""
     scale, a = torch.tensor([0.5, 2.0, -1.0], dtype=F64), torch.tensor([1.0, -3.0, 0.7], dtype=F64)

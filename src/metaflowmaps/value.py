@@ -30,7 +30,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.path import Path
 from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.randomness import noise as draw_noise
-from metaflowmaps.rewards.base import Cond, is_differentiable
+from metaflowmaps.rewards.base import Cond, is_differentiable, rows_of
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 
@@ -210,6 +210,8 @@ def make_draws(
             gradients.append(g.reshape(n, *x_t.shape))
     made = Draws(torch.cat(draws), torch.cat(rewards), torch.cat(gradients) if gradients else None)
     if differentiate and options.passes == 2:
+        if rows_of(reward, x_t[:1]) is not None:  # each row has its own observation: leaving some out would shift them
+            options = options._replace(negligible=0.0)
         made = made._replace(gradients=_second_pass(source, reward, t, x_t, made, cond, options))
     return made
 

@@ -191,22 +191,35 @@ def test_draws_of_a_model_keep_their_label(name):
     assert float((got.samples[:, 0] - 4 * LABELS).abs().max()) < 2.5
 
 
-def test_an_observation_a_row_is_never_another_rows():
-    """InverseProblem takes one y a row; in chunks the rows of y are no longer those of x. Right, or refused."""
+@pytest.mark.parametrize(
+    "wrap", [lambda r: r, lambda r: mfm.rewards.WeightedSum([(1.0, mfm.rewards.Tempered(r, 1.0))])]
+)
+def test_an_observation_a_row_is_never_another_rows(wrap):
+    """InverseProblem takes one y a row: its rows stay together, where chunks would score them against another row's y.
+
+    (Chunks of 4 with 2 draws are 8 rows, as many as y has: that would not even be noticed.)
+    """
     y = (4.0 * LABELS[:8] + 1).double()[:, None]
-    reward = mfm.rewards.InverseProblem(lambda x: x, y, PULL)
-    label = {"label": LABELS[:8]}
-    options = {"num_draws": 2, "steps": 12, "cond": label}
-    whole = mfm.steer(Labelled(PATHS["linear"]), reward, 8, "mfm-gf", generator=stream(0), **options)
+    reward = wrap(mfm.rewards.InverseProblem(lambda x: x, y, PULL))
+
+    def run(method="mfm-gf", n=8, cond=True, **options):
+        label = {"label": LABELS[:n]} if cond else None
+        return mfm.steer(
+            Labelled(PATHS["linear"]), reward, n, method, **{"num_draws": 2, "steps": 12, **options}, cond=label,
+            generator=stream(0),
+        )  # fmt: skip
+
+    whole = run()
     assert float((whole.samples - y).abs().max()) < 2.5
-    try:
-        chunked = mfm.steer(
-            Labelled(PATHS["linear"]), reward, 8, "mfm-gf", generator=stream(0), batch_size=4, **options
-        )
-    except mfm.InputError:
-        return
-    # with the right y every draw counts (ratio 1 ± .1); with a wrong one every second draw weighs nothing (.6)
-    assert float(chunked.info["ess"].mean()) > 0.8 * float(whole.info["ess"].mean())
+    assert torch.equal(run(batch_size=4).samples, whole.samples)
+    for method, options in (("mfm-search", {"particles": 3}), ("best-of-n", {}), ("mfm-smc", {"particles": 1})):
+        assert float((run(method, batch_size=4, **options).samples - y).abs().max()) < 2.5
+    with pytest.raises(mfm.InputError, match="num_samples=8"):
+        run(n=4)
+    # particles of one system replace each other, and a second pass leaves rows out
+    for method, options in (("tds", {"particles": 2}), ("tds", {}), ("mfm-smc", {}), ("mfm-g", {"passes": 2})):
+        with pytest.raises(mfm.InputError, match="one observation a sample"):
+            run(method, **options)
 
 
 def test_labels_of_a_map_reach_its_network(path):

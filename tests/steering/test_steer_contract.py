@@ -221,6 +221,9 @@ def test_unknown_names_are_refused_where_they_would_not_matter(method):
     refused("did you mean 'sde'", method, process="sed")
     refused("did you mean 'euler'", method, integrator="eular")
     refused("did you mean 'rescale'", method, renormalize="rescaled")
+    refused("has no integrator", method, integrator="heun")
+    refused("has no renormalize", method, renormalize="clip")
+    refused("has no sigma_cap", method, sigma_cap=50.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -339,6 +342,15 @@ def test_one_draw_that_has_it_all_is_said(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(method, mild, num_draws=4, **options)
+
+
+def test_a_grid_that_starts_late_is_said():
+    """Pure noise is the law at t = 0; .01, where the release starts, is as good."""
+    with pytest.warns(UserWarning, match=r"starts at t = 0\.3 with pure noise"):
+        run("none", grid=torch.tensor([0.3, 1.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("none", grid=torch.tensor([0.01, 1.0]))
 
 
 def test_samples_that_are_not_finite_are_said():
