@@ -13,6 +13,8 @@ context, so one backward pass gives all g_i of a chunk and only the chunk's acti
 the number of draws. With ``passes=2`` the weights come first, without gradients, and only draws that carry weight are
 differentiated: fewer backward passes where the reward is sharp.
 
+Standard errors are those of independent noise; with antithetic or quasi-random noise they do not apply.
+
 Both are ratio estimators with bias O(1/N); ``correction="jackknife"`` removes the 1/N term,
 ``N θ − (N−1) mean_i θ_{−i}``, and pays in variance.
 

@@ -6,7 +6,8 @@ A guide estimates the shift ``D*_t(x) − D_t(x)`` (see :mod:`metaflowmaps.value
     SDE (Eq. 38)   x_u ~ N(keep · x + data · D*, std²)                     the memoryless bridge with x_1 held at D*
 
 The bridge integrates the linear part of the SDE exactly over a step and starts at t = 0, where σ² is infinite. Its
-second-order form averages D* over both ends of the step, with one and the same noise.
+second-order form averages D* over both ends of the step, with one and the same noise; towards t = 1 it loses a
+logarithm, h² log(1/h).
 """
 
 from collections.abc import Callable
