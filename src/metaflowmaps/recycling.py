@@ -6,9 +6,9 @@ sample from a mixture of L known kernels with unknown constants, and a draw has 
 
     ω_n ∝ K(x_n) / Σ_l e^{f_l} K_l(x_n),        f_l = −log Z_l + constant        (the balance heuristic)
 
-The constants follow from the draws themselves, since weights for each of the L contexts must sum to one:
+The constants follow from the draws themselves, since each context must be credited with the N draws that it made:
 
-    e^{−f_l} = Σ_n K_l(x_n) / Σ_k e^{f_k} K_k(x_n)
+    e^{−f_l} = 1/N Σ_n K_l(x_n) / Σ_k e^{f_k} K_k(x_n)
 
 the maximum-likelihood equations of a biased-sampling model (Vardi's; multistate Bennett acceptance ratio in physics).
 No marginal density is needed, a context whose draws do not overlap with the present one loses its weight by itself, and
@@ -61,7 +61,7 @@ def solve_constants(log_kernels: Tensor, constants: Tensor, num_draws: int) -> T
 
 
 def _fixed_point(log_kernels: Tensor, constants: Tensor) -> Tensor:
-    """f_l ← −log Σ_n K_l(n) / Σ_k e^{f_k} K_k(n), relative to the first."""
+    """f_l ← −log Σ_n K_l(n) / Σ_k e^{f_k} K_k(n), relative to the first (where the factor 1/N cancels)."""
     new = -torch.logsumexp(log_kernels - torch.logsumexp(log_kernels + constants[:, None], 0), 1)
     return new - new[:1]
 
@@ -134,8 +134,7 @@ class DrawPool:
     def _log_kernel(self, t: float, x: Tensor, x_1: Tensor) -> Tensor:
         """log N(x; β_t x_1, α_t²) up to a constant of the context, which f absorbs: (n, B)."""
         alpha, beta = float(self.path.alpha(t)), float(self.path.beta(t))
-        wide = torch.promote_types(
-            x.dtype, torch.float32
-        )  # half precision has no linear solver, and no digits to spare
+        # half precision has no linear solver, and no digits to spare
+        wide = torch.promote_types(x.dtype, torch.float32)
         residual = (x.to(wide) - beta * x_1.to(wide)).flatten(0, 1)
         return (event_sum(residual.square()) / (-2 * alpha**2)).reshape(x_1.shape[:2])

@@ -82,7 +82,7 @@ def test_shapes_and_scores(method):
     assert got.samples.shape == (8, 2)
     assert got.rewards.shape == (8,)
     torch.testing.assert_close(got.rewards, (LINEAR if method == "exact" else mild)(got.samples))
-    assert got.num_finished == 8
+    assert len(got.samples) == 8
     assert not got.interrupted
     assert {name for name, v in got.info.items() if v.shape == (4,)} >= {"time"}
     assert got.cost["nfe"] > 0
@@ -302,7 +302,7 @@ def test_ctrl_c_keeps_finished_chunks(callback, method):
     whole = run(method, n=9, batch_size=3 * copies, **options)
     got = run(method, n=9, batch_size=3 * copies, callback=callback, **options)
     assert got.interrupted
-    assert got.num_finished == 6
+    assert len(got.samples) == 6
     assert torch.equal(got.samples, whole.samples[:6])
     assert torch.equal(got.rewards, whole.rewards[:6])
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.commands.shared import Results, beside, digest, law_of, open_model, save_tensors
+from metaflowmaps.commands.shared import Results, begun, beside, digest, law_of, open_model, save_tensors
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.meter import Meter
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.report import figures
-from metaflowmaps.runs import claim, write_results
+from metaflowmaps.runs import write_results
 from metaflowmaps.sampling import integrate, uniform_grid
 
 
@@ -31,9 +31,9 @@ def sample(
     model, found, target = open_model(checkpoint, device)
     settings = {"checkpoint": digest(found), "num": num, "steps": steps, "method": method, "seed": seed}
     out = out or beside(checkpoint, found, "sample")
-    done = claim(out, "sample", settings)
+    done = begun(out, "sample", settings)
     if done is not None:
-        return {**done, "out": str(out / "results.json")}
+        return done
     g = stream(seed, "sample")
     with torch.no_grad(), Meter(model.network) as meter:
         if method == "refine":
@@ -89,9 +89,9 @@ def posterior(
         "seed": seed,
     }
     out = out or beside(checkpoint, found, "posterior")
-    done = claim(out, "posterior", settings)
+    done = begun(out, "posterior", settings)
     if done is not None:
-        return {**done, "out": str(out / "results.json")}
+        return done
     with torch.no_grad(), Meter(model.network) as meter:
         draws = model.draw(t, x_t, num_draws, steps, g)[:, 0]
     save_tensors(out / "draws.safetensors", {"draws": draws, "x_t": x_t[0], "t": torch.tensor(t)})

@@ -9,7 +9,9 @@ from pathlib import Path
 from metaflowmaps.commands.shared import (
     Results,
     Say,
+    begun,
     beside,
+    check_law,
     digest,
     open_model,
     panels,
@@ -17,13 +19,13 @@ from metaflowmaps.commands.shared import (
 from metaflowmaps.commands.steering import eval_steering
 from metaflowmaps.commands.train import resolve_training, train
 from metaflowmaps.config import override, validated
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.errors import unknown
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.recipes.gmm import LAW, gmm, paper_mixture
 from metaflowmaps.report import figures
 from metaflowmaps.report.html import write_report
-from metaflowmaps.runs import claim, write_results
+from metaflowmaps.runs import write_results
 from metaflowmaps.sampling import INTEGRATORS
 
 SHOWN = ["none", "mfm-g", "mfm-gf", "mfm-smc", "dps", "tds", "best-of-n", "exact"]
@@ -46,16 +48,14 @@ def eval_posterior(
         raise unknown("law", law, LAWS)
     config = override(validated(PosteriorEvalConfig, {"samples": samples, "seed": seed}), settings)
     model, found, target = open_model(checkpoint, device)
-    trained_on = found.config.get("training", {}).get("law")
-    if trained_on not in (None, LAW.model_dump()):
-        raise InputError(f"{checkpoint} was trained on another law than --law {law}: judge it with its own")
+    check_law(checkpoint, found, LAW, f"--law {law}")
     if config.glass_method not in INTEGRATORS:
         raise unknown("glass_method", config.glass_method, INTEGRATORS)
     out = out or beside(checkpoint, found, f"eval-posterior-{config.samples}")
     full = {"checkpoint": digest(found), "law": law, **config.model_dump()}
-    done = claim(out, "eval posterior", full)
+    done = begun(out, "eval posterior", full)
     if done is not None:
-        return {**done, "out": str(out / "results.json")}
+        return done
     began = time.perf_counter()
     mixture = LAWS[law]()
     measured = evaluate_posterior(model, mixture, config, lambda line: say(f"eval posterior: {line}"))

@@ -10,11 +10,12 @@ from safetensors.torch import save
 
 from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
 from metaflowmaps.config import validated
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.report import figures
-from metaflowmaps.runs import pick_device
+from metaflowmaps.runs import claim, pick_device
 from metaflowmaps.training.config import LawConfig
 
 Say = Callable[[str], None]
@@ -31,6 +32,19 @@ def beside(checkpoint: str, found: Checkpoint, name: str) -> Path:
     """Results go into the run that made the checkpoint; from elsewhere, under runs/."""
     run = found.path.parent.parent
     return run / name if (run / "run.json").exists() else Path("runs") / f"{Path(checkpoint).name}-{name}"
+
+
+def begun(out: Path, command: str, config: dict[str, Any]) -> Results | None:
+    """Take ``out`` for this command; what it ended with, if it is complete already."""
+    done = claim(out, command, config)
+    return None if done is None else {**done, "out": str(out / "results.json")}
+
+
+def check_law(checkpoint: str, found: Checkpoint, law: LawConfig, option: str) -> None:
+    """Refuse to judge a checkpoint by another law than the one it was trained on."""
+    trained_on = found.config.get("training", {}).get("law")
+    if trained_on not in (None, law.model_dump()):
+        raise InputError(f"{checkpoint} was trained on another law than that of {option}: judge it with its own")
 
 
 def law_of(found: Checkpoint) -> GaussianMixture | None:

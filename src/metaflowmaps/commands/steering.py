@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import Checkpoint
-from metaflowmaps.commands.shared import Results, Say, beside, digest, law_of, open_model, save_tensors
+from metaflowmaps.commands.shared import (
+    Results,
+    Say,
+    begun,
+    beside,
+    check_law,
+    digest,
+    law_of,
+    open_model,
+    save_tensors,
+)
 from metaflowmaps.config import override, parse_settings, validated
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.steering import SteeringEvalConfig, evaluate_steering
+from metaflowmaps.evaluation.steering import VARIANTS, SteeringEvalConfig, evaluate_steering
 from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
 from metaflowmaps.path import LinearPath
 from metaflowmaps.posterior import ExactModel
@@ -22,7 +31,7 @@ from metaflowmaps.randomness import stream
 from metaflowmaps.recipes.tasks import TASKS, SteeringTask, steering_task
 from metaflowmaps.report import figures, steering_figures
 from metaflowmaps.rewards import LinearGaussian, Tempered
-from metaflowmaps.runs import claim, pick_device, write_results
+from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
@@ -57,20 +66,20 @@ def steer(
     integrator = options.get("integrator", "euler")
     check_steering(method, num_draws, Control(process, integrator, renormalize, options.get("sigma_cap")), options)
     model, found, target = open_model(checkpoint, device)
+    law = law_of(found)
+    if method == "exact" and law is None:
+        raise InputError(
+            '--method exact needs a checkpoint of a known mixture (recipes gmm, mixture-16d); use "mfm-gf"'
+        )
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
         "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
         "seed": seed, **_file_hash(reward), **options,
     }  # fmt: skip
     out = out or beside(checkpoint, found, f"steer-{method}")
-    done = claim(out, "steer", config)
+    done = begun(out, "steer", config)
     if done is not None:
-        return {**done, "out": str(out / "results.json")}
-    law = law_of(found)
-    if method == "exact" and law is None:
-        raise InputError(
-            '--method exact needs a checkpoint of a known mixture (recipes gmm, mixture-16d); use "mfm-gf"'
-        )
+        return done
     base: Any = model if method != "exact" or law is None else ExactModel(model.path, law)
     cond = None if label is None else {"label": torch.full((num,), label, dtype=torch.int64, device=target)}
     try:
@@ -124,9 +133,9 @@ def eval_steering(
     if isinstance(model, ExactModel):
         config = _without_gradients(config, say)
     full = {"checkpoint": identity, "task": task, **config.model_dump()}
-    done = claim(out, "eval steering", full)
+    done = begun(out, "eval steering", full)
     if done is not None:
-        return {**done, "out": str(out / "results.json")}
+        return done
     began = time.perf_counter()
     metrics, pictures = evaluate_steering(
         model, known.law, reward, config, lambda line: say(f"eval steering: {line}"), data_std
@@ -165,9 +174,9 @@ def eval_value(
     if isinstance(model, ExactModel):
         raise InputError("mfm eval value judges a checkpoint; the exact value is what it compares with")
     full = {"checkpoint": identity, "task": task, **config.model_dump()}
-    done = claim(out, "eval value", full)
+    done = begun(out, "eval value", full)
     if done is not None:
-        return {**done, "out": str(out / "results.json")}
+        return done
     began = time.perf_counter()
     metrics = evaluate_value(model, known.law, reward, config, lambda line: say(f"eval value: {line}"))
     cost = {"seconds": time.perf_counter() - began}
@@ -182,15 +191,10 @@ def eval_value(
 def _reward(text: str, strength: float) -> tuple[Callable[..., Tensor], LinearGaussian | None]:
     """A task's reward by its name, or ``file.py:function``; and the linear-Gaussian one it is, if it is one."""
     name, colon, attribute = text.rpartition(":")
-    if not colon:
-        if text.endswith(".py"):
-            raise InputError(f"--reward {text}: name the function too, {text}:my_reward")
-        task = steering_task(text)
-        own = task.reward("")
-        scaled = LinearGaussian(own.A, own.y, own.noise_std, own.strength * strength)
-        return scaled, scaled
-    if name in TASKS:
-        own = steering_task(name).reward(attribute)
+    if not colon and text.endswith(".py"):
+        raise InputError(f"--reward {text}: name the function too, {text}:my_reward")
+    if not colon or name in TASKS:
+        own = steering_task(name if colon else text).reward(attribute if colon else "")
         scaled = LinearGaussian(own.A, own.y, own.noise_std, own.strength * strength)
         return scaled, scaled
     file = Path(name)
@@ -226,19 +230,13 @@ def _judged_model(
             ExactModel(LinearPath(), task.law), "exact", out or Path("runs") / f"exact-{name}", pick_device("cpu")
         )  # fmt: skip
     model, found, target = open_model(checkpoint, device)
-    _same_law(checkpoint, found, task)
+    check_law(checkpoint, found, task.law_config, f"--task {task.name}")
     return model, digest(found), out or beside(checkpoint, found, name), target
-
-
-def _same_law(checkpoint: str, found: Checkpoint, task: SteeringTask) -> None:
-    trained_on = found.config.get("training", {}).get("law")
-    if trained_on not in (None, task.law_config.model_dump()):
-        raise InputError(f"{checkpoint} was trained on another law than that of --task {task.name}")
 
 
 def _without_gradients(config: SteeringEvalConfig, say: Say) -> SteeringEvalConfig:
     """An exact mixture's draws have no pathwise gradient: what needs one is left out, and said so."""
-    kept = tuple(name for name in config.methods if not name.startswith("mfm-g-") and name != "mfm-g")
+    kept = tuple(name for name in config.methods if VARIANTS[name][0] != "mfm-g")
     if kept != config.methods:
         say("eval steering: exact draws have no gradient in the state; leaving mfm-g out")
     return validated(SteeringEvalConfig, {**config.model_dump(), "methods": kept})

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from metaflowmaps.checkpoint import load_model
-from metaflowmaps.commands.shared import Results, Say, count_parameters, panels, sample_picture
+from metaflowmaps.commands.shared import Results, Say, begun, count_parameters, panels, sample_picture
 from metaflowmaps.config import override, validated
 from metaflowmaps.errors import InputError
 from metaflowmaps.progress import training_progress
 from metaflowmaps.report import figures
-from metaflowmaps.runs import claim, pick_device, write_results
+from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import TrainState
@@ -41,10 +41,10 @@ def train(config: TrainConfig, out: Path, device: str, resume: str, invocation: 
         config.law.build(),
         count_parameters(build_map(config)),
     )  # what cannot be built claims no directory
-    done = claim(out, "train", config.model_dump())
+    done = begun(out, "train", config.model_dump())
     if done is not None:
         say(f"{out} is complete: {config.steps} steps of {config.recipe}")
-        return {**done, "out": str(out / "results.json")}
+        return done
     with training_progress(config, say) as report:
         result = run_training(
             config,

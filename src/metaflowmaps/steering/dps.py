@@ -7,8 +7,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.shapes import event_sum
-from metaflowmaps.steering.mfm_g import FIRST
-from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.problem import FIRST, Info, Problem
 from metaflowmaps.value import pull_back
 
 
@@ -37,7 +36,6 @@ class AtMean(NamedTuple):
 def at_posterior_mean(problem: Problem, t: float, x: Tensor) -> AtMean:
     """r(D_t(x)) and its gradient: one differentiated call of the network and one of the reward."""
     looked_at = max(t, FIRST)
-    factor = float(problem.path.alpha(looked_at)) ** 2 / float(problem.path.beta(looked_at))
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         drift = problem.drift(looked_at, leaf)
@@ -45,4 +43,4 @@ def at_posterior_mean(problem: Problem, t: float, x: Tensor) -> AtMean:
         reward = problem.score_of(point)
         gradient = pull_back(reward, leaf, point)
     drift = drift.detach() if looked_at == t else problem.drift(t, x)
-    return AtMean(drift, factor * gradient, gradient, reward.detach())
+    return AtMean(drift, problem.shift_per_gradient(looked_at) * gradient, gradient, reward.detach())

@@ -30,9 +30,8 @@ class ExactGuide:
             wide = x.detach().double().requires_grad_(True)
             value = problem.model.value(t, wide, self.reward)
             (gradient,) = torch.autograd.grad(value.sum(), wide)
-        factor = float(problem.path.alpha(t)) ** 2 / float(problem.path.beta(t))
         return (
             drift,
-            (factor * gradient).to(x),
+            (problem.shift_per_gradient(t) * gradient).to(x),
             {"value": value.detach().to(x), "gradient_norm": event_sum(gradient.square()).sqrt().to(x)},
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 from metaflowmaps.recycling import DrawPool
 from metaflowmaps.shapes import check_count, event_sum
 from metaflowmaps.steering.mfm_gf import draw_info
-from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.problem import FIRST, Info, Problem
 from metaflowmaps.value import (
     NEGLIGIBLE,
     DrawOptions,
@@ -34,13 +34,10 @@ from metaflowmaps.value import (
     ess,
     free_shift,
     log_mean,
-    make_draws,
     reparameterised,
     tilted_weights,
     weighted,
 )
-
-FIRST = 0.01  # where gradients look at t = 0: (α²/β) ∂X/∂x is 0/0 there, and the posterior has hardly moved
 
 
 class GradientGuide:
@@ -67,13 +64,7 @@ class GradientGuide:
 
     def guide(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
         drift, looked_at = problem.drift(t, x), max(t, FIRST)
-        made = make_draws(
-            problem.draws_from(), problem.reward, looked_at, x, self.num_draws, True, problem.stream("draws"),
-            problem.cond_for(len(x)), self.options,
-        )  # fmt: skip
-        factor = float(problem.path.alpha(looked_at)) ** 2 / float(problem.path.beta(looked_at))
-        assert made.gradients is not None
-        made = made._replace(gradients=factor * made.gradients)
+        made = problem.draws(looked_at, x, self.num_draws, self.options, differentiate=True)
         log_base = memory.add(looked_at, x, made)
         pool = memory.pooled()
         if not self.blend:

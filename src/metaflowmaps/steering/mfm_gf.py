@@ -12,7 +12,6 @@ from metaflowmaps.value import (
     free_shift,
     free_shift_from,
     log_mean,
-    make_draws,
     tilted_weights,
     value_std_err,
 )
@@ -50,10 +49,7 @@ class GradientFreeGuide:
         drift = problem.drift(t, x)
         contexts = self.recycle if self.fill and not memory.draws else 1
         for _ in range(contexts):
-            made = make_draws(
-                problem.draws_from(), problem.reward, t, x, self.num_draws, False, problem.stream("draws"),
-                problem.cond_for(len(x)), self.options,
-            )  # fmt: skip
+            made = problem.draws(t, x, self.num_draws, self.options)
             log_base = memory.add(t, x, made)
         pool = memory.pooled()
         if self.centre == "draws":

@@ -15,9 +15,10 @@ from metaflowmaps.randomness import randn, stream
 from metaflowmaps.rewards.base import Cond
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
 from metaflowmaps.shapes import Time, batch_time
-from metaflowmaps.value import repeat_cond
+from metaflowmaps.value import DrawOptions, Draws, make_draws, repeat_cond
 
 Info = dict[str, Tensor]
+FIRST = 0.01  # where gradients look at t = 0: (α²/β) ∂X/∂x is 0/0 there, and the posterior has hardly moved
 
 
 class Problem:
@@ -97,6 +98,20 @@ class Problem:
     def score_of(self, x: Tensor) -> Tensor:
         """r(x), counted."""
         return self.reward(x, self.cond_for(len(x)))
+
+    def shift_per_gradient(self, t: float) -> float:
+        """α²/β, the factor in D* − D = (α²/β) ∇V."""
+        return float(self.path.alpha(t)) ** 2 / float(self.path.beta(t))
+
+    def draws(self, t: float, x: Tensor, num_draws: int, options: DrawOptions, differentiate: bool = False) -> Draws:
+        """Draws at (t, x) with their rewards and, in the units of a shift, their gradients."""
+        made = make_draws(
+            self.draws_from(), self.reward, t, x, num_draws, differentiate, self.stream("draws"),
+            self.cond_for(len(x)), options,
+        )  # fmt: skip
+        if made.gradients is None:
+            return made
+        return made._replace(gradients=self.shift_per_gradient(t) * made.gradients)
 
     def draws_from(self) -> Any:
         """The posterior; refused by name where the model has none."""

@@ -67,11 +67,6 @@ class SteerResult:
     interrupted: bool = False
     seed: int = 0
 
-    @property
-    def num_finished(self) -> int:
-        """How many samples are there: fewer than asked for only after an interruption."""
-        return len(self.samples)
-
 
 class SteeringFailed(InputError):
     """Bad input that showed itself on the way; ``result`` holds what was finished before."""
@@ -135,7 +130,7 @@ def method_options(method: str) -> set[str]:
         raise unknown("method", method, METHODS)
     names = _parameters(METHODS[method][1])
     if method == "glass":
-        names = (names | _parameters(GradientGuide) | _parameters(GradientFreeGuide)) - {"posterior"}
+        names = names | _parameters(GradientGuide) | _parameters(GradientFreeGuide)
     if method in PARTICLE:
         names |= _parameters(TwistedSmc)
     return names

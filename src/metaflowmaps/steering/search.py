@@ -13,7 +13,7 @@ from torch import Tensor
 from metaflowmaps.errors import unknown
 from metaflowmaps.shapes import check_count
 from metaflowmaps.steering.problem import Info, Problem
-from metaflowmaps.value import DrawOptions, make_draws
+from metaflowmaps.value import DrawOptions
 
 SELECTIONS = ("particle", "global")
 TRANSITIONS = ("stochastic", "deterministic")
@@ -52,10 +52,7 @@ class Search:
 
     def step(self, problem: Problem, state: _State, t: float, u: float) -> tuple[_State, Info]:
         x, rows = state.x, torch.arange(len(state.x), device=state.x.device)
-        made = make_draws(
-            problem.draws_from(), problem.reward, t, x, self.num_draws, False, problem.stream("draws"),
-            problem.cond_for(len(x)), self.options,
-        )  # fmt: skip
+        made = problem.draws(t, x, self.num_draws, self.options)
         reward, index = made.rewards.max(0)
         chosen = made.x_1[index, rows]
         if self.selection == "global":

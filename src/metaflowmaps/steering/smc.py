@@ -27,11 +27,11 @@ from torch import Tensor
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.recycling import DrawPool
 from metaflowmaps.shapes import check_count, event_sum, positive
-from metaflowmaps.steering.mfm_g import FIRST, blended
+from metaflowmaps.steering.mfm_g import blended
 from metaflowmaps.steering.mfm_gf import draw_info
-from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.problem import FIRST, Info, Problem
 from metaflowmaps.steering.resampling import RESAMPLERS, effective, resample
-from metaflowmaps.value import DrawOptions, equal_log_weights, free_shift, log_mean, make_draws, tilted_weights
+from metaflowmaps.value import DrawOptions, equal_log_weights, free_shift, log_mean, tilted_weights
 
 RETURNS = ("all", "one")
 
@@ -191,13 +191,7 @@ class ValueTwist:
     def at(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> Twisted:
         gradients = self.guide == "mfm-g"
         looked_at = max(t, FIRST) if gradients else t
-        made = make_draws(
-            problem.draws_from(), problem.reward, looked_at, x, self.num_draws, gradients, problem.stream("draws"),
-            problem.cond_for(len(x)), self.options,
-        )  # fmt: skip
-        if made.gradients is not None:
-            factor = float(problem.path.alpha(looked_at)) ** 2 / float(problem.path.beta(looked_at))
-            made = made._replace(gradients=factor * made.gradients)
+        made = problem.draws(looked_at, x, self.num_draws, self.options, differentiate=gradients)
         log_base = memory.add(looked_at, x, made)
         pool = memory.pooled()
         drift = problem.drift(t, x)

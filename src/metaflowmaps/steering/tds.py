@@ -6,8 +6,7 @@ from torch import Tensor
 
 from metaflowmaps.shapes import event_sum
 from metaflowmaps.steering.dps import DpsGuide, at_posterior_mean
-from metaflowmaps.steering.mfm_g import FIRST
-from metaflowmaps.steering.problem import Problem
+from metaflowmaps.steering.problem import FIRST, Problem
 from metaflowmaps.steering.smc import Twisted
 
 
