@@ -104,9 +104,10 @@ def test_a_reward_that_fails_late_keeps_the_finished_samples(capsys, run, tmp_pa
 def test_ctrl_c_keeps_finished_samples(run, tmp_path):  # noqa: F811
     out = tmp_path / "long"
     process = subprocess.Popen(
-        [sys.executable, "-m", "metaflowmaps.cli", "steer", str(run), "--num", "2000000", "--steps", "3",
+        [sys.executable, "-m", "metaflowmaps.cli", "steer", str(run), "--num", "100000", "--steps", "3",
          "--method", "none", "--set", "batch_size=16", "--out", str(out)],
         stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / "run.json").exists() and time.monotonic() < deadline:
@@ -117,7 +118,7 @@ def test_ctrl_c_keeps_finished_samples(run, tmp_path):  # noqa: F811
     assert process.returncode == 130, err
     assert "Traceback" not in err
     samples = load_file(out / "samples.safetensors")["samples"]
-    assert 0 < len(samples) < 2_000_000
+    assert 0 < len(samples) < 100_000
     assert len(samples) % 16 == 0
     assert not (out / "results.json").exists()  # it is not complete: the same command begins again
 
