@@ -1,25 +1,40 @@
-"""The registry of networks: what a checkpoint's ``network.name`` may be."""
+"""The registries: what a checkpoint's ``network.name`` may be, and the image classifiers."""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.networks.classifiers import Classifier, ConvClassifier, PatchClassifier
+from metaflowmaps.networks.dit import DiT
 from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.unet import UNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP}
+NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet, "dit": DiT}
+CLASSIFIERS: dict[str, type[Classifier]] = {"conv-classifier": ConvClassifier, "patch-classifier": PatchClassifier}
+
+Built = TypeVar("Built", bound=nn.Module)
 
 
 def make_network(config: Mapping[str, Any]) -> nn.Module:
     """The network of ``{"name": …, **network.config}``, freshly initialised."""
+    return _make("network", NETWORKS, config)
+
+
+def make_classifier(config: Mapping[str, Any]) -> Classifier:
+    """The classifier of ``{"name": …, **classifier.config}``, freshly initialised."""
+    return _make("classifier", CLASSIFIERS, config)
+
+
+def _make(kind: str, registry: Mapping[str, type[Built]], config: Mapping[str, Any]) -> Built:
     options = dict(config)
     name = str(options.pop("name", None))
-    if name not in NETWORKS:
-        raise unknown("network", name, NETWORKS)
+    if name not in registry:
+        raise unknown(kind, name, registry)
     try:
-        inspect.signature(NETWORKS[name]).bind(**options)
+        inspect.signature(registry[name]).bind(**options)
     except TypeError as error:
-        raise InputError(f"network {name!r}: {error}") from error
-    return NETWORKS[name](**options)
+        raise InputError(f"{kind} {name!r}: {error}") from error
+    return registry[name](**options)

@@ -1,0 +1,186 @@
+r"""A diffusion transformer for flow maps with a context: (z, context, a, b, context time) -> F.
+
+Images are cut into patches, tokens of ``width`` numbers with fixed positions. The context enters as tokens of its own,
+gated by its time, and is added:
+
+    x = P(z) + pos + P'(context)(1 + scale) + shift,      (shift, scale) = Linear(SiLU(E_t(context_time)))
+
+Each block is attention and a perceptron, both modulated by a vector c through ``shift, scale, gate`` (adaLN-Zero: the
+gates start at 0, so a block starts as the identity). The first ``encoder_depth`` blocks read c_1, the remaining ones
+and the final layer c_2:
+
+    c_1 = E_s(a) + E_u(b) + E_t(context_time) + E_y(label) + E_w(guidance)
+    c_2 = E'_s(a) + E'_u(b) + E_t(context_time) + E_y(label)
+
+At initialisation E_u, E_t, E'_s, E_w and P' are 0: of the times the first part sees a only and the second b only, the
+context nothing. It is then the decoupled flow map whose first part encodes the state at a and whose second part reads
+off where it is at b; what b and the context mean to the first part is learned from there.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.networks.attention import SelfAttention
+from metaflowmaps.networks.checks import check_counts, check_divides
+from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
+from metaflowmaps.networks.forward_mode import layer_norm
+from metaflowmaps.shapes import check_count, positive
+
+SIZES: dict[str, dict[str, int]] = {
+    "nano": {"width": 64, "depth": 3, "heads": 4, "encoder_depth": 2},
+    "tiny": {"width": 192, "depth": 6, "heads": 3, "encoder_depth": 4},
+    "S": {"width": 384, "depth": 12, "heads": 6, "encoder_depth": 8},
+    "B": {"width": 768, "depth": 12, "heads": 12, "encoder_depth": 8},
+    "L": {"width": 1024, "depth": 24, "heads": 16, "encoder_depth": 17},
+    "XL": {"width": 1152, "depth": 28, "heads": 16, "encoder_depth": 20},
+}
+
+
+class DiT(nn.Module):
+    """Zero output at initialisation; ``DiT(channels, size, patch, **SIZES["B"])`` for the usual widths and depths.
+
+    ``guidance``: False, True (any scale w >= 0) or a list of scales (a table). Label ``num_classes`` is the null class,
+    and no label means the null class; no guidance scale means 1.
+    """
+
+    name = "dit"
+    positions: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        patch: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        encoder_depth: int | None = None,
+        num_classes: int = 0,
+        guidance: bool | list[float] = False,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if encoder_depth is None:
+            check_count(depth, "depth")
+            encoder_depth = max(2 * depth // 3, 1)
+        self.config: dict[str, Any] = {
+            "channels": channels,
+            "size": size,
+            "patch": patch,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "encoder_depth": encoder_depth,
+            "num_classes": num_classes,
+            "guidance": guidance,
+            "mlp_ratio": mlp_ratio,
+        }
+        _check(self.config)
+        self.event_shape = (channels, size, size)
+        self.num_classes = num_classes
+        self.patch, self.encoder_depth = patch, encoder_depth
+        self.state_patches = silenced(nn.Conv2d(channels, width, patch, patch))
+        self.context_patches = silenced(nn.Conv2d(channels, width, patch, patch))
+        self.context_gate = nn.Sequential(nn.SiLU(), silenced(nn.Linear(width, 2 * width)))
+        self.register_buffer("positions", positions(width, size // patch)[None])
+        self.early_a, self.early_b = TimeEmbedding(width), TimeEmbedding(width, silent=True)
+        self.late_a, self.late_b = TimeEmbedding(width, silent=True), TimeEmbedding(width)
+        self.context_time = TimeEmbedding(width, silent=True)
+        self.labels = make_labels(num_classes, width)
+        self.guidance = make_guidance(guidance, width)
+        self.blocks = nn.ModuleList(Block(width, heads, round(mlp_ratio * width)) for _ in range(depth))
+        self.final = FinalLayer(width, patch * patch * channels)
+        nn.init.xavier_uniform_(self.state_patches.weight.flatten(1))
+
+    def forward(
+        self,
+        z: Tensor,
+        a: Tensor,
+        b: Tensor,
+        context: Tensor,
+        context_time: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]."""
+        shared = self.context_time(context_time)
+        shift, scale = self.context_gate(shared).chunk(2, 1)
+        x = _tokens(self.state_patches(z)) + self.positions
+        x = x + modulate(_tokens(self.context_patches(context)), shift, scale)
+        if self.labels is not None:
+            shared = shared + self.labels(label)
+        early = self.early_a(a) + self.early_b(b) + shared + embed_guidance(self.guidance, guidance)
+        late = self.late_a(a) + self.late_b(b) + shared
+        for i, block in enumerate(self.blocks):
+            x = block(x, early if i < self.encoder_depth else late)
+        return self._image(self.final(x, late))
+
+    def _image(self, tokens: Tensor) -> Tensor:
+        """(B, N, patch·patch·C), a token's numbers by row, column, channel -> (B, C, H, W)."""
+        c, height, width = self.event_shape
+        grid = tokens.unflatten(2, (self.patch, self.patch, c)).unflatten(1, (height // self.patch, -1))
+        out: Tensor = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, height, width)
+        return out
+
+
+class Block(nn.Module):
+    """x + gate · attention(modulated norm), then the same with a perceptron."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(first, nn.GELU(approximate="tanh"), last)
+        self.modulation = _modulation(width, 6)
+        for layer in (self.attention.qkv, self.attention.out, first, last):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, width), (B, width) -> (B, N, width)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).chunk(6, 1)
+        x = x + gate_1[:, None] * self.attention(modulate(layer_norm(x), shift_1, scale_1))
+        x = x + gate_2[:, None] * self.mlp(modulate(layer_norm(x), shift_2, scale_2))
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Tokens to the numbers of their patch; 0 at initialisation."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = silenced(nn.Linear(width, outputs))
+        self.modulation = _modulation(width, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, width), (B, width) -> (B, N, outputs)."""
+        shift, scale = self.modulation(c).chunk(2, 1)
+        out: Tensor = self.linear(modulate(layer_norm(x), shift, scale))
+        return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, the same for every token."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _modulation(width: int, parts: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), silenced(nn.Linear(width, parts * width)))
+
+
+def _tokens(patches: Tensor) -> Tensor:
+    """(B, width, h, w) -> (B, h·w, width)."""
+    return patches.flatten(2).mT
+
+
+def _check(config: dict[str, Any]) -> None:
+    check_counts(config, "channels", "size", "patch", "width", "depth", "heads", "encoder_depth")
+    check_divides(config["patch"], config["size"], ("patch", "size"))
+    width, depth, early = (config[k] for k in ("width", "depth", "encoder_depth"))
+    if width % 4:
+        raise InputError(f"width must be a multiple of 4 (for the positions), got {width}")
+    if early > depth:
+        raise InputError(f"encoder_depth must be at most the depth, {depth}, got {early}")
+    positive(config["mlp_ratio"], "mlp_ratio")

@@ -1,0 +1,196 @@
+r"""A U-net for small images with a context: (z, context, a, b, context time) -> F.
+
+Residual blocks at falling, then rising resolutions; the last state of each level on the way down is read again on the
+way up. Magnitudes are kept, so that depth needs no normalisation over batch or position:
+
+    conv(x) = w/‖w‖ * x            each filter has norm 1: independent unit inputs give unit outputs
+    act(x) = silu(x)/0.596         E[silu(n)²] = 0.596² for n ~ N(0, 1); the constant is part of the next filter
+    pixel_norm(x) = x/rms(x)       over channels, at the head of every block
+
+A block is ``x ← pixel_norm(x);  x + (3/7) conv(act((1 + g) conv(act(x))))``: the residual at EDM2's 0.7 to 0.3, its
+common factor left to the next norm. The gain g per channel is a linear function, 0 at initialisation, of the embedding
+of the three times, the label and the guidance scale. State and context enter as channels, with a channel of ones in
+place of biases; times enter through smooth low-frequency features.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.networks.attention import SelfAttention
+from metaflowmaps.networks.checks import check_counts, check_dropout
+from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
+from metaflowmaps.shapes import check_count
+
+SIZES: dict[str, dict[str, Any]] = {
+    "digits": {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": []},
+    "mnist": {"width": 64, "multipliers": [1, 3, 4], "blocks": 2, "attention": [7]},
+}
+
+
+class UNet(nn.Module):
+    """``blocks`` residual blocks each way at each level, of ``width · multipliers[i]`` channels; levels halve the size.
+
+    Self-attention at the sizes in ``attention``, the smallest if not said. Zero output at initialisation. Label
+    ``num_classes`` is the null class, and no label means the null class; no guidance scale means 1. Dropout draws from
+    torch's global generator.
+    """
+
+    name = "unet"
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        width: int = 64,
+        multipliers: list[int] | None = None,
+        blocks: int = 2,
+        attention: list[int] | None = None,
+        num_classes: int = 0,
+        guidance: bool | list[float] = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        multipliers = [1, 2, 2] if multipliers is None else multipliers
+        self.config: dict[str, Any] = {
+            "channels": channels,
+            "size": size,
+            "width": width,
+            "multipliers": multipliers,
+            "blocks": blocks,
+            "attention": attention,
+            "num_classes": num_classes,
+            "guidance": guidance,
+            "dropout": dropout,
+        }
+        sizes = _levels(self.config)
+        self.event_shape = (channels, size, size)
+        self.num_classes = num_classes
+        embedding = 4 * width
+        self.times = TimeFeatures()
+        self.embed_times = nn.Linear(self.times.features, embedding)
+        self.labels = make_labels(num_classes, embedding)
+        self.guidance = make_guidance(guidance, embedding)
+        self.embed = nn.Sequential(nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+
+        def level(i: int, first: int) -> "Level":
+            n, attends = width * multipliers[i], sizes[i] in self.config["attention"]
+            inputs = [first] + [n] * (blocks - 1)
+            return Level(Block(c, n, embedding, attends, dropout) for c in inputs)
+
+        widths = [width * m for m in multipliers]
+        self.enter = Conv(2 * channels + 1, widths[0], 3)
+        self.down = nn.ModuleList(level(i, widths[max(i - 1, 0)]) for i in range(len(widths)))
+        # what comes from below is joined by the level's own state; at the bottom there is nothing below
+        joined = [c + n for c, n in zip(widths[1:], widths, strict=False)] + [widths[-1]]
+        self.up = nn.ModuleList(level(i, first) for i, first in enumerate(joined))
+        self.leave = silenced(nn.Conv2d(widths[0], channels, 3, padding=1))
+
+    def forward(
+        self,
+        z: Tensor,
+        a: Tensor,
+        b: Tensor,
+        context: Tensor,
+        context_time: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]."""
+        e = self.embed_times(self.times(torch.stack([a, b, context_time], 1)))
+        e = e + embed_guidance(self.guidance, guidance)
+        if self.labels is not None:
+            e = e + self.labels(label)
+        e = self.embed(e)
+        x = self.enter(torch.cat([z, context, torch.ones_like(z[:, :1])], 1))
+        states = []
+        for i, level in enumerate(self.down):
+            x = functional.avg_pool2d(x, 2) if i else x
+            x = level(x, e)
+            states.append(x)
+        states.pop()
+        for i, level in reversed(list(enumerate(self.up))):
+            if i < len(states):
+                x = torch.cat([functional.interpolate(x, scale_factor=2.0), states[i]], 1)
+            x = level(x, e)
+        out: Tensor = self.leave(functional.silu(pixel_norm(x)))
+        return out
+
+
+class Level(nn.ModuleList):
+    """Blocks one after the other, at one size."""
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """(B, inputs, H, W), (B, embedding) -> (B, outputs, H, W)."""
+        for block in self:
+            x = block(x, e)
+        return x
+
+
+class Block(nn.Module):
+    """A residual block with gains from the embedding, and self-attention if ``attends``."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, attends: bool, dropout: float) -> None:
+        super().__init__()
+        self.reduce = Conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.first, self.second = (Conv(outputs, outputs, 3, norm=1 / 0.596) for _ in range(2))
+        self.gain = silenced(nn.Linear(embedding, outputs))
+        self.dropout = nn.Dropout(dropout)
+        self.attention = SelfAttention(outputs, max(outputs // 32, 1)) if attends else None
+        if self.attention is not None:
+            silenced(self.attention.out)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """(B, inputs, H, W), (B, embedding) -> (B, outputs, H, W)."""
+        x = pixel_norm(self.reduce(x))
+        y = self.first(functional.silu(x)) * (1 + self.gain(e))[:, :, None, None]
+        x = torch.add(x, self.second(self.dropout(functional.silu(y))), alpha=3 / 7)
+        if self.attention is not None:
+            tokens = pixel_norm(x).flatten(2).mT
+            x = x + self.attention(tokens).mT.unflatten(2, x.shape[2:])
+        return x
+
+
+class Conv(nn.Module):
+    """A convolution whose filters have the norm ``norm``; no bias."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, norm: float = 1.0) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel) / math.sqrt(inputs * kernel**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H, W)."""
+        square = self.weight.square().sum((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, self.weight * (self.norm * (square + 1e-12).rsqrt()), padding="same")
+
+
+def pixel_norm(x: Tensor) -> Tensor:
+    """x over its root mean square over channels."""
+    return x * (x.square().mean(1, keepdim=True) + 1e-4).rsqrt()
+
+
+def _levels(config: dict[str, Any]) -> list[int]:
+    """The sizes of the levels, after a look at every argument; fills in where attention is."""
+    check_counts(config, "channels", "size", "width", "blocks")
+    multipliers, size = config["multipliers"], config["size"]
+    if not isinstance(multipliers, list | tuple) or not multipliers:
+        raise InputError(f"multipliers must be a list of whole numbers, one a level, got {multipliers!r}")
+    for m in multipliers:
+        check_count(m, "a multiplier")
+    halvings = len(multipliers) - 1
+    if size % 2**halvings:
+        most = (size & -size).bit_length()
+        raise InputError(
+            f"size {size} can be halved {most - 1} times: give at most {most} multipliers, got {halvings + 1}"
+        )
+    sizes = [size >> i for i in range(len(multipliers))]
+    attention = config["attention"] = sizes[-1:] if config["attention"] is None else config["attention"]
+    if not isinstance(attention, list | tuple) or any(s not in sizes for s in attention):
+        raise InputError(f"attention must list sizes of levels, which are {sizes}; got {attention!r}")
+    check_dropout(config["dropout"])
+    return sizes
