@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAP, GLASS, CONTEXT, QUIET = "#1f6feb", "#d9730d", "#c2185b", "#7a7f87"
+MAP, GLASS, CONTEXT, QUIET = "#1f6feb", "#d84a10", "#c2185b", "#7a7f87"
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:

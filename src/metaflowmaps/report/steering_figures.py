@@ -1,29 +1,36 @@
 """Figures of steering: samples over exact contours, error against cost, what happens along the trajectory."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.report.figures import MAP, QUIET, new_figure
+from metaflowmaps.report.figures import GLASS, MAP, QUIET, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# one colour and marker a method, the same in every figure
+# one colour and marker a method, the same in every figure; any two stay apart for red- and green-blind eyes too
 STYLE = {
-    "mfm-g": ("#1f6feb", "o"), "mfm-gf": ("#0a9396", "s"), "mfm-smc": ("#7b2cbf", "D"), "mfm-search": ("#6c757d", "v"),
-    "dps": ("#c2185b", "X"), "tds": ("#d9730d", "^"), "best-of-n": ("#b8860b", "P"), "glass": ("#2d6a4f", "h"),
-    "exact": ("#22262b", "*"), "none": ("#9aa0a6", "."),
+    "mfm-g": (MAP, "o"), "mfm-gf": ("#0fc3a0", "s"), "mfm-smc": ("#46107f", "D"), "mfm-search": ("#c27df5", "v"),
+    "dps": ("#8c4480", "X"), "tds": ("#0d5226", "^"), "best-of-n": ("#e3a410", "P"), "glass": (GLASS, "h"),
+    "exact": ("#16181c", "*"), "none": ("#7f848b", "."), "map": (MAP, "o"), "ode": ("#46107f", "D"),
 }  # fmt: skip
 
 
+def base_method(name: str) -> tuple[str | None, bool]:
+    """The method of STYLE that a name is, or is a variant of (None: of none), and whether it is the method itself."""
+    known = re.sub(r"^best-of-\d+$", "best-of-n", name.lower())
+    base = max((key for key in STYLE if known.startswith(key)), key=len, default=None)
+    return base, known == base
+
+
 def style(name: str) -> dict[str, Any]:
-    """Colour and marker of a method; variants of it are dashed and hollow."""
-    base = max((known for known in STYLE if name.startswith(known)), key=len, default="none")
-    color, marker = STYLE[base]
-    own = name == base
+    """Colour and marker of a method; variants of it are dashed and hollow. best-of-1000 is best-of-n at n = 1000."""
+    base, own = base_method(name)
+    color, marker = STYLE[base or "none"]
     return {
         "color": color, "marker": marker, "markersize": 7 if own else 6, "linewidth": 1.8 if own else 1.2,
         "linestyle": "-" if own else "--", "markerfacecolor": color if own else "white",
