@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.errors import InputError
 
 app = typer.Typer(
     name="mfm",
@@ -27,9 +27,16 @@ app = typer.Typer(
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a checkpoint; writes results.json and figures.")
 app.add_typer(evaluate, name="eval")
 
+NUM = 1024  # samples, where nobody says
+
 Out = Annotated[Path | None, typer.Option("--out", help="Directory for results.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: key.sub=value (repeatable).")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random stream.")]
+Num = Annotated[int | None, typer.Option("--num", min=1, help=f"How many samples ({NUM}).")]
+Only = Annotated[
+    list[int] | None,
+    typer.Option("--only", min=0, max=2**63 - 1, help="Make the sample with this saved seed again (repeatable)."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, progress on stderr.")]
 CheckpointArgument = Annotated[
@@ -65,14 +72,18 @@ def recipes() -> None:
     from metaflowmaps.recipes import RECIPES
 
     for name, make in RECIPES.items():
-        print(f"{name:12s} {(make.__doc__ or '').strip().splitlines()[0]}")
+        print(f"{name:14s} {(make.__doc__ or '').strip().splitlines()[0]}")
 
 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Which recipe: see mfm recipes.")],
     out: Out = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Two fifths of the time, a little less exact.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "--data-dir", metavar="DIR", help="Images: a folder, .npy or .npz; MNIST's files."),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A fraction of the time, less exact.")] = False,
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -89,7 +100,7 @@ def train(
 
     if max_steps is not None and max_steps < 1:
         raise InputError(f"--max-steps must be at least 1, got {max_steps}")
-    config = commands.resolve_training(find_recipe(recipe, fast), settings or [], seed, max_steps)
+    config = commands.resolve_training(find_recipe(recipe, fast, data), settings or [], seed, max_steps)
     if dry_run:
         emit(commands.dry_run(config, device), as_json)
         return
@@ -100,18 +111,22 @@ def train(
 @app.command()
 def sample(
     checkpoint: CheckpointArgument,
-    num: Annotated[int, typer.Option("--num", min=1, help="How many samples.")] = 1024,
+    num: Num = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Network calls a sample.")] = 1,
     method: Annotated[str, typer.Option("--method", help="refine (Alg. 1), compose (k jumps) or ode.")] = "refine",
+    only: Only = None,
     out: Out = None,
     seed: Seed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw samples of the data law; writes samples.safetensors."""
+    """Draw samples of the data law; samples.safetensors holds them and their seeds."""
     from metaflowmaps import commands
 
-    emit(commands.sample(checkpoint, num, steps, method, out, seed or 0, device, invocation()), as_json)
+    results = commands.sample(
+        checkpoint, how_many(num, only), steps, method, out, seed or 0, device, invocation(), only or ()
+    )
+    emit(results, as_json)
 
 
 @app.command()
@@ -141,7 +156,7 @@ def steer(
         str, typer.Option("--reward", help="A task (gmm-inverse, mixture-16d) or file.py:function.")
     ] = "gmm-inverse",
     strength: Annotated[float, typer.Option("--strength", help="λ: the reward is multiplied by it.")] = 1.0,
-    num: Annotated[int, typer.Option("--num", min=1, help="How many samples.")] = 1024,
+    num: Num = None,
     method: Annotated[
         str,
         typer.Option("--method", help="none, mfm-g, mfm-gf, mfm-search, mfm-smc, dps, tds, best-of-n, glass or exact."),
@@ -151,94 +166,125 @@ def steer(
     process: Annotated[str, typer.Option("--process", help="ode or sde.")] = "ode",
     renormalize: Annotated[str, typer.Option("--renormalize", help="none, clip or rescale.")] = "none",
     label: Annotated[int | None, typer.Option("--label", help="Class to condition on.")] = None,
+    only: Only = None,
     out: Out = None,
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Sample with a reward: samples.safetensors holds samples and rewards. --set gives a method's own options."""
+    """Sample with a reward; samples.safetensors holds samples, rewards, seeds. --set gives a method's own options."""
     from metaflowmaps import commands
 
     results = commands.steer(
-        checkpoint, reward, strength, num, method, num_draws, steps, process, renormalize, label, settings or [], out,
-        seed or 0, device, invocation(), sys.stderr.isatty(),
+        checkpoint, reward, strength, how_many(num, only), method, num_draws, steps, process, renormalize, label,
+        settings or [], out, seed or 0, device, invocation(), sys.stderr.isatty(), only or (),
     )  # fmt: skip
     emit(results, as_json)
 
 
-Task = Annotated[str, typer.Option("--task", help="gmm-inverse or mixture-16d.")]
+Task = Annotated[
+    str | None,
+    typer.Option("--task", help="Mixtures: gmm-inverse, mixture-16d. Images: class-mixture, race, inverse."),
+]
 
 
 @evaluate.command("steering")
 def eval_steering(
     checkpoint: CheckpointArgument,
-    task: Task = "gmm-inverse",
-    samples: Annotated[int | None, typer.Option("--samples", help="Samples a run (4096).")] = None,
+    task: Task = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Samples a run (mixtures: 4096).")] = None,
     out: Out = None,
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Every steering method against the exact tilted law, with costs. CHECKPOINT "exact": the mixture itself."""
-    from metaflowmaps import commands
-    from metaflowmaps.report.html import steering_tables
+    """Every steering method with its cost. Mixtures: against the exact tilted law; images: by a judge no method saw.
 
-    results = commands.eval_steering(
-        checkpoint, task, samples, out, settings or [], seed or 0, device, invocation(), say
-    )
-    if not as_json:
-        commands.print_tables(steering_tables(results["metrics"]))
-    emit(results, as_json)
+    CHECKPOINT "exact" is the mixture itself.
+    """
+    from metaflowmaps import commands
+
+    if commands.trained_on_images(checkpoint):
+        chosen = commands.image_task(task)
+        own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
+        results = commands.evaluate_images(chosen, checkpoint, out, own, seed or 0, device, invocation(), say)
+    else:
+        results = commands.eval_steering(
+            checkpoint, task or "gmm-inverse", samples, out, settings or [], seed or 0, device, invocation(), say
+        )
+    judged(results, as_json)
 
 
 @evaluate.command("value")
 def eval_value(
     checkpoint: CheckpointArgument,
-    task: Task = "gmm-inverse",
+    task: Annotated[str, typer.Option("--task", help="Mixtures: gmm-inverse or mixture-16d.")] = "gmm-inverse",
     out: Out = None,
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """The value from posterior draws against the exact one: map at 1, 2, 4 steps and GLASS at 1 to 32."""
+    """The value from posterior draws, map and GLASS by calls. Mixtures: against the exact one; images: rollouts."""
     from metaflowmaps import commands
-    from metaflowmaps.report.html import value_tables
 
-    results = commands.eval_value(checkpoint, task, out, settings or [], seed or 0, device, invocation(), say)
-    if not as_json:
-        commands.print_tables(value_tables(results["metrics"]))
-    emit(results, as_json)
+    if commands.trained_on_images(checkpoint):
+        results = commands.evaluate_images(
+            "value", checkpoint, out, settings or [], seed or 0, device, invocation(), say
+        )  # fmt: skip
+    else:
+        results = commands.eval_value(checkpoint, task, out, settings or [], seed or 0, device, invocation(), say)
+    judged(results, as_json)
 
 
 @evaluate.command("posterior")
 def eval_posterior(
     checkpoint: CheckpointArgument,
-    law: Annotated[str, typer.Option("--law", help="The law whose posteriors are known: gmm.")] = "gmm",
-    samples: Annotated[int, typer.Option("--samples", help="Samples a set.")] = 8192,
+    law: Annotated[str, typer.Option("--law", help="Mixtures: the law whose posteriors are known, gmm.")] = "gmm",
+    samples: Annotated[int | None, typer.Option("--samples", help="Samples a set (mixtures: 8192).")] = None,
     out: Out = None,
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Relative sliced W2 of posterior draws, with its floor: map at 1, 2, 4 steps and GLASS at 1 to 32."""
+    """Posterior draws, map and GLASS by calls. Mixtures: relative sliced W2; images: Fréchet distance in classifier
+    features, over noised held-out images."""
     from metaflowmaps import commands
-    from metaflowmaps.report.html import posterior_tables
 
-    results = commands.eval_posterior(
-        checkpoint, law, samples, out, settings or [], seed or 0, device, invocation(), say
-    )
-    if not as_json:
-        commands.print_tables(posterior_tables(results["metrics"]))
-    emit(results, as_json)
+    if commands.trained_on_images(checkpoint):
+        own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
+        results = commands.evaluate_images("posterior", checkpoint, out, own, seed or 0, device, invocation(), say)
+    else:
+        results = commands.eval_posterior(
+            checkpoint, law, samples or 8192, out, settings or [], seed or 0, device, invocation(), say
+        )
+    judged(results, as_json)
+
+
+@evaluate.command("generation")
+def eval_generation(
+    checkpoint: CheckpointArgument,
+    samples: Annotated[int | None, typer.Option("--samples", help="How many samples (2048).")] = None,
+    out: Out = None,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Unconditional images by network calls: refinement and composed jumps of the map against ODE steps."""
+    from metaflowmaps import commands
+
+    own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
+    results = commands.evaluate_images("generation", checkpoint, out, own, seed or 0, device, invocation(), say)
+    judged(results, as_json)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories that hold a results.json.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Results of commands, or directories of such.")],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Join runs into one self-contained HTML page."""
@@ -249,19 +295,36 @@ def report(
 
 @app.command()
 def demo(
-    law: Annotated[str, typer.Option("--law", help="Which story: gmm.")] = "gmm",
+    law: Annotated[
+        str, typer.Option("--law", help="Which story: digits (shipped models) or gmm (trains a map, minutes).")
+    ] = "digits",
     out: Out = None,
     seed: Seed = None,
 ) -> None:
-    """Train the mixture's map, judge it, and write report.html: a few minutes on a laptop."""
+    """Noisy digits, what they may be, and steered digits, as report.html: about a minute on a laptop."""
     from metaflowmaps import commands
-    from metaflowmaps.report.html import posterior_tables
+    from metaflowmaps.report.html import tables_of
 
-    if law != "gmm":
-        raise unknown("law", law, ("gmm",))
-    page, results = commands.demo(out or Path("runs/demo"), seed or 0, say)
-    commands.print_tables(posterior_tables(results["metrics"]))
+    page, results = commands.demo(law, out, seed or 0, say)
+    commands.print_tables(tables_of(results))
     print(f"report: {page}")
+
+
+def how_many(num: int | None, only: list[int] | None) -> int:
+    """--num, or as many as --only names."""
+    if only and num is not None and num != len(only):
+        raise InputError(f"--only names {len(only)} samples and --num asks for {num}: leave --num out")
+    return len(only) if only else num or NUM
+
+
+def judged(results: dict[str, Any], as_json: bool) -> None:
+    """A measurement's tables, then what every command prints."""
+    from metaflowmaps.commands import print_tables
+    from metaflowmaps.report.html import tables_of
+
+    if not as_json:
+        print_tables(tables_of(results))
+    emit(results, as_json)
 
 
 def emit(results: dict[str, Any], as_json: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metaflowmaps.chart import Chart, chart_class
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.path import Path, as_path
-from metaflowmaps.randomness import randn
+from metaflowmaps.randomness import RowNoise, Source, check_seeds, randn
 from metaflowmaps.shapes import (
     Time,
     as_numbers,
@@ -187,17 +187,29 @@ class MetaFlowMap(nn.Module):
         return self.push(noise.flatten(0, 1), times, contexts, steps, wide).reshape(noise.shape)
 
     @torch.no_grad()
-    def generate(self, n: int, steps: int = 1, generator: torch.Generator | None = None, cond: Cond = None) -> Tensor:
+    def generate(
+        self,
+        n: int,
+        steps: int = 1,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+        *,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
         """K-step refinement (Alg. 1), K network calls a sample: (n, *event).
 
-        At each time τ_j of a uniform grid from 0, draw x_1 from the posterior and renoise it to τ_{j+1}.
+        At each time τ_j of a uniform grid from 0, draw x_1 from the posterior and renoise it to τ_{j+1}. With
+        ``seeds`` (n,) int64 in place of a generator a sample depends on its own seed and not on the others.
         """
         check_count(n, "n")
         check_count(steps, "steps")
         shape = (n, *self.event_shape)
+        source: Source | None = generator
+        if seeds is not None:
+            source = RowNoise(check_seeds(seeds, n).to(self.device), "generate")
 
         def noise() -> Tensor:
-            return randn(shape, generator, self.dtype, self.device)
+            return randn(shape, source, self.dtype, self.device)
 
         x = noise()
         for j in range(steps):

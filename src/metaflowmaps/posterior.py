@@ -1,13 +1,15 @@
-r"""Anything that draws from ``p_{1|t}(· | x_t)``: one interface, four ways.
+r"""Anything that draws from ``p_{1|t}(· | x_t)``: one interface, five ways.
 
     MapPosterior      the meta flow map, k jumps a draw                      k network calls
     GlassPosterior    the auxiliary drift of any drift, integrated           steps × (calls of the integrator)
+    RolloutPosterior  the memoryless SDE of any drift, from t to 1           steps network calls
     ExactPosterior    a Gaussian mixture's own posterior                     none
     TweediePosterior  the posterior mean D_t(x) as a point                   one (for all draws)
 
 Losses train the first, values and steering consume any of them.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -126,6 +128,42 @@ class GlassPosterior:
         """D_t(x)."""
         times = batch_time(t, x)
         return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
+
+
+class RolloutPosterior:
+    """The end of the memoryless SDE ``dX = (b + (σ²/2) score) dt + σ dB`` started at x_t: exact as steps grow.
+
+    Each step is the Gaussian bridge that holds the posterior mean fixed (:meth:`Path.bridge`), on equal steps from t to
+    1. Slow: it is the inner rollout that maps and GLASS save, and what they are judged by.
+    """
+
+    pathwise = True
+
+    def __init__(self, path: Path, drift: Drift, steps: int = 200) -> None:
+        check_count(steps, "steps")
+        self.path, self.steps = as_path(path), steps
+        self._drift = drift
+
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        """(num_draws, B, *event); t is one number for all rows."""
+        check_count(num_draws, "num_draws")
+        x = x_t.expand(num_draws, *x_t.shape).flatten(0, 1)
+        wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
+        start = float(torch.as_tensor(t).flatten()[0])
+        times = [start + (1 - start) * i / self.steps for i in range(self.steps)] + [1.0]
+        for now, then in pairwise(times):
+            bridge = self.path.bridge(now, then)
+            mean = self.path.to_denoise(now, x, call_drift(self._drift, now, x, wide), "drift")
+            noise = randn(tuple(x.shape), generator, x.dtype, x.device)
+            x = bridge.keep.to(x) * x + bridge.data.to(x) * mean + bridge.std.to(x) * noise
+        return x.reshape(num_draws, *x_t.shape)
 
 
 class ExactPosterior:

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from metaflowmaps.training.config import TrainConfig
+from metaflowmaps.training.config import RunConfig
 from metaflowmaps.training.loop import Record
 
 Report = Callable[[str, Record], None]
 
 
 @contextmanager
-def training_progress(config: TrainConfig, say: Callable[[str], None]) -> Iterator[Report]:
+def training_progress(config: RunConfig, say: Callable[[str], None]) -> Iterator[Report]:
     """A ``report(stage, record)`` that shows where the run stands."""
     if not sys.stderr.isatty():
         yield _plain(say)

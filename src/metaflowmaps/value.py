@@ -31,6 +31,7 @@ from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.path import Path
 from metaflowmaps.posterior import MapPosterior
+from metaflowmaps.randomness import RowNoise, Source
 from metaflowmaps.randomness import noise as draw_noise
 from metaflowmaps.rewards.base import Cond, is_differentiable, rows_of
 from metaflowmaps.rewards.checked import checked_reward
@@ -175,7 +176,7 @@ def make_draws(
     x_t: Tensor,
     num_draws: int,
     differentiate: bool,
-    generator: torch.Generator | None = None,
+    generator: Source | None = None,
     cond: Cond = None,
     options: DrawOptions = DrawOptions(),
 ) -> Draws:
@@ -219,12 +220,13 @@ def make_draws(
 
 
 class _Source:
-    """A posterior's draws, by noise of our choosing where it has ``push`` and by its own ``draw`` otherwise."""
+    """A posterior's draws, by noise of our choosing where it has ``push`` and by its own ``draw`` otherwise.
 
-    def __init__(
-        self, posterior: Any, x_t: Tensor, num_draws: int, generator: torch.Generator | None, kind: str
-    ) -> None:
-        self.posterior, self.generator = posterior, generator
+    Its own draw takes a generator and no seeds: there a row's draws depend on the rest of the batch.
+    """
+
+    def __init__(self, posterior: Any, x_t: Tensor, num_draws: int, generator: Source | None, kind: str) -> None:
+        self.posterior = posterior
         self.noise: Tensor | None = None
         if hasattr(posterior, "push"):
             self.noise = draw_noise(kind, num_draws, x_t, generator)
@@ -232,6 +234,8 @@ class _Source:
             raise InputError(
                 f"noise={kind!r} needs a posterior with push(noise, t, x_t, cond), such as mfm.MapPosterior"
             )
+        else:
+            self.generator = generator.generator() if isinstance(generator, RowNoise) else generator
 
     def __call__(self, times: Tensor, contexts: Tensor, begin: int, n: int, cond: Cond) -> Tensor:
         """n draws a context; contexts (n·B, *event) repeat the batch n times."""
@@ -320,7 +324,7 @@ def value_gradient(
     x_t: Tensor,
     num_draws: int,
     method: str = "gradient",
-    generator: torch.Generator | None = None,
+    generator: Source | None = None,
     cond: Cond = None,
     *,
     centre: str = "draws",

@@ -10,7 +10,7 @@ from closed_forms import gaussian_map, gaussian_moment, random_map
 import metaflowmaps as mfm
 from conftest import F64, PATHS, coefficients, normal
 from metaflowmaps.meter import Meter
-from metaflowmaps.randomness import stream
+from metaflowmaps.randomness import RowNoise, fresh_seeds, stream
 from metaflowmaps.steering.dps import DpsGuide
 from metaflowmaps.steering.glass import GlassGuide
 from metaflowmaps.steering.mfm_g import GradientGuide
@@ -37,7 +37,7 @@ def guided(path, guide, noise_std, rows=ROWS, seed=0):
     """The shift at the last of the contexts, after the guide has seen them all: (rows, 2), and its info."""
     reward = mfm.rewards.LinearGaussian(A, Y, noise_std)
     problem = Problem(gaussian_map(path, MEAN, math.sqrt(VAR)), reward, Meter())
-    problem.begin(seed, 0, None)
+    problem.begin(fresh_seeds(rows, stream(seed)), None)
     memory = guide.start(problem)
     for t, x in zip(TIMES, STATES, strict=True):
         drift, shift, info = guide.guide(problem, memory, t, x.expand(rows, 2).clone())
@@ -136,12 +136,13 @@ def test_without_a_past_it_is_value_gradient(kind, noise, correction, path):
         "glass, g": lambda: GlassGuide(4, glass_steps=3, estimator="mfm-g", blend=False, **options),
     }[kind]()
     problem = Problem(model, mild, Meter())
-    problem.begin(7, 0, None)
+    seeds = fresh_seeds(len(x), stream(7))
+    problem.begin(seeds, None)
     with torch.no_grad():
         _, shift, info = guide.guide(problem, guide.start(problem), t, x)
     posterior = mfm.GlassPosterior(path, model.drift, 3) if "glass" in kind else mfm.MapPosterior(model)
     method = "gradient" if kind.endswith("g") else "gradient-free"
-    got = mfm.value_gradient(posterior, mild, t, x, 4, method, stream(7, "draws", 0), **options)
+    got = mfm.value_gradient(posterior, mild, t, x, 4, method, RowNoise(seeds, "draws"), **options)
     alpha, beta, *_ = coefficients(path, torch.tensor(t, dtype=F64))
     torch.testing.assert_close(shift, alpha**2 / beta * got.gradient, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(info["ess"], got.ess)
@@ -156,7 +157,7 @@ def test_dps_is_the_rewards_gradient_at_the_posterior_mean(t, path):
     """(α²/β) (∂D/∂x) ∇r(D), with ∂D/∂x = β VAR/v for this law; looked at no earlier than .01."""
     x, seen = normal(5, 2), max(t, 0.01)
     problem = Problem(gaussian_map(path, MEAN, math.sqrt(VAR)), mild, Meter())
-    problem.begin(0, 0, None)
+    problem.begin(torch.arange(5), None)
     with torch.no_grad():
         drift, shift, info = DpsGuide().guide(problem, None, t, x)
     alpha, beta, *_ = coefficients(path, torch.tensor(seen, dtype=F64))

@@ -8,7 +8,7 @@ from closed_forms import base_chain, random_map
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, ks_bound, ks_distance
-from metaflowmaps.randomness import stream
+from metaflowmaps.randomness import copy_seeds, stream
 
 CASE = CASES["per-component-full"]
 # every process, the paths taking turns
@@ -125,12 +125,14 @@ def test_zero_reward_gives_equal_weights_and_no_evidence(path, resampler, recycl
 def test_tds_without_a_reward_is_the_base_sde(path, returns):
     """Proposals are the base kernel, the weights equal: bit for bit the euler SDE (returns="one": of one of them)."""
     model = random_map(path)
-    base = steered(model, nothing, "none", process="sde", n=12)
+    seeds = torch.arange(3)
+    base = steered(model, nothing, "none", process="sde", n=12, seeds=copy_seeds(seeds, 4))
     if returns == "all":
-        assert torch.equal(steered(model, nothing, "tds", n=12, particles=4), base)
-        assert torch.equal(steered(model, nothing, "tds", n=12), base)
+        assert torch.equal(steered(model, nothing, "tds", n=12, particles=4, seeds=seeds), base)
+        whole = steered(model, nothing, "none", process="sde", n=12, seeds=copy_seeds(seeds[:1], 12))
+        assert torch.equal(steered(model, nothing, "tds", n=12, seeds=seeds[:1]), whole)
         return
-    one = steered(model, nothing, "tds", n=3, particles=4, returns="one")
+    one = steered(model, nothing, "tds", n=3, particles=4, returns="one", seeds=seeds)
     for i, sample in enumerate(one):
         assert any(torch.equal(sample, row) for row in base[i::3])
 

@@ -29,8 +29,11 @@ PAIR_LAW = mfm.GaussianMixture(PAIR[0][None], PAIR[1][None])
 PAIR_A, PAIR_Y = torch.tensor([[0.8, -0.5]], dtype=F64), torch.tensor([1.0], dtype=F64)
 
 
-def check(got, log_truth, tilted_mean, particles, returns="all", worst=0.012):
-    """Means over systems within 4 standard errors (6e-5 each), which must be small enough to tell."""
+def check(got, log_truth, tilted_mean, particles, returns="all", worst=0.02):
+    """Means over systems within 4 standard errors (6e-5 each), which must be small enough to tell.
+
+    Evidences have a long tail: their standard error is .008 for half of the seeds and above .012 for one in seven.
+    """
     z = torch.exp(got.info["log_evidence"] - log_truth)
     systems = len(z)
     error = float(z.std()) / math.sqrt(systems)

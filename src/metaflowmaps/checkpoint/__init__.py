@@ -24,6 +24,8 @@ prunes like one never stopped.
 from metaflowmaps.checkpoint.files import Checkpoint, CheckpointError, read_checkpoint, recover, write_checkpoint
 from metaflowmaps.checkpoint.models import (
     build_model,
+    export_run,
+    load_classifier,
     load_model,
     model_config,
     push_model,
@@ -38,7 +40,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "build_model",
+    "export_run",
     "flatten_state",
+    "load_classifier",
     "load_model",
     "model_config",
     "push_model",

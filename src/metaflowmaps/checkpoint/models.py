@@ -1,4 +1,4 @@
-"""Models as checkpoints: save, load, resolve a path or a hub id."""
+"""Models as checkpoints, maps and classifiers: save, load, resolve a path, a shipped name or a hub id."""
 
 import re
 import tempfile
@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaflowmaps.checkpoint.files import (
     CONFIG,
@@ -27,49 +27,64 @@ from metaflowmaps.checkpoint.files import (
     write_checkpoint,
     wrong_format,
 )
+from metaflowmaps.checkpoint.shipped import names, shipped
 from metaflowmaps.checkpoint.store import CheckpointStore
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks import NETWORKS, make_network
+from metaflowmaps.networks import CLASSIFIERS, NETWORKS, make_classifier, make_network
 from metaflowmaps.path import make_path
 
-KIND = "meta-flow-map"
+KIND, CLASSIFIER = "meta-flow-map", "classifier"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def model_config(model: MetaFlowMap) -> dict[str, Any]:
+def model_config(model: nn.Module) -> dict[str, Any]:
     """What build_model needs."""
-    name, config = getattr(model.network, "name", None), getattr(model.network, "config", None)
-    if NETWORKS.get(str(name)) is not type(model.network) or not isinstance(config, dict):
-        raise InputError(
-            f"a network of type {type(model.network).__name__} cannot be saved: "
-            "give it a name and a config and add it to metaflowmaps.networks.NETWORKS"
-        )
+    if not isinstance(model, MetaFlowMap):
+        return {"format": FORMAT, "kind": CLASSIFIER, "network": _network(model, CLASSIFIERS), **_version()}
     return {
         "format": FORMAT,
         "kind": KIND,
         "path": model.path.name,
         "parameterization": model.parameterization,
         "data_std": model.data_std,
-        "network": {"name": name, **config},
-        "version": version("metaflowmaps"),
+        "network": _network(model.network, NETWORKS),
+        **_version(),
     }
 
 
-def build_model(config: Mapping[str, Any]) -> MetaFlowMap:
+def _network(network: nn.Module, registry: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
+    name, config = getattr(network, "name", None), getattr(network, "config", None)
+    if registry.get(str(name)) is not type(network) or not isinstance(config, dict):
+        where = "NETWORKS" if registry is NETWORKS else "CLASSIFIERS"
+        raise InputError(
+            f"a network of type {type(network).__name__} cannot be saved: "
+            f"give it a name and a config and add it to metaflowmaps.networks.{where}"
+        )
+    return {"name": name, **config}
+
+
+def _version() -> dict[str, str]:
+    return {"version": version("metaflowmaps")}
+
+
+def build_model(config: Mapping[str, Any], kind: str = KIND) -> nn.Module:
     """The model a config describes, freshly initialised; keys it does not need are ignored."""
-    if config.get("kind") != KIND:
-        raise InputError(f"is of kind {config.get('kind')!r}, not {KIND!r}: only meta flow maps are loaded here")
+    if config.get("kind") != kind:
+        raise InputError(f"is of kind {config.get('kind')!r}, and a {kind!r} is needed here: give a checkpoint of one")
     if config.get("format") != FORMAT:
         raise InputError(wrong_format(config.get("format")))
-    for key in ("path", "parameterization", "data_std", "network"):
+    needed = ("network",) if kind == CLASSIFIER else ("path", "parameterization", "data_std", "network")
+    for key in needed:
         if key not in config:
             raise InputError(f"does not say {key!r}, without which there is no model")
+    if kind == CLASSIFIER:
+        return make_classifier(config["network"])
     network, path = make_network(config["network"]), make_path(config["path"])
     return MetaFlowMap(network, path, config["parameterization"], data_std=config["data_std"])
 
 
-def save_model(model: MetaFlowMap, path: str | FilePath) -> None:
+def save_model(model: nn.Module, path: str | FilePath) -> None:
     """Write a model as a checkpoint, all or nothing."""
     write_checkpoint(path, {MODEL: model.state_dict()}, {CONFIG: model_config(model)})
 
@@ -79,6 +94,17 @@ def load_model(path_or_hub_id: str | FilePath, revision: str | None = None, weig
 
     ``weights``: "ema" for the averaged ones where there are any, "raw" for the last iterate.
     """
+    model = _load(path_or_hub_id, revision, weights, KIND)
+    assert isinstance(model, MetaFlowMap)
+    return model
+
+
+def load_classifier(path_or_hub_id: str | FilePath, revision: str | None = None, weights: str = "ema") -> nn.Module:
+    """The classifier of a checkpoint or run, likewise: (B, *event) -> logits, frozen."""
+    return _load(path_or_hub_id, revision, weights, CLASSIFIER).requires_grad_(False)
+
+
+def _load(path_or_hub_id: str | FilePath, revision: str | None, weights: str, kind: str) -> nn.Module:
     if weights not in ("ema", "raw"):
         raise unknown("weights", weights, ("ema", "raw"))
     checkpoint = resolve_checkpoint(path_or_hub_id, revision)
@@ -87,8 +113,10 @@ def load_model(path_or_hub_id: str | FilePath, revision: str | None = None, weig
     try:
         # loading a model must not disturb the caller's random numbers, nor obey their default device
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            model = build_model(checkpoint.config)
-            if "data_mean" in stored:  # a number or a tensor: only the checkpoint knows
+            model = build_model(checkpoint.config, kind)
+            if (
+                isinstance(model, MetaFlowMap) and "data_mean" in stored
+            ):  # a number or a tensor: only the checkpoint knows
                 model.data_mean = torch.zeros_like(stored["data_mean"])
     except InputError as error:
         raise CheckpointError(checkpoint.path / CONFIG, str(error)) from error
@@ -102,11 +130,13 @@ def load_model(path_or_hub_id: str | FilePath, revision: str | None = None, weig
         if key in stored:  # a tied weight is listed under one of its names only
             slot.data = slot.data.to(stored[key].dtype)
     model.load_state_dict(stored)
+    if checkpoint.config.get("dtype") == "float32":  # stored in fewer bits than it works in
+        model.float()
     return model.eval()
 
 
 def resolve_checkpoint(path: str | FilePath, revision: str | None = None) -> Checkpoint:
-    """The checkpoint meant by a checkpoint directory, a training run's directory or a hub id; verified."""
+    """The checkpoint meant by a checkpoint or run directory, a shipped model's name or a hub id; verified."""
     local = FilePath(path)
     with reading(local):
         root = local if local.name == "checkpoints" else local / "checkpoints"
@@ -114,13 +144,26 @@ def resolve_checkpoint(path: str | FilePath, revision: str | None = None) -> Che
             return _newest(root)
         if local.exists() or old_name(local).is_dir():
             return read_checkpoint(local)
+    carried = shipped(str(path))
+    if carried is not None:
+        return read_checkpoint(carried)
     if HUB_ID.fullmatch(str(path)):
         return read_checkpoint(_download(str(path), revision))
     raise CheckpointError(
         path,
         f"no such file or directory: give a checkpoint (a directory with {MANIFEST}), a training run "
-        "(a directory with checkpoints/) or a hub id (owner/name)",
+        f"(a directory with checkpoints/), a hub id (owner/name) or one of {', '.join(names())}",
     )
+
+
+def export_run(path_or_hub_id: str | FilePath, out: str | FilePath, notes: Mapping[str, Any]) -> None:
+    """The averaged weights of a run as a checkpoint of their own, with its configuration and ``notes``.
+
+    They are stored in float16 (an error of 5e-4 of a weight) and become float32 again when loaded.
+    """
+    found = resolve_checkpoint(path_or_hub_id)
+    weights = {name: value.half() for name, value in found.tensors(EMA if found.has(EMA) else MODEL).items()}
+    write_checkpoint(out, {MODEL: weights}, {CONFIG: {**found.config, **notes, "dtype": "float32"}})
 
 
 def push_model(
@@ -145,7 +188,7 @@ def push_model(
     return str(address)
 
 
-def _misfit(model: MetaFlowMap, stored: Mapping[str, Tensor]) -> str:
+def _misfit(model: nn.Module, stored: Mapping[str, Tensor]) -> str:
     """How stored tensors differ from what the model needs; empty where they fit."""
     needed = model.state_dict()
     wrong = []
@@ -155,7 +198,7 @@ def _misfit(model: MetaFlowMap, stored: Mapping[str, Tensor]) -> str:
             wrong.append(f"{key} is {tuple(have.shape)} not {tuple(need.shape)}")
         elif have.is_floating_point() != need.is_floating_point():
             wrong.append(f"{key} is {have.dtype} not {need.dtype}")
-    mean, event = model.data_mean.shape, model.event_shape
+    mean, event = getattr(model, "data_mean", torch.zeros(())).shape, tuple(model.event_shape)  # type: ignore[arg-type]
     # its shape is free (a number or a tensor) as long as it broadcasts to a sample
     if len(mean) > len(event) or any(m not in (1, e) for m, e in zip(mean[::-1], event[::-1], strict=False)):
         wrong.append(f"data_mean is {tuple(mean)} for samples of {event}")

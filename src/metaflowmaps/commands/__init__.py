@@ -1,7 +1,9 @@
 """What each command does, apart from parsing and printing: a function from arguments to a results dictionary."""
 
+from metaflowmaps.commands.demo import demo
 from metaflowmaps.commands.draw import posterior, sample
-from metaflowmaps.commands.judge import demo, eval_posterior
+from metaflowmaps.commands.images import evaluate_images, image_task, trained_on_images
+from metaflowmaps.commands.judge import eval_posterior
 from metaflowmaps.commands.shared import print_tables
 from metaflowmaps.commands.steering import eval_steering, eval_value, steer
 from metaflowmaps.commands.train import dry_run, resolve_training, train
@@ -12,10 +14,13 @@ __all__ = [
     "eval_posterior",
     "eval_steering",
     "eval_value",
+    "evaluate_images",
+    "image_task",
     "posterior",
     "print_tables",
     "resolve_training",
     "sample",
     "steer",
     "train",
+    "trained_on_images",
 ]

@@ -1,5 +1,6 @@
 """mfm sample and mfm posterior."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from metaflowmaps.commands.shared import Results, begun, beside, digest, law_of,
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.meter import Meter
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.randomness import RowNoise, fresh_seeds, randn, stream
 from metaflowmaps.report import figures
 from metaflowmaps.runs import write_results
 from metaflowmaps.sampling import integrate, uniform_grid
@@ -24,27 +25,33 @@ def sample(
     seed: int,
     device: str,
     invocation: str,
+    only: Sequence[int] = (),
 ) -> Results:
-    """Samples of the data law, by refinement, by composed jumps at context time 0, or by the drift's ODE."""
+    """Samples of the data law, by refinement, by composed jumps at context time 0, or by the drift's ODE.
+
+    ``only``: the samples with these seeds, num of them.
+    """
     if method not in ("refine", "compose", "ode"):
         raise unknown("method", method, ("refine", "compose", "ode"))
     model, found, target = open_model(checkpoint, device)
     settings = {"checkpoint": digest(found), "num": num, "steps": steps, "method": method, "seed": seed}
+    if only:
+        settings["only"] = list(only)
     out = out or beside(checkpoint, found, "sample")
     done = begun(out, "sample", settings)
     if done is not None:
         return done
-    g = stream(seed, "sample")
+    seeds = torch.tensor(only) if only else fresh_seeds(num, stream(seed, "sample"))
     with torch.no_grad(), Meter(model.network) as meter:
         if method == "refine":
-            points = model.generate(num, steps, g)
+            points = model.generate(num, steps, seeds=seeds)
         else:
-            noise = randn((num, *model.event_shape), g, model.dtype, target)
+            noise = RowNoise(seeds.to(target), "generate").normal(model.event_shape, dtype=model.dtype)
             if method == "compose":
                 points = model.push(noise, 0.0, torch.zeros_like(noise), steps)
             else:
                 points = integrate(model.drift, noise, uniform_grid(steps))
-    save_tensors(out / "samples.safetensors", {"samples": points})
+    save_tensors(out / "samples.safetensors", {"samples": points, "seeds": seeds})
     if model.event_shape == (2,):
         law = law_of(found)
         figures.save(

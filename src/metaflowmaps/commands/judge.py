@@ -1,7 +1,5 @@
-"""mfm eval posterior, and the demo."""
+"""mfm eval posterior on a mixture."""
 
-import json
-import shlex
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,15 +14,12 @@ from metaflowmaps.commands.shared import (
     open_model,
     panels,
 )
-from metaflowmaps.commands.steering import eval_steering
-from metaflowmaps.commands.train import resolve_training, train
 from metaflowmaps.config import override, validated
 from metaflowmaps.errors import unknown
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.recipes.gmm import LAW, gmm, paper_mixture
+from metaflowmaps.recipes.gmm import LAW, paper_mixture
 from metaflowmaps.report import figures
-from metaflowmaps.report.html import write_report
 from metaflowmaps.runs import write_results
 from metaflowmaps.sampling import INTEGRATORS
 
@@ -65,24 +60,3 @@ def eval_posterior(
     figures.save(figures.error_against_calls(metrics), out / "error-against-calls.png")
     results = write_results(out, "eval posterior", full, metrics, cost, seed=seed, device=target, invocation=invocation)
     return {**results, "out": str(out / "results.json")}
-
-
-def demo(out: Path, seed: int, say: Say) -> tuple[Path, Results]:
-    """Train, judge, report."""
-    config = resolve_training(gmm(fast=True), [], seed, None)
-    say(f"training the meta flow map of a three-mode mixture ({config.steps} steps) …")
-    train(config, out / "train", "cpu", "auto", "mfm train gmm --fast", say)
-    say("judging its posterior draws against the exact posteriors …")
-    settings = ["sets=8", "other_contexts=4"]
-    results = eval_posterior(
-        str(out / "train"), "gmm", 8192, out / "eval", settings, seed, "cpu",
-        "mfm eval posterior " + " ".join([str(out / "train"), *(f"--set {s}" for s in settings)]), say,
-    )  # fmt: skip
-    say("steering it towards an observation, every method on one meter …")
-    settings = ["steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(SHOWN)}"]
-    typed = ["mfm", "eval", "steering", str(out / "train"), "--samples", "2048"]
-    eval_steering(
-        str(out / "train"), "gmm-inverse", 2048, out / "steering", settings, seed, "cpu",
-        shlex.join([*typed, *(part for s in settings for part in ("--set", s))]), say,
-    )  # fmt: skip
-    return write_report([out / "eval", out / "steering", out / "train"], out / "report.html"), results

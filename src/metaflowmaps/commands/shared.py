@@ -28,10 +28,16 @@ def open_model(checkpoint: str, device: str) -> tuple[MetaFlowMap, Checkpoint, t
     return load_model(checkpoint).to(target), resolve_checkpoint(checkpoint), target
 
 
+def run_of(found: Checkpoint) -> Path | None:
+    """The run that made a checkpoint, if it lies in one."""
+    run = found.path.parent.parent
+    return run if (run / "run.json").exists() else None
+
+
 def beside(checkpoint: str, found: Checkpoint, name: str) -> Path:
     """Results go into the run that made the checkpoint; from elsewhere, under runs/."""
-    run = found.path.parent.parent
-    return run / name if (run / "run.json").exists() else Path("runs") / f"{Path(checkpoint).name}-{name}"
+    run = run_of(found)
+    return run / name if run is not None else Path("runs") / f"{Path(checkpoint).name}-{name}"
 
 
 def begun(out: Path, command: str, config: dict[str, Any]) -> Results | None:

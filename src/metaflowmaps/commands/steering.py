@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
-from metaflowmaps.steering.run import check_steering, log_normaliser
+from metaflowmaps.steering.run import PARTICLE, check_steering, log_normaliser
 
 PICTURED = 4  # of num_draws, the panels show the one nearest to this
 
@@ -57,14 +57,20 @@ def steer(
     device: str,
     invocation: str,
     progress: bool,
+    only: Sequence[int] = (),
 ) -> Results:
-    """Steered samples of a checkpoint, with their rewards and costs."""
+    """Steered samples of a checkpoint, with their rewards and costs.
+
+    ``only``: the samples with these seeds, num of them; where particle systems are returned whole, these systems.
+    """
     r, known = _reward(reward, strength)
     options = parse_settings(settings)
     if "progress" in options:
         raise InputError("progress shows itself on a terminal: leave --set progress out")
     integrator = options.get("integrator", "euler")
     check_steering(method, num_draws, Control(process, integrator, renormalize, options.get("sigma_cap")), options)
+    if only:
+        num = len(only) * _particles_of_a_seed(method, options)
     model, found, target = open_model(checkpoint, device)
     law = law_of(found)
     if method == "exact" and law is None:
@@ -74,7 +80,7 @@ def steer(
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
         "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
-        "seed": seed, **_file_hash(reward), **options,
+        "seed": seed, **({"only": list(only)} if only else {}), **_file_hash(reward), **options,
     }  # fmt: skip
     out = out or beside(checkpoint, found, f"steer-{method}")
     done = begun(out, "steer", config)
@@ -85,7 +91,7 @@ def steer(
     try:
         result = run_steering(
             base, r, num, method, num_draws, steps, process, renormalize, cond, stream(seed, "steer"),
-            progress=progress, **options,
+            progress=progress, seeds=torch.tensor(only) if only else None, **options,
         )  # fmt: skip
     except SteeringFailed as failed:
         _keep(out, failed.result)
@@ -216,6 +222,18 @@ def _reward(text: str, strength: float) -> tuple[Callable[..., Tensor], LinearGa
     return found, None
 
 
+def _particles_of_a_seed(method: str, options: dict[str, Any]) -> int:
+    """How many samples ``--only SEED`` makes: one, or a system of particles."""
+    if method not in PARTICLE or options.get("returns", "all") != "all":
+        return 1
+    if options.get("particles") is None:
+        raise InputError(
+            f"--only makes a whole particle system of {method} again: say how many samples had its seed, as "
+            "--set particles=64"
+        )
+    return int(options["particles"])
+
+
 def _file_hash(reward: str) -> dict[str, str]:
     """What a reward's file held: another version of it is another run."""
     file = Path(reward.rpartition(":")[0])
@@ -244,7 +262,8 @@ def _without_gradients(config: SteeringEvalConfig, say: Say) -> SteeringEvalConf
 
 def _keep(out: Path, result: SteerResult) -> None:
     if len(result.samples):
-        save_tensors(out / "samples.safetensors", {"samples": result.samples, "rewards": result.rewards})
+        kept = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
+        save_tensors(out / "samples.safetensors", kept)
 
 
 def _curves(result: SteerResult) -> dict[str, list[float]]:

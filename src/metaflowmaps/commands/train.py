@@ -1,68 +1,88 @@
 """mfm train."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from metaflowmaps.checkpoint import load_model
-from metaflowmaps.commands.shared import Results, Say, begun, count_parameters, panels, sample_picture
+from metaflowmaps.checkpoint import load_classifier, load_model
+from metaflowmaps.commands import pictures
+from metaflowmaps.commands.shared import Results, Say, begun, panels, sample_picture
 from metaflowmaps.config import override, validated
+from metaflowmaps.data import describe, load_data
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.progress import training_progress
 from metaflowmaps.report import figures
 from metaflowmaps.runs import pick_device, write_results
-from metaflowmaps.training.config import TrainConfig
-from metaflowmaps.training.run import build_map, build_objective, run_training
+from metaflowmaps.training.classifier import ClassifierObjective, accuracy
+from metaflowmaps.training.config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.run import (
+    build_classifier,
+    build_map,
+    build_objective,
+    exact_teacher,
+    fitted,
+    run_classifier_training,
+    run_training,
+)
 from metaflowmaps.training.state import TrainState
-from metaflowmaps.training.teachers import ExactTeacher
+from metaflowmaps.training.teachers import GlassTeacher
+
+AnyConfig = TypeVar("AnyConfig", TrainConfig, ClassifierConfig, TrainConfig | ClassifierConfig)
 
 
-def resolve_training(
-    base: TrainConfig, settings: Iterable[str], seed: int | None, max_steps: int | None
-) -> TrainConfig:
-    """The configuration after --set, --seed and --max-steps."""
+def resolve_training(base: AnyConfig, settings: Iterable[str], seed: int | None, max_steps: int | None) -> AnyConfig:
+    """The configuration after --set, --seed and --max-steps, with what is measured on the data filled in."""
     config = override(base, settings)
     changes: dict[str, Any] = {}
     if seed is not None:
         changes["seed"] = seed
     if max_steps is not None:
         changes["steps"] = min(config.steps, max_steps)
-    return validated(TrainConfig, {**config.model_dump(), **changes})
+    config = validated(type(config), {**config.model_dump(), **changes})
+    return fitted(config) if isinstance(config, TrainConfig) else config
 
 
-def train(config: TrainConfig, out: Path, device: str, resume: str, invocation: str, say: Say) -> Results:
+def train(
+    config: TrainConfig | ClassifierConfig, out: Path, device: str, resume: str, invocation: str, say: Say
+) -> Results:
     """Train in ``out``; complete runs report, interrupted ones go on."""
     target = pick_device(device)
     torch.set_num_threads(config.threads)
-    law, parameters = (
-        config.law.build(),
-        count_parameters(build_map(config)),
-    )  # what cannot be built claims no directory
+    # what cannot be built claims no directory
+    model = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
+    parameters = sum(p.numel() for p in model.parameters())
     done = begun(out, "train", config.model_dump())
     if done is not None:
         say(f"{out} is complete: {config.steps} steps of {config.recipe}")
         return done
+    if config.data is not None:
+        say(describe(config.data, *load_data(config.data)))
     with training_progress(config, say) as report:
-        result = run_training(
-            config,
-            out,
-            device=target,
-            resume=resume,
-            report=report,
-            on_sample=(lambda model, step: sample_picture(model, law, step, out)) if law.dim == 2 else None,
-        )
-    if law.dim == 2:
-        model = load_model(result.checkpoint)
-        figures.save(panels(model, law, config.seed), out / "posteriors.png")
+        if isinstance(config, TrainConfig):
+            result = run_training(
+                config, out, device=target, resume=resume, report=report, on_sample=_sampler(config, out)
+            )
+        else:
+            result = run_classifier_training(config, out, device=target, resume=resume, report=report)
+    metrics = {"loss": result.loss, "parameters": parameters}
+    if isinstance(config, ClassifierConfig):
+        classifier, parts = load_classifier(result.checkpoint), load_data(config.data)
+        metrics |= {
+            "accuracy": accuracy(classifier, parts[1]),
+            "accuracy_on_training_images": accuracy(classifier, parts[0]),
+        }
+    else:
+        _last_picture(config, load_model(result.checkpoint), out)
     figures.save(figures.training_curve(out / "metrics.jsonl"), out / "training.png")
     results = write_results(
         out,
         "train",
         config.model_dump(),
-        {"loss": result.loss, "parameters": parameters},
+        metrics,
         {"seconds": result.seconds, "steps": result.step},
         seed=config.seed,
         device=target,
@@ -71,13 +91,32 @@ def train(config: TrainConfig, out: Path, device: str, resume: str, invocation: 
     return {**results, "out": str(out / "results.json")}
 
 
-def dry_run(config: TrainConfig, device: str) -> Results:
+def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], None] | None:
+    """What draws a picture of the map on its way; laws that are not in the plane have none."""
+    if config.data is not None:
+        held = load_data(config.data)[1]
+        return lambda model, step: pictures.draws_picture(model, held, out / "samples" / f"step-{step:08d}.png")
+    assert config.law is not None
+    law = config.law.build()
+    return (lambda model, step: sample_picture(model, law, step, out)) if law.dim == 2 else None
+
+
+def _last_picture(config: TrainConfig, model: MetaFlowMap, out: Path) -> None:
+    if config.data is not None:
+        pictures.draws_picture(model, load_data(config.data)[1], out / "posteriors.png")
+        return
+    assert config.law is not None
+    law = config.law.build()
+    if law.dim == 2:
+        figures.save(panels(model, law, config.seed), out / "posteriors.png")
+
+
+def dry_run(config: TrainConfig | ClassifierConfig, device: str) -> Results:
     """Resolve the configuration, count parameters and memory on the meta device, time one step, write nothing."""
     target = pick_device(device)
     torch.set_num_threads(config.threads)
-    with torch.device("meta"):
-        shapes = build_map(config)
-    parameters = count_parameters(shapes)
+    shapes = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
+    parameters = sum(p.numel() for p in shapes.parameters())
     # Adam keeps two copies of the weights; SOAP two more square factors, with their eigenvectors, for each matrix
     state = 2 * parameters
     if config.optimizer.name == "soap":
@@ -88,9 +127,18 @@ def dry_run(config: TrainConfig, device: str) -> Results:
         "ema": 4 * parameters,
         "optimizer": 4 * state,
     }
-    model = build_map(config).to(target)
-    teacher = ExactTeacher(model.path, config.law.build()) if config.teacher != "none" else None
-    objective = build_objective(config, teacher)
+    model: Any = shapes.to(target)
+    objective: Any
+    if isinstance(config, TrainConfig):
+        # a learned teacher costs what the map itself costs; the exact one is a stand-in where the law is known
+        teacher: Any = None
+        if config.teacher == "exact":
+            teacher = exact_teacher(config)
+        elif config.teacher == "learned":
+            teacher = GlassTeacher(model.path, model.drift, config.num_classes)
+        objective = build_objective(config, teacher)
+    else:
+        objective = ClassifierObjective(load_data(config.data)[0], config)
     optimizer = TrainState(model, config.optimizer).optimizer
     seconds = 0.0
     for step in range(3):  # the first ones allocate and warm up

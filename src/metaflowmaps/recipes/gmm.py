@@ -3,7 +3,7 @@
 import math
 
 from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.training.config import LawConfig, ModelConfig, NetworkConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.config import LawConfig, MLPConfig, ModelConfig, TimesConfig, TrainConfig
 
 LAW = LawConfig(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)
 DATA_STD = math.sqrt(6.5)  # of a coordinate: 0.5 within a mode, 6 between them
@@ -21,7 +21,7 @@ def gmm(fast: bool = False) -> TrainConfig:
     return TrainConfig(
         recipe="gmm",
         law=LAW,
-        model=ModelConfig(data_std=DATA_STD, network=NetworkConfig(width=128, depth=4)),
+        model=ModelConfig(data_std=DATA_STD, network=MLPConfig(width=128, depth=4)),
         # the posterior splits and merges around t = .2 to .5: half of the contexts go there
         times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),
         steps=5_500 if fast else 14_000,

@@ -3,7 +3,7 @@
 import torch
 
 from metaflowmaps.randomness import stream
-from metaflowmaps.training.config import LawConfig, ModelConfig, NetworkConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.config import LawConfig, MLPConfig, ModelConfig, TimesConfig, TrainConfig
 
 DIM, COMPONENTS = 16, 8
 
@@ -27,7 +27,7 @@ def mixture_16d(fast: bool = False) -> TrainConfig:
     return TrainConfig(
         recipe="mixture-16d",
         law=LAW,
-        model=ModelConfig(data_std=DATA_STD, network=NetworkConfig(width=256, depth=4)),
+        model=ModelConfig(data_std=DATA_STD, network=MLPConfig(width=256, depth=4)),
         times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),
         steps=3_000 if fast else 8_000,
         batch_size=512,

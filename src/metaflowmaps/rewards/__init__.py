@@ -8,18 +8,21 @@ from metaflowmaps.rewards.compose import Tempered, WeightedSum
 from metaflowmaps.rewards.density import LogDensity
 from metaflowmaps.rewards.inverse import InverseProblem
 from metaflowmaps.rewards.operators import Blur, Downsample, Mask
+from metaflowmaps.rewards.style import Ink, Slant
 
 __all__ = [
     "BlackBox",
     "Blur",
     "ClassifierMixture",
     "Downsample",
+    "Ink",
     "InverseProblem",
     "LinearGaussian",
     "LogDensity",
     "LogitMargin",
     "Mask",
     "Reward",
+    "Slant",
     "Tempered",
     "WeightedSum",
     "call_reward",

@@ -1,4 +1,10 @@
-"""What every steering method works on: a counted model, a counted and checked reward, and its random streams."""
+"""What every steering method works on: a counted model, a counted and checked reward, and noise for each row.
+
+A sample, or a particle system that is returned whole, has a seed; rows of state that are copies of it (candidates,
+particles) have seeds derived from that one. All noise is a function of the seed of its row, its purpose and how often
+that was asked for (:class:`metaflowmaps.randomness.RowNoise`): a sample does not depend on the batch it is made in.
+The exception is a model that draws by a ``draw`` of its own, without ``push``: its generator is one for the batch.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +17,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.meter import Meter
 from metaflowmaps.path import Path, as_path
 from metaflowmaps.posterior import MapPosterior
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.randomness import RowNoise, copy_seeds, randn
 from metaflowmaps.rewards.base import Cond
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
 from metaflowmaps.shapes import Time, batch_time
@@ -53,24 +59,29 @@ class Problem:
         if isinstance(decoder, nn.Module):
             meter.watch(decoder, "decodes", None)
         self.cond: Cond = None
-        self.seed = 0
-        self.chunk = 0
-        self._streams: dict[str, torch.Generator] = {}
+        self.seeds = torch.empty(0, dtype=torch.int64)
+        self._streams: dict[tuple[str | float, ...], RowNoise] = {}
 
-    def begin(self, seed: int, chunk: int, cond: Cond) -> None:
-        """A new chunk: its own streams, its own conditions."""
-        self.seed, self.chunk, self.cond = seed, chunk, cond
+    def begin(self, seeds: Tensor, cond: Cond) -> None:
+        """A new chunk: the seeds of its samples or whole particle systems, and its conditions."""
+        self.seeds, self.cond = seeds.to(self.device), cond
         self._streams = {}
 
-    def stream(self, name: str) -> torch.Generator:
-        """A generator for one purpose: what one purpose draws never shifts another's numbers."""
-        if name not in self._streams:
-            self._streams[name] = stream(self.seed, name, self.chunk)
-        return self._streams[name]
+    def stream(self, *name: str | float, rows: int | None = None) -> RowNoise:
+        """The noise of one purpose, for each row of state, or without ``rows`` for each seed.
+
+        What one purpose draws never shifts another's numbers. What some batches ask for and others do not needs a
+        name that tells when: else a row's numbers would depend on what its neighbours asked.
+        """
+        rows = rows or len(self.seeds)
+        key = (*name, rows)
+        if key not in self._streams:
+            self._streams[key] = RowNoise(copy_seeds(self.seeds, rows // len(self.seeds)), *name)
+        return self._streams[key]
 
     def noise(self, name: str, rows: int) -> Tensor:
         """Standard normals for ``rows`` states."""
-        return randn((rows, *self.event_shape), self.stream(name), self.dtype, self.device)
+        return randn((rows, *self.event_shape), self.stream(name, rows=rows), self.dtype, self.device)
 
     def cond_for(self, rows: int) -> Cond:
         """The condition of a state of so many rows."""
@@ -106,8 +117,8 @@ class Problem:
     def draws(self, t: float, x: Tensor, num_draws: int, options: DrawOptions, differentiate: bool = False) -> Draws:
         """Draws at (t, x) with their rewards and, in the units of a shift, their gradients."""
         made = make_draws(
-            self.draws_from(), self.reward, t, x, num_draws, differentiate, self.stream("draws"),
-            self.cond_for(len(x)), options,
+            self.draws_from(), self.reward, t, x, num_draws, differentiate,
+            self.stream("draws", rows=len(x)), self.cond_for(len(x)), options,
         )  # fmt: skip
         if made.gradients is None:
             return made

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import unknown
-from metaflowmaps.randomness import rand
+from metaflowmaps.randomness import Source, rand
 
 RESAMPLERS = ("systematic", "stratified", "multinomial", "residual")
 
 
-def resample(kind: str, log_weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def resample(kind: str, log_weights: Tensor, generator: Source | None = None) -> Tensor:
     """Ancestors (S, M) from unnormalised log-weights (S, M)."""
     systems, count = log_weights.shape
     dead = log_weights.amax(1, keepdim=True) == -torch.inf

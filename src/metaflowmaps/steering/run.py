@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.meter import Meter
+from metaflowmaps.randomness import check_seeds, fresh_seeds
 from metaflowmaps.rewards.base import Cond, rows_of
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.sampling import time_grid
@@ -62,10 +63,10 @@ class SteerResult:
 
     samples: Tensor  # (n, *event)
     rewards: Tensor  # (n,)
+    seeds: Tensor  # (n,) int64; of a particle system that is returned whole, the system's, for each of its particles
     cost: dict[str, float]
     info: dict[str, Tensor]  # per step (K,), averaged over samples; "time" is where each step began
     interrupted: bool = False
-    seed: int = 0
 
 
 class SteeringFailed(InputError):
@@ -189,6 +190,7 @@ def steer(
     batch_size: int = 4096,
     map_steps: int = 1,
     progress: bool = False,
+    seeds: Tensor | None = None,
     **options: Any,
 ) -> SteerResult:
     """num_samples samples of ``model`` steered towards p_reward ∝ p_1 e^r.
@@ -198,6 +200,12 @@ def steer(
     ``grid``: uniform, power, log-snr, or times; ``integrator``: euler, midpoint, heun, rk4 (sde: euler, heun);
     ``batch_size``: rows of state at a time (draws multiply it, by at most the method's ``chunk``); ``options``: the
     method's own, see its file. Ctrl-C returns what is finished.
+
+    ``seeds`` (num_samples,) int64 takes the place of ``generator``, which otherwise chooses them: each sample is a
+    function of its own seed, whatever num_samples and batch_size, and ``seeds=result.seeds[i : i + 1]`` makes sample i
+    again alone, up to rounding. Particles of tds and mfm-smc with returns="all" are made again as a whole system: one
+    seed a system, num_samples=particles (unset: as many as were one system, at most batch_size). A model without
+    ``push`` that draws by its own ``draw(…, generator=)`` is the exception: its draws depend on the batch.
     """
     check_count(num_samples, "num_samples")
     check_count(batch_size, "batch_size")
@@ -217,9 +225,13 @@ def steer(
             UserWarning,
             stacklevel=2,
         )
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
     sizes = _chunk_sizes(problem, made, reward, num_samples, batch_size, options)
-    run = _Run(problem, made, times, callback, len(sizes), seed)
+    shares = [size // _particles_of_a_seed(made, size) for size in sizes]
+    if seeds is None:
+        seeds = fresh_seeds(sum(shares), generator)
+    each = "a sample" if sum(shares) == num_samples else "a system of particles"
+    chunk_seeds = check_seeds(seeds, sum(shares), each).to(problem.device).split(shares)
+    run = _Run(problem, made, times, callback, list(chunk_seeds))
     bar = _Bar(len(sizes) * (len(times) - 1), method) if progress else None
     try:
         with meter:
@@ -266,6 +278,11 @@ def _chunk_sizes(
     return [num_samples // chunks + (i < num_samples % chunks) for i in range(chunks)]
 
 
+def _particles_of_a_seed(made: Method, size: int) -> int:
+    """Samples of a chunk that share a seed: the particles of a system that is returned whole."""
+    return made.particles or size if isinstance(made, TwistedSmc) and made.returns == "all" else 1
+
+
 @dataclass
 class _Run:
     """The chunks of one call."""
@@ -274,8 +291,7 @@ class _Run:
     method: Method
     times: list[float]
     callback: Callable[[Step], Any] | None
-    chunks: int
-    seed: int
+    seeds: list[Tensor]  # of each chunk
     interrupted: bool = False
     failure: Exception | None = None
     samples: list[Tensor] = field(default_factory=list)
@@ -288,7 +304,7 @@ class _Run:
         begin = 0
         for chunk, rows in enumerate(sizes):
             part = None if cond is None else {k: v[begin : begin + rows] for k, v in cond.items()}
-            self.problem.begin(self.seed, chunk, part)
+            self.problem.begin(self.seeds[chunk], part)
             begin += rows
             try:
                 self.interrupted = not self.chunk(chunk, rows, bar)
@@ -311,7 +327,7 @@ class _Run:
                     sums.setdefault(name, []).append(value.detach().double().mean().cpu() * rows)
                 if bar is not None:
                     bar.advance()
-                told = Step(chunk, self.chunks, i, len(self.times) - 1, u, state, info)
+                told = Step(chunk, len(self.seeds), i, len(self.times) - 1, u, state, info)
                 if self.callback is not None and self.callback(told) is True:
                     return False
             samples, ending = self.method.finish(problem, state)
@@ -354,7 +370,10 @@ class _Run:
             info[name] = torch.cat(values)
         cost = problem.meter.cost()
         cost["nfe"] = problem.meter.evaluations / max(1, len(samples))
-        return SteerResult(samples, rewards.detach(), cost, info, self.interrupted, self.seed)
+        # particle m of system s is row m·S + s: each row with the seed of its system
+        seeds = [s.repeat(len(x) // len(s)) for s, x in zip(self.seeds, self.samples, strict=False)]
+        of_samples = torch.cat(seeds) if seeds else torch.empty(0, dtype=torch.int64, device=problem.device)
+        return SteerResult(samples, rewards.detach(), of_samples, cost, info, self.interrupted)
 
 
 def _check_cond(cond: Cond, num_samples: int) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.randomness import rand
 from metaflowmaps.recycling import DrawPool
 from metaflowmaps.shapes import check_count, event_sum, positive
 from metaflowmaps.steering.mfm_g import blended
@@ -118,7 +119,7 @@ class TwistedSmc:
         x, evidence, drift, shift, raw = state.x, state.log_evidence, twisted.drift, twisted.shift, twisted.log_twist
         tired = particle_ess < self.threshold * size
         if bool(tired.any()):
-            rows, log_weights, evidence = self._resample(problem, log_weights, evidence, tired)
+            rows, log_weights, evidence = self._resample(problem, t, log_weights, evidence, tired)
             x, log_twist, drift, shift, raw = x[rows], log_twist[rows], drift[rows], shift[rows], raw[rows]
             self.twist.select(state.memory, rows)
         info = {
@@ -144,7 +145,7 @@ class TwistedSmc:
     def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Info]:
         size = state.log_weights.shape[1]
         log_evidence = state.log_evidence + torch.logsumexp(state.log_weights, 1) - math.log(size)
-        generator = problem.stream("resample")
+        generator = problem.stream("return")
         if self.returns == "one":
             chosen = resample("multinomial", state.log_weights, generator)[:, :1]
         else:
@@ -152,10 +153,10 @@ class TwistedSmc:
         return state.x[_rows(chosen)], {"log_evidence": log_evidence}
 
     def _resample(
-        self, problem: Problem, log_weights: Tensor, evidence: Tensor, tired: Tensor
+        self, problem: Problem, t: float, log_weights: Tensor, evidence: Tensor, tired: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         size = log_weights.shape[1]
-        ancestors = resample(self.resampler, log_weights, problem.stream("resample"))
+        ancestors = resample(self.resampler, log_weights, problem.stream("resample", t))
         itself = torch.arange(size, device=ancestors.device).expand_as(ancestors)
         ancestors = torch.where(tired[:, None], ancestors, itself)
         gained = torch.logsumexp(log_weights, 1) - math.log(size)
@@ -217,7 +218,7 @@ class ValueTwist:
         made = memory.draws[-1]
         log_base = equal_log_weights(made.rewards)
         edges = tilted_weights(made.rewards, log_base).double().cumsum(0)[:-1]
-        uniform = torch.rand(len(x), generator=problem.stream("pick"), dtype=torch.float64).to(x.device)
+        uniform = rand((len(x),), problem.stream("pick", rows=len(x)), torch.float64, x.device)
         chosen = (edges <= uniform).sum(0)
         picked = made.x_1[chosen, torch.arange(len(x), device=x.device)]
         return picked, log_mean(made.rewards, log_base)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from metaflowmaps.config import Config
+from metaflowmaps.data import DataConfig
 from metaflowmaps.mixture import GaussianMixture
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -12,25 +13,63 @@ Consistency = Literal["none", "eulerian", "mean-flow", "lagrangian", "lagrangian
 
 
 class LawConfig(Config):
-    """A Gaussian mixture."""
+    """A Gaussian mixture, its components labelled with classes or not."""
 
     means: list[Annotated[list[float], Field(min_length=1)]] = Field(min_length=1)
     covariances: Any = 1.0
     weights: list[float] | None = None
+    labels: list[Annotated[int, Field(ge=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LawConfig":
+        if self.labels is not None and len(self.labels) != len(self.means):
+            raise ValueError(f"labels needs one class a component: {len(self.means)} of them")
+        return self
 
     def build(self) -> GaussianMixture:
         """The mixture itself."""
         return GaussianMixture(self.means, self.covariances, self.weights)
 
 
-class NetworkConfig(Config):
-    """The multilayer perceptron."""
+class MLPConfig(Config):
+    """The multilayer perceptron; images go in flat."""
 
     name: Literal["mlp"] = "mlp"
     width: int = Field(128, ge=1)
     depth: int = Field(4, ge=1)
     activation: Literal["silu", "gelu", "tanh"] = "silu"
     num_classes: int = Field(0, ge=0)
+    guidance: bool = False
+    modulation: bool = False
+
+
+class UNetConfig(Config):
+    """The U-Net, for images."""
+
+    name: Literal["unet"] = "unet"
+    width: int = Field(64, ge=1)
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    blocks: int = Field(2, ge=1)
+    attention: tuple[int, ...] = (7,)  # sides of the feature maps that attend
+    num_classes: int = Field(0, ge=0)
+    guidance: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class DiTConfig(Config):
+    """The transformer of the ImageNet family, for images."""
+
+    name: Literal["dit"] = "dit"
+    patch: int = Field(2, ge=1)
+    width: int = Field(384, ge=1)
+    depth: int = Field(12, ge=1)
+    heads: int = Field(6, ge=1)
+    encoder_depth: int | None = None
+    num_classes: int = Field(0, ge=0)
+    guidance: bool = False
+
+
+NetworkConfig = Annotated[MLPConfig | UNetConfig | DiTConfig, Field(discriminator="name")]
 
 
 class ModelConfig(Config):
@@ -38,9 +77,9 @@ class ModelConfig(Config):
 
     path: Literal["linear", "trigonometric"] = "linear"
     parameterization: Literal["gaussian", "plain", "residual"] = "gaussian"
-    data_mean: float = 0.0
-    data_std: float = Field(1.0, gt=0)
-    network: NetworkConfig = NetworkConfig()
+    data_mean: float | Literal["image"] = 0.0  # image: the mean of the images trained on
+    data_std: float | None = Field(1.0, gt=0)  # of a coordinate about that mean; None: measured
+    network: NetworkConfig | None = MLPConfig()  # None: sized to the images
 
 
 class TimesConfig(Config):
@@ -98,18 +137,22 @@ class OptimizerConfig(Config):
     ema: float = Field(0.998, ge=0, lt=1)
 
 
-class TrainConfig(Config):
-    """A whole run."""
+class ConditionConfig(Config):
+    """What conditional training sees (§4): labels that are dropped now and then, and guidance baked in."""
+
+    dropout: float = Field(0.2, ge=0, le=1)  # of labels, to the null class
+    guidance: tuple[Annotated[float, Field(ge=1)], ...] = Field((1.0,), min_length=1)  # scales w, one drawn a row
+
+    @property
+    def guided(self) -> bool:
+        return any(w != 1 for w in self.guidance)
+
+
+class RunConfig(Config):
+    """What every training run has, whatever it trains."""
 
     recipe: str
-    law: LawConfig
-    model: ModelConfig = ModelConfig()
-    times: TimesConfig = TimesConfig()
-    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    teacher: Literal["exact", "learned", "none"] = "exact"
-    drift_steps: int = Field(0, ge=0)  # steps of flow matching that make the learned teacher
-    drift_batch_size: int = Field(2048, ge=1, le=2**24)  # larger: its targets are noisy, the map's are not
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(512, ge=1, le=2**24)
     micro_batches: int = Field(1, ge=1)
@@ -124,16 +167,95 @@ class TrainConfig(Config):
     track: Literal["none", "tensorboard"] = "none"
 
     @model_validator(mode="after")
+    def _divisible(self) -> "RunConfig":
+        if self.batch_size % self.micro_batches:
+            raise ValueError("batch_size must be a multiple of micro_batches")
+        return self
+
+
+class TrainConfig(RunConfig):
+    """A map's whole run: on a mixture (``law``) or on images (``data``)."""
+
+    law: LawConfig | None = None
+    data: DataConfig | None = None
+    model: ModelConfig = ModelConfig()
+    times: TimesConfig = TimesConfig()
+    loss: LossConfig = LossConfig()
+    condition: ConditionConfig = ConditionConfig()
+    teacher: Literal["exact", "learned", "none"] = "exact"
+    drift_steps: int = Field(0, ge=0)  # steps of flow matching that make the learned teacher
+    start_from_drift: bool = False  # the map begins with the learned teacher's weights: its diagonal is right at t = 0
+    drift_batch_size: int = Field(2048, ge=1, le=2**24)  # larger: its targets are noisy, the map's are not
+
+    @model_validator(mode="after")
     def _possible(self) -> "TrainConfig":
+        if (self.law is None) == (self.data is None):
+            raise ValueError("a run learns either a law or data: give one of them")
         wanted = self.loss.diagonal == "teacher" or (
             self.loss.velocity == "teacher" and self.loss.consistency not in ("none", "semigroup")
         )
         if wanted and self.teacher == "none":
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
-        if self.model.network.num_classes:
-            raise ValueError("a mixture has no labels to train classes with: leave model.network.num_classes at 0")
+        if self.law is None and self.teacher == "exact":
+            raise ValueError("nobody knows the exact drift of images: set teacher=learned or teacher=none")
+        if self.start_from_drift and self.teacher != "learned":
+            raise ValueError("start_from_drift needs teacher=learned: there is no drift to start from")
         if self.teacher == "learned" and self.drift_steps < 1:
             raise ValueError("teacher=learned needs drift_steps >= 1, the flow matching that makes it")
-        if self.batch_size % self.micro_batches or self.drift_batch_size % self.micro_batches:
-            raise ValueError("batch_size and drift_batch_size must be multiples of micro_batches")
+        if self.drift_batch_size % self.micro_batches:
+            raise ValueError("drift_batch_size must be a multiple of micro_batches")
+        if self.data is None and None in (self.model.data_std, self.model.network):
+            raise ValueError("a law's data_std and network are not measured: give both")
+        if self.data is None and self.model.data_mean == "image":
+            raise ValueError("data_mean=image is for images: give a number")
+        if self.model.network is None:
+            return self
+        classes = self.model.network.num_classes
+        if classes and self.law is not None and classes != len(set(self.law.labels or ())):
+            raise ValueError(
+                "model.network.num_classes must be the number of classes in law.labels, or 0: a mixture without labels "
+                "has none to train classes with"
+            )
+        if classes and self.data is not None and not self.data.labels:
+            raise ValueError("classes are trained with labels: set data.labels=true, or model.network.num_classes=0")
+        if self.condition.guided and not (classes and self.model.network.guidance):
+            raise ValueError(
+                "condition.guidance bakes class guidance in: it needs labels and model.network.guidance=true"
+            )
         return self
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.network.num_classes if self.model.network is not None else 0
+
+
+class ConvClassifierConfig(Config):
+    """The convolutional classifier."""
+
+    name: Literal["conv-classifier"] = "conv-classifier"
+    width: int = Field(32, ge=1)
+    features: int = Field(96, ge=1)
+
+
+class PatchClassifierConfig(Config):
+    """The mixer on patches."""
+
+    name: Literal["patch-classifier"] = "patch-classifier"
+    patch: int | None = Field(None, ge=1)
+    width: int = Field(80, ge=1)
+    depth: int = Field(5, ge=1)
+
+
+ClassifierNetworkConfig = Annotated[ConvClassifierConfig | PatchClassifierConfig, Field(discriminator="name")]
+
+
+class ClassifierConfig(RunConfig):
+    """A classifier's whole run, on labelled images."""
+
+    data: DataConfig
+    network: Annotated[ConvClassifierConfig | PatchClassifierConfig, Field(discriminator="name")] = (
+        ConvClassifierConfig()
+    )
+    shift: int = Field(1, ge=0)  # pixels: images move by up to so many, at random
+    noise: float = Field(0.1, ge=0)  # standard deviation of noise added to pixels
+    smoothing: float = Field(0.05, ge=0, lt=1)  # of labels

@@ -1,6 +1,7 @@
 r"""The training loop, written once.
 
-It knows a model, an objective (``batch(model, step)`` and ``objective(model, batch) -> (B,)``) and a place on disk.
+It knows a model (a map or a classifier), an objective (``batch(model, step)`` and ``objective(model, batch) -> (B,)``)
+and a place on disk.
 A batch is a function of (seed, step), and a checkpoint holds everything else, so a run that is stopped anywhere and
 started again by the same command ends with the bytes of one that never stopped. In a run's directory:
 
@@ -21,13 +22,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.training.config import TrainConfig
-from metaflowmaps.training.objective import Batch
+from metaflowmaps.training.config import RunConfig
 from metaflowmaps.training.state import TrainState, learning_rate, truncate
 
 
@@ -39,12 +38,26 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became non-finite; the last checkpoint is untouched."""
 
 
+class Rows(Protocol):
+    """A batch whose rows can be taken apart."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int, end: int) -> "Rows": ...
+
+    def to(self, device: torch.device) -> "Rows": ...
+
+    def about(self, rows: Tensor) -> str:
+        """What these rows have in common, for a message."""
+        ...
+
+
 class TrainingObjective(Protocol):
     """What the loop asks of an objective."""
 
-    def batch(self, model: MetaFlowMap, step: int) -> Batch: ...
+    def batch(self, model: Any, step: int) -> Any: ...
 
-    def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor: ...
+    def __call__(self, model: Any, batch: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,15 +81,15 @@ class TrainResult:
 
 
 def train(
-    model: MetaFlowMap,
+    model: nn.Module,
     objective: TrainingObjective,
-    config: TrainConfig,
+    config: RunConfig,
     out: Path,
     *,
     device: torch.device | str = "cpu",
     start: Checkpoint | None = None,
     report: Callable[[Record], None] = lambda record: None,
-    on_sample: Callable[[MetaFlowMap, int], None] | None = None,
+    on_sample: Callable[[Any, int], None] | None = None,
 ) -> TrainResult:
     """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``."""
     # -- set-up
@@ -150,9 +163,9 @@ def train(
 def _guard(
     loss: float,
     norm: float,
-    model: MetaFlowMap,
+    model: nn.Module,
     objective: TrainingObjective,
-    batch: Batch,
+    batch: Rows,
     step: int,
     store: CheckpointStore,
 ) -> None:
@@ -163,8 +176,7 @@ def _guard(
         bad = ~objective(model, batch).isfinite()
     where = "the gradient alone"
     if bad.any():
-        low, high = float(batch.t[bad].min()), float(batch.t[bad].max())
-        where = f"{int(bad.sum())} of {len(batch)} rows, with context times in [{low:.3f}, {high:.3f}]"
+        where = f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad.cpu())}"
     steps = store.steps()
     kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
     raise NonFiniteLoss(

@@ -3,9 +3,13 @@ r"""The objective of a run: ``L = L_diag + L_cons`` on batches that are function
 A batch is drawn whole from ``stream(seed, "train", step)``: data x_1, a context (t, x_t) made with one noise, an inner
 state z_a made with another, inner times. The first rows train the diagonal, the others the consistency loss; each row's
 loss depends on its own row alone, so the sum does not depend on how the batch is split into micro-batches.
+
+With classes, each row has its label, replaced by the null class with a probability, and a guidance scale w. A data
+target is then guided by the model itself (Eqs. 69–70): ``+ ω sg(v(·, y, w) − v(·, ∅))``, ω = 1 − 1/w, whose fixed point
+is ``v_∅ + w (v_y − v_∅)``; a teacher guides its own drift.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +17,46 @@ from torch import Tensor
 
 from metaflowmaps import losses
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
+from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.randomness import rand, randn, stream
-from metaflowmaps.training.config import LossConfig, TimesConfig
+from metaflowmaps.shapes import expand_time
+from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
 
 
 class DataSource(Protocol):
-    """Where x_1 comes from: n draws, a function of the generator."""
+    """Where x_1 comes from: n draws, a function of the generator. Classes ask for sample_labelled as well."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class LabelledLaw:
+    """A mixture whose components have labels, as a source of (x_1, y)."""
+
+    def __init__(self, law: GaussianMixture, labels: list[int]) -> None:
+        self.law, self.labels = law, torch.tensor(labels)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.law.sample(n, generator)
+
+    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """x_1 ~ p_1 and y ~ p(y | x_1)."""
+        x_1 = self.law.sample(n, generator)
+        shares = torch.stack([self.law.weights[self.labels == y].sum().log() + self.of_class(y).log_prob(x_1.double())
+                              for y in range(self.num_classes)])  # fmt: skip
+        uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+        edges = shares.softmax(0).cumsum(0)
+        return x_1, (uniform > edges[:-1]).sum(0)
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def of_class(self, y: int) -> GaussianMixture:
+        """p(x_1 | y)."""
+        mine = self.labels == y
+        return GaussianMixture(self.law.means[mine], self.law.covariances[mine], self.law.weights[mine])
 
 
 @dataclass(frozen=True)
@@ -37,6 +71,7 @@ class Batch:
     b: Tensor
     gamma: Tensor
     diagonal_rows: int
+    cond: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.t.shape[0]
@@ -45,12 +80,18 @@ class Batch:
         """Rows [start, end), each with the role it had."""
         parts: dict[str, Any] = {name: v[start:end] for name, v in vars(self).items() if isinstance(v, Tensor)}
         parts["diagonal_rows"] = min(max(self.diagonal_rows - start, 0), end - start)
+        parts["cond"] = {name: v[start:end] for name, v in self.cond.items()}
         return replace(self, **parts)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, cond={name: v.to(device) for name, v in self.cond.items()})
+
+    def about(self, rows: Tensor) -> str:
+        """What these rows have in common, for a message."""
+        low, high = float(self.t[rows].min()), float(self.t[rows].max())
+        return f"context times in [{low:.3f}, {high:.3f}]"
 
 
 class Objective:
@@ -64,14 +105,16 @@ class Objective:
         teacher: Teacher | None,
         batch_size: int,
         seed: int,
+        condition: ConditionConfig | None = None,
     ) -> None:
+        """``condition`` makes it conditional: the data must have labels then."""
         self.data, self.loss, self.times, self.teacher = data, loss, times, teacher
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.condition = batch_size, seed, condition
 
     def batch(self, model: MetaFlowMap, step: int) -> Batch:
         """The inputs of a step, the same whoever asks and whenever."""
         g, n = stream(self.seed, "train", step), self.batch_size
-        x_1 = self.data.sample(n, g)
+        x_1, label = self._data(n, g)
         t = context_times(self.times, n, g)
         x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
         eps = randn(tuple(x_1.shape), g)
@@ -82,7 +125,7 @@ class Objective:
             chart, flags = model.anchor(t.to(model.device), x_t.to(model.device)).chart, late_rows(self.times, n, g)
             a, b = (torch.where(flags, chart.time_in((1 - (1 - u) ** 2).to(model.device)).to(u), u) for u in (a, b))
         b = a + torch.clamp_max(b - a, self._longest_jump(step))
-        return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), rows)
+        return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), rows, self._cond(model, label, n, g))
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         """Per-row losses, (B,)."""
@@ -95,6 +138,25 @@ class Objective:
         if n < len(batch):
             parts.append(self._consistency(model, batch.rows(n, len(batch))))
         return torch.cat(parts)
+
+    # -- conditions --------------------------------------------------------------------------------------------------
+
+    def _data(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        if self.condition is None:
+            return self.data.sample(n, g), None
+        x_1, label = self.data.sample_labelled(n, g)  # type: ignore[attr-defined]
+        return x_1, label
+
+    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: torch.Generator) -> dict[str, Tensor]:
+        if self.condition is None or label is None:
+            return {}
+        null = rand((n,), g) < self.condition.dropout
+        label = torch.where(null, torch.full_like(label, _null_class(model)), label)
+        if not self.condition.guided:
+            return {"label": label}
+        scales = torch.tensor(self.condition.guidance)
+        w = scales[torch.randint(len(scales), (n,), generator=g)]
+        return {"label": label, "guidance": torch.where(null, torch.ones(()), w)}  # the null class has nothing to guide
 
     # -- schedules ---------------------------------------------------------------------------------------------------
 
@@ -118,7 +180,7 @@ class Objective:
     def _diagonal(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         flow, z, data_velocity = _at(model, batch)
         if self.loss.diagonal == "data":
-            target = data_velocity
+            target = self._guided(model, flow, batch, z, data_velocity)
         else:
             with torch.no_grad():
                 target = self._teach(flow, batch)(batch.a, z)
@@ -130,7 +192,7 @@ class Objective:
         if kind == "semigroup":
             loss = losses.semigroup(flow, a, b, z, batch.gamma)
         elif kind == "mean-flow":
-            loss = losses.eulerian(flow, a, b, z, data_velocity)
+            loss = losses.eulerian(flow, a, b, z, self._guided(model, flow, batch, z, data_velocity))
         else:
             velocity = self._velocity(flow, batch)
             if kind == "eulerian":
@@ -151,7 +213,17 @@ class Objective:
 
     def _teach(self, flow: Anchored, batch: Batch) -> losses.Velocity:
         assert self.teacher is not None, "TrainConfig refuses a teacher loss without a teacher"
-        return self.teacher.at(flow.chart, batch.t, batch.x_t)
+        return self.teacher.at(flow.chart, batch.t, batch.x_t, batch.cond)
+
+    @torch.no_grad()
+    def _guided(self, model: MetaFlowMap, flow: Anchored, batch: Batch, z: Tensor, target: Tensor) -> Tensor:
+        """target + ω (F(·, y, w) − F(·, ∅)) on the diagonal."""
+        if "guidance" not in batch.cond:
+            return target
+        w = batch.cond["guidance"]
+        null = {"label": torch.full_like(batch.cond["label"], _null_class(model)), "guidance": torch.ones_like(w)}
+        free = model.anchor(batch.t, batch.x_t, null)
+        return target + expand_time(1 - 1 / w, z) * (flow(batch.a, batch.a, z) - free(batch.a, batch.a, z))
 
     def _weighted(self, loss: Tensor, flow: Anchored, power: float) -> Tensor:
         if flow.chart.weight is not None:
@@ -163,6 +235,10 @@ class Objective:
 
 def _at(model: MetaFlowMap, batch: Batch) -> tuple[Anchored, Tensor, Tensor]:
     """The map at the batch's contexts, the inner state z_a and the data velocity there."""
-    flow = model.anchor(batch.t, batch.x_t)
+    flow = model.anchor(batch.t, batch.x_t, batch.cond)
     end, path = flow.chart.endpoint(batch.x_1), flow.chart.inner_path
     return flow, path.interpolate(batch.eps, end, batch.a), path.velocity(batch.eps, end, batch.a)
+
+
+def _null_class(model: MetaFlowMap) -> int:
+    return int(model.network.num_classes)  # type: ignore[arg-type]

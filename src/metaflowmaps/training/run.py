@@ -4,42 +4,160 @@ With ``teacher=learned`` a drift is first trained from data alone (flow matching
 ``out/drift``, by the same loop; GLASS on it then teaches the map.
 """
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, load_model, resolve_checkpoint
-from metaflowmaps.config import differences
+from metaflowmaps.config import differences, validated
+from metaflowmaps.data import ImageSet, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks import make_network
+from metaflowmaps.networks import make_classifier, make_network
 from metaflowmaps.path import make_path
-from metaflowmaps.training.config import TimesConfig, TrainConfig
+from metaflowmaps.training.classifier import ClassifierObjective
+from metaflowmaps.training.config import (
+    ClassifierConfig,
+    DiTConfig,
+    MLPConfig,
+    NetworkConfig,
+    RunConfig,
+    TimesConfig,
+    TrainConfig,
+    UNetConfig,
+)
 from metaflowmaps.training.loop import Record, TrainResult, train
-from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.objective import DataSource, LabelledLaw, Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
 
 
 def build_map(config: TrainConfig) -> MetaFlowMap:
     """The untrained map, a function of the configuration and its seed."""
-    network = {"dim": len(config.law.means[0]), **config.model.network.model_dump()}
-    # module initialisers know only the global generator: fork it, so that nobody else's stream moves
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    assert config.model.data_std is not None, "fitted() measures it"
+    mean: Tensor | float
+    if config.model.data_mean == "image":
+        assert config.data is not None, "TrainConfig refuses data_mean=image without images"
+        mean = mean_image(load_data(config.data)[0])
+    else:
+        mean = config.model.data_mean
+    with _seeded(config.seed):
         return MetaFlowMap(
-            make_network(network),
+            make_network(network_spec(config)),
             make_path(config.model.path),
             config.model.parameterization,
-            config.model.data_mean,
+            mean,
             config.model.data_std,
         )
 
 
+def fitted(config: TrainConfig) -> TrainConfig:
+    """The configuration with what it leaves open measured on its images: shape, spread, network, classes."""
+    if config.data is None:
+        return config
+    if config.data.name != "images" and None not in (config.model.data_std, config.model.network):
+        return config  # a full recipe
+    images = load_data(config.data)[0]
+    channels, size, _ = images.event_shape
+    data = (
+        config.data.model_copy(update={"size": size, "channels": channels})
+        if config.data.name == "images"
+        else config.data
+    )
+    model = config.model
+    if model.data_std is None:
+        centred = images.std**2 - float((mean_image(images).double() - images.mean).square().mean())
+        model = model.model_copy(update={"data_std": round(math.sqrt(max(centred, 1e-6)), 4)})
+    if model.network is None:
+        classes = images.num_classes if data.labels else 0
+        model = model.model_copy(update={"network": sized(channels, size, classes)})
+    return validated(TrainConfig, {**config.model_dump(), "data": data.model_dump(), "model": model.model_dump()})
+
+
+def sized(channels: int, size: int, num_classes: int = 0) -> NetworkConfig:
+    """A network for images of this size: a perceptron to 12 pixels a side, a U-Net to 64, a transformer above."""
+    if size <= 12:
+        return MLPConfig(width=320 if channels == 1 else 512, depth=4, num_classes=num_classes)
+    if size <= 64:
+        levels, side = 1, size
+        while side % 2 == 0 and side // 2 >= 6 and levels < 4:
+            side, levels = side // 2, levels + 1
+        return UNetConfig(
+            width=32, multipliers=(1, 2, 2, 2)[:levels], blocks=1, attention=(side,) if side <= 16 else (),
+            num_classes=num_classes,
+        )  # fmt: skip
+    patch = next(p for p in range(max(2, size // 32), size + 1) if size % p == 0)
+    return DiTConfig(patch=patch, width=192, depth=6, heads=3, encoder_depth=4, num_classes=num_classes)
+
+
+def mean_image(images: ImageSet) -> Tensor:
+    """The mean of a set's images, (C, H, W)."""
+    total = torch.zeros(images.event_shape, dtype=torch.float64)
+    for part in torch.arange(len(images)).split(1024):
+        total += images.tensor(part).double().sum(0)
+    return (total / len(images)).float()
+
+
+def network_spec(config: TrainConfig) -> dict[str, Any]:
+    """The network's configuration with the shape of its samples, which the law or the data decide."""
+    assert config.model.network is not None, "fitted() sizes it"
+    spec = config.model.network.model_dump(mode="json")
+    if config.law is not None:
+        if spec["name"] != "mlp":
+            raise InputError(f"a mixture has vectors, and {spec['name']} is for images: set model.network.name=mlp")
+        return {"dim": len(config.law.means[0]), **spec}
+    assert config.data is not None
+    channels, size, _ = load_data(config.data)[0].event_shape
+    if spec["name"] == "mlp":
+        return {"dim": channels * size * size, "shape": [channels, size, size], **spec}
+    return {"channels": channels, "size": size, **spec}
+
+
+def build_classifier(config: ClassifierConfig) -> nn.Module:
+    """The untrained classifier."""
+    train_set, _ = load_data(config.data)
+    channels, size, _ = train_set.event_shape
+    if train_set.labels is None:
+        raise InputError(f"{config.data.path} has no labels to train a classifier with: --set data.labels=true")
+    spec = {**config.network.model_dump(mode="json"), "channels": channels, "size": size}
+    with _seeded(config.seed):
+        return make_classifier({**spec, "num_classes": train_set.num_classes})
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # module initialisers know only the global generator: fork it, so that nobody else's stream moves
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def build_objective(config: TrainConfig, teacher: Teacher | None) -> Objective:
     """The objective of the configuration."""
-    return Objective(config.law.build(), config.loss, config.times, teacher, config.batch_size, config.seed)
+    data: DataSource
+    if config.law is None:
+        assert config.data is not None
+        data = load_data(config.data)[0]
+    else:
+        law = config.law.build()
+        data = law if config.law.labels is None else LabelledLaw(law, config.law.labels)
+    condition = config.condition if config.num_classes else None
+    return Objective(data, config.loss, config.times, teacher, config.batch_size, config.seed, condition)
+
+
+def exact_teacher(config: TrainConfig) -> ExactTeacher:
+    """The mixture as its own teacher."""
+    assert config.law is not None, "TrainConfig refuses an exact teacher without a law"
+    law, path = config.law.build(), make_path(config.model.path)
+    if config.law.labels is None or not config.num_classes:
+        return ExactTeacher(path, law)
+    labelled = LabelledLaw(law, config.law.labels)
+    return ExactTeacher(path, law, tuple(labelled.of_class(y) for y in range(labelled.num_classes)))
 
 
 def run_training(
@@ -53,9 +171,10 @@ def run_training(
 ) -> TrainResult:
     """Train in ``out``, going on from what is there; seconds include the drift's."""
     path, seconds_before = make_path(config.model.path), 0.0
+    model = build_map(config)
     teacher: Teacher | None = None
     if config.teacher == "exact":
-        teacher = ExactTeacher(path, config.law.build())
+        teacher = exact_teacher(config)
     elif config.teacher == "learned":
         stage = run_training(
             drift_config(config),
@@ -65,9 +184,11 @@ def run_training(
         )
         seconds_before = stage.seconds
         drift = load_model(stage.checkpoint).to(device).requires_grad_(False)
-        teacher = GlassTeacher(path, drift.drift)
+        teacher = GlassTeacher(path, drift.drift, config.num_classes)
+        if config.start_from_drift:
+            model.load_state_dict(drift.state_dict())
     result = train(
-        build_map(config),
+        model,
         build_objective(config, teacher),
         config,
         out,
@@ -84,10 +205,12 @@ def drift_config(config: TrainConfig) -> TrainConfig:
     return config.model_copy(
         update={
             "teacher": "none",
+            "start_from_drift": False,
             "steps": config.drift_steps,
             "batch_size": config.drift_batch_size,
             "drift_steps": 0,
             "seed": config.seed + 1_000_003,
+            "condition": config.condition.model_copy(update={"guidance": (1.0,)}),
             "loss": config.loss.model_copy(update={"diagonal": "data", "consistency": "none", "velocity": "self"}),
             # GLASS at a late context asks for the drift later still, in a sliver of a: half of the rows go there
             "times": TimesConfig(context_at_zero=1.0, from_noise=0.0, last=1.0, late_share=0.5),
@@ -96,12 +219,34 @@ def drift_config(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _check_source(config: TrainConfig, checkpoint: Checkpoint, resume: str) -> None:
+def run_classifier_training(
+    config: ClassifierConfig,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: str = "auto",
+    report: Callable[[str, Record], None] = lambda stage, record: None,
+) -> TrainResult:
+    """Train a classifier in ``out`` by the same loop."""
+    return train(
+        build_classifier(config),
+        ClassifierObjective(load_data(config.data)[0], config),
+        config,
+        out,
+        device=device,
+        start=_starting_point(config, out, resume),
+        report=lambda record: report("classifier", record),
+    )
+
+
+def _check_source(config: RunConfig, checkpoint: Checkpoint, resume: str) -> None:
     """Refuse to start from what cannot be gone on with."""
     if not checkpoint.has("optimizer.safetensors"):
         raise InputError(f"--resume {resume}: this checkpoint holds a model without a training state")
     theirs, ours = checkpoint.config.get("training", {}), config.model_dump(mode="json")
-    for part in ("model", "optimizer"):
+    for part in ("model", "network", "optimizer"):
+        if part not in ours:
+            continue
         lines = differences(theirs.get(part), ours[part])
         if lines:
             raise InputError(f"--resume {resume} has another {part} ({'; '.join(lines[:3])}): repeat its settings")
@@ -110,7 +255,7 @@ def _check_source(config: TrainConfig, checkpoint: Checkpoint, resume: str) -> N
         raise InputError(f"--resume {resume} stands at step {step}, this run ends at {config.steps}: raise steps")
 
 
-def _starting_point(config: TrainConfig, out: Path, resume: str) -> Checkpoint | None:
+def _starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
     """auto: the newest valid checkpoint of ``out``. none: nothing, and there must be nothing. Else: that checkpoint."""
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
     store.clean()

@@ -15,15 +15,14 @@ from metaflowmaps.checkpoint import (
     model_config,
     unflatten_state,
 )
-from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.training.config import OptimizerConfig, TrainConfig
+from metaflowmaps.training.config import OptimizerConfig, RunConfig
 from metaflowmaps.training.soap import SOAP
 
 
 class TrainState:
     """Model, EMA, optimizer and position. ``window`` holds the sums of the metrics since the last record."""
 
-    def __init__(self, model: MetaFlowMap, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.model = model
         self.optimizer = make_optimizer(model, config)
         self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -58,7 +57,7 @@ class TrainState:
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
-    def save(self, store: CheckpointStore, config: TrainConfig, scheduled: bool) -> None:
+    def save(self, store: CheckpointStore, config: RunConfig, scheduled: bool) -> None:
         """One checkpoint directory, complete or not at all.
 
         An unscheduled one has no score: kept as the best, it would make an interrupted run differ from a whole one.

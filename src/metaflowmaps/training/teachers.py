@@ -1,50 +1,94 @@
 """Teachers: where an exact or a learned auxiliary drift comes from, in chart coordinates.
 
-``teacher.at(chart, t, x_t)`` is a velocity ``(a, z) -> dz/da`` at a batch of contexts.
+``teacher.at(chart, t, x_t, cond)`` is a velocity ``(a, z) -> dz/da`` at a batch of contexts. With labels y and guidance
+scales w it is the guided one: the marginal drift is guided first, ``b = b_∅ + w (b_y − b_∅)``, and the auxiliary drift,
+linear in it, follows (§4).
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from metaflowmaps.chart import Chart
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import Cond
 from metaflowmaps.glass import Drift, glass_drift
 from metaflowmaps.losses import Velocity
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.path import Path
+from metaflowmaps.shapes import expand_time
 
 
 class Teacher(Protocol):
     """A frozen source of auxiliary drifts."""
 
-    def at(self, chart: Chart, t: Tensor, x_t: Tensor) -> Velocity:
+    def at(self, chart: Chart, t: Tensor, x_t: Tensor, cond: Cond = None) -> Velocity:
         """The velocity (a, z) -> dz/da at contexts (t, x_t)."""
         ...
 
 
 class ExactTeacher:
-    """A mixture's own posterior, moved into the chart: its drift on the chart's inner path."""
+    """A mixture's own posterior, moved into the chart: its drift on the chart's inner path.
 
-    def __init__(self, path: Path, law: GaussianMixture) -> None:
-        self.path, self.law = path, law
+    ``classes`` are the laws p(x_1 | y), for labelled mixtures.
+    """
 
-    def at(self, chart: Chart, t: Tensor, x_t: Tensor) -> Velocity:
-        posterior = self.law.posterior(self.path, t, x_t)
+    def __init__(self, path: Path, law: GaussianMixture, classes: tuple[GaussianMixture, ...] = ()) -> None:
+        self.path, self.law, self.classes = path, law, classes
+
+    def at(self, chart: Chart, t: Tensor, x_t: Tensor, cond: Cond = None) -> Velocity:
+        free = self._of(self.law, chart, t, x_t)
+        label = (cond or {}).get("label")
+        if label is None:
+            return free
+        if not self.classes:
+            raise InputError("this teacher knows no classes: give law.labels")
+        each = [self._of(law, chart, t, x_t) for law in self.classes]
+        scale = (cond or {}).get("guidance", torch.ones_like(t))
+
+        def guided(a: Tensor, z: Tensor) -> Tensor:
+            null = free(a, z)
+            stacked = torch.stack([*(velocity(a, z) for velocity in each), null])
+            chosen = stacked[label, torch.arange(len(z), device=z.device)]
+            return null + expand_time(scale, z) * (chosen - null)
+
+        return guided
+
+    def _of(self, law: GaussianMixture, chart: Chart, t: Tensor, x_t: Tensor) -> Velocity:
+        posterior = law.posterior(self.path, t, x_t)
         if isinstance(chart.shift, Tensor) and isinstance(chart.scale, Tensor):
             posterior = posterior.rescaled(chart.shift, chart.scale)
         return lambda a, z: posterior.drift(chart.inner_path, a, z)
 
 
 class GlassTeacher:
-    """GLASS on any drift (t, x) -> b, carried into the chart."""
+    """GLASS on any drift (t, x) -> b, or (t, x, cond) -> b where there are conditions, carried into the chart."""
 
-    def __init__(self, path: Path, drift: Drift) -> None:
-        self.path, self.drift = path, drift
+    def __init__(self, path: Path, drift: Any, null_class: int = 0) -> None:
+        self.path, self.drift, self.null_class = path, drift, null_class
 
-    def at(self, chart: Chart, t: Tensor, x_t: Tensor) -> Velocity:
+    def at(self, chart: Chart, t: Tensor, x_t: Tensor, cond: Cond = None) -> Velocity:
+        drift = self.drift if not cond else guided_drift(self.drift, cond, self.null_class)
+
         def velocity(a: Tensor, z: Tensor) -> Tensor:
             s = chart.time_out(a).clamp(0, 1)
             x_s = chart.state_out(s, z)
-            return chart.velocity_in(s, x_s, glass_drift(self.path, self.drift, s, x_s, t, x_t))
+            return chart.velocity_in(s, x_s, glass_drift(self.path, drift, s, x_s, t, x_t))
 
         return velocity
+
+
+def guided_drift(drift: Any, cond: Cond, null_class: int) -> Drift:
+    """b_∅ + w (b_y − b_∅) at each row's label and scale; one call where every scale is 1."""
+    label = (cond or {})["label"]
+    scale = (cond or {}).get("guidance")
+    if scale is None or bool((scale == 1).all()):
+        return lambda t, x: drift(t, x, {"label": label})
+
+    def guided(t: Any, x: Tensor) -> Tensor:
+        null = drift(t, x, {"label": torch.full_like(label, null_class)})
+        out: Tensor = null + expand_time(scale, x) * (drift(t, x, {"label": label}) - null)
+        return out
+
+    return guided

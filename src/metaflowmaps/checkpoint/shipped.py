@@ -1,0 +1,16 @@
+"""Trained models that come with the package, by name: digits, digits-drift, digits-guide, digits-judge."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "shipped"
+
+
+def shipped(name: str) -> Path | None:
+    """The checkpoint of that name, if the package carries one."""
+    found = FOLDER / name
+    return found if "/" not in name and (found / "manifest.json").is_file() else None
+
+
+def names() -> list[str]:
+    """What the package carries."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/manifest.json"))

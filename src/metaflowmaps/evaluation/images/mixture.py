@@ -1,0 +1,99 @@
+r"""The class mixture (paper §7.1.2): r = log Σ w_i p(y_i | x) should make class y_i appear with frequency ∝ w_i.
+
+Exactly: p_reward(y_i) ∝ p_1(y_i) w_i for a sure classifier, so the target counts the data's own frequencies too (a
+tenth each, nearly). Frequencies are those that the **judge** sees, which the reward never did. ``l2`` is the distance
+of the frequency vectors; n exact samples have √((1 − Σ w²)/n) by chance alone.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from metaflowmaps.evaluation.images.rewards import image_reward, scored, weights
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, cost_of, table
+from metaflowmaps.evaluation.images.variants import run, variant
+from metaflowmaps.metrics.images import class_distance
+from metaflowmaps.randomness import stream
+
+METHODS = (
+    "none", "mfm-g-1", "mfm-g-4", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-gf-plain-4", "mfm-gf-plain-16",
+    "mfm-gf-plain-32", "mfm-smc-4", "mfm-search-4", "dps", "tds-64", "tds-one-64",
+)  # fmt: skip
+
+
+class MixtureConfig(ImageEvalConfig):
+    """Which methods, how many samples; the paper has 500 steps and 4,096 samples."""
+
+    methods: tuple[str, ...] = Field(METHODS, min_length=1)
+    samples: int = Field(2048, ge=2)
+    steps: int = Field(250, ge=1)
+    strength: float = Field(1.0, gt=0)
+    budget: float = Field(6e6, gt=0)  # network calls of a cell: a dearer one has fewer samples, and says so
+
+
+class Mixed(NamedTuple):
+    """Figures and the first samples of each method."""
+
+    metrics: dict[str, Any]
+    samples: dict[str, Tensor]
+
+
+def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line: None) -> Mixed:
+    """metrics.methods[name] = {l2, chance, frequencies, reward, distance, vendi, samples, cost}."""
+    for name in config.methods:
+        variant(name)  # what does not exist is refused before anything runs
+    reward = image_reward(stage, "mixture", config.strength)
+    target = _target(stage)
+    cells: dict[str, Any] = {}
+    shown: dict[str, Tensor] = {}
+    for name in config.methods:
+        n = _affordable(name, config)
+        say(f"{name}, {n} samples")
+        x, result = run(stage, name, reward, n, config.steps, stream(config.seed, "mixture", name))
+        found = torch.bincount(stage.judge.classes(x), minlength=len(target)).double() / len(x)
+        cells[name] = {
+            "l2": class_distance(found, target),
+            "chance": math.sqrt(float(1 - target.square().sum()) / len(x)),
+            "frequencies": found.tolist(),
+            "reward": float(scored(reward, x).mean()),
+            **stage.diversity(x[:512]),
+            "samples": len(x),
+            "cost": cost_of(result),
+        }
+        shown[name] = x[:20].cpu()
+    metrics = {"methods": cells, "target": target.tolist(), "steps": config.steps, **_words(cells, config)}
+    return Mixed(metrics, shown)
+
+
+def _target(stage: Stage) -> Tensor:
+    assert stage.train.labels is not None, "the reward asked for classes already"
+    w = torch.tensor(weights(stage.train.num_classes), dtype=torch.float64)
+    tilted = w * torch.bincount(stage.train.labels, minlength=len(w))
+    return tilted / tilted.sum()
+
+
+def _affordable(name: str, config: MixtureConfig) -> int:
+    v = variant(name)
+    copies = v.number if v.options.get("returns") == "one" else 8 if v.method == "mfm-search" else 1
+    a_step = copies * (1 + (v.number if v.method not in ("tds", "dps", "none") else 1))
+    return int(min(config.samples, max(64, config.budget // (config.steps * a_step))))
+
+
+def _words(cells: dict[str, Any], config: MixtureConfig) -> dict[str, Any]:
+    head = ["method", "L2", "by chance", "reward", "mean distance", "Vendi", "NFE", "ms", "samples"]
+    rows = [
+        [
+            variant(name).title, c["l2"], c["chance"], c["reward"], c["distance"], c["vendi"],
+            round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"], c["samples"],
+        ]
+        for name, c in cells.items()
+    ]  # fmt: skip
+    best = min(cells, key=lambda name: cells[name]["l2"])
+    return {
+        "tables": {f"Class frequencies against w, {config.steps} steps, costs a sample": table(head, rows)},
+        "summary": f"A mixture of classes asked for by one reward. Nearest to it: {variant(best).title}, L2 "
+        f"{cells[best]['l2']:.3f} ({cells[best]['chance']:.3f} by chance alone).",
+    }

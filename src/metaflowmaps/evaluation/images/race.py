@@ -1,0 +1,245 @@
+r"""The reward race: best-of-N against steered trajectories, reward beside diversity beside cost.
+
+For each reward, **best-of-N** keeps the best of N base samples: a pool is generated once (250-step ODE; also the map's
+own one- and four-step samples, which nobody should leave out), shuffled and cut into groups of N. **Steered** samples
+come from ``steer`` at strengths λ/σ, σ the reward's standard deviation over the data: one line a method, λ along it.
+
+Reward alone proves little: DPS can be above everything while its samples collapse. So each cell also has, in the
+judge's features, mean pairwise distance, Vendi score and the Fréchet distance to the **data of the target**, the tenth
+of all images with the highest reward. The last two depend on the number of samples: they are means over sets of SUBSET
+samples, for every cell alike. And each cell is scored by the rewards it was not steered by (hacking).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from metaflowmaps.evaluation.images.rewards import RACE, image_reward, scored
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of, table
+from metaflowmaps.evaluation.images.variants import run, variant
+from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
+from metaflowmaps.metrics.frechet import frechet_distance
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.rewards import Tempered
+from metaflowmaps.sampling import integrate, uniform_grid
+
+SUBSET = 64
+TOP = 0.1  # of all images: the data of the target
+METHODS = ("mfm-g-1", "mfm-g-plain-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "mfm-smc-4", "mfm-search-4", "dps", "tds-64")
+POOLS = {"ode": "best-of-N of ODE samples", "map-1": "best-of-N of map samples, 1 step",
+         "map-4": "best-of-N of map samples, 4 steps"}  # fmt: skip
+
+
+class RaceConfig(ImageEvalConfig):
+    """Who races, for how long."""
+
+    rewards: tuple[str, ...] = Field(RACE, min_length=1)
+    methods: tuple[str, ...] = Field(METHODS, min_length=1)
+    strengths: tuple[float, ...] = Field((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), min_length=1)
+    samples: int = Field(256, ge=SUBSET)
+    steps: int = Field(50, ge=1)
+    base_steps: int = Field(250, ge=1)
+    pool: int = Field(64_000, ge=1000)
+    best_of: tuple[int, ...] = Field((1, 10, 100, 1000), min_length=1)
+
+
+class Raced(NamedTuple):
+    """Figures, and for each reward the samples that the story shows."""
+
+    metrics: dict[str, Any]
+    samples: dict[str, dict[str, Tensor]]
+
+
+def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None) -> Raced:
+    """metrics.rewards[reward].cells: {method, strength | n, reward, others, distance, vendi, frechet, cost}, each."""
+    for name in config.methods:
+        variant(name)
+    rewards = {name: image_reward(stage, name) for name in config.rewards}
+    data = stage.everything()
+    races = {name: _Race(stage, name, rewards, data, config) for name in rewards}
+    for pool in POOLS:
+        say(f"a pool of {config.pool:,} samples: {POOLS[pool]}")
+        images, cost = _pool(stage, pool, config)
+        scores = {name: scored(reward, images) for name, reward in rewards.items()}
+        for race in races.values():
+            for n in config.best_of:
+                race.best_of(pool, n, images, scores, cost)
+    for race in races.values():
+        for name in config.methods:
+            for strength in (0.0,) if name == "none" else config.strengths:
+                say(f"{race.name}: {name}, λ = {strength:g}/σ")
+                race.steered(name, strength)
+    metrics = {
+        "rewards": {name: race.metrics() for name, race in races.items()},
+        "steps": config.steps,
+        "base_steps": config.base_steps,
+        "pool": config.pool,
+        "space": stage.judge.space,
+    }
+    return Raced({**metrics, **_words(metrics)}, {name: race.shown for name, race in races.items()})
+
+
+class _Race:
+    """All cells of one reward."""
+
+    def __init__(self, stage: Stage, name: str, rewards: dict[str, Any], data: Tensor, config: RaceConfig) -> None:
+        self.stage, self.name, self.rewards, self.config = stage, name, rewards, config
+        on_data = scored(rewards[name], data)
+        self.scale = float(on_data.std())
+        best = on_data.topk(max(2 * SUBSET, round(TOP * len(data)))).indices
+        self.target = stage.judge.features(data[best.to(data.device)])
+        self.cells: list[dict[str, Any]] = []
+        self.shown: dict[str, Tensor] = {"target data": data[best[:16].to(data.device)].cpu()}
+        self.data = {
+            "target_reward": float(on_data[best].mean()), "reward": float(on_data.mean()),
+            "reward_std": self.scale, "target_images": len(best), **self.judged(self.target),
+            "base_frechet": self._subsets(stage.judge.features(data), "frechet"),
+        }  # fmt: skip
+
+    def best_of(self, pool: str, n: int, images: Tensor, scores: dict[str, Tensor], cost: dict[str, float]) -> None:
+        """Groups of n, the best of each; a group costs n samples and n rewards."""
+        groups = min(len(images) // n, max(self.config.samples, SUBSET))
+        order = torch.randperm(len(images), generator=stream(self.config.seed, "groups", pool, n))[: groups * n]
+        best = order.reshape(groups, n).gather(1, scores[self.name][order].reshape(groups, n).argmax(1, keepdim=True))[
+            :, 0
+        ]
+        each = {k: n * v for k, v in cost.items()}
+        each |= {"reward_calls": float(n), "nfe": n * cost["nfe"] + n}
+        self._add(pool, n, images[best.to(images.device)], {k: v[best] for k, v in scores.items()}, each)
+
+    def steered(self, name: str, strength: float) -> None:
+        """One method at λ/σ."""
+        reward = Tempered(self.rewards[self.name], strength / self.scale) if strength else self.rewards[self.name]
+        g = stream(self.config.seed, "race", self.name, name, repr(strength))
+        x, result = run(self.stage, name, reward, self.config.samples, self.config.steps, g)
+        finite = x.flatten(1).isfinite().all(1)
+        x = x[finite]
+        if len(x) < SUBSET:  # the method broke at this strength: said so, and not scored
+            self.cells.append({"method": name, "strength": strength, "lost": int((~finite).sum())})
+            return
+        scores = {k: scored(r, x) for k, r in self.rewards.items()}
+        self._add(name, strength, x, scores, cost_of(result), int((~finite).sum()))
+
+    def _add(
+        self, method: str, number: float, x: Tensor, scores: dict[str, Tensor], cost: dict[str, float], lost: int = 0
+    ) -> None:
+        own = scores[self.name]
+        self.cells.append(
+            {
+                "method": method,
+                ("n" if method in POOLS else "strength"): number,
+                "reward": float(own.mean()),
+                "reward_se": float(own.std() / math.sqrt(len(own))),
+                "others": {k: float(v.mean()) for k, v in scores.items() if k != self.name},
+                **self.judged(self.stage.judge.features(x)),
+                "samples": len(x),
+                "lost": lost,
+                "cost": cost,
+            }
+        )
+        self.shown[f"{method} {number:g}"] = x[:16].cpu()
+
+    def judged(self, features: Tensor) -> dict[str, float | None]:
+        """Distance, Vendi score and Fréchet distance to the target, the last two on sets of SUBSET."""
+        return {
+            "distance": mean_pairwise_distance(features),
+            "vendi": self._subsets(features, "vendi"),
+            "frechet": self._subsets(features, "frechet"),
+        }
+
+    def _subsets(self, features: Tensor, what: str) -> float | None:
+        sets = [part for part in features.split(SUBSET) if len(part) == SUBSET][:8]
+        if not sets:  # too few samples to be compared with the others
+            return None
+        if what == "vendi":
+            return sum(vendi_score(part) for part in sets) / len(sets)
+        return sum(frechet_distance(part, self.target) for part in sets) / len(sets)
+
+    def metrics(self) -> dict[str, Any]:
+        return {"data": self.data, "cells": self.cells, "headline": headline(self.cells)}
+
+
+@torch.no_grad()
+def _pool(stage: Stage, kind: str, config: RaceConfig) -> tuple[Tensor, dict[str, float]]:
+    model, out = stage.model, []
+    with Timed(model) as timed:
+        for part in range(0, config.pool, 8000):
+            n, g = min(8000, config.pool - part), stream(config.seed, "pool", kind, part)
+            if kind == "ode":
+                noise = randn((n, *model.event_shape), g, model.dtype, model.device)
+                out.append(integrate(model.drift, noise, uniform_grid(config.base_steps)))
+            else:
+                out.append(model.generate(n, int(kind.removeprefix("map-")), g))
+    return torch.cat(out), timed.cost(config.pool)
+
+
+def headline(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """MFM-G with one draw against best-of-N of each pool: the mildest strength that reaches its reward, and the ratios.
+
+    Where none does, the one of highest reward, with ``reached`` false.
+    """
+    single = [c for c in cells if c["method"] in ("mfm-g-1", "mfm-g-plain-1") and "reward" in c]
+    out = {}
+    for pool in POOLS:
+        rival = max((c for c in cells if c["method"] == pool), key=lambda c: c["n"], default=None)
+        if rival is None or not single:
+            continue
+        enough = [c for c in single if c["reward"] >= rival["reward"]]
+        ours = min(enough, key=lambda c: c["strength"]) if enough else max(single, key=lambda c: c["reward"])
+        out[pool] = {
+            "n": rival["n"],
+            "reached": bool(enough),
+            "method": ours["method"],
+            "strength": ours["strength"],
+            "reward": ours["reward"],
+            "rival_reward": rival["reward"],
+            "nfe_ratio": rival["cost"]["nfe"] / ours["cost"]["nfe"],
+            "seconds_ratio": rival["cost"]["seconds"] / ours["cost"]["seconds"],
+            "distance": ours["distance"],
+            "rival_distance": rival["distance"],
+            "frechet": ours["frechet"],
+            "rival_frechet": rival["frechet"],
+        }
+    return out
+
+
+def title(method: str) -> str:
+    """As tables and figures call it."""
+    return POOLS[method] if method in POOLS else variant(method).title
+
+
+def _words(metrics: dict[str, Any]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    rows = [
+        [name, f"{POOLS[pool]}, N = {h['n']}", h["rival_reward"], h["reward"], "yes" if h["reached"] else "no",
+         title(h["method"]), f"{h['strength']:g}", h["nfe_ratio"], h["seconds_ratio"], h["rival_distance"],
+         h["distance"], h["rival_frechet"], h["frechet"]]
+        for name, race in metrics["rewards"].items() for pool, h in race["headline"].items()
+    ]  # fmt: skip
+    head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ", "NFE, times fewer",
+            "seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]  # fmt: skip
+    tables["MFM-G with one draw against best-of-N"] = table(head, rows)
+    for name, race in metrics["rewards"].items():
+        others = list(race["cells"][0]["others"])
+        head = ["method", "λσ or N", "reward", "±", *(f"{o} too" for o in others), "mean distance",
+                f"Vendi of {SUBSET}", "Fréchet to target", "NFE", "ms", "samples"]  # fmt: skip
+        body = [
+            [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["reward_se"],
+             *(c["others"][o] for o in others), c["distance"], c["vendi"], c["frechet"], round(c["cost"]["nfe"]),
+             1000 * c["cost"]["seconds"], c["samples"]]
+            for c in race["cells"] if "reward" in c
+        ]  # fmt: skip
+        d = race["data"]
+        body.append(["data of the target", None, d["target_reward"], None, *(None for _ in others), d["distance"],
+                     d["vendi"], d["frechet"], None, None, d["target_images"]])  # fmt: skip
+        tables[f"Reward {name}"] = table(head, body)
+    won = sum(race["headline"].get("ode", {}).get("reached", False) for race in metrics["rewards"].values())
+    return {
+        "tables": tables,
+        "summary": f"MFM-G with one draw a step reaches the mean reward of best-of-N over {metrics['base_steps']}-step "
+        f"ODE samples on {won} of {len(metrics['rewards'])} rewards. Reward is shown beside diversity and beside the "
+        "distance to the data that have such a reward: reward alone proves little.",
+    }

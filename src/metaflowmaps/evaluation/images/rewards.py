@@ -1,0 +1,74 @@
+r"""The rewards of the image experiments, by name.
+
+``margin``   log-odds of one class under the guide: unlike log p it has no ceiling
+``slant``    lean to the right, from pixels          ``ink``   stroke weight, from pixels
+``half``     log-likelihood of the left half of one held-out image
+``mixture``  log Σ w_i p(y_i | x), w ∝ [0,1,0,1,0,2,0,2,0,4] (paper §7.1.2)
+
+They disagree with each other, and none saturates on data but the last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.evaluation.images.stage import Stage
+from metaflowmaps.randomness import stream
+from metaflowmaps.rewards import ClassifierMixture, Ink, InverseProblem, LogitMargin, Mask, Slant, Tempered
+
+WEIGHTS = (0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 4.0)
+LABEL = 3
+NOISE = 0.3  # of the half that is seen
+RACE = ("margin", "slant", "half")
+
+
+def _guide(stage: Stage, name: str) -> Any:
+    if stage.guide is None:
+        raise InputError(f"reward {name} needs a guiding classifier: train one and give it with --set guide=RUN")
+    return stage.guide
+
+
+def _margin(stage: Stage) -> Any:
+    return LogitMargin(_guide(stage, "margin"), min(LABEL, max(stage.train.num_classes - 1, 0)))
+
+
+def _mixture(stage: Stage) -> Any:
+    return ClassifierMixture(_guide(stage, "mixture"), weights(stage.train.num_classes))
+
+
+def _half(stage: Stage) -> Any:
+    mask = torch.zeros(stage.model.event_shape)
+    mask[..., : mask.shape[-1] // 2] = 1
+    x, _ = stage.images(1, "half", 0)
+    return InverseProblem.observe(Mask(mask), x, NOISE, stream(0, "half"))
+
+
+REWARDS: dict[str, Callable[[Stage], Any]] = {
+    "margin": _margin,
+    "slant": lambda stage: Slant(),
+    "half": _half,
+    "ink": lambda stage: Ink(),
+    "mixture": _mixture,
+}
+
+
+def image_reward(stage: Stage, name: str, strength: float = 1.0) -> Any:
+    """The reward of that name, times its strength."""
+    if name not in REWARDS:
+        raise unknown("reward", name, REWARDS)
+    made = REWARDS[name](stage)
+    return made if strength == 1 else Tempered(made, strength)
+
+
+def weights(classes: int) -> list[float]:
+    """The paper's w for ten classes; the same pattern, cut or repeated, for another number."""
+    return [WEIGHTS[i % len(WEIGHTS)] for i in range(max(classes, 2))]
+
+
+@torch.no_grad()
+def scored(reward: Any, x: Tensor) -> Tensor:
+    """r(x) in parts: (n,)."""
+    return torch.cat([reward(part).cpu() for part in x.split(1024)])

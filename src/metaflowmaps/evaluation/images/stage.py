@@ -1,0 +1,149 @@
+r"""What every image experiment stands on: the map, the data it was not trained on, and a judge.
+
+The **judge** is a classifier that no sampler ever sees: samples are compared in its features (a Fréchet distance *in
+classifier features*, not "FID"), and it names their classes. Rewards use another classifier, the **guide**, of another
+architecture and seed: a reward that is raised by fooling the guide does not fool the judge. Without a judge images are
+compared in the leading principal components of the training images, and classes are not named.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from metaflowmaps.config import Config
+from metaflowmaps.data import ImageSet
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.meter import Meter
+from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
+from metaflowmaps.metrics.frechet import frechet_distance
+from metaflowmaps.randomness import stream
+from metaflowmaps.steering import SteerResult
+
+COMPONENTS = 32
+BATCH = 1024
+Say = Callable[[str], None]
+
+
+class ImageEvalConfig(Config):
+    """What every image experiment can be told: whose classifiers, which drift, where the images are now."""
+
+    guide: str | None = None  # None: NAME-guide beside the run, or the shipped one; NAME is that of the data set
+    judge: str | None = None
+    drift: str | None = None  # None: the run's own drift stage, or the shipped one; "none": the map's own drift alone
+    data: str | None = None  # None: where the map was trained from
+    seed: int = Field(0, ge=0)
+
+
+class Judge:
+    """Features and classes of images, from a classifier or, for want of one, from principal components."""
+
+    def __init__(self, classifier: nn.Module | None, train: ImageSet) -> None:
+        self.classifier = classifier
+        if classifier is None:
+            flat = train.tensor(torch.arange(min(len(train), 20_000))).flatten(1)
+            self._mean = flat.mean(0)
+            count = min(COMPONENTS, *flat.shape)
+            self._axes = torch.linalg.svd(flat - self._mean, full_matrices=False).Vh[:count]
+        self.space = (
+            f"{COMPONENTS} principal components" if classifier is None else "features of the judging classifier"
+        )
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(n, *event) -> (n, d), on the CPU."""
+        return torch.cat([self._features(part).cpu() for part in x.split(BATCH)])
+
+    def _features(self, x: Tensor) -> Tensor:
+        if self.classifier is None:
+            scores: Tensor = (x.cpu().flatten(1) - self._mean) @ self._axes.T
+            return scores
+        out: Tensor = self.classifier.features(x)  # type: ignore[operator]
+        return out
+
+    @torch.no_grad()
+    def classes(self, x: Tensor) -> Tensor:
+        """(n, *event) -> (n,) int64."""
+        if self.classifier is None:
+            raise InputError("classes need a judging classifier: train one and give it with --set judge=RUN")
+        return torch.cat([self.classifier(part).argmax(1).cpu() for part in x.split(BATCH)])
+
+
+@dataclass
+class Stage:
+    """A map with everything that judges it."""
+
+    model: MetaFlowMap
+    train: ImageSet
+    held_out: ImageSet
+    judge: Judge
+    guide: nn.Module | None = None
+    drift: Any = None  # (t, x) -> b, of a model trained for that alone; None: the map's own
+    _reference: dict[str, Tensor] = field(default_factory=dict)
+
+    def images(self, n: int, name: str, seed: int) -> tuple[Tensor, Tensor | None]:
+        """n held-out images, each as often as any other, with their labels."""
+        order = torch.randperm(len(self.held_out), generator=stream(seed, "held-out", name))
+        index = order[torch.arange(n) % len(order)]
+        labels = None if self.held_out.labels is None else self.held_out.labels[index]
+        return self.held_out.tensor(index).to(self.model.device), labels
+
+    def reference(self) -> Tensor:
+        """Features of the held-out images."""
+        if "held" not in self._reference:
+            self._reference["held"] = self.judge.features(self.held_out.tensor().to(self.model.device))
+        return self._reference["held"]
+
+    def everything(self) -> Tensor:
+        """All images there are."""
+        return torch.cat([self.train.tensor(), self.held_out.tensor()]).to(self.model.device)
+
+    def frechet(self, x: Tensor) -> float:
+        """Fréchet distance of samples to the held-out images, in the judge's features."""
+        return frechet_distance(self.judge.features(x), self.reference())
+
+    def floor(self) -> float:
+        """The same for the images trained on: what nothing can be expected to beat by much."""
+        return self.frechet(self.train.tensor().to(self.model.device))
+
+    def diversity(self, x: Tensor) -> dict[str, float]:
+        """Mean pairwise distance and Vendi score in the judge's features; both depend on how many samples there are."""
+        features = self.judge.features(x)
+        return {"distance": mean_pairwise_distance(features), "vendi": vendi_score(features)}
+
+
+def per_sample(cost: dict[str, float], n: int) -> dict[str, float]:
+    """A run's cost per returned sample."""
+    shared = {k: cost[k] / n for k in ("forwards", "backwards", "reward_calls", "reward_backwards", "seconds")}
+    nfe = sum(shared[k] for k in ("forwards", "backwards", "reward_calls", "reward_backwards"))
+    return {**shared, "nfe": nfe}
+
+
+def cost_of(result: SteerResult) -> dict[str, float]:
+    return per_sample(result.cost, len(result.samples))
+
+
+class Timed:
+    """``with Timed(model) as timed: …`` and then ``timed.cost(n)`` per sample."""
+
+    def __init__(self, model: MetaFlowMap) -> None:
+        self.meter = Meter(model.network)
+
+    def __enter__(self) -> "Timed":
+        self.meter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.meter.__exit__(*error)
+
+    def cost(self, n: int) -> dict[str, float]:
+        return per_sample(self.meter.cost(), n)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> dict[str, Any]:
+    """A table as results.json and the report hold it."""
+    return {"head": list(head), "rows": [list(row) for row in rows]}

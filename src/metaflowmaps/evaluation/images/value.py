@@ -1,0 +1,115 @@
+r"""How good is V̂ from one-step draws on images? Against rollouts: 200 particles of a 200-step SDE at each state.
+
+States are held-out images noised to t. The rollouts of the map's own drift draw from its posterior with little error
+(:class:`metaflowmaps.posterior.RolloutPosterior`), so V from them is the reference; its own Monte-Carlo error is
+measured by a second, independent set, and no estimate can correlate with the first better than the second does.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from metaflowmaps.evaluation.images.rewards import image_reward
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, table
+from metaflowmaps.evaluation.value import pearson
+from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.value import value_gradient
+
+
+class ImageValueConfig(ImageEvalConfig):
+    """Which states, which reward, how many draws."""
+
+    states: int = Field(64, ge=3)
+    times: tuple[float, ...] = Field((0.1, 0.2, 0.5, 0.8), min_length=1)
+    num_draws: tuple[int, ...] = Field((1, 4, 16, 64, 200), min_length=1)
+    map_steps: tuple[int, ...] = (1, 2, 4)
+    glass_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rollout_steps: int = Field(200, ge=1)
+    rollout_particles: int = Field(200, ge=2)
+    reward: str = "margin"
+    strength: float = Field(0.2, gt=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ImageValueConfig":
+        if any(not 0 <= t < 1 for t in self.times):
+            raise ValueError("times must lie in [0, 1): at t = 1 the value is the reward")
+        if min((*self.map_steps, *self.glass_steps, *self.num_draws)) < 1:
+            raise ValueError("steps and num_draws must be at least 1")
+        return self
+
+
+@torch.no_grad()
+def evaluate_image_value(stage: Stage, config: ImageValueConfig, say: Say = lambda line: None) -> dict[str, Any]:
+    """metrics.by_sampler[name][num_draws][t] = {pearson, rmse}, with calls a draw; rollout: the second reference."""
+    model, reward = stage.model, image_reward(stage, config.reward, config.strength)
+    posteriors: dict[str, Any] = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
+    for k in config.glass_steps:
+        posteriors[f"glass-{k}"] = GlassPosterior(model.path, model.drift, k)
+    rollout = RolloutPosterior(model.path, model.drift, config.rollout_steps)
+    cells: dict[str, Any] = {name: {str(n): {} for n in config.num_draws} for name in posteriors}
+    cells["rollout"] = {str(config.rollout_particles): {}}
+    seconds, spread = {}, {}
+    for t in config.times:
+        x_1, _ = stage.images(config.states, "value", config.seed)
+        g = stream(config.seed, "value", repr(t))
+        x_t = model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
+        say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
+        truth, again = (_value(rollout, reward, t, x_t, config.rollout_particles, g) for _ in range(2))
+        spread[repr(t)] = float(truth.std())
+        cells["rollout"][str(config.rollout_particles)][repr(t)] = _against(again, truth)
+        for name, posterior in posteriors.items():
+            with Timed(model) as timed:
+                for n in config.num_draws:
+                    estimate = _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)))
+                    cells[name][str(n)][repr(t)] = _against(estimate, truth)
+            seconds[name] = timed.cost(config.states * sum(config.num_draws))["seconds"]
+    metrics = {"by_sampler": cells, "seconds_per_draw": seconds, "value_std": spread, "reward": config.reward}
+    return {**metrics, **_words(cells, config)}
+
+
+def _value(posterior: Any, reward: Any, t: float, x_t: Tensor, n: int, g: torch.Generator) -> Tensor:
+    return value_gradient(posterior, reward, t, x_t, n, "gradient-free", g, chunk=32).value.double().cpu()
+
+
+def _against(estimate: Tensor, truth: Tensor) -> dict[str, float]:
+    return {"pearson": pearson(estimate, truth), "rmse": float((estimate - truth).square().mean().sqrt())}
+
+
+def _words(cells: dict[str, Any], config: ImageValueConfig) -> dict[str, Any]:
+    times = [repr(t) for t in config.times]
+    most = str(max(config.num_draws))
+    rows = [
+        [_title(name), int(name.rpartition("-")[2]), *(cells[name][most][t]["pearson"] for t in times),
+         *(cells[name][most][t]["rmse"] for t in times)]
+        for name in cells if name != "rollout"
+    ]  # fmt: skip
+    own = cells["rollout"][str(config.rollout_particles)]
+    rows.append(
+        ["rollouts again", config.rollout_steps, *(own[t]["pearson"] for t in times), *(own[t]["rmse"] for t in times)]
+    )
+    head = [
+        "sampler",
+        "calls a draw",
+        *(f"r, t = {float(t):g}" for t in times),
+        *(f"RMSE, t = {float(t):g}" for t in times),
+    ]
+    few = [
+        [_title(name), int(n), *(cells[name][n][t]["pearson"] for t in times)]
+        for name in cells if name in ("map-1", f"glass-{max(config.glass_steps, default=0)}") for n in cells[name]
+    ]  # fmt: skip
+    return {
+        "tables": {
+            f"Value of the reward {config.reward}, {most} draws, against rollouts": table(head, rows),
+            "Pearson r by number of draws": table(["sampler", "draws", *(f"t = {float(t):g}" for t in times)], few),
+        },
+        "summary": f"The value from posterior draws against {config.rollout_particles} rollouts of "
+        f"{config.rollout_steps} steps at {config.states} noised held-out images a time.",
+    }
+
+
+def _title(name: str) -> str:
+    kind, _, steps = name.rpartition("-")
+    return f"{'map' if kind == 'map' else 'GLASS'}, {steps} steps"

@@ -1,0 +1,44 @@
+"""The 8×8 digits that scikit-learn carries: a map of images that a laptop trains, and its two classifiers."""
+
+from metaflowmaps.data import DataConfig
+from metaflowmaps.recipes.classifiers import guide, judge
+from metaflowmaps.training.config import (
+    ClassifierConfig,
+    LossConfig,
+    MLPConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TimesConfig,
+    TrainConfig,
+)
+
+DATA = DataConfig(name="digits")
+
+
+def digits(fast: bool = False) -> TrainConfig:
+    """The map of 8×8 digits, taught by a drift that is learned first."""
+    return TrainConfig(
+        recipe="digits",
+        data=DATA,
+        model=ModelConfig(data_mean="image", data_std=0.53, network=MLPConfig(width=256, depth=6, modulation=True)),
+        loss=LossConfig(diagonal_share=0.25),
+        times=TimesConfig(from_noise=0.8),
+        teacher="learned",
+        start_from_drift=True,
+        drift_steps=1_000 if fast else 2_500,
+        drift_batch_size=1024,
+        steps=2_000 if fast else 14_000,
+        batch_size=512,
+        optimizer=OptimizerConfig(lr=2e-3),
+        sample_every=3_000,
+    )
+
+
+def digits_guide(fast: bool = False) -> ClassifierConfig:
+    """The classifier of digits that rewards are made of."""
+    return guide("digits-guide", DATA, 400 if fast else 1_500)
+
+
+def digits_judge(fast: bool = False) -> ClassifierConfig:
+    """The classifier of digits that samples are judged by: another architecture, another seed."""
+    return judge("digits-judge", DATA, 400 if fast else 1_500)

@@ -1,0 +1,36 @@
+"""Your own images (``--data DIR``): spread measured, network sized to them; classifiers where there are labels."""
+
+from metaflowmaps.data import DataConfig
+from metaflowmaps.recipes.classifiers import guide, judge
+from metaflowmaps.training.config import ClassifierConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+DATA = DataConfig(name="images")
+
+
+def images(fast: bool = False) -> TrainConfig:
+    """The map of your own images: a folder, or an .npy or .npz array."""
+    return TrainConfig(
+        recipe="images",
+        data=DATA,
+        model=ModelConfig(data_mean="image", data_std=None, network=None),
+        loss=LossConfig(diagonal="teacher", consistency="semigroup", diagonal_share=0.5),
+        teacher="learned",
+        start_from_drift=True,
+        drift_steps=1_500 if fast else 6_000,
+        drift_batch_size=128,
+        steps=1_500 if fast else 6_000,
+        batch_size=128,
+        optimizer=OptimizerConfig(name="adam", lr=1e-3, betas=(0.9, 0.99)),
+        sample_every=500 if fast else 2_000,
+        log_every=50,
+    )
+
+
+def images_guide(fast: bool = False) -> ClassifierConfig:
+    """The classifier of your own labelled images that rewards are made of."""
+    return guide("images-guide", DATA.model_copy(update={"labels": True}), 400 if fast else 2_000)
+
+
+def images_judge(fast: bool = False) -> ClassifierConfig:
+    """The classifier of your own labelled images that samples are judged by."""
+    return judge("images-judge", DATA.model_copy(update={"labels": True}), 400 if fast else 2_000)
