@@ -153,8 +153,13 @@ def posterior(
 def steer(
     checkpoint: CheckpointArgument,
     reward: Annotated[
-        str, typer.Option("--reward", help="A task (gmm-inverse, mixture-16d) or file.py:function.")
-    ] = "gmm-inverse",
+        str | None,
+        typer.Option(
+            "--reward",
+            help="file.py:function; mixtures: gmm-inverse, mixture-16d; images: margin:7 (be a 7), slant, ink, half, "
+            "mixture.",
+        ),
+    ] = None,
     strength: Annotated[float, typer.Option("--strength", help="λ: the reward is multiplied by it.")] = 1.0,
     num: Num = None,
     method: Annotated[

@@ -24,7 +24,7 @@ from metaflowmaps.path import Path, as_path
 from metaflowmaps.randomness import randn
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
-from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time
+from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 
 
 class Posterior(Protocol):
@@ -137,12 +137,9 @@ class RolloutPosterior:
     1. Slow: it is the inner rollout that maps and GLASS save, and what they are judged by.
     """
 
-    pathwise = True
-
     def __init__(self, path: Path, drift: Drift, steps: int = 200) -> None:
         check_count(steps, "steps")
-        self.path, self.steps = as_path(path), steps
-        self._drift = drift
+        self.path, self.drift, self.steps = as_path(path), drift, steps
 
     def draw(
         self,
@@ -152,18 +149,24 @@ class RolloutPosterior:
         generator: torch.Generator | None = None,
         cond: Cond = None,
     ) -> Tensor:
-        """(num_draws, B, *event); t is one number for all rows."""
-        check_count(num_draws, "num_draws")
+        _check(t, x_t, num_draws)
         x = x_t.expand(num_draws, *x_t.shape).flatten(0, 1)
         wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
-        start = float(torch.as_tensor(t).flatten()[0])
-        times = [start + (1 - start) * i / self.steps for i in range(self.steps)] + [1.0]
+        start = batch_time(t, x_t).repeat(num_draws)
+        times = [start + (1 - start) * (i / self.steps) for i in range(self.steps)] + [torch.ones_like(start)]
         for now, then in pairwise(times):
-            bridge = self.path.bridge(now, then)
-            mean = self.path.to_denoise(now, x, call_drift(self._drift, now, x, wide), "drift")
+            bridge = self.path.bridge(expand_time(now, x), expand_time(then, x))
+            # at t = 1 the bridge is 0/0, and the state its own posterior mean
+            there = expand_time(now, x) == 1
+            keep, data, std = (torch.where(there, at, c) for at, c in zip((0.0, 1.0, 0.0), bridge, strict=True))
             noise = randn(tuple(x.shape), generator, x.dtype, x.device)
-            x = bridge.keep.to(x) * x + bridge.data.to(x) * mean + bridge.std.to(x) * noise
+            x = keep * x + data * self.denoise(now, x, wide) + std * noise
         return x.reshape(num_draws, *x_t.shape)
+
+    def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
+        """D_t(x)."""
+        times = batch_time(t, x)
+        return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
 
 
 class ExactPosterior:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from metaflowmaps.commands import pictures
 from metaflowmaps.commands.shared import Results, begun, beside, digest, law_of, open_model, save_tensors
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
@@ -58,6 +59,8 @@ def sample(
             figures.scatter(points.cpu(), f"{num} samples, {steps} network call(s) each", law),
             out / "samples.png",
         )
+    elif len(model.event_shape) == 3:
+        pictures.samples_grid(points, f"{num} samples, {steps} network call(s) each", out / "samples.png")
     spread = points.flatten(1).std(0).mean() if num > 1 else torch.zeros(())
     metrics = {"num": num, "mean": float(points.mean()), "std": float(spread)}
     results = write_results(
@@ -113,6 +116,8 @@ def posterior(
             f"{num_draws} posterior draws",
         )
         figures.save(picture, out / "posteriors.png")
+    elif len(model.event_shape) == 3:
+        pictures.posterior_grid(x_t[0].cpu(), draws.cpu(), t, out / "posteriors.png")
     metrics: dict[str, Any] = {
         "num_draws": num_draws,
         "mean": draws.mean(0).flatten().tolist(),

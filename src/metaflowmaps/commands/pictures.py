@@ -47,6 +47,15 @@ def recovery_grid(image: Tensor, noisy: list[Tensor], draws: list[Tensor], times
     return image_figures.image_grid(rows, [f"t = {t:g}" for t in times], titles, title)
 
 
+def posterior_grid(x_t: Tensor, draws: Tensor, t: float, out: Path) -> None:
+    """A noisy image and up to 24 draws."""
+    each = min(8, len(draws))
+    rows = [torch.cat([x_t[None], part]) for part in draws[:24].split(each) if len(part) == each]
+    titles = ["noisy", "draws", *([""] * (each - 1))]
+    title = f"A noisy image at t = {t:g} and what it may be"
+    figures.save(image_figures.image_grid(rows, [""] * len(rows), titles, title), out)
+
+
 def samples_grid(x: Tensor, title: str, out: Path) -> None:
     """The first samples, sixteen a row."""
     shown = x[:GRID].cpu()

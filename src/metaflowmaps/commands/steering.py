@@ -1,15 +1,15 @@
 """mfm steer, mfm eval steering, mfm eval value."""
 
-import hashlib
-import importlib.util
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaflowmaps.commands import pictures
+from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
 from metaflowmaps.commands.shared import (
     Results,
     Say,
@@ -28,9 +28,8 @@ from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
 from metaflowmaps.path import LinearPath
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.randomness import stream
-from metaflowmaps.recipes.tasks import TASKS, SteeringTask, steering_task
+from metaflowmaps.recipes.tasks import SteeringTask, steering_task
 from metaflowmaps.report import figures, steering_figures
-from metaflowmaps.rewards import LinearGaussian, Tempered
 from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
@@ -42,7 +41,7 @@ PICTURED = 4  # of num_draws, the panels show the one nearest to this
 
 def steer(
     checkpoint: str,
-    reward: str,
+    reward: str | None,
     strength: float,
     num: int,
     method: str,
@@ -63,7 +62,6 @@ def steer(
 
     ``only``: the samples with these seeds, num of them; where particle systems are returned whole, these systems.
     """
-    r, known = _reward(reward, strength)
     options = parse_settings(settings)
     if "progress" in options:
         raise InputError("progress shows itself on a terminal: leave --set progress out")
@@ -72,6 +70,8 @@ def steer(
     if only:
         num = len(only) * _particles_of_a_seed(method, options)
     model, found, target = open_model(checkpoint, device)
+    given, known, reward = chosen_reward(reward, strength, found)
+    r = image_reward_of(reward, strength, checkpoint, found, model) if given is None else given
     law = law_of(found)
     if method == "exact" and law is None:
         raise InputError(
@@ -80,7 +80,7 @@ def steer(
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
         "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
-        "seed": seed, **({"only": list(only)} if only else {}), **_file_hash(reward), **options,
+        "seed": seed, **({"only": list(only)} if only else {}), **file_hash(reward), **options,
     }  # fmt: skip
     out = out or beside(checkpoint, found, f"steer-{method}")
     done = begun(out, "steer", config)
@@ -103,6 +103,9 @@ def steer(
     if model.event_shape == (2,):
         title = f"{method}, {num} samples, {result.cost['nfe']:,.0f} evaluations each"
         figures.save(figures.scatter(result.samples.cpu(), title, tilted), out / "samples.png")
+    elif len(model.event_shape) == 3:
+        title = f"{method} for the reward {reward}, {result.cost['nfe']:,.0f} evaluations each"
+        pictures.samples_grid(result.samples, title, out / "samples.png")
     if len(result.info["time"]) > 1 and "ess" in result.info:
         figures.save(steering_figures.trajectory({method: _curves(result)}), out / "trajectory.png")
     rewards = result.rewards.double()
@@ -194,34 +197,6 @@ def eval_value(
 # -- internals -----------------------------------------------------------------------------------------
 
 
-def _reward(text: str, strength: float) -> tuple[Callable[..., Tensor], LinearGaussian | None]:
-    """A task's reward by its name, or ``file.py:function``; and the linear-Gaussian one it is, if it is one."""
-    name, colon, attribute = text.rpartition(":")
-    if not colon and text.endswith(".py"):
-        raise InputError(f"--reward {text}: name the function too, {text}:my_reward")
-    if not colon or name in TASKS:
-        own = steering_task(name if colon else text).reward(attribute if colon else "")
-        scaled = LinearGaussian(own.A, own.y, own.noise_std, own.strength * strength)
-        return scaled, scaled
-    file = Path(name)
-    if not file.is_file():
-        raise InputError(f"--reward {text}: no file {name}; give a task ({', '.join(TASKS)}) or file.py:function")
-    spec = importlib.util.spec_from_file_location("mfm_user_reward", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--reward {text}: {name} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises is theirs to read, in one line
-        raise InputError(f"--reward {text}: {name} fails with {type(error).__name__}: {error}") from error
-    if not hasattr(module, attribute):
-        raise InputError(f"--reward {text}: {name} has no {attribute}")
-    found = getattr(module, attribute)
-    if strength != 1:
-        return Tempered(found, strength), None
-    return found, None
-
-
 def _particles_of_a_seed(method: str, options: dict[str, Any]) -> int:
     """How many samples ``--only SEED`` makes: one, or a system of particles."""
     if method not in PARTICLE or options.get("returns", "all") != "all":
@@ -232,12 +207,6 @@ def _particles_of_a_seed(method: str, options: dict[str, Any]) -> int:
             "--set particles=64"
         )
     return int(options["particles"])
-
-
-def _file_hash(reward: str) -> dict[str, str]:
-    """What a reward's file held: another version of it is another run."""
-    file = Path(reward.rpartition(":")[0])
-    return {"reward_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
 
 
 def _judged_model(

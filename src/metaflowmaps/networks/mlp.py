@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.networks.embed import TimeFeatures
+from metaflowmaps.networks.embed import _refuse as refuse_scales
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -18,9 +19,9 @@ class MLP(nn.Module):
 
     With ``num_classes`` the optional condition ``{"label": (B,)}`` enters as a learned vector on the first hidden
     layer; label ``num_classes`` is the null class, and no label means the null class. With ``guidance`` the scale
-    ``{"guidance": (B,)}`` enters there too, as log w times a learned vector: w = 1, the default, adds nothing.
-    ``modulation`` makes the hidden layers residual, each scaled and shifted by the times: better where one network must
-    serve every time, as for images. ``shape`` is that of one sample, where it is not (dim,).
+    ``{"guidance": (B,)}``, w >= 0, enters there too, as (w − 1)/(w + 1) times a learned vector: w = 1, the default,
+    adds nothing. ``modulation`` makes the hidden layers residual, each scaled and shifted by the times: better where
+    one network must serve every time, as for images. ``shape`` is that of one sample, where it is not (dim,).
     """
 
     name = "mlp"
@@ -45,7 +46,7 @@ class MLP(nn.Module):
                 f"mlp needs dim, width and depth >= 1 and num_classes >= 0, got {dim}, {width}, {depth}, {num_classes}"
             )
         self.event_shape = (dim,) if shape is None else tuple(shape)
-        if math.prod(self.event_shape) != dim:
+        if math.prod(self.event_shape) != dim or min(self.event_shape) < 1:
             raise InputError(
                 f"mlp with shape {list(self.event_shape)} needs dim={math.prod(self.event_shape)}, got {dim}"
             )
@@ -101,7 +102,8 @@ class MLP(nn.Module):
         if guidance is not None:
             if self.guidance is None:
                 raise InputError("this network takes no guidance scale: it was made with guidance=False")
-            h = h + guidance.log()[:, None] * self.guidance
+            refuse_scales(~(guidance >= 0), guidance, "be numbers >= 0")
+            h = h + ((guidance - 1) / (guidance + 1)).to(h)[:, None] * self.guidance
         out: Tensor = self.output(self.hidden(h) if self.modulation is None else self._modulated(h, times))
         return out.reshape(z.shape)
 

@@ -2,7 +2,14 @@
 
 from metaflowmaps.data import DataConfig
 from metaflowmaps.recipes.classifiers import guide, judge
-from metaflowmaps.training.config import ClassifierConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from metaflowmaps.training.config import (
+    ClassifierConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TimesConfig,
+    TrainConfig,
+)
 
 DATA = DataConfig(name="images")
 
@@ -13,7 +20,8 @@ def images(fast: bool = False) -> TrainConfig:
         recipe="images",
         data=DATA,
         model=ModelConfig(data_mean="image", data_std=None, network=None),
-        loss=LossConfig(diagonal="teacher", consistency="semigroup", diagonal_share=0.5),
+        loss=LossConfig(diagonal_share=0.25),
+        times=TimesConfig(from_noise=0.8),
         teacher="learned",
         start_from_drift=True,
         drift_steps=1_500 if fast else 6_000,

@@ -46,7 +46,7 @@ class Slant:
         v = v - (ink * v).sum((1, 2), keepdim=True) / total
         u = u - (ink * u).sum((1, 2), keepdim=True) / total
         rise = (ink * v.square()).sum((1, 2))
-        floor = 1e-3 * total[:, 0, 0]  # a stroke of no height has no slant
+        floor = 1e-3 * (1 + total[:, 0, 0])  # a stroke of no height has no slant, an empty image no steep gradient
         return -self.strength * (ink * u * v).sum((1, 2)) / (rise + floor)
 
     def __repr__(self) -> str:

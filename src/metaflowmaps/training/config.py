@@ -257,5 +257,5 @@ class ClassifierConfig(RunConfig):
         ConvClassifierConfig()
     )
     shift: int = Field(1, ge=0)  # pixels: images move by up to so many, at random
-    noise: float = Field(0.1, ge=0)  # standard deviation of noise added to pixels
-    smoothing: float = Field(0.05, ge=0, lt=1)  # of labels
+    noise: float = Field(0.2, ge=0)  # standard deviation of noise added to pixels
+    smoothing: float = Field(0.0, ge=0, lt=1)  # of labels: it leaks probability to all classes, which a reward feels

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps import losses
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.randomness import rand, randn, stream
@@ -32,10 +33,18 @@ class DataSource(Protocol):
 
 
 class LabelledLaw:
-    """A mixture whose components have labels, as a source of (x_1, y)."""
+    """A mixture whose components have labels 0, 1, …, as a source of (x_1, y)."""
 
     def __init__(self, law: GaussianMixture, labels: list[int]) -> None:
-        self.law, self.labels = law, torch.tensor(labels)
+        self.num_classes = len(set(labels))
+        if set(labels) != set(range(self.num_classes)):  # the number after the last class is the null class
+            raise InputError(f"labels must use every class from 0 on, got {sorted(set(labels))}: renumber them")
+        classes = [torch.tensor([label == y for label in labels]) for y in range(self.num_classes)]
+        self.law, self.weights = law, torch.stack([law.weights[mine].sum() for mine in classes])
+        self.classes = tuple(
+            GaussianMixture(law.means[mine], law.covariances[mine], law.weights[mine] / weight)
+            for mine, weight in zip(classes, self.weights, strict=True)
+        )
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.law.sample(n, generator)
@@ -43,20 +52,13 @@ class LabelledLaw:
     def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """x_1 ~ p_1 and y ~ p(y | x_1)."""
         x_1 = self.law.sample(n, generator)
-        shares = torch.stack([self.law.weights[self.labels == y].sum().log() + self.of_class(y).log_prob(x_1.double())
-                              for y in range(self.num_classes)])  # fmt: skip
-        uniform = torch.rand(n, generator=generator, dtype=torch.float64)
-        edges = shares.softmax(0).cumsum(0)
-        return x_1, (uniform > edges[:-1]).sum(0)
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
+        evidence = torch.stack([law.log_prob(x_1.double()) for law in self.classes])
+        edges = (self.weights.log()[:, None] + evidence).softmax(0).cumsum(0)[:-1]
+        return x_1, (torch.rand(n, generator=generator, dtype=torch.float64) > edges).sum(0)
 
     def of_class(self, y: int) -> GaussianMixture:
         """p(x_1 | y)."""
-        mine = self.labels == y
-        return GaussianMixture(self.law.means[mine], self.law.covariances[mine], self.law.weights[mine])
+        return self.classes[y]
 
 
 @dataclass(frozen=True)

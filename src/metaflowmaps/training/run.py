@@ -82,7 +82,7 @@ def fitted(config: TrainConfig) -> TrainConfig:
 def sized(channels: int, size: int, num_classes: int = 0) -> NetworkConfig:
     """A network for images of this size: a perceptron to 12 pixels a side, a U-Net to 64, a transformer above."""
     if size <= 12:
-        return MLPConfig(width=320 if channels == 1 else 512, depth=4, num_classes=num_classes)
+        return MLPConfig(width=256 if channels == 1 else 512, depth=6, modulation=True, num_classes=num_classes)
     if size <= 64:
         levels, side = 1, size
         while side % 2 == 0 and side // 2 >= 6 and levels < 4:

@@ -1,6 +1,6 @@
 r"""The rewards of the image experiments, by name.
 
-``margin``   log-odds of one class under the guide: unlike log p it has no ceiling
+``margin``   log-odds of one class under the guide: unlike log p it has no ceiling (``margin:7``: that class)
 ``slant``    lean to the right, from pixels          ``ink``   stroke weight, from pixels
 ``half``     log-likelihood of the left half of one held-out image
 ``mixture``  log Σ w_i p(y_i | x), w ∝ [0,1,0,1,0,2,0,2,0,4] (paper §7.1.2)
@@ -31,8 +31,11 @@ def _guide(stage: Stage, name: str) -> Any:
     return stage.guide
 
 
-def _margin(stage: Stage) -> Any:
-    return LogitMargin(_guide(stage, "margin"), min(LABEL, max(stage.train.num_classes - 1, 0)))
+def _margin(stage: Stage, label: str) -> Any:
+    guide, classes = _guide(stage, "margin"), stage.train.num_classes
+    if label and not (label.isdigit() and int(label) < classes):
+        raise InputError(f"margin:{label} names no class: give one of 0 … {classes - 1}, as in margin:{LABEL}")
+    return LogitMargin(guide, int(label) if label else min(LABEL, classes - 1))
 
 
 def _mixture(stage: Stage) -> Any:
@@ -47,7 +50,7 @@ def _half(stage: Stage) -> Any:
 
 
 REWARDS: dict[str, Callable[[Stage], Any]] = {
-    "margin": _margin,
+    "margin": lambda stage: _margin(stage, ""),
     "slant": lambda stage: Slant(),
     "half": _half,
     "ink": lambda stage: Ink(),
@@ -57,9 +60,10 @@ REWARDS: dict[str, Callable[[Stage], Any]] = {
 
 def image_reward(stage: Stage, name: str, strength: float = 1.0) -> Any:
     """The reward of that name, times its strength."""
-    if name not in REWARDS:
+    kind, _, label = name.partition(":")
+    if kind not in REWARDS or (label and kind != "margin"):
         raise unknown("reward", name, REWARDS)
-    made = REWARDS[name](stage)
+    made = _margin(stage, label) if kind == "margin" else REWARDS[kind](stage)
     return made if strength == 1 else Tempered(made, strength)
 
 
