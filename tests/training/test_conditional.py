@@ -479,10 +479,13 @@ LEARNED = {
 }
 
 
-def test_a_learned_teacher_and_a_run_resumed(tmp_path):
+def test_a_learned_teacher_and_a_run_resumed(tmp_path, monkeypatch):
     """Stopped by a signal at step 5 and started again, a conditional run ends with the bytes of one never stopped."""
     torch.set_num_threads(1)
-    made = config(**LEARNED)
+    made, built = config(**LEARNED), []
+    monkeypatch.setattr(
+        "metaflowmaps.training.run.GlassTeacher", lambda *given: built.append(GlassTeacher(*given)) or built[-1]
+    )
     run_training(made, tmp_path / "whole")
 
     def stop(stage, record):
@@ -493,6 +496,7 @@ def test_a_learned_teacher_and_a_run_resumed(tmp_path):
         run_training(made, tmp_path / "stopped", report=stop)
     run_training(made, tmp_path / "stopped")
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
+    assert {teacher.null_class for teacher in built} == {NULL}
     # the drift knows labels and no guidance; the map learned from it that there is some
     drift, model = (load_model(tmp_path / "whole" / name, weights="raw") for name in ("drift", "."))
     assert not drift.network.guidance.any()

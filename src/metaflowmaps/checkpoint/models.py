@@ -152,7 +152,7 @@ def resolve_checkpoint(path: str | FilePath, revision: str | None = None) -> Che
     raise CheckpointError(
         path,
         f"no such file or directory: give a checkpoint (a directory with {MANIFEST}), a training run "
-        f"(a directory with checkpoints/), a hub id (owner/name) or one of {', '.join(names())}",
+        f"(a directory with checkpoints/) or {', '.join(['a hub id (owner/name)', *names()])}",
     )
 
 
@@ -162,7 +162,8 @@ def export_run(path_or_hub_id: str | FilePath, out: str | FilePath, notes: Mappi
     They are stored in float16 (an error of 5e-4 of a weight) and become float32 again when loaded.
     """
     found = resolve_checkpoint(path_or_hub_id)
-    weights = {name: value.half() for name, value in found.tensors(EMA if found.has(EMA) else MODEL).items()}
+    stored = found.tensors(EMA if found.has(EMA) else MODEL)
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in stored.items()}
     write_checkpoint(out, {MODEL: weights}, {CONFIG: {**found.config, **notes, "dtype": "float32"}})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands.images import evaluate_images, open_stage
 from metaflowmaps.commands.judge import eval_posterior
 from metaflowmaps.commands.shared import Results, Say, begun, digest, open_model
@@ -45,22 +46,27 @@ def demo_digits(out: Path, seed: int, say: Say) -> tuple[Path, Results]:
     say("digits: one-step draws against GLASS …")
     settings = ["samples=512", "glass_steps=[1,4,16,30]", "images=64"]
     evaluate_images(
-        "posterior", "digits", out / "posterior", settings, seed, "cpu",
+        "posterior", _digits(), out / "posterior", settings, seed, "cpu",
         shlex.join(["mfm", "eval", "posterior", "digits", *(part for s in settings for part in ("--set", s))]), say,
     )  # fmt: skip
     return write_report([out / "story", out / "posterior"], out / "report.html"), story
 
 
+def _digits() -> str:
+    """The shipped map, whatever directory is called digits here."""
+    return str(shipped("digits") or "digits")
+
+
 def _story(out: Path, seed: int, say: Say) -> Results:
     """The first figure: draws for noisy digits on the left, steered digits with their costs on the right."""
-    model, found, device = open_model("digits", "cpu")
+    model, found, device = open_model(_digits(), "cpu")
     config = RACE.model_copy(update={"seed": seed})
     full = {"checkpoint": digest(found), **config.model_dump()}
     done = begun(out, "demo", full)
     if done is not None:
         return done
     began = time.perf_counter()
-    stage, _ = open_stage("digits", found, model, config)
+    stage, _ = open_stage(_digits(), found, model, config)
     raced = evaluate_race(stage, config, lambda line: say(f"demo: {line}"))
     noisy = []
     images, _ = stage.images(len(STORY_TIMES), "story", seed)

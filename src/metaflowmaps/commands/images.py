@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.shared import Results, Say, begun, beside, digest, open_model, run_of
 from metaflowmaps.config import override, validated
-from metaflowmaps.data import DataConfig, load_data
+from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.evaluation.images.generation import GenerationConfig, evaluate_generation
 from metaflowmaps.evaluation.images.inverse import InverseConfig, evaluate_inverse
@@ -111,18 +112,17 @@ def evaluate_images(
     out = out or beside(checkpoint, found, f"eval-{name}")
     full = {"checkpoint": digest(found), "experiment": name, **config.model_dump(), **sources}
     done = begun(out, experiment.command, full)
-    if done is not None:
+    if done is not None and "captions" in done["metrics"]:
+        say(f"{out} is complete")
         return done
     began = time.perf_counter()
     metrics, draw = experiment.run(stage, config, lambda line: say(f"{experiment.command}: {line}"))
     cost = {"seconds": time.perf_counter() - began}
-    results = write_results(
-        out, experiment.command, full, metrics, cost, seed=seed, device=target, invocation=invocation
-    )
-    # the figures come last: what was measured is on disk before anything is drawn
+    write_results(out, experiment.command, full, metrics, cost, seed=config.seed, device=target, invocation=invocation)
+    # the figures come last: what was measured is on disk before anything is drawn, and without captions it is not all
     metrics["captions"] = draw(out)
     results = write_results(
-        out, experiment.command, full, metrics, cost, seed=seed, device=target, invocation=invocation
+        out, experiment.command, full, metrics, cost, seed=config.seed, device=target, invocation=invocation
     )
     return {**results, "out": str(out / "results.json")}
 
@@ -135,9 +135,6 @@ def open_stage(
     if given is None:
         raise InputError(f"{checkpoint} was not trained on images by this package: nothing to judge it with")
     data = validated(DataConfig, {**given, **({"path": config.data} if config.data else {})})
-    train, held_out = load_data(data)
-    if train.event_shape != model.event_shape:
-        raise InputError(f"{checkpoint} makes images of shape {model.event_shape}, the data have {train.event_shape}")
     run = run_of(found)
     sources: dict[str, Any] = {}
 
@@ -157,8 +154,28 @@ def open_stage(
     if judge is not None and "guide" in sources and sources["guide"] == sources["judge"]:
         raise InputError("guide and judge are one and the same classifier: a reward must not be judged by itself")
     drift = part("drift", config.drift, load_model)
+    train, held_out = _parts(data, guide is not None or judge is not None)
+    if train.event_shape != model.event_shape:
+        raise InputError(f"{checkpoint} makes images of shape {model.event_shape}, the data have {train.event_shape}")
+    for role, classifier in (("guide", guide), ("judge", judge)):
+        if classifier is not None and train.labels is not None and classifier.num_classes != train.num_classes:
+            raise InputError(
+                f"the {role} knows {classifier.num_classes} classes, the images have {train.num_classes}: "
+                f"name another with --set {role}=RUN"
+            )
     stage = Stage(model, train, held_out, Judge(judge, train), guide, None if drift is None else drift.drift)
     return stage, sources
+
+
+def _parts(data: DataConfig, labelled: bool) -> tuple[ImageSet, ImageSet]:
+    """The images; with their classes too where classifiers know them, though the map was trained without."""
+    try:
+        if labelled and not data.labels:
+            with suppress(InputError):
+                return load_data(data.model_copy(update={"labels": True}))
+        return load_data(data)
+    except InputError as error:  # training calls it data.path, judging data
+        raise InputError(str(error).replace("--set data.path=", "--set data=")) from None
 
 
 def _place(name: str, role: str, chosen: str | None, run: Path | None) -> str | None:

@@ -154,10 +154,10 @@ def race(found: Raced, out: Path) -> dict[str, str]:
                     number = cell.get("strength", cell.get("n"))
                     methods.setdefault(races.title(cell["method"]), []).append((number, cell[what], cell["reward"]))
             data = one["data"]
+            target = {} if data[what] is None else {"target": (data[what], data["target_reward"])}
             panels.append(
-                {"title": f"reward: {name}", "xlabel": label, "ylabel": "mean reward", "methods": methods,
-                 "target": (data[what], data["target_reward"])}
-            )  # fmt: skip
+                {"title": f"reward: {name}", "xlabel": label, "ylabel": "mean reward", "methods": methods, **target}
+            )
         figures.save(image_figures.frontier(panels), out / f"reward-against-{what}.png")
     captions["reward-against-distance.png"] = (
         "Mean reward against diversity (mean pairwise distance in the judge's features), one line a method, strength "
@@ -226,7 +226,7 @@ def generation(found: Generated, out: Path) -> dict[str, str]:
         f"Unconditional samples, in {found.metrics['space']}", "images trained on",
     )  # fmt: skip
     figures.save(figure, out / "frechet-against-calls.png")
-    rows = {name: x for name, x in found.samples.items() if name in SHOWN}
+    rows = {name: x for name, x in found.samples.items() if name in SHOWN} or found.samples
     titles = [f"{GENERATION_KINDS[n.rpartition('-')[0]]}, {n.rpartition('-')[2]} steps" for n in rows]
     figures.save(
         image_figures.image_grid(list(rows.values()), titles, None, "Unconditional samples"), out / "samples.png"

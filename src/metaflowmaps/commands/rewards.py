@@ -39,7 +39,7 @@ def chosen_reward(
         return scaled, scaled, text
     file = Path(name if colon else text)
     if not file.is_file():
-        raise InputError(f"--reward {text}: no file {name}; give {_known(images)} or file.py:function")
+        raise InputError(f"--reward {text}: no file {file}; give {_known(images)} or file.py:function")
     spec = importlib.util.spec_from_file_location("mfm_user_reward", file)
     if spec is None or spec.loader is None:
         raise InputError(f"--reward {text}: {name} is not a Python file")
@@ -62,9 +62,11 @@ def file_hash(reward: str) -> dict[str, str]:
     return {"reward_sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
 
 
-def image_reward_of(name: str, strength: float, checkpoint: str, found: Checkpoint, model: MetaFlowMap) -> Any:
-    """A reward of images, from the checkpoint's own data and guiding classifier."""
-    stage, _ = open_stage(checkpoint, found, model, ImageEvalConfig())
+def image_reward_of(
+    name: str, strength: float, checkpoint: str, found: Checkpoint, model: MetaFlowMap, data: str | None = None
+) -> Any:
+    """A reward of images, from the checkpoint's own guiding classifier and data (where they are now)."""
+    stage, _ = open_stage(checkpoint, found, model, ImageEvalConfig(judge="none", drift="none", data=data))
     return image_reward(stage, name, strength)
 
 

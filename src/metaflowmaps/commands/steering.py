@@ -65,13 +65,17 @@ def steer(
     options = parse_settings(settings)
     if "progress" in options:
         raise InputError("progress shows itself on a terminal: leave --set progress out")
+    moved = options.pop("data", None)  # where the images are now: some of their rewards are made of them
     integrator = options.get("integrator", "euler")
-    check_steering(method, num_draws, Control(process, integrator, renormalize, options.get("sigma_cap")), options)
+    control = Control(process, integrator, renormalize, options.get("sigma_cap"), options.get("renormalize_to", 1.0))
+    check_steering(method, num_draws, control, options)
     if only:
         num = len(only) * _particles_of_a_seed(method, options)
     model, found, target = open_model(checkpoint, device)
     given, known, reward = chosen_reward(reward, strength, found)
-    r = image_reward_of(reward, strength, checkpoint, found, model) if given is None else given
+    if moved is not None and given is not None:
+        raise InputError(f"--set data=FOLDER is for rewards that are made of images, not for {reward}: leave it out")
+    r = image_reward_of(reward, strength, checkpoint, found, model, moved) if given is None else given
     law = law_of(found)
     if method == "exact" and law is None:
         raise InputError(
@@ -81,6 +85,7 @@ def steer(
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
         "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
         "seed": seed, **({"only": list(only)} if only else {}), **file_hash(reward), **options,
+        **({} if moved is None else {"data": moved}),
     }  # fmt: skip
     out = out or beside(checkpoint, found, f"steer-{method}")
     done = begun(out, "steer", config)

@@ -42,6 +42,8 @@ def resolve_training(base: AnyConfig, settings: Iterable[str], seed: int | None,
         changes["seed"] = seed
     if max_steps is not None:
         changes["steps"] = min(config.steps, max_steps)
+        if isinstance(config, TrainConfig):  # the drift's are steps too
+            changes["drift_steps"] = min(config.drift_steps, max_steps)
     config = validated(type(config), {**config.model_dump(), **changes})
     return fitted(config) if isinstance(config, TrainConfig) else config
 

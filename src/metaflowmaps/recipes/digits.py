@@ -27,7 +27,7 @@ def digits(fast: bool = False) -> TrainConfig:
         start_from_drift=True,
         drift_steps=1_000 if fast else 2_500,
         drift_batch_size=1024,
-        steps=2_000 if fast else 14_000,
+        steps=2_000 if fast else 30_000,
         batch_size=512,
         optimizer=OptimizerConfig(lr=2e-3),
         sample_every=3_000,

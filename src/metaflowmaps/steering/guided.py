@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metaflowmaps.errors import unknown
+from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.path import Path
 from metaflowmaps.sampling import INTEGRATORS
 from metaflowmaps.shapes import event_sum, positive
@@ -46,6 +46,7 @@ class Control(NamedTuple):
     integrator: str = "euler"
     renormalize: str = "none"
     sigma_cap: float | None = None  # σ² at most this, as the release has it (50)
+    renormalize_to: float = 1.0  # clip: at most, rescale: exactly so many times ‖b‖
 
     def checked(self) -> "Control":
         """Refuse unknown names."""
@@ -58,6 +59,9 @@ class Control(NamedTuple):
                 raise unknown(kind, given, allowed)
         if self.sigma_cap is not None:
             positive(self.sigma_cap, "sigma_cap")
+        positive(self.renormalize_to, "renormalize_to")
+        if self.renormalize_to != 1 and self.renormalize == "none":
+            raise InputError("renormalize_to says how far clip and rescale go: set renormalize to one of them")
         return self
 
 
@@ -136,7 +140,7 @@ def steering_term(path: Path, control: Control, t: float, drift: Tensor, shift: 
     steering = gain * shift
     if control.renormalize == "none":
         return steering, torch.ones_like(shift.flatten(1)[:, 0])
-    size, base = _norm(steering), _norm(drift)
+    size, base = _norm(steering), control.renormalize_to * _norm(drift)
     scale = base / size.clamp_min(torch.finfo(size.dtype).tiny)
     if control.renormalize == "clip":
         scale = scale.clamp_max(1)

@@ -143,7 +143,7 @@ def make_method(method: str, common: _Common, options: dict[str, Any]) -> Method
     if method not in GUIDED:
         own = {"mfm-search": "renoises its draws", "mfm-smc": "moves by the SDE", "tds": "moves by the SDE"}[method]
         defaults = Control(common.control.checked().process)
-        for name in ("integrator", "renormalize", "sigma_cap"):
+        for name in ("integrator", "renormalize", "sigma_cap", "renormalize_to"):
             if getattr(common.control, name) != getattr(defaults, name):
                 raise InputError(f"{method} {own}: it has no {name}; leave it at {getattr(defaults, name)!r}")
     for name in options:
@@ -166,7 +166,7 @@ def check_steering(method: str, num_draws: int, control: Control, options: dict[
 
 # -- the loop ------------------------------------------------------------------------------------------
 
-LOOP_OPTIONS = ("grid", "integrator", "sigma_cap", "batch_size", "map_steps", "progress")
+LOOP_OPTIONS = ("grid", "integrator", "sigma_cap", "renormalize_to", "batch_size", "map_steps", "progress")
 LATEST_START = 0.05  # the release starts at .01
 FEW = 1.2  # an ESS below this is one draw that has it all
 
@@ -187,6 +187,7 @@ def steer(
     grid: str | Tensor | None = None,
     integrator: str = "euler",
     sigma_cap: float | None = None,
+    renormalize_to: float = 1.0,
     batch_size: int = 4096,
     map_steps: int = 1,
     progress: bool = False,
@@ -210,7 +211,7 @@ def steer(
     check_count(num_samples, "num_samples")
     check_count(batch_size, "batch_size")
     check_count(num_draws, "num_draws")
-    common = _Common(num_draws, Control(process, integrator, renormalize, sigma_cap), reward)
+    common = _Common(num_draws, Control(process, integrator, renormalize, sigma_cap, renormalize_to), reward)
     made = make_method(method, common, options)
     meter = Meter(device=device_of(model))
     problem = Problem(model, reward, meter, map_steps)

@@ -71,8 +71,11 @@ def fitted(config: TrainConfig) -> TrainConfig:
     )
     model = config.model
     if model.data_std is None:
-        centred = images.std**2 - float((mean_image(images).double() - images.mean).square().mean())
-        model = model.model_copy(update={"data_std": round(math.sqrt(max(centred, 1e-6)), 4)})
+        if model.data_mean == "image":
+            squared = images.std**2 - float((mean_image(images).double() - images.mean).square().mean())
+        else:
+            squared = images.std**2 + (images.mean - model.data_mean) ** 2
+        model = model.model_copy(update={"data_std": round(math.sqrt(max(squared, 1e-6)), 4)})
     if model.network is None:
         classes = images.num_classes if data.labels else 0
         model = model.model_copy(update={"network": sized(channels, size, classes)})

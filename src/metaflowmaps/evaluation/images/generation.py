@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, table
@@ -24,6 +24,12 @@ class GenerationConfig(ImageEvalConfig):
     refine_steps: tuple[int, ...] = (1, 2, 4, 8)
     compose_steps: tuple[int, ...] = (2, 4)
     ode_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "GenerationConfig":
+        if min((*self.refine_steps, *self.compose_steps, *self.ode_steps), default=0) < 1:
+            raise ValueError("give refine_steps, compose_steps or ode_steps, each at least 1")
+        return self
 
 
 class Generated(NamedTuple):

@@ -78,13 +78,15 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
         for name in config.methods:
             say(f"{problem}: {name}")
             x, cost = _solve(stage, name, seen, config)
+            lost = ~x.flatten(2).isfinite().all(2)
+            x = torch.where(lost[..., None, None, None], 0, x)  # grey: left out, it would flatter the method
             # stored images have so many levels; what lies between two of them, or beyond the ends, says nothing
             judged = rank_test(
                 x.clamp(-1, 1), truth, generator=stream(config.seed, "ranks"), resolution=2 / stage.train.top
             )
             results[problem][name] = {
                 **_judge(stage, x, truth, labels, seen), "spread_ratio": judged.spread_ratio,
-                "rank_p": judged.p_value, "cost": cost,
+                "rank_p": judged.p_value, "lost": int(lost.sum()), "cost": cost,
             }  # fmt: skip
             pictures[problem][name] = x[:4, :6].cpu()
             histograms[problem][name] = judged.histogram
@@ -105,6 +107,8 @@ def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig)
             result = steer(
                 stage.model, one, particles, v.method, max(1, v.number), config.steps, generator=g, **options
             )
+            if result.interrupted:
+                raise KeyboardInterrupt
             parts.append(result.samples[: config.draws])
             totals = {k: totals.get(k, 0.0) + c for k, c in result.cost.items()}
         return torch.stack(parts, 1), per_sample(totals, config.draws * config.images)
@@ -112,6 +116,8 @@ def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig)
     every = InverseProblem(seen.operator, rows, seen.noise_std)
     n = config.draws * config.images
     result = steer(stage.model, every, n, v.method, max(1, v.number), config.steps, generator=g, **options)
+    if result.interrupted:
+        raise KeyboardInterrupt
     shape = (config.draws, config.images, *stage.model.event_shape)
     return result.samples.reshape(shape), per_sample(result.cost, n)
 

@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.images.rewards import image_reward, scored, weights
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, cost_of, table
-from metaflowmaps.evaluation.images.variants import run, variant
+from metaflowmaps.evaluation.images.variants import copies_of, run, variant
 from metaflowmaps.metrics.images import class_distance
 from metaflowmaps.randomness import stream
 
@@ -45,14 +46,18 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
     """metrics.methods[name] = {l2, chance, frequencies, reward, distance, vendi, samples, cost}."""
     for name in config.methods:
         variant(name)  # what does not exist is refused before anything runs
-    reward = image_reward(stage, "mixture", config.strength)
-    target = _target(stage)
+    reward, target = image_reward(stage, "mixture", config.strength), _target(stage)
     cells: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
     for name in config.methods:
         n = _affordable(name, config)
         say(f"{name}, {n} samples")
         x, result = run(stage, name, reward, n, config.steps, stream(config.seed, "mixture", name))
+        finite = x.flatten(1).isfinite().all(1)
+        lost, x = int((~finite).sum()), x[finite]
+        if len(x) < 2:  # the method broke: said so, and not judged
+            say(f"{name}: {lost} samples are not finite")
+            continue
         found = torch.bincount(stage.judge.classes(x), minlength=len(target)).double() / len(x)
         cells[name] = {
             "l2": class_distance(found, target),
@@ -61,15 +66,21 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
             "reward": float(scored(reward, x).mean()),
             **stage.diversity(x[:512]),
             "samples": len(x),
+            "lost": lost,
             "cost": cost_of(result),
         }
         shown[name] = x[:20].cpu()
+    if not cells:
+        raise InputError("no method gave finite samples: lower --set strength=, or take more --set steps=")
     metrics = {"methods": cells, "target": target.tolist(), "steps": config.steps, **_words(cells, config)}
     return Mixed(metrics, shown)
 
 
 def _target(stage: Stage) -> Tensor:
-    assert stage.train.labels is not None, "the reward asked for classes already"
+    if stage.judge.classifier is None:
+        raise InputError("class-mixture needs a judging classifier to count classes: give it with --set judge=RUN")
+    if stage.train.labels is None:
+        raise InputError("class-mixture needs images with classes: one subfolder a class, or labels= in an .npz file")
     w = torch.tensor(weights(stage.train.num_classes), dtype=torch.float64)
     tilted = w * torch.bincount(stage.train.labels, minlength=len(w))
     return tilted / tilted.sum()
@@ -77,8 +88,7 @@ def _target(stage: Stage) -> Tensor:
 
 def _affordable(name: str, config: MixtureConfig) -> int:
     v = variant(name)
-    copies = v.number if v.options.get("returns") == "one" else 8 if v.method == "mfm-search" else 1
-    a_step = copies * (1 + (v.number if v.method not in ("tds", "dps", "none") else 1))
+    a_step = copies_of(v) * (1 + (v.number if v.method not in ("tds", "dps", "none") else 1))
     return int(min(config.samples, max(64, config.budget // (config.steps * a_step))))
 
 

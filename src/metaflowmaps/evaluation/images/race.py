@@ -3,6 +3,7 @@ r"""The reward race: best-of-N against steered trajectories, reward beside diver
 For each reward, **best-of-N** keeps the best of N base samples: a pool is generated once (250-step ODE; also the map's
 own one- and four-step samples, which nobody should leave out), shuffled and cut into groups of N. **Steered** samples
 come from ``steer`` at strengths λ/σ, σ the reward's standard deviation over the data: one line a method, λ along it.
+Methods that rescale their steering term to γ times the drift (the paper's setting for images) have γ along theirs.
 
 Reward alone proves little: DPS can be above everything while its samples collapse. So each cell also has, in the
 judge's features, mean pairwise distance, Vendi score and the Fréchet distance to the **data of the target**, the tenth
@@ -14,11 +15,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.evaluation.images.rewards import RACE, image_reward, scored
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of, table
+from metaflowmaps.evaluation.images.stage import BATCH, ImageEvalConfig, Say, Stage, Timed, cost_of, table
 from metaflowmaps.evaluation.images.variants import run, variant
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
@@ -28,7 +29,9 @@ from metaflowmaps.sampling import integrate, uniform_grid
 
 SUBSET = 64
 TOP = 0.1  # of all images: the data of the target
-METHODS = ("mfm-g-1", "mfm-g-plain-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "mfm-smc-4", "mfm-search-4", "dps", "tds-64")
+METHODS = ("mfm-g-1", "mfm-g-rescale-1", "mfm-g-rescale-4", "mfm-gf-4", "mfm-gf-16", "mfm-gf-rescale-16", "mfm-smc-4",
+           "mfm-search-4", "dps", "dps-rescale", "tds-64")  # fmt: skip
+SINGLE = ("mfm-g-1", "mfm-g-plain-1", "mfm-g-rescale-1")  # MFM-G with one draw a step
 POOLS = {"ode": "best-of-N of ODE samples", "map-1": "best-of-N of map samples, 1 step",
          "map-4": "best-of-N of map samples, 4 steps"}  # fmt: skip
 
@@ -38,12 +41,22 @@ class RaceConfig(ImageEvalConfig):
 
     rewards: tuple[str, ...] = Field(RACE, min_length=1)
     methods: tuple[str, ...] = Field(METHODS, min_length=1)
-    strengths: tuple[float, ...] = Field((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), min_length=1)
+    strengths: tuple[float, ...] = Field((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), min_length=1)  # λσ
+    rescales: tuple[float, ...] = Field((0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1)  # γ, of the -rescale methods
+    rescale_strength: float = Field(8.0, gt=0)  # their λσ, which only weighs several draws against each other
     samples: int = Field(256, ge=SUBSET)
     steps: int = Field(50, ge=1)
     base_steps: int = Field(250, ge=1)
     pool: int = Field(64_000, ge=1000)
     best_of: tuple[int, ...] = Field((1, 10, 100, 1000), min_length=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RaceConfig":
+        if min(self.best_of) < 1 or self.pool < 2 * max(self.best_of):
+            raise ValueError("best_of must be at least 1 and at most half of the pool: two groups make a mean")
+        if min(self.strengths) <= 0:
+            raise ValueError("strengths must be positive: without steering it is the method none")
+        return self
 
 
 class Raced(NamedTuple):
@@ -69,9 +82,10 @@ def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None
                 race.best_of(pool, n, images, scores, cost)
     for race in races.values():
         for name in config.methods:
-            for strength in (0.0,) if name == "none" else config.strengths:
-                say(f"{race.name}: {name}, λ = {strength:g}/σ")
-                race.steered(name, strength)
+            rescaled = variant(name).options.get("renormalize") == "rescale"
+            for number in (0.0,) if name == "none" else config.rescales if rescaled else config.strengths:
+                say(f"{race.name}: {name}, {'γ' if rescaled else 'λσ'} = {number:g}")
+                race.steered(name, number, rescaled)
     metrics = {
         "rewards": {name: race.metrics() for name, race in races.items()},
         "steps": config.steps,
@@ -88,8 +102,8 @@ class _Race:
     def __init__(self, stage: Stage, name: str, rewards: dict[str, Any], data: Tensor, config: RaceConfig) -> None:
         self.stage, self.name, self.rewards, self.config = stage, name, rewards, config
         on_data = scored(rewards[name], data)
-        self.scale = float(on_data.std())
-        best = on_data.topk(max(2 * SUBSET, round(TOP * len(data)))).indices
+        self.scale = float(on_data.std()) or 1.0  # a reward that is the same for all data has no scale of its own
+        best = on_data.topk(min(len(data), max(2 * SUBSET, round(TOP * len(data))))).indices
         self.target = stage.judge.features(data[best.to(data.device)])
         self.cells: list[dict[str, Any]] = []
         self.shown: dict[str, Tensor] = {"target data": data[best[:16].to(data.device)].cpu()}
@@ -103,18 +117,19 @@ class _Race:
         """Groups of n, the best of each; a group costs n samples and n rewards."""
         groups = min(len(images) // n, max(self.config.samples, SUBSET))
         order = torch.randperm(len(images), generator=stream(self.config.seed, "groups", pool, n))[: groups * n]
-        best = order.reshape(groups, n).gather(1, scores[self.name][order].reshape(groups, n).argmax(1, keepdim=True))[
-            :, 0
-        ]
+        won = scores[self.name][order].reshape(groups, n).argmax(1, keepdim=True)
+        best = order.reshape(groups, n).gather(1, won)[:, 0]
         each = {k: n * v for k, v in cost.items()}
         each |= {"reward_calls": float(n), "nfe": n * cost["nfe"] + n}
         self._add(pool, n, images[best.to(images.device)], {k: v[best] for k, v in scores.items()}, each)
 
-    def steered(self, name: str, strength: float) -> None:
-        """One method at λ/σ."""
-        reward = Tempered(self.rewards[self.name], strength / self.scale) if strength else self.rewards[self.name]
+    def steered(self, name: str, strength: float, rescaled: bool = False) -> None:
+        """One method at λ/σ, or rescaled to γ = strength."""
+        weight = self.config.rescale_strength if rescaled else strength
+        reward = Tempered(self.rewards[self.name], weight / self.scale) if weight else self.rewards[self.name]
+        options = {"renormalize_to": strength} if rescaled else {}
         g = stream(self.config.seed, "race", self.name, name, repr(strength))
-        x, result = run(self.stage, name, reward, self.config.samples, self.config.steps, g)
+        x, result = run(self.stage, name, reward, self.config.samples, self.config.steps, g, **options)
         finite = x.flatten(1).isfinite().all(1)
         x = x[finite]
         if len(x) < SUBSET:  # the method broke at this strength: said so, and not scored
@@ -159,15 +174,19 @@ class _Race:
         return sum(frechet_distance(part, self.target) for part in sets) / len(sets)
 
     def metrics(self) -> dict[str, Any]:
-        return {"data": self.data, "cells": self.cells, "headline": headline(self.cells)}
+        owners = {
+            what: [f"{c['method']} {c.get('strength', c.get('n')):g}" for c in frontier(self.cells, what)]
+            for what in ("distance", "frechet")
+        }
+        return {"data": self.data, "cells": self.cells, "headline": headline(self.cells), "frontier": owners}
 
 
 @torch.no_grad()
 def _pool(stage: Stage, kind: str, config: RaceConfig) -> tuple[Tensor, dict[str, float]]:
     model, out = stage.model, []
     with Timed(model) as timed:
-        for part in range(0, config.pool, 8000):
-            n, g = min(8000, config.pool - part), stream(config.seed, "pool", kind, part)
+        for part in range(0, config.pool, BATCH):
+            n, g = min(BATCH, config.pool - part), stream(config.seed, "pool", kind, part)
             if kind == "ode":
                 noise = randn((n, *model.event_shape), g, model.dtype, model.device)
                 out.append(integrate(model.drift, noise, uniform_grid(config.base_steps)))
@@ -177,18 +196,18 @@ def _pool(stage: Stage, kind: str, config: RaceConfig) -> tuple[Tensor, dict[str
 
 
 def headline(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """MFM-G with one draw against best-of-N of each pool: the mildest strength that reaches its reward, and the ratios.
+    """MFM-G with one draw against best-of-N of each pool: the most diverse that reaches its reward, and the ratios.
 
     Where none does, the one of highest reward, with ``reached`` false.
     """
-    single = [c for c in cells if c["method"] in ("mfm-g-1", "mfm-g-plain-1") and "reward" in c]
+    single = [c for c in cells if c["method"] in SINGLE and "reward" in c]
     out = {}
     for pool in POOLS:
         rival = max((c for c in cells if c["method"] == pool), key=lambda c: c["n"], default=None)
         if rival is None or not single:
             continue
         enough = [c for c in single if c["reward"] >= rival["reward"]]
-        ours = min(enough, key=lambda c: c["strength"]) if enough else max(single, key=lambda c: c["reward"])
+        ours = max(enough, key=lambda c: c["distance"]) if enough else max(single, key=lambda c: c["reward"])
         out[pool] = {
             "n": rival["n"],
             "reached": bool(enough),
@@ -204,6 +223,20 @@ def headline(cells: list[dict[str, Any]]) -> dict[str, Any]:
             "rival_frechet": rival["frechet"],
         }
     return out
+
+
+def frontier(cells: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """The cells that no other beats in reward and in ``what`` at once (distance: more is better; frechet: less)."""
+    sign = 1.0 if what == "distance" else -1.0
+    usable = [c for c in cells if c.get(what) is not None]
+    return [
+        c for c in usable
+        if not any(
+            o["reward"] >= c["reward"] and sign * o[what] >= sign * c[what]
+            and (o["reward"], sign * o[what]) != (c["reward"], sign * c[what])
+            for o in usable
+        )
+    ]  # fmt: skip
 
 
 def title(method: str) -> str:
@@ -222,6 +255,17 @@ def _words(metrics: dict[str, Any]) -> dict[str, Any]:
     head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ", "NFE, times fewer",
             "seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]  # fmt: skip
     tables["MFM-G with one draw against best-of-N"] = table(head, rows)
+    rows = []
+    for name, race in metrics["rewards"].items():
+        for what, words in (("distance", "mean distance"), ("frechet", "Fréchet to target")):
+            by_method: dict[str, int] = {}
+            for owner in race["frontier"][what]:
+                method = title(owner.rpartition(" ")[0])
+                by_method[method] = by_method.get(method, 0) + 1
+            rows.append(
+                [name, words, ", ".join(f"{m}: {k}" for m, k in sorted(by_method.items(), key=lambda i: -i[1]))]
+            )
+    tables["Cells that none beats in reward and in the other at once"] = table(["reward", "against", "cells of"], rows)
     for name, race in metrics["rewards"].items():
         others = list(race["cells"][0]["others"])
         head = ["method", "λσ or N", "reward", "±", *(f"{o} too" for o in others), "mean distance",

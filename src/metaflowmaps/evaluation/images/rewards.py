@@ -22,24 +22,36 @@ from metaflowmaps.rewards import ClassifierMixture, Ink, InverseProblem, LogitMa
 WEIGHTS = (0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 4.0)
 LABEL = 3
 NOISE = 0.3  # of the half that is seen
+PART = 512  # images that a classifier sees at a time
 RACE = ("margin", "slant", "half")
 
 
-def _guide(stage: Stage, name: str) -> Any:
+def _guide(stage: Stage, name: str) -> tuple[Any, int]:
+    """The classifier, and how many classes it knows: its own number, for a map may be trained without any."""
     if stage.guide is None:
-        raise InputError(f"reward {name} needs a guiding classifier: train one and give it with --set guide=RUN")
-    return stage.guide
+        raise InputError(
+            f"reward {name} needs a guiding classifier: mfm train {stage.train.name}-guide makes one beside the run "
+            "(mfm eval takes another with --set guide=RUN); slant, ink and half need none"
+        )
+    guide = stage.guide
+
+    def logits(x: Tensor) -> Tensor:
+        # many draws at once leave a processor's cache: in parts it takes half the time
+        return torch.cat([guide(part) for part in x.split(PART)])
+
+    return logits, int(getattr(guide, "num_classes", stage.train.num_classes))
 
 
 def _margin(stage: Stage, label: str) -> Any:
-    guide, classes = _guide(stage, "margin"), stage.train.num_classes
-    if label and not (label.isdigit() and int(label) < classes):
+    guide, classes = _guide(stage, "margin")
+    if label and not (label.isdecimal() and int(label) < classes):
         raise InputError(f"margin:{label} names no class: give one of 0 … {classes - 1}, as in margin:{LABEL}")
     return LogitMargin(guide, int(label) if label else min(LABEL, classes - 1))
 
 
 def _mixture(stage: Stage) -> Any:
-    return ClassifierMixture(_guide(stage, "mixture"), weights(stage.train.num_classes))
+    guide, classes = _guide(stage, "mixture")
+    return ClassifierMixture(guide, weights(classes))
 
 
 def _half(stage: Stage) -> Any:

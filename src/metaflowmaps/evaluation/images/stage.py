@@ -8,6 +8,7 @@ compared in the leading principal components of the training images, and classes
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from metaflowmaps.randomness import stream
 from metaflowmaps.steering import SteerResult
 
 COMPONENTS = 32
+FITTED = 1000  # images that the components are found from
 BATCH = 1024
 Say = Callable[[str], None]
 
@@ -43,15 +45,24 @@ class Judge:
     """Features and classes of images, from a classifier or, for want of one, from principal components."""
 
     def __init__(self, classifier: nn.Module | None, train: ImageSet) -> None:
-        self.classifier = classifier
-        if classifier is None:
-            flat = train.tensor(torch.arange(min(len(train), 20_000))).flatten(1)
-            self._mean = flat.mean(0)
-            count = min(COMPONENTS, *flat.shape)
-            self._axes = torch.linalg.svd(flat - self._mean, full_matrices=False).Vh[:count]
-        self.space = (
-            f"{COMPONENTS} principal components" if classifier is None else "features of the judging classifier"
-        )
+        self.classifier, self._train = classifier, train
+
+    @property
+    def space(self) -> str:
+        """What images are compared in."""
+        if self.classifier is not None:
+            return "features of the judging classifier"
+        return f"{len(self._components[1])} principal components"
+
+    @cached_property
+    def _components(self) -> tuple[Tensor, Tensor]:
+        """Mean (p,) and leading axes (k, p) of the training images; eigenvectors of X Xᵀ, n × n, give those of XᵀX."""
+        flat = self._train.tensor(slice(FITTED)).flatten(1).double()
+        centred = flat - flat.mean(0)
+        squares, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending
+        kept = squares > 1e-9 * squares[-1]  # fewer images than components, or images that repeat
+        axes = (vectors[:, kept] / squares[kept].sqrt())[:, -COMPONENTS:].T @ centred
+        return flat.mean(0).float(), axes.float()
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
@@ -60,7 +71,8 @@ class Judge:
 
     def _features(self, x: Tensor) -> Tensor:
         if self.classifier is None:
-            scores: Tensor = (x.cpu().flatten(1) - self._mean) @ self._axes.T
+            mean, axes = self._components
+            scores: Tensor = (x.cpu().flatten(1) - mean) @ axes.T
             return scores
         out: Tensor = self.classifier.features(x)  # type: ignore[operator]
         return out

@@ -36,6 +36,8 @@ class ImageValueConfig(ImageEvalConfig):
     def _possible(self) -> "ImageValueConfig":
         if any(not 0 <= t < 1 for t in self.times):
             raise ValueError("times must lie in [0, 1): at t = 1 the value is the reward")
+        if not (self.map_steps or self.glass_steps):
+            raise ValueError("give map_steps or glass_steps: there is nothing to judge")
         if min((*self.map_steps, *self.glass_steps, *self.num_draws)) < 1:
             raise ValueError("steps and num_draws must be at least 1")
         return self

@@ -1,7 +1,8 @@
-r"""Steering methods by name, as the image experiments list them: ``method[-plain]-N``, N draws a step (or particles).
+r"""Steering methods by name, as the image experiments list them: ``method[-kind]-N``, N draws a step (or particles).
 
-``-plain`` is the method as published, without what this package adds by default (blend, recycled draws, tempering).
-``tds-64`` returns all 64 particles of a system, ``tds-one-64`` one of each; ``dps`` and ``none`` have no N.
+``-plain``     as published, without what this package adds by default (blend, recycled draws, tempering)
+``-rescale``   the direction alone: the steering term is made γ times as long as the drift (γ = 1 in the paper)
+``tds-64``     returns all 64 particles of a system, ``tds-one-64`` one of each; ``dps`` and ``none`` have no N
 """
 
 from typing import Any, NamedTuple
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.images.stage import Stage
-from metaflowmaps.steering import METHODS, SteerResult, steer
+from metaflowmaps.steering import SteerResult, steer
 
-PLAIN: dict[str, dict[str, Any]] = {
-    "mfm-g": {"blend": False},
-    "mfm-gf": {"recycle": 1},
-    "mfm-smc": {"recycle": 1, "temper": 0.0},
+RESCALE = {"renormalize": "rescale"}
+KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {"mfm-g": {"blend": False}, "mfm-gf": {"recycle": 1}, "mfm-smc": {"recycle": 1, "temper": 0.0}},
+    "rescale": {"mfm-g": {"blend": False, **RESCALE}, "mfm-gf": RESCALE, "dps": RESCALE},
+    "one": {"tds": {"returns": "one"}},
 }
+WORDS = {"": "", "plain": "plain", "rescale": "rescaled", "one": "one returned"}
+CHUNK = 64  # rows of state at a time on a processor: with their draws they should stay in its cache
 TITLES = {"mfm-g": "MFM-G", "mfm-gf": "MFM-GF", "mfm-smc": "MFM-SMC", "mfm-search": "MFM-Search", "dps": "DPS",
           "tds": "TDS", "none": "unsteered", "glass": "GLASS", "best-of-n": "best-of-N"}  # fmt: skip
 
@@ -34,23 +38,26 @@ class Variant(NamedTuple):
 def variant(name: str) -> Variant:
     """What a name means."""
     base, _, last = name.rpartition("-")
-    base, number = (base, int(last)) if last.isdigit() else (name, 0)
-    method, plain, one = (
-        base.removesuffix("-plain").removesuffix("-one"),
-        base.endswith("-plain"),
-        base.endswith("-one"),
-    )
-    if method not in METHODS or (plain and method not in PLAIN) or (one and method != "tds"):
+    base, number = (base, int(last)) if last.isdecimal() else (name, 0)
+    kind = next((k for k in KINDS if base.endswith(f"-{k}")), "")
+    method = base.removesuffix(f"-{kind}") if kind else base
+    known = method in TITLES and (not kind or method in KINDS[kind])
+    if not known or (number and method in ("none", "dps")):  # neither draws
         raise InputError(
-            f"unknown method {name!r}: write method-N or method-plain-N, as in mfm-gf-4, of {', '.join(METHODS)}"
+            f"unknown method {name!r}: write method-N or method-plain-N, as in mfm-gf-4, of {', '.join(TITLES)}"
         )
-    options = dict(PLAIN[method]) if plain else {}
+    options = dict(KINDS[kind][method]) if kind else {}
     if method == "tds":
         number = number or 64
-        options = {"particles": number, "returns": "one" if one else "all"}
-    title = TITLES.get(method, method) + (" plain" if plain else "") + (" one returned" if one else "")
+        options = {"particles": number, "returns": "all", **options}
+    title = f"{TITLES[method]} {WORDS[kind]}".rstrip()
     unit = " particles" if method == "tds" else " draw" if number == 1 else " draws"
     return Variant(method, number, options, f"{title}, {number}{unit}" if number else title)
+
+
+def copies_of(v: Variant) -> int:
+    """Rows of state that make one returned sample."""
+    return v.number if v.options.get("returns") == "one" else 8 if v.method == "mfm-search" else 1
 
 
 def run(
@@ -61,7 +68,11 @@ def run(
     whole = n
     if v.options.get("returns") == "all":
         whole = -(-n // v.number) * v.number
+    chunk = {} if stage.model.device.type != "cpu" else {"batch_size": CHUNK * copies_of(v)}
     result = steer(
-        stage.model, reward, whole, v.method, max(1, v.number), steps, generator=generator, **{**v.options, **options}
-    )
+        stage.model, reward, whole, v.method, max(1, v.number), steps, generator=generator,
+        **{**chunk, **v.options, **options},
+    )  # fmt: skip
+    if result.interrupted:  # it returns what is finished; here a cell is whole or there is none
+        raise KeyboardInterrupt
     return result.samples[:n], result
