@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev
 .PHONY: demo test check bench clean help
 
 help:
-	@echo "make demo   train the mixture map, judge it, write report.html"
+	@echo "make demo   noisy digits, steered digits: runs/demo/digits/report.html"
 	@echo "make test   the test suite"
 	@echo "make check  lint, format, types, import contract"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"

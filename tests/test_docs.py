@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-PAGE = Path(__file__).parent.parent / "docs" / "steering.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "steering.md"
 
 
 def test_the_steering_page_runs_and_is_right(capsys):
@@ -29,4 +30,15 @@ def test_the_steering_page_runs_and_is_right(capsys):
     truth = names["law"].value(names["path"], 0.4, torch.zeros(8, 2), names["observed"])
     # eight estimates, each within five of its own standard errors
     assert bool(((estimate.value - truth).abs() < 5 * estimate.std_err).all())
+    assert "tensor" in capsys.readouterr().out
+
+
+def test_the_images_page_runs_and_is_right(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "images.md").read_text(), re.S)
+    names: dict = {}
+    exec(compile(block, "images.md", "exec"), names)
+    assert names["digits"].shape == (8, 4, 1, 8, 8)
+    # of 16 samples steered to be sevens the judge, which errs on 1 % of digits, calls most so
+    assert int((names["judge"](names["steered"].samples).argmax(1) == 7).sum()) >= 12
+    torch.testing.assert_close(names["again"].samples[0], names["steered"].samples[3], rtol=1e-4, atol=1e-4)
     assert "tensor" in capsys.readouterr().out

@@ -135,7 +135,9 @@ def test_the_judge_with_a_classifier_names_classes_and_measures_in_its_features(
 
 def test_distances_to_the_held_out_images():
     x = normal(300, *SHAPE, dtype=torch.float32)
-    stage = Stage(Oracle(images(2)), ImageSet("a", x[:200]), ImageSet("a", x[200:]), Judge(None, ImageSet("a", x[:200])))
+    stage = Stage(
+        Oracle(images(2)), ImageSet("a", x[:200]), ImageSet("a", x[200:]), Judge(None, ImageSet("a", x[:200]))
+    )
     assert stage.frechet(x[200:]) == pytest.approx(0, abs=1e-6)  # rounding of roots
     assert stage.floor() > 0.1  # other images of the same law: 32 dimensions fitted from 100 images are never equal
     assert stage.floor() < stage.frechet(1.5 * x[:200])
@@ -147,7 +149,9 @@ def test_distances_to_the_held_out_images():
 
 def test_held_out_images_come_equally_often_and_in_a_seeded_order():
     x = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, *SHAPE) / 10
-    stage = Stage(Oracle(images(2)), repeated(images(2), 9), ImageSet("b", x, torch.arange(10), tuple("abcdefghij")), None)
+    stage = Stage(
+        Oracle(images(2)), repeated(images(2), 9), ImageSet("b", x, torch.arange(10), tuple("abcdefghij")), None
+    )
     picked, labels = stage.images(25, "some", 3)
     counts = torch.bincount(labels, minlength=10)
     assert sorted(counts.tolist()) == [2] * 5 + [3] * 5
@@ -161,7 +165,14 @@ def test_held_out_images_come_equally_often_and_in_a_seeded_order():
 def test_cost_of_one_sample():
     counts = {"forwards": 40.0, "backwards": 20.0, "reward_calls": 10.0, "reward_backwards": 5.0, "seconds": 2.0}
     shared = per_sample({**counts, "decodes": 7.0}, 10)
-    assert shared == {"forwards": 4, "backwards": 2, "reward_calls": 1, "reward_backwards": 0.5, "seconds": 0.2, "nfe": 7.5}
+    assert shared == {
+        "forwards": 4,
+        "backwards": 2,
+        "reward_calls": 1,
+        "reward_backwards": 0.5,
+        "seconds": 0.2,
+        "nfe": 7.5,
+    }
     model = Oracle(images(2))
     with Timed(model) as timed:
         model.generate(6)
@@ -236,7 +247,7 @@ def test_recovery_says_nothing_of_what_it_did_not_measure():
     metrics = recovery.evaluate_recovery(made(), config).metrics
     assert "30 calls" not in metrics["summary"]
     for bad in ({"times": (1.0,)}, {"map_steps": (2,)}, {"glass_steps": (0,)}):
-        with pytest.raises(ValueError, match="times|steps"):
+        with pytest.raises(ValueError, match=r"times|steps"):
             recovery.RecoveryConfig(**bad)
 
 
@@ -288,7 +299,7 @@ def test_value_of_exact_draws_and_of_broken_ones():
     point = value.evaluate_image_value(stage, config)["by_sampler"]["map-1"]["200"]["0.1"]
     assert point["rmse"] > 2 * exact["rmse"]
     for bad in ({"times": (1.0,)}, {"num_draws": (0,)}, {"map_steps": (), "glass_steps": ()}):
-        with pytest.raises(ValueError, match="times|num_draws|nothing to judge"):
+        with pytest.raises(ValueError, match=r"times|num_draws|nothing to judge"):
             value.ImageValueConfig(**bad)
 
 
@@ -366,7 +377,7 @@ def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
     def broken(stage, name, reward, n, steps, generator, **options):
         samples = x[torch.arange(n) % 4].clone()
         samples[: n if name == "dps" else 3] = torch.nan
-        cost = {k: 1.0 for k in ("forwards", "backwards", "reward_calls", "reward_backwards", "seconds")}
+        cost = dict.fromkeys(("forwards", "backwards", "reward_calls", "reward_backwards", "seconds"), 1.0)
         return samples, SteerResult(samples, samples[:, 0, 0, 0], torch.arange(n), cost, {})
 
     monkeypatch.setattr(mixture, "run", broken)
@@ -434,7 +445,8 @@ def test_a_race_that_cannot_be_run_is_refused():
     for bad, says in (
         ({"pool": 1999}, "at most half of the pool"),
         ({"best_of": (0,)}, "best_of must be at least 1"),
-        ({"strengths": (1.0, 0.0)}, "strengths must be positive"),
+        ({"strengths": (1.0, 0.0)}, "must be positive"),
+        ({"rescales": (-1.0,)}, "must be positive"),
     ):
         with pytest.raises(ValueError, match=says):
             race.RaceConfig(**bad)
@@ -448,26 +460,39 @@ def cell(method: str, number: float, reward: float, nfe: float = 100.0, seconds:
     return {"method": method, key: number, "reward": reward, "cost": cost, "distance": 1.0, "frechet": 2.0, **more}
 
 
-def test_the_headline_takes_the_mildest_strength_that_is_enough():
+def test_the_headline_takes_the_most_diverse_that_is_enough():
     cells = [
         cell("ode", 10, 9.9, 2510), cell("ode", 1000, 5.0, 251_000, 40.0, distance=3.0),
-        cell("mfm-g-1", 1.0, 4.9), cell("mfm-g-1", 4.0, 6.0, 500, 0.2), cell("mfm-g-1", 8.0, 9.0),
-        cell("mfm-g-plain-1", 2.0, 5.0, 400, 0.1), cell("mfm-g-4", 0.5, 99.0), cell("dps", 0.5, 99.0),
+        cell("mfm-g-1", 1.0, 4.9, distance=9.0), cell("mfm-g-1", 8.0, 9.0, 500, 0.2, distance=1.5),
+        cell("mfm-g-rescale-1", 0.5, 5.0, 400, 0.1, distance=2.0), cell("mfm-g-plain-1", 4.0, 6.0, distance=1.9),
+        cell("mfm-g-4", 0.5, 99.0, distance=9.0), cell("dps", 0.5, 99.0, distance=9.0),
         {"method": "mfm-g-plain-1", "strength": 0.25, "lost": 64},
     ]  # fmt: skip
     found = race.headline(cells)
     assert found.keys() == {"ode"}  # pools that were not run are not there
     ode = found["ode"]
-    assert (ode["n"], ode["reached"], ode["method"], ode["strength"]) == (1000, True, "mfm-g-plain-1", 2.0)
+    assert (ode["n"], ode["reached"], ode["method"], ode["strength"]) == (1000, True, "mfm-g-rescale-1", 0.5)
     assert (ode["reward"], ode["rival_reward"]) == (5.0, 5.0)  # as much is enough
     assert ode["nfe_ratio"] == pytest.approx(251_000 / 400)
     assert ode["seconds_ratio"] == pytest.approx(40 / 0.1)
-    assert (ode["distance"], ode["rival_distance"]) == (1.0, 3.0)
+    assert (ode["distance"], ode["rival_distance"]) == (2.0, 3.0)
     none = race.headline([cell("ode", 1000, 50.0), *cells[2:]])["ode"]
     assert (none["reached"], none["method"], none["strength"], none["reward"]) == (False, "mfm-g-1", 8.0, 9.0)
     assert race.headline(cells[:2]) == {}  # nobody to compare
     assert race.headline(cells[2:]) == {}  # no rival
     assert race.headline([]) == {}
+
+
+def test_the_frontier_is_what_none_beats_in_both():
+    cells = [
+        cell("dps", 1.0, 5.0, distance=1.0, frechet=9.0), cell("mfm-g-1", 1.0, 4.0, distance=2.0, frechet=8.0),
+        cell("mfm-g-1", 2.0, 4.0, distance=1.9, frechet=7.0), cell("ode", 1, 1.0, distance=3.0, frechet=7.0),
+        cell("tds-64", 1.0, 0.9, distance=2.9, frechet=None), cell("mfm-gf-4", 1.0, 4.0, distance=2.0, frechet=8.0),
+        {"method": "dps", "strength": 9.0, "lost": 64},
+    ]  # fmt: skip
+    assert [cells.index(c) for c in race.frontier(cells, "distance")] == [0, 1, 3, 5]  # equal ones stay, both
+    assert [cells.index(c) for c in race.frontier(cells, "frechet")] == [0, 2]
+    assert race.frontier([], "distance") == []
 
 
 def test_a_whole_race(monkeypatch):
@@ -476,23 +501,28 @@ def test_a_whole_race(monkeypatch):
     stage = made(guide=Nearest(x))
     broken = race.run
 
-    def run(stage, name, reward, *rest):
-        samples, result = broken(stage, name, reward, *rest)
+    def run(stage, name, reward, *rest, **options):
+        samples, result = broken(stage, name, reward, *rest, **options)
         return (samples * torch.nan if name == "dps" else samples), result
 
     monkeypatch.setattr(race, "run", run)
     config = race.RaceConfig(
-        rewards=("margin", "slant"), methods=("mfm-gf-8", "dps", "none"), strengths=(4.0,), samples=64, steps=10,
-        base_steps=10, pool=1000, best_of=(1, 10, 500),
+        rewards=("margin", "slant"), methods=("mfm-gf-8", "dps", "none", "mfm-gf-rescale-8"), strengths=(4.0,),
+        rescales=(0.01, 1.0), samples=64, steps=10, base_steps=10, pool=1000, best_of=(1, 10, 500),
     )  # fmt: skip
     found = race.evaluate_race(stage, config)
     for name, one in found.metrics["rewards"].items():
         cells = {(c["method"], c.get("n", c.get("strength"))): c for c in one["cells"]}
-        assert len(cells) == 9 + 3
+        assert len(cells) == 9 + 5
         assert cells["dps", 4.0] == {"method": "dps", "strength": 4.0, "lost": 64}
         scores = scored(image_reward(stage, name), x)
         steered, free = cells["mfm-gf-8", 4.0], cells["none", 0.0]
         assert steered["reward"] > free["reward"] + 0.5 * one["data"]["reward_std"]
+        # γ is the length of the steering: a hundredth of the drift's moves next to nothing
+        gentle, firm = cells["mfm-gf-rescale-8", 0.01], cells["mfm-gf-rescale-8", 1.0]
+        assert gentle["reward"] < free["reward"] + 0.3 * one["data"]["reward_std"]
+        assert firm["reward"] > gentle["reward"] + 0.5 * one["data"]["reward_std"]
+        assert one["frontier"].keys() == {"distance", "frechet"}
         # best of many of a law of four images is the best of the four
         assert cells["map-1", 500]["reward"] == pytest.approx(float(scores.max()), rel=1e-4)
         assert cells["map-1", 500]["vendi"] is None  # two samples are not compared with 64
@@ -505,7 +535,7 @@ def test_a_whole_race(monkeypatch):
         assert one["data"]["target_images"] == 128
         assert one["data"]["target_reward"] > one["data"]["reward"]
         assert f"Reward {name}" in found.metrics["tables"]
-        assert len(found.metrics["tables"][f"Reward {name}"]["rows"]) == 9 + 2 + 1
+        assert len(found.metrics["tables"][f"Reward {name}"]["rows"]) == 9 + 4 + 1
     assert found.samples["slant"].keys() >= {"target data", "ode 1", "ode 500", "mfm-gf-8 4", "none 0"}
 
 
@@ -557,7 +587,9 @@ def test_operators_and_their_pictures():
         inverse.operator("sr44", SHAPE)
 
 
-@pytest.mark.parametrize("name", ["mfm-gf-4", "mfm-search-4", "best-of-n-16", "dps", "tds-64", "tds-one-64", "mfm-smc-4"])
+@pytest.mark.parametrize(
+    "name", ["mfm-gf-4", "mfm-search-4", "best-of-n-16", "dps", "tds-64", "tds-one-64", "mfm-smc-4"]
+)
 def test_samples_come_in_the_order_of_their_observations(name):
     """Half of an image decides which of four it was: sample (d, b) must be image b."""
     stage = made()
@@ -643,17 +675,32 @@ def test_every_listed_method_has_a_meaning(name):
     assert found.method in name
     assert str(found.number) in name or found.number == 0
     assert found.title
-    assert ("plain" in name) == bool("plain" in found.title)
+    assert ("plain" in name) == ("plain" in found.title)
+    assert ("rescale" in name) == ("rescale" in found.title)
 
 
 def test_names_of_methods():
     assert variants.variant("mfm-gf-plain-16")[:3] == ("mfm-gf", 16, {"recycle": 1})
     assert variants.variant("mfm-g-plain-1")[:3] == ("mfm-g", 1, {"blend": False})
     assert variants.variant("tds-one-8")[:3] == ("tds", 8, {"particles": 8, "returns": "one"})
+    assert variants.variant("mfm-g-rescale-1")[:3] == ("mfm-g", 1, {"blend": False, "renormalize": "rescale"})
+    assert variants.variant("dps-rescale")[:3] == ("dps", 0, {"renormalize": "rescale"})
     assert variants.variant("best-of-n-100")[:3] == ("best-of-n", 100, {})
     assert variants.variant("mfm-g-1").title == "MFM-G, 1 draw"
     assert variants.variant("tds-64").title == "TDS, 64 particles"
-    for bad in ("mfm-h-4", "dps-plain", "mfm-g-one-4", "dps-4", "mfm-gf-²", "exact", "tds-plain-64", "", "-4"):
+    for bad in (
+        "mfm-h-4",
+        "dps-plain",
+        "mfm-g-one-4",
+        "dps-4",
+        "mfm-gf-²",
+        "exact",
+        "tds-plain-64",
+        "tds-rescale-64",
+        "mfm-smc-rescale-4",
+        "",
+        "-4",
+    ):
         with pytest.raises(InputError, match="write method-N") as caught:
             variants.variant(bad)
         assert "\n" not in str(caught.value)
@@ -705,7 +752,7 @@ def test_rewards_by_name():
         with pytest.raises(InputError, match=says):
             image_reward(stage, name)
     for name in ("margin", "mixture"):
-        with pytest.raises(InputError, match="mfm train made-guide .*; slant, ink and half need none"):
+        with pytest.raises(InputError, match=r"mfm train made-guide .*; slant, ink and half need none"):
             image_reward(made(), name)
 
 

@@ -217,7 +217,7 @@ def _newest(root: FilePath) -> Checkpoint:
         reason = f"; the newest: {skipped[0]}" if skipped else ""
         raise CheckpointError(root, f"holds no valid checkpoint: train first or use another run{reason}")
     for line in skipped:
-        warnings.warn(f"skipped {line}", stacklevel=4)
+        warnings.warn(f"skipped {line}", stacklevel=5)
     return checkpoint
 
 

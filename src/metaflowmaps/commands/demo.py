@@ -28,8 +28,13 @@ STORIES = ("digits", "gmm")
 HEADLINE = "MFM-G with one draw against best-of-N"
 STORY_TIMES = (0.1, 0.3, 0.5, 0.7)
 RACE = RaceConfig(
-    rewards=("margin", "slant"), methods=("mfm-g-1", "mfm-gf-4", "dps"), strengths=(1.0, 4.0), samples=128, pool=8000
-)
+    rewards=("margin", "slant"), methods=("mfm-g-rescale-1", "mfm-gf-4", "dps"), strengths=(8.0,), rescales=(1.0, 1.5),
+    samples=64, pool=8000,
+)  # fmt: skip
+STEERED = (
+    ("ode 1", "unsteered"), ("ode 1000", "best of 1,000"), ("dps 8", "DPS"), ("mfm-g-rescale-1 1.5", "MFM-G, one draw"),
+    ("mfm-gf-4 8", "MFM-GF, 4 draws"),
+)  # fmt: skip
 
 
 def demo(law: str, out: Path | None, seed: int, say: Say) -> tuple[Path, Results]:
@@ -74,19 +79,13 @@ def _story(out: Path, seed: int, say: Say) -> Results:
         g = stream(seed, "story", i)
         x_t = model.path.interpolate(randn(tuple(images[i : i + 1].shape), g), images[i : i + 1], t)
         with torch.no_grad():
-            noisy.append((images[i], x_t[0], model.draw(t, x_t, 8, generator=g)[:, 0]))
+            noisy.append((images[i], x_t[0], model.draw(t, x_t, 6, generator=g)[:, 0]))
     cells = {
         name: {f"{c['method']} {c.get('strength', c.get('n')):g}": c for c in race["cells"]}
         for name, race in raced.metrics["rewards"].items()
     }
     for name, wish in (("margin", "“be a three”"), ("slant", "“lean to the right”")):
-        shown = [
-            (label, raced.samples[name][key][:8], _price(cells[name][key]))
-            for key, label in (
-                ("ode 1", "unsteered ODE"), ("ode 1000", "best of 1,000"), ("dps 4", "DPS"),
-                ("mfm-g-1 4", "MFM-G, one draw"), ("mfm-gf-4 4", "MFM-GF, 4 draws"),
-            )
-        ]  # fmt: skip
+        shown = [(label, raced.samples[name][key][:6], _price(cells[name][key])) for key, label in STEERED]
         picture = image_figures.story(noisy, shown, f"From noisy digits to steered digits; the reward says {wish}")
         figures.save(picture, out / f"story-{name}.png")
     metrics: dict[str, Any] = {

@@ -157,6 +157,10 @@ def open_stage(
     train, held_out = _parts(data, guide is not None or judge is not None)
     if train.event_shape != model.event_shape:
         raise InputError(f"{checkpoint} makes images of shape {model.event_shape}, the data have {train.event_shape}")
+    if len(held_out) < 2:
+        raise InputError(
+            f"{checkpoint} has one image held out, and judging takes more: train with --set data.hold_out=N"
+        )
     for role, classifier in (("guide", guide), ("judge", judge)):
         if classifier is not None and train.labels is not None and classifier.num_classes != train.num_classes:
             raise InputError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.images import open_stage
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images.rewards import REWARDS, image_reward
+from metaflowmaps.evaluation.images.rewards import PIXELS, REWARDS, image_reward
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.recipes.tasks import TASKS, steering_task
@@ -66,6 +66,8 @@ def image_reward_of(
     name: str, strength: float, checkpoint: str, found: Checkpoint, model: MetaFlowMap, data: str | None = None
 ) -> Any:
     """A reward of images, from the checkpoint's own guiding classifier and data (where they are now)."""
+    if name in PIXELS:
+        return PIXELS[name](strength)
     stage, _ = open_stage(checkpoint, found, model, ImageEvalConfig(judge="none", drift="none", data=data))
     return image_reward(stage, name, strength)
 

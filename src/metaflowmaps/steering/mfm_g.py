@@ -50,7 +50,7 @@ class GradientGuide:
         blend: bool = True,
         correction: str = "none",
         noise: str = "independent",
-        chunk: int = 8,
+        chunk: int = 4,
         passes: int = 1,
     ) -> None:
         check_count(num_draws, "num_draws")

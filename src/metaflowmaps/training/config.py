@@ -24,6 +24,8 @@ class LawConfig(Config):
     def _possible(self) -> "LawConfig":
         if self.labels is not None and len(self.labels) != len(self.means):
             raise ValueError(f"labels needs one class a component: {len(self.means)} of them")
+        if self.labels is not None and set(self.labels) != set(range(max(self.labels) + 1)):
+            raise ValueError("labels must be 0, 1, … without gaps: the number after the last is the null class")
         return self
 
     def build(self) -> GaussianMixture:
@@ -218,6 +220,8 @@ class TrainConfig(RunConfig):
             )
         if classes and self.data is not None and not self.data.labels:
             raise ValueError("classes are trained with labels: set data.labels=true, or model.network.num_classes=0")
+        if self.condition.guided and self.condition.dropout == 0:
+            raise ValueError("condition.guidance guides away from the null class, which needs condition.dropout > 0")
         if self.condition.guided and not (classes and self.model.network.guidance):
             raise ValueError(
                 "condition.guidance bakes class guidance in: it needs labels and model.network.guidance=true"

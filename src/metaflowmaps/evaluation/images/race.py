@@ -54,8 +54,8 @@ class RaceConfig(ImageEvalConfig):
     def _possible(self) -> "RaceConfig":
         if min(self.best_of) < 1 or self.pool < 2 * max(self.best_of):
             raise ValueError("best_of must be at least 1 and at most half of the pool: two groups make a mean")
-        if min(self.strengths) <= 0:
-            raise ValueError("strengths must be positive: without steering it is the method none")
+        if min(*self.strengths, *self.rescales) <= 0:
+            raise ValueError("strengths and rescales must be positive: without steering it is the method none")
         return self
 
 

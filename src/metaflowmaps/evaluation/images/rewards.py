@@ -61,6 +61,7 @@ def _half(stage: Stage) -> Any:
     return InverseProblem.observe(Mask(mask), x, NOISE, stream(0, "half"))
 
 
+PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink}  # they need no stage, but a strength
 REWARDS: dict[str, Callable[[Stage], Any]] = {
     "margin": lambda stage: _margin(stage, ""),
     "slant": lambda stage: Slant(),
