@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import fidelity, losses, steering, step_cost
+from benchmarks import fidelity, images, losses, steering, step_cost
 
 BENCHMARKS = {
     "step-cost": step_cost.main,
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "steering-16d": steering.in_16d,
     "value": steering.value,
     "recycling": steering.recycling,
+    "images": images.main,
 }
 
 

@@ -70,7 +70,7 @@ BAD = {
     "unknown law": (["eval", "posterior", "x", "--law", "gm"], "did you mean 'gmm'"),
     "one sample": (["eval", "posterior", "x", "--samples", "1"], "samples"),
     "report of nothing": (["report", "/no/such/run"], "does not exist"),
-    "demo of nothing": (["demo", "--law", "digit"], "allowed are gmm"),
+    "demo of nothing": (["demo", "--law", "digit"], "digits"),
 }
 
 

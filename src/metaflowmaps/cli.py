@@ -40,7 +40,7 @@ Only = Annotated[
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, progress on stderr.")]
 CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint or run directory, or a hub id.")
+    str, typer.Argument(metavar="CHECKPOINT", help="A run or checkpoint directory, a hub id, or digits.")
 ]
 
 

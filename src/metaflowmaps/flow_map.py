@@ -261,6 +261,8 @@ class MetaFlowMap(nn.Module):
             if label.dtype != torch.int64:
                 raise InputError(f"labels must be int64, got {label.dtype}; convert them with .long()")
             classes = getattr(self.network, "num_classes", None)
+            if classes == 0 and bool((label != 0).any()):
+                raise InputError("this map knows no classes: leave the label out, or train one with data.labels=true")
             if classes is not None and not bool(((label >= 0) & (label <= classes)).all()):
                 raise InputError(f"labels must lie in 0..{classes} ({classes} is the null class)")
 

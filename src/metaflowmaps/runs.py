@@ -1,6 +1,7 @@
 """A command's place on disk: one directory, claimed by one configuration, with results.json at the end."""
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -91,8 +92,18 @@ def write_results(
         "cost": cost,
         "environment": environment(seed, device),
     }
-    write_json(out / "results.json", results)
-    return results
+    written: dict[str, Any] = finite(results)
+    write_json(out / "results.json", written)
+    return written
+
+
+def finite(value: Any) -> Any:
+    """The value with null for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(seed: int, device: torch.device | str) -> dict[str, Any]:

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from metaflowmaps.errors import unknown
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, per_sample, table
-from metaflowmaps.evaluation.images.variants import variant
+from metaflowmaps.evaluation.images.variants import CHUNK, quiet_steer, variant
 from metaflowmaps.metrics.calibration import rank_test
 from metaflowmaps.metrics.images import psnr
 from metaflowmaps.randomness import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
-from metaflowmaps.steering import steer
 
 PROBLEMS = {"inpaint": "inpainting, right half hidden", "sr2": "super-resolution × 2", "sr4": "super-resolution × 4",
             "deblur": "deblurring"}  # fmt: skip
@@ -95,31 +94,26 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
 
 
 def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig) -> tuple[Tensor, dict[str, float]]:
-    """(draws, images, *event) samples and their cost; particle systems take one observation at a time."""
+    """(draws, images, *event) samples and their cost; a particle system takes one observation at a time."""
     v, g = variant(name), stream(config.seed, "inverse", name)
-    options = dict(v.options)
-    if v.method in ("tds", "mfm-smc"):
-        particles = max(v.number if v.method == "tds" else 64, config.draws)
-        options |= {"particles": particles, "returns": "all"}
-        parts, totals = [], dict[str, float]()
-        for y in seen.y:
-            one = InverseProblem(seen.operator, y, seen.noise_std)
-            result = steer(
-                stage.model, one, particles, v.method, max(1, v.number), config.steps, generator=g, **options
-            )
-            if result.interrupted:
-                raise KeyboardInterrupt
-            parts.append(result.samples[: config.draws])
-            totals = {k: totals.get(k, 0.0) + c for k, c in result.cost.items()}
-        return torch.stack(parts, 1), per_sample(totals, config.draws * config.images)
-    rows = seen.y.repeat(config.draws, *([1] * (seen.y.ndim - 1)))
-    every = InverseProblem(seen.operator, rows, seen.noise_std)
-    n = config.draws * config.images
-    result = steer(stage.model, every, n, v.method, max(1, v.number), config.steps, generator=g, **options)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    shape = (config.draws, config.images, *stage.model.event_shape)
-    return result.samples.reshape(shape), per_sample(result.cost, n)
+    options, draws = dict(v.options), config.draws
+    system = v.method in ("tds", "mfm-smc")
+    if system:
+        options |= {"particles": max(options["particles"], draws), "returns": "all"}
+    # on a processor a few observations at a time: their states and draws should stay in its cache
+    together = 1 if system else max(1, 2 * CHUNK // draws) if stage.model.device.type == "cpu" else len(seen.y)
+    parts: list[Tensor] = []
+    totals: dict[str, float] = {}
+    for ys in seen.y.split(together):
+        rows = ys[0] if system else ys.repeat(draws, *([1] * (ys.ndim - 1)))
+        n = options["particles"] if system else draws * len(ys)
+        result = quiet_steer(
+            stage.model, InverseProblem(seen.operator, rows, seen.noise_std), n, v.method, max(1, v.number),
+            config.steps, generator=g, **options,
+        )  # fmt: skip
+        parts.append(result.samples[: draws * len(ys)].reshape(draws, len(ys), *stage.model.event_shape))
+        totals = {k: totals.get(k, 0.0) + c for k, c in result.cost.items()}
+    return torch.cat(parts, 1), per_sample(totals, draws * config.images)
 
 
 @torch.no_grad()

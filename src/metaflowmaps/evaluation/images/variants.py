@@ -5,6 +5,7 @@ r"""Steering methods by name, as the image experiments list them: ``method[-kind
 ``tds-64``     returns all 64 particles of a system, ``tds-one-64`` one of each; ``dps`` and ``none`` have no N
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "one": {"tds": {"returns": "one"}},
 }
 WORDS = {"": "", "plain": "plain", "rescale": "rescaled", "one": "one returned"}
+PARTICLES = 64  # of MFM-SMC
 CHUNK = 64  # rows of state at a time on a processor: with their draws they should stay in its cache
 TITLES = {"mfm-g": "MFM-G", "mfm-gf": "MFM-GF", "mfm-smc": "MFM-SMC", "mfm-search": "MFM-Search", "dps": "DPS",
           "tds": "TDS", "none": "unsteered", "glass": "GLASS", "best-of-n": "best-of-N"}  # fmt: skip
@@ -50,6 +52,8 @@ def variant(name: str) -> Variant:
     if method == "tds":
         number = number or 64
         options = {"particles": number, "returns": "all", **options}
+    if method == "mfm-smc":  # a system of its own size, whatever fits on a device at once
+        options = {"particles": PARTICLES, "returns": "all", **options}
     title = f"{TITLES[method]} {WORDS[kind]}".rstrip()
     unit = " particles" if method == "tds" else " draw" if number == 1 else " draws"
     return Variant(method, number, options, f"{title}, {number}{unit}" if number else title)
@@ -67,12 +71,20 @@ def run(
     v = variant(name)
     whole = n
     if v.options.get("returns") == "all":
-        whole = -(-n // v.number) * v.number
+        whole = -(-n // v.options["particles"]) * v.options["particles"]
     chunk = {} if stage.model.device.type != "cpu" else {"batch_size": CHUNK * copies_of(v)}
-    result = steer(
+    result = quiet_steer(
         stage.model, reward, whole, v.method, max(1, v.number), steps, generator=generator,
         **{**chunk, **v.options, **options},
     )  # fmt: skip
+    return result.samples[:n], result
+
+
+def quiet_steer(*args: Any, **kwargs: Any) -> SteerResult:
+    """``steer`` for one cell of many: whole or interrupted, and without its warnings, which the tables answer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = steer(*args, **kwargs)
     if result.interrupted:  # it returns what is finished; here a cell is whole or there is none
         raise KeyboardInterrupt
-    return result.samples[:n], result
+    return result

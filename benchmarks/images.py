@@ -1,0 +1,37 @@
+"""The image experiments on the shipped digits map; results and figures under benchmarks/results/digits.
+
+Each is the command ``mfm eval … digits --out runs/img/NAME`` with the settings below.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from benchmarks.common import RESULTS, say
+from metaflowmaps.commands import evaluate_images
+from metaflowmaps.commands.images import IMAGE_TASKS
+
+RUNS = Path("runs/img")
+EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
+    "posterior": ("posterior", []),
+    "generation": ("generation", []),
+    "value": ("value", []),
+    "race": ("race", ["strengths=[1,4,16,64]", "rescales=[0.5,1.0,1.5,2.0]"]),
+    "mixture": ("class-mixture", ["steps=100", "budget=2e6"]),
+    "inverse": ("inverse", []),
+}
+
+
+def main() -> None:
+    """All six; those that are complete are only copied."""
+    for name, (experiment, settings) in EXPERIMENTS.items():
+        out = RUNS / name
+        what = f"steering digits --task {experiment}" if experiment in IMAGE_TASKS else f"{experiment} digits"
+        command = " ".join([f"mfm eval {what}", *(f"--set {s}" for s in settings)])
+        evaluate_images(experiment, "digits", out, settings, 0, "cpu", command, say)
+        place = RESULTS / "digits"
+        place.mkdir(parents=True, exist_ok=True)
+        results = json.loads((out / "results.json").read_text())
+        (place / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        for picture in out.glob("*.png"):
+            shutil.copy(picture, place / f"{name}-{picture.name}")
