@@ -33,7 +33,7 @@ demo: $(CORE)
 	$(BIN)/mfm demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -145,7 +145,7 @@ def test_two_passes_differentiate_only_draws_that_matter():
 
     got = mfm.steer(
         mfm.MetaFlowMap(net, PATHS["linear"]), reward, 6, "mfm-g", num_draws=8, grid=LATE, passes=2,
-        generator=stream(0),
+        chunk=8, generator=stream(0),
     )  # fmt: skip
     draws = torch.stack(seen[:-1])  # (K, 8, 6); the last is the final scoring
     allowed = draws.isfinite()

@@ -146,7 +146,7 @@ def test_the_frontier_marks_lambda_base_and_target_under_one_legend():
     axes = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == ["race", "inverse", "mixture"]
     assert (axes[0].get_xlabel(), axes[0].get_ylabel(), axes[2].get_xscale()) == ("diversity", "reward", "log")
-    assert legend(figure) == ["mfm-g", "dps", "base model", "data of the target", "numbers along a line: λ"]
+    assert legend(figure) == ["mfm-g", "dps", "base model", "data of the target", "numbers along a line: λ, γ or N"]
     lines = {line.get_label(): line for line in axes[0].lines}
     assert lines["mfm-g"].get_xydata().tolist() == [[1.0, 0.0], [0.9, 0.5], [0.7, 1.2]]
     assert lines["mfm-g"].get_color() == STYLE["mfm-g"][0]

@@ -185,7 +185,10 @@ def _shown_title(key: str) -> str:
     method, _, number = key.rpartition(" ")
     if key == "target data":
         return "images of highest reward"
-    return f"best of {number}, ODE samples" if method == "ode" else f"{races.title(method)}, λσ = {number}"
+    if method in races.POOLS:
+        return f"best of {number}, {races.POOLS[method].removeprefix('best-of-N of ')}"
+    sign = "γ" if variant(method).options.get("renormalize") == "rescale" else "λσ"
+    return f"{races.title(method)}, {sign} = {number}"
 
 
 def inverse(found: Solved, draws: int, out: Path) -> dict[str, str]:

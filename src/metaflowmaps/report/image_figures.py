@@ -203,7 +203,7 @@ def frontier(panels: Sequence[Panel], title: str = "") -> "Figure":
         axis.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"], xscale=panel.get("xscale", "linear"))
         axis.set_title(panel["title"], fontsize=12)
         axis.margins(0.1)
-    layout.legend(figure, axes, [*looks, *(label for label, _ in marks.values())], "numbers along a line: λ")
+    layout.legend(figure, axes, [*looks, *(label for label, _ in marks.values())], "numbers along a line: λ, γ or N")
     figure.canvas.draw()  # places are final from here on, and labels can be put where nothing lies
     for axis, panel in zip(axes, panels, strict=True):
         layout.strengths(axis, panel["methods"], looks)
