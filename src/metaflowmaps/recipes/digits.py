@@ -17,6 +17,8 @@ DATA = DataConfig(name="digits")
 
 def digits(fast: bool = False) -> TrainConfig:
     """The map of 8×8 digits, taught by a drift that is learned first."""
+    # 2,316 s on one core: Fréchet distance of one-step draws 3.16, 3.44, 2.82, 1.28, .325 at t = 0, .1, .2, .5, .8
+    # (GLASS with 30 calls 3.02, 3.09, 2.65, 1.18, .306; mfm eval posterior digits)
     return TrainConfig(
         recipe="digits",
         data=DATA,
@@ -36,9 +38,11 @@ def digits(fast: bool = False) -> TrainConfig:
 
 def digits_guide(fast: bool = False) -> ClassifierConfig:
     """The classifier of digits that rewards are made of."""
+    # 26 s on one core: 99.0 % of the held-out digits
     return guide("digits-guide", DATA, 400 if fast else 1_500)
 
 
 def digits_judge(fast: bool = False) -> ClassifierConfig:
     """The classifier of digits that samples are judged by: another architecture, another seed."""
+    # 106 s on one core: 99.7 % of the held-out digits
     return judge("digits-judge", DATA, 400 if fast else 1_500)

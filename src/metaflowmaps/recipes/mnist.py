@@ -20,6 +20,7 @@ DATA_STD = 0.518  # of a pixel about the mean image
 def mnist(fast: bool = False) -> TrainConfig:
     """The map of 28×28 MNIST: a U-Net of 9 M parameters for a GPU; --fast: a perceptron for two cores."""
     if fast:
+        # 860 s on a shared core: recognisable and noisy, 14.3 at t = 0 where the training images are at .98
         return TrainConfig(
             recipe="mnist",
             data=DATA,
@@ -59,9 +60,11 @@ def mnist(fast: bool = False) -> TrainConfig:
 
 def mnist_guide(fast: bool = False) -> ClassifierConfig:
     """The classifier of MNIST that rewards are made of."""
+    # fast, from 9,000 images: 242 s on a shared core, 97.7 % of the held-out images
     return guide("mnist-guide", DATA, 300 if fast else 2_000)
 
 
 def mnist_judge(fast: bool = False) -> ClassifierConfig:
     """The classifier of MNIST that samples are judged by: another architecture, another seed."""
+    # fast, from 9,000 images: 134 s on a shared core, 96.8 % of the held-out images
     return judge("mnist-judge", DATA, 300 if fast else 2_000)
