@@ -28,11 +28,13 @@ STORIES = ("digits", "gmm")
 HEADLINE = "MFM-G with one draw against best-of-N"
 STORY_TIMES = (0.1, 0.3, 0.5, 0.7)
 RACE = RaceConfig(
-    rewards=("margin", "slant"), methods=("mfm-g-rescale-1", "mfm-gf-4", "dps"), strengths=(8.0,), rescales=(1.0, 1.5),
+    rewards=("margin", "slant"), methods=("mfm-g-rescale-1", "mfm-gf-4", "dps"), strengths=(8.0,), rescales=(0.5, 1.5),
     samples=64, pool=8000,
 )  # fmt: skip
+GAMMA = {"margin": 1.5, "slant": 0.5}  # the length of MFM-G's steering that the story shows
 STEERED = (
-    ("ode 1", "unsteered"), ("ode 1000", "best of 1,000"), ("dps 8", "DPS"), ("mfm-g-rescale-1 1.5", "MFM-G, one draw"),
+    ("ode 1", "unsteered"), ("ode 1000", "best of 1,000"), ("dps 8", "DPS"),
+    ("mfm-g-rescale-1 {gamma:g}", "MFM-G, one draw"),
     ("mfm-gf-4 8", "MFM-GF, 4 draws"),
 )  # fmt: skip
 
@@ -85,7 +87,8 @@ def _story(out: Path, seed: int, say: Say) -> Results:
         for name, race in raced.metrics["rewards"].items()
     }
     for name, wish in (("margin", "“be a three”"), ("slant", "“lean to the right”")):
-        shown = [(label, raced.samples[name][key][:6], _price(cells[name][key])) for key, label in STEERED]
+        keys = [(key.format(gamma=GAMMA[name]), label) for key, label in STEERED]
+        shown = [(label, raced.samples[name][key][:6], _price(cells[name][key])) for key, label in keys]
         picture = image_figures.story(noisy, shown, f"From noisy digits to steered digits; the reward says {wish}")
         figures.save(picture, out / f"story-{name}.png")
     metrics: dict[str, Any] = {
@@ -97,7 +100,7 @@ def _story(out: Path, seed: int, say: Say) -> Results:
         "summary": "Every row of draws comes from one noisy digit, one network call a draw. Steered digits come from "
         "noise; beside them is what one sample cost in network and reward evaluations (NFE) and in time here.",
         "captions": {
-            "story-margin.png": "Left: a digit, its noisy version, and eight draws of what it may have been, one "
+            "story-margin.png": "Left: a digit, its noisy version, and six draws of what it may have been, one "
             "network call each. Right: digits steered to be threes, by the log-odds of a classifier.",
             "story-slant.png": "The same, steered to lean to the right, a reward measured from pixels.",
         },
@@ -118,7 +121,7 @@ def _short(name: str, race: dict[str, Any]) -> dict[str, Any]:
          1000 * c["cost"]["seconds"]]
         for c in race["cells"] if "reward" in c
     ]  # fmt: skip
-    return table(["method", "λσ or N", "reward", "mean distance", "NFE", "ms"], rows)
+    return table(["method", "λσ, γ or N", "reward", "mean distance", "NFE", "ms"], rows)
 
 
 def demo_mixture(out: Path, seed: int, say: Say) -> tuple[Path, Results]:

@@ -252,7 +252,7 @@ def _words(metrics: dict[str, Any]) -> dict[str, Any]:
          h["distance"], h["rival_frechet"], h["frechet"]]
         for name, race in metrics["rewards"].items() for pool, h in race["headline"].items()
     ]  # fmt: skip
-    head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ", "NFE, times fewer",
+    head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ or γ", "NFE, times fewer",
             "seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]  # fmt: skip
     tables["MFM-G with one draw against best-of-N"] = table(head, rows)
     rows = []
@@ -268,7 +268,7 @@ def _words(metrics: dict[str, Any]) -> dict[str, Any]:
     tables["Cells that none beats in reward and in the other at once"] = table(["reward", "against", "cells of"], rows)
     for name, race in metrics["rewards"].items():
         others = list(race["cells"][0]["others"])
-        head = ["method", "λσ or N", "reward", "±", *(f"{o} too" for o in others), "mean distance",
+        head = ["method", "λσ, γ or N", "reward", "±", *(f"{o} too" for o in others), "mean distance",
                 f"Vendi of {SUBSET}", "Fréchet to target", "NFE", "ms", "samples"]  # fmt: skip
         body = [
             [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["reward_se"],
