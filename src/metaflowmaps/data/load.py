@@ -60,7 +60,7 @@ def _digits(config: DataConfig) -> Parts:
 
 def _mnist(config: DataConfig) -> Parts:
     if config.path is None:
-        raise InputError("name=mnist needs the folder of its IDX files: --set data.path=FOLDER")
+        raise InputError("name=mnist needs the folder of its IDX files: --data-dir FOLDER, or --set data.path=FOLDER")
     found = read_mnist(Path(config.path).expanduser())
     if len(found) == 2:
         (images, labels), (others, other_labels) = found["train"], found["t10k"]
