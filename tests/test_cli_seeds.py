@@ -71,3 +71,17 @@ def test_bad_seeds_are_one_line(capsys, run, tmp_path, command):  # noqa: F811
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert says in err
     assert not (tmp_path / "x").exists()
+
+
+def test_chosen_posterior_draws_are_made_again(capsys, run, tmp_path):  # noqa: F811
+    options = ["--t", "0.4", "--seed", "3"]  # the noisy state is the seed's
+    code, _, err = mfm(capsys, "posterior", run, *options, "--num-draws", "20", "--out", tmp_path / "all")
+    assert code == 0, err
+    whole = load_file(tmp_path / "all" / "draws.safetensors")
+    chosen = whole["seeds"][[11, 4]].tolist()
+    only = [part for seed in chosen for part in ("--only", seed)]
+    code, _, err = mfm(capsys, "posterior", run, *options, *only, "--out", tmp_path / "two")
+    assert code == 0, err
+    again = load_file(tmp_path / "two" / "draws.safetensors")
+    assert again["seeds"].tolist() == chosen
+    torch.testing.assert_close(again["draws"], whole["draws"][[11, 4]], **CLOSE)

@@ -136,17 +136,21 @@ def posterior(
     x: Annotated[
         str | None, typer.Option("--x", help="The noisy state, as numbers: 1.0,-0.5. Drawn if absent.")
     ] = None,
-    num_draws: Annotated[int, typer.Option("--num-draws", min=1, help="How many draws.")] = 1024,
+    num_draws: Annotated[int | None, typer.Option("--num-draws", min=1, help=f"How many draws ({NUM}).")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Network calls a draw.")] = 1,
+    only: Only = None,
     out: Out = None,
     seed: Seed = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw clean data given a noisy state; writes draws.safetensors and, in the plane, a picture."""
+    """Draw clean data given a noisy state; writes draws.safetensors with their seeds and a picture."""
     from metaflowmaps import commands
 
-    emit(commands.posterior(checkpoint, t, x, num_draws, steps, out, seed or 0, device, invocation()), as_json)
+    results = commands.posterior(
+        checkpoint, t, x, how_many(num_draws, only), steps, out, seed or 0, device, invocation(), only or ()
+    )
+    emit(results, as_json)
 
 
 @app.command()

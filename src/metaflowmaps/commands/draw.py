@@ -79,8 +79,9 @@ def posterior(
     seed: int,
     device: str,
     invocation: str,
+    only: Sequence[int] = (),
 ) -> Results:
-    """Draws of clean data given one noisy state."""
+    """Draws of clean data given one noisy state. ``only``: the draws with these seeds, num_draws of them."""
     model, found, target = open_model(checkpoint, device)
     if not 0 <= t <= 1:
         raise InputError(f"--t must lie in [0, 1] (0 is noise, 1 is data), got {t}")
@@ -97,14 +98,17 @@ def posterior(
         "num_draws": num_draws,
         "steps": steps,
         "seed": seed,
+        **({"only": list(only)} if only else {}),
     }
     out = out or beside(checkpoint, found, "posterior")
     done = begun(out, "posterior", settings)
     if done is not None:
         return done
+    seeds = torch.tensor(only) if only else fresh_seeds(num_draws, stream(seed, "posterior-draws"))
     with torch.no_grad(), Meter(model.network) as meter:
-        draws = model.draw(t, x_t, num_draws, steps, g)[:, 0]
-    save_tensors(out / "draws.safetensors", {"draws": draws, "x_t": x_t[0], "t": torch.tensor(t)})
+        noise = RowNoise(seeds.to(target), "posterior").normal(model.event_shape, dtype=model.dtype)
+        draws = model.push(noise, t, x_t.expand_as(noise), steps)
+    save_tensors(out / "draws.safetensors", {"draws": draws, "seeds": seeds, "x_t": x_t[0], "t": torch.tensor(t)})
     law = law_of(found)
     if model.event_shape == (2,):
         picture = figures.posterior_panels(
