@@ -505,3 +505,19 @@ def test_help_names_what_there_is(capsys):
         code, out, _ = mfm(capsys, *command, "--help")
         assert code == 0
         assert says in " ".join(re.sub(r"[│╭╮╰╯─\s]+", " ", out).split())
+
+
+def test_classes_and_guidance_from_the_command_line(capsys, tmp_path):
+    """The number of classes is that of the data; a network sized to them takes its own settings, and guidance."""
+    guided = sets("data.labels=true", "condition.guidance=[1.0,2.5]")
+    folder = draw(tmp_path / "own", 8, classes=3)
+    own = ["train", "images", "--data", folder, *guided, *sets("model.network.width=16", "threads=1"), "--dry-run"]
+    digits = ["train", "digits", *guided, *sets("model.network.guidance=true", "threads=1"), "--dry-run"]
+    for arguments, classes in ((own, 3), (digits, 10)):
+        code, text, err = mfm(capsys, *arguments, "--json")
+        assert code == 0, err
+        network = json.loads(text)["config"]["model"]["network"]
+        assert (network["num_classes"], network["guidance"]) == (classes, True)
+    assert json.loads(mfm(capsys, *own, "--json")[1])["config"]["model"]["network"]["width"] == 16
+    code, _, err = mfm(capsys, *own, "--set", "model.network.widht=16")
+    assert (code, err.count("\n"), "width" in err) == (2, 1, True)

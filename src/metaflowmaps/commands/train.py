@@ -36,7 +36,11 @@ AnyConfig = TypeVar("AnyConfig", TrainConfig, ClassifierConfig, TrainConfig | Cl
 
 def resolve_training(base: AnyConfig, settings: Iterable[str], seed: int | None, max_steps: int | None) -> AnyConfig:
     """The configuration after --set, --seed and --max-steps, with what is measured on the data filled in."""
-    config = override(base, settings)
+    given = list(settings)
+    # a network that is sized to the data exists only after they are read
+    open_network = isinstance(base, TrainConfig) and base.model.network is None
+    late = [s for s in given if open_network and s.startswith("model.network.")]
+    config = override(base, [s for s in given if s not in late])
     changes: dict[str, Any] = {}
     if seed is not None:
         changes["seed"] = seed
@@ -45,7 +49,7 @@ def resolve_training(base: AnyConfig, settings: Iterable[str], seed: int | None,
         if isinstance(config, TrainConfig):  # the drift's are steps too
             changes["drift_steps"] = min(config.drift_steps, max_steps)
     config = validated(type(config), {**config.model_dump(), **changes})
-    return fitted(config) if isinstance(config, TrainConfig) else config
+    return override(fitted(config), late) if isinstance(config, TrainConfig) else config
 
 
 def train(

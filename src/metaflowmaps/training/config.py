@@ -213,6 +213,7 @@ class TrainConfig(RunConfig):
         if self.model.network is None:
             return self
         classes = self.model.network.num_classes
+        labelled = classes or (self.data is not None and self.data.labels)  # their number is filled in from the data
         if classes and self.law is not None and classes != len(set(self.law.labels or ())):
             raise ValueError(
                 "model.network.num_classes must be the number of classes in law.labels, or 0: a mixture without labels "
@@ -222,7 +223,7 @@ class TrainConfig(RunConfig):
             raise ValueError("classes are trained with labels: set data.labels=true, or model.network.num_classes=0")
         if self.condition.guided and self.condition.dropout == 0:
             raise ValueError("condition.guidance guides away from the null class, which needs condition.dropout > 0")
-        if self.condition.guided and not (classes and self.model.network.guidance):
+        if self.condition.guided and not (labelled and self.model.network.guidance):
             raise ValueError(
                 "condition.guidance bakes class guidance in: it needs labels and model.network.guidance=true"
             )

@@ -60,7 +60,8 @@ def fitted(config: TrainConfig) -> TrainConfig:
     """The configuration with what it leaves open measured on its images: shape, spread, network, classes."""
     if config.data is None:
         return config
-    if config.data.name != "images" and None not in (config.model.data_std, config.model.network):
+    counted = bool(config.num_classes) or not config.data.labels
+    if config.data.name != "images" and None not in (config.model.data_std, config.model.network) and counted:
         return config  # a full recipe
     images = load_data(config.data)[0]
     channels, size, _ = images.event_shape
@@ -76,26 +77,27 @@ def fitted(config: TrainConfig) -> TrainConfig:
         else:
             squared = images.std**2 + (images.mean - model.data_mean) ** 2
         model = model.model_copy(update={"data_std": round(math.sqrt(max(squared, 1e-6)), 4)})
-    if model.network is None:
-        classes = images.num_classes if data.labels else 0
-        model = model.model_copy(update={"network": sized(channels, size, classes)})
+    network = model.network
+    if network is None:
+        network = sized(channels, size).model_copy(update={"guidance": config.condition.guided})
+    if data.labels and not network.num_classes:
+        network = network.model_copy(update={"num_classes": images.num_classes})
+    model = model.model_copy(update={"network": network})
     return validated(TrainConfig, {**config.model_dump(), "data": data.model_dump(), "model": model.model_dump()})
 
 
-def sized(channels: int, size: int, num_classes: int = 0) -> NetworkConfig:
+def sized(channels: int, size: int) -> NetworkConfig:
     """A network for images of this size: a perceptron to 12 pixels a side, a U-Net to 64, a transformer above."""
     if size <= 12:
-        return MLPConfig(width=256 if channels == 1 else 512, depth=6, modulation=True, num_classes=num_classes)
+        return MLPConfig(width=256 if channels == 1 else 512, depth=6, modulation=True)
     if size <= 64:
         levels, side = 1, size
         while side % 2 == 0 and side // 2 >= 6 and levels < 4:
             side, levels = side // 2, levels + 1
-        return UNetConfig(
-            width=32, multipliers=(1, 2, 2, 2)[:levels], blocks=1, attention=(side,) if side <= 16 else (),
-            num_classes=num_classes,
-        )  # fmt: skip
+        attention = (side,) if side <= 16 else ()
+        return UNetConfig(width=32, multipliers=(1, 2, 2, 2)[:levels], blocks=1, attention=attention)
     patch = next(p for p in range(max(2, size // 32), size + 1) if size % p == 0)
-    return DiTConfig(patch=patch, width=192, depth=6, heads=3, encoder_depth=4, num_classes=num_classes)
+    return DiTConfig(patch=patch, width=192, depth=6, heads=3, encoder_depth=4)
 
 
 def mean_image(images: ImageSet) -> Tensor:
