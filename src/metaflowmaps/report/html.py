@@ -139,7 +139,7 @@ def _titles(results: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     titles = {}
     for directory, result in results.items():
         config = result.get("config", {})
-        subject = next((config[key] for key in ("recipe", "task", "law") if isinstance(config.get(key), str)), "")
+        subject = next((config[key] for key in ("recipe", "task", "experiment", "law") if isinstance(config.get(key), str)), "")
         title = _describe(directory, result)[0].title
         titles[directory] = f"{title}: {subject}" if subject else title
     twice = [title for title in titles.values() if list(titles.values()).count(title) > 1]
