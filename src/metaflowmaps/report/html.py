@@ -63,6 +63,9 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
+SUBJECTS = ("recipe", "task", "experiment", "law")  # what a heading says of a run besides its command
+
+
 def write_report(runs: list[Path], out: Path) -> Path:
     """Join the runs' results, figures and tables into ``out``, whole or not at all; directories of runs are opened."""
     found = {directory.resolve(): directory for run in runs for directory in _runs_in(run)}
@@ -139,7 +142,7 @@ def _titles(results: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     titles = {}
     for directory, result in results.items():
         config = result.get("config", {})
-        subject = next((config[key] for key in ("recipe", "task", "experiment", "law") if isinstance(config.get(key), str)), "")
+        subject = next((config[key] for key in SUBJECTS if isinstance(config.get(key), str)), "")
         title = _describe(directory, result)[0].title
         titles[directory] = f"{title}: {subject}" if subject else title
     twice = [title for title in titles.values() if list(titles.values()).count(title) > 1]
