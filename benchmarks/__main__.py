@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import fidelity, images, losses, steering, step_cost
+from benchmarks import fidelity, images, losses, memory, steering, step_cost
 
 BENCHMARKS = {
     "step-cost": step_cost.main,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "value": steering.value,
     "recycling": steering.recycling,
     "images": images.main,
+    "memory": memory.main,
 }
 
 

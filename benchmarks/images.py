@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, say
 from metaflowmaps.commands import evaluate_images
 from metaflowmaps.commands.images import IMAGE_TASKS
+from metaflowmaps.commands.shared import typed
 
 RUNS = Path("runs/img")
 LONG = ["steps=250", "samples=4096", "budget=1e9"]
@@ -34,8 +35,7 @@ def main() -> None:
     for name, (experiment, settings) in EXPERIMENTS.items():
         out = RUNS / name
         what = f"steering digits --task {experiment}" if experiment in IMAGE_TASKS else f"{experiment} digits"
-        command = " ".join([f"mfm eval {what}", *(f"--set {s}" for s in settings)])
-        evaluate_images(experiment, "digits", out, settings, 0, "cpu", command, say)
+        evaluate_images(experiment, "digits", out, settings, 0, "cpu", typed(f"eval {what}", settings), say)
         place = RESULTS / "digits"
         place.mkdir(parents=True, exist_ok=True)
         results = json.loads((out / "results.json").read_text())

@@ -217,7 +217,7 @@ EXPERIMENTS = {
     ),
     "class-mixture": (
         ["steering", "--task", "class-mixture", "--samples", "32", *sets(*GUIDED)],
-        {"methods", "target", "steps"},
+        {"methods", "target", "weighted_base", "steps"},
         {"frequencies.png", "samples.png"},
     ),
     "race": (

@@ -216,9 +216,7 @@ def eval_steering(
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
-        chosen = commands.image_task(task)
-        own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
-        results = commands.evaluate_images(chosen, checkpoint, out, own, seed or 0, device, invocation(), say)
+        results = on_images(commands.image_task(task), checkpoint, samples, out, settings, seed, device)
     else:
         results = commands.eval_steering(
             checkpoint, task or "gmm-inverse", samples, out, settings or [], seed or 0, device, invocation(), say
@@ -240,9 +238,7 @@ def eval_value(
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
-        results = commands.evaluate_images(
-            "value", checkpoint, out, settings or [], seed or 0, device, invocation(), say
-        )  # fmt: skip
+        results = on_images("value", checkpoint, None, out, settings, seed, device)
     else:
         results = commands.eval_value(checkpoint, task, out, settings or [], seed or 0, device, invocation(), say)
     judged(results, as_json)
@@ -264,8 +260,7 @@ def eval_posterior(
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
-        own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
-        results = commands.evaluate_images("posterior", checkpoint, out, own, seed or 0, device, invocation(), say)
+        results = on_images("posterior", checkpoint, samples, out, settings, seed, device)
     else:
         results = commands.eval_posterior(
             checkpoint, law, samples or 8192, out, settings or [], seed or 0, device, invocation(), say
@@ -284,10 +279,7 @@ def eval_generation(
     as_json: Json = False,
 ) -> None:
     """Unconditional images by network calls: refinement and composed jumps of the map against ODE steps."""
-    from metaflowmaps import commands
-
-    own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
-    results = commands.evaluate_images("generation", checkpoint, out, own, seed or 0, device, invocation(), say)
+    results = on_images("generation", checkpoint, samples, out, settings, seed, device)
     judged(results, as_json)
 
 
@@ -317,6 +309,22 @@ def demo(
     page, results = commands.demo(law, out, seed or 0, say)
     commands.print_tables(tables_of(results))
     print(f"report: {page}")
+
+
+def on_images(
+    name: str,
+    checkpoint: str,
+    samples: int | None,
+    out: Path | None,
+    settings: list[str] | None,
+    seed: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """An image experiment; --samples is one of its settings."""
+    from metaflowmaps import commands
+
+    own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
+    return commands.evaluate_images(name, checkpoint, out, own, seed or 0, device, invocation(), say)
 
 
 def how_many(num: int | None, only: list[int] | None) -> int:

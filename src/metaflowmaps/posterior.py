@@ -126,8 +126,7 @@ class GlassPosterior:
 
     def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
         """D_t(x)."""
-        times = batch_time(t, x)
-        return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
+        return _posterior_mean(self.path, self.drift, t, x, cond)
 
 
 class RolloutPosterior:
@@ -165,8 +164,7 @@ class RolloutPosterior:
 
     def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
         """D_t(x)."""
-        times = batch_time(t, x)
-        return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
+        return _posterior_mean(self.path, self.drift, t, x, cond)
 
 
 class ExactPosterior:
@@ -213,8 +211,7 @@ class TweediePosterior:
 
     def denoise(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
         """D_t(x)."""
-        times = batch_time(t, x)
-        return self.path.to_denoise(times, x, call_drift(self.drift, times, x, cond), "drift")
+        return _posterior_mean(self.path, self.drift, t, x, cond)
 
 
 class ExactModel:
@@ -246,6 +243,12 @@ class ExactModel:
     def value(self, t: Time, x: Tensor, reward: LinearGaussian) -> Tensor:
         """V_t(x), exact."""
         return self.law.value(self.path, t, x, reward)
+
+
+def _posterior_mean(path: Path, drift: Drift, t: Time, x: Tensor, cond: Cond) -> Tensor:
+    """D_t(x) from the drift."""
+    times = batch_time(t, x)
+    return path.to_denoise(times, x, call_drift(drift, times, x, cond), "drift")
 
 
 def _check(t: Time, x_t: Tensor, num_draws: int) -> None:

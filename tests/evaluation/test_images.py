@@ -306,14 +306,15 @@ def test_value_of_exact_draws_and_of_broken_ones():
 # -- the class mixture -------------------------------------------------------------------------------------------------
 
 
-def test_the_target_counts_the_data_too():
-    """p_reward(y) ∝ p_1(y) w_y."""
+def test_the_targets_of_the_class_mixture():
+    """The wish is w itself; a sure classifier tilts the data to p_1(y) w_y."""
     x = images(10)
     labels = torch.tensor([0] * 10 + [1] * 30 + [3] * 10 + [5] * 20 + [7] * 10 + [9] * 20)
     train = ImageSet("made", x[labels], labels, tuple(map(str, range(10))))
-    target = mixture._target(Stage(Oracle(x), train, train, Judge(Nearest(x), train)))
+    wish, tilted = mixture._targets(Stage(Oracle(x), train, train, Judge(Nearest(x), train)))
     expected = torch.tensor([0, 30, 0, 10, 0, 40, 0, 20, 0, 80], dtype=torch.float64) / 180
-    torch.testing.assert_close(target, expected)
+    torch.testing.assert_close(tilted, expected)
+    torch.testing.assert_close(wish, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
     assert weights(10) == [0, 1, 0, 1, 0, 2, 0, 2, 0, 4]
     assert weights(12)[-2:] == [0, 1]
 
@@ -351,6 +352,26 @@ def test_steering_to_a_mixture_of_classes_meets_its_target():
     assert {c["lost"] for c in cells.values()} == {0}
     assert [x.shape for x in found.samples.values()] == [(20, *SHAPE)] * 3
     assert "MFM-GF" in found.metrics["summary"] or "TDS" in found.metrics["summary"]
+    # weights e^r on unsteered samples are the exact tilt: at the target up to chance, which the weights make larger
+    exact = found.metrics["weighted_base"]
+    assert exact["l2"] < 4 * exact["chance"]
+    assert exact["chance"] > math.sqrt(float(1 - target.square().sum()) / exact["samples"])
+
+
+def test_both_distances_of_the_class_mixture():
+    """Weighted frequencies by hand, with a wish and a tilted target that differ."""
+    x = images(10)
+    stage = made(10, judge=Nearest(x), guide=Nearest(x))
+    wish, tilted = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    wish[1] = 1.0
+    tilted[1], tilted[3] = 0.5, 0.5
+    got = mixture._judged(stage, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), wish, tilted)
+    assert got["frequencies"] == [0, 0.75, 0, 0.25, 0, 0, 0, 0, 0, 0]
+    assert got["l2"] == pytest.approx(math.sqrt(2) / 4)
+    assert got["l2_tilted"] == pytest.approx(math.sqrt(2) / 4)
+    assert got["chance"] == 0  # one class alone: nothing is left to chance
+    got = mixture._judged(stage, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), tilted, wish)
+    assert got["chance"] == pytest.approx(math.sqrt(0.5 * (1 + 4 + 1) / 16))
 
 
 def test_the_class_mixture_refuses_what_it_cannot_count():

@@ -1,7 +1,6 @@
 """mfm demo: the digits' story from the shipped models, or the mixture's from its training to its steering."""
 
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands.images import evaluate_images, open_stage
 from metaflowmaps.commands.judge import eval_posterior
-from metaflowmaps.commands.shared import Results, Say, begun, digest, open_model
+from metaflowmaps.commands.shared import Results, Say, begun, digest, open_model, typed
 from metaflowmaps.commands.steering import eval_steering
 from metaflowmaps.commands.train import resolve_training, train
 from metaflowmaps.errors import unknown
@@ -54,7 +53,7 @@ def demo_digits(out: Path, seed: int, say: Say) -> tuple[Path, Results]:
     settings = ["samples=512", "glass_steps=[1,4,16,30]", "images=64"]
     evaluate_images(
         "posterior", _digits(), out / "posterior", settings, seed, "cpu",
-        shlex.join(["mfm", "eval", "posterior", "digits", *(part for s in settings for part in ("--set", s))]), say,
+        typed("eval posterior digits", settings), say,
     )  # fmt: skip
     return write_report([out / "story", out / "posterior"], out / "report.html"), story
 
@@ -133,13 +132,12 @@ def demo_mixture(out: Path, seed: int, say: Say) -> tuple[Path, Results]:
     settings = ["sets=8", "other_contexts=4"]
     results = eval_posterior(
         str(out / "train"), "gmm", 8192, out / "eval", settings, seed, "cpu",
-        "mfm eval posterior " + " ".join([str(out / "train"), *(f"--set {s}" for s in settings)]), say,
+        typed(f"eval posterior {out / 'train'}", settings), say,
     )  # fmt: skip
     say("steering it towards an observation, every method on one meter …")
     settings = ["steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(SHOWN)}"]
-    typed = ["mfm", "eval", "steering", str(out / "train"), "--samples", "2048"]
     eval_steering(
         str(out / "train"), "gmm-inverse", 2048, out / "steering", settings, seed, "cpu",
-        shlex.join([*typed, *(part for s in settings for part in ("--set", s))]), say,
+        typed(f"eval steering {out / 'train'} --samples 2048", settings), say,
     )  # fmt: skip
     return write_report([out / "eval", out / "steering", out / "train"], out / "report.html"), results

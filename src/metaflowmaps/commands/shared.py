@@ -1,7 +1,8 @@
 """What several commands do: open a checkpoint, find a place for results, keep tensors, draw the usual picture."""
 
 import hashlib
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ PICTURE_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 def open_model(checkpoint: str, device: str) -> tuple[MetaFlowMap, Checkpoint, torch.device]:
     target = pick_device(device)
     return load_model(checkpoint).to(target), resolve_checkpoint(checkpoint), target
+
+
+def typed(command: str, settings: Iterable[str]) -> str:
+    """A command as one would type it."""
+    return " ".join(["mfm", command, *(f"--set {shlex.quote(setting)}" for setting in settings)])
 
 
 def run_of(found: Checkpoint) -> Path | None:

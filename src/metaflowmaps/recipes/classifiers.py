@@ -1,32 +1,30 @@
 """The two classifiers of a data set. They share nothing but the images: neither architecture nor seed nor order."""
 
 from metaflowmaps.data import DataConfig
-from metaflowmaps.training.config import ClassifierConfig, ConvClassifierConfig, OptimizerConfig, PatchClassifierConfig
+from metaflowmaps.training.config import (
+    ClassifierConfig,
+    ClassifierNetworkConfig,
+    ConvClassifierConfig,
+    OptimizerConfig,
+    PatchClassifierConfig,
+)
 
 OPTIMIZER = OptimizerConfig(name="adam", lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def guide(recipe: str, data: DataConfig, steps: int) -> ClassifierConfig:
     """Convolutions, for rewards."""
-    return ClassifierConfig(
-        recipe=recipe,
-        data=data,
-        network=ConvClassifierConfig(),
-        steps=steps,
-        batch_size=128,
-        optimizer=OPTIMIZER,
-        seed=1,
-    )
+    return _classifier(recipe, data, steps, ConvClassifierConfig(), seed=1)
 
 
 def judge(recipe: str, data: DataConfig, steps: int) -> ClassifierConfig:
     """A mixer on patches, for judging."""
+    return _classifier(recipe, data, steps, PatchClassifierConfig(), seed=2)
+
+
+def _classifier(
+    recipe: str, data: DataConfig, steps: int, network: ClassifierNetworkConfig, seed: int
+) -> ClassifierConfig:
     return ClassifierConfig(
-        recipe=recipe,
-        data=data,
-        network=PatchClassifierConfig(),
-        steps=steps,
-        batch_size=128,
-        optimizer=OPTIMIZER,
-        seed=2,
+        recipe=recipe, data=data, network=network, steps=steps, batch_size=128, optimizer=OPTIMIZER, seed=seed
     )

@@ -2,13 +2,12 @@
 
 from metaflowmaps.data import DataConfig
 from metaflowmaps.recipes.classifiers import guide, judge
+from metaflowmaps.recipes.images import TAUGHT
 from metaflowmaps.training.config import (
     ClassifierConfig,
-    LossConfig,
     MLPConfig,
     ModelConfig,
     OptimizerConfig,
-    TimesConfig,
     TrainConfig,
 )
 
@@ -23,10 +22,7 @@ def digits(fast: bool = False) -> TrainConfig:
         recipe="digits",
         data=DATA,
         model=ModelConfig(data_mean="image", data_std=0.53, network=MLPConfig(width=256, depth=6, modulation=True)),
-        loss=LossConfig(diagonal_share=0.25),
-        times=TimesConfig(from_noise=0.8),
-        teacher="learned",
-        start_from_drift=True,
+        **TAUGHT,
         drift_steps=1_000 if fast else 2_500,
         drift_batch_size=1024,
         steps=2_000 if fast else 30_000,

@@ -1,5 +1,7 @@
 """Your own images (``--data DIR``): spread measured, network sized to them; classifiers where there are labels."""
 
+from typing import Any
+
 from metaflowmaps.data import DataConfig
 from metaflowmaps.recipes.classifiers import guide, judge
 from metaflowmaps.training.config import (
@@ -12,6 +14,13 @@ from metaflowmaps.training.config import (
 )
 
 DATA = DataConfig(name="images")
+# how a map of images is taught: by a drift that is learned first, from whose weights it starts (docs/log.md)
+TAUGHT: dict[str, Any] = {
+    "loss": LossConfig(diagonal_share=0.25),
+    "times": TimesConfig(from_noise=0.8),
+    "teacher": "learned",
+    "start_from_drift": True,
+}
 
 
 def images(fast: bool = False) -> TrainConfig:
@@ -20,10 +29,7 @@ def images(fast: bool = False) -> TrainConfig:
         recipe="images",
         data=DATA,
         model=ModelConfig(data_mean="image", data_std=None, network=None),
-        loss=LossConfig(diagonal_share=0.25),
-        times=TimesConfig(from_noise=0.8),
-        teacher="learned",
-        start_from_drift=True,
+        **TAUGHT,
         drift_steps=1_500 if fast else 6_000,
         drift_batch_size=128,
         steps=1_500 if fast else 6_000,

@@ -2,13 +2,12 @@
 
 from metaflowmaps.data import DataConfig
 from metaflowmaps.recipes.classifiers import guide, judge
+from metaflowmaps.recipes.images import TAUGHT
 from metaflowmaps.training.config import (
     ClassifierConfig,
-    LossConfig,
     MLPConfig,
     ModelConfig,
     OptimizerConfig,
-    TimesConfig,
     TrainConfig,
     UNetConfig,
 )
@@ -27,10 +26,7 @@ def mnist(fast: bool = False) -> TrainConfig:
             model=ModelConfig(
                 data_mean="image", data_std=DATA_STD, network=MLPConfig(width=512, depth=6, modulation=True)
             ),
-            loss=LossConfig(diagonal_share=0.25),
-            times=TimesConfig(from_noise=0.8),
-            teacher="learned",
-            start_from_drift=True,
+            **TAUGHT,
             drift_steps=3_000,
             drift_batch_size=256,
             steps=3_000,
@@ -44,10 +40,7 @@ def mnist(fast: bool = False) -> TrainConfig:
         model=ModelConfig(
             data_mean="image", data_std=DATA_STD, network=UNetConfig(width=64, multipliers=(1, 2, 4), attention=(7,))
         ),
-        loss=LossConfig(diagonal_share=0.25),
-        times=TimesConfig(from_noise=0.8),
-        teacher="learned",
-        start_from_drift=True,
+        **TAUGHT,
         drift_steps=30_000,
         drift_batch_size=512,
         steps=60_000,

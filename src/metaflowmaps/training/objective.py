@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from metaflowmaps import losses
-from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.randomness import rand, randn, stream
@@ -33,15 +32,13 @@ class DataSource(Protocol):
 
 
 class LabelledLaw:
-    """A mixture whose components have labels 0, 1, …, as a source of (x_1, y)."""
+    """A mixture whose components have labels 0, 1, … (LawConfig refuses gaps), as a source of (x_1, y)."""
 
     def __init__(self, law: GaussianMixture, labels: list[int]) -> None:
         self.num_classes = len(set(labels))
-        if set(labels) != set(range(self.num_classes)):  # the number after the last class is the null class
-            raise InputError(f"labels must use every class from 0 on, got {sorted(set(labels))}: renumber them")
         classes = [torch.tensor([label == y for label in labels]) for y in range(self.num_classes)]
         self.law, self.weights = law, torch.stack([law.weights[mine].sum() for mine in classes])
-        self.classes = tuple(
+        self.classes = tuple(  # p(x_1 | y)
             GaussianMixture(law.means[mine], law.covariances[mine], law.weights[mine] / weight)
             for mine, weight in zip(classes, self.weights, strict=True)
         )
@@ -55,10 +52,6 @@ class LabelledLaw:
         evidence = torch.stack([law.log_prob(x_1.double()) for law in self.classes])
         edges = (self.weights.log()[:, None] + evidence).softmax(0).cumsum(0)[:-1]
         return x_1, (torch.rand(n, generator=generator, dtype=torch.float64) > edges).sum(0)
-
-    def of_class(self, y: int) -> GaussianMixture:
-        """p(x_1 | y)."""
-        return self.classes[y]
 
 
 @dataclass(frozen=True)

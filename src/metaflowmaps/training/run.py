@@ -161,8 +161,7 @@ def exact_teacher(config: TrainConfig) -> ExactTeacher:
     law, path = config.law.build(), make_path(config.model.path)
     if config.law.labels is None or not config.num_classes:
         return ExactTeacher(path, law)
-    labelled = LabelledLaw(law, config.law.labels)
-    return ExactTeacher(path, law, tuple(labelled.of_class(y) for y in range(labelled.num_classes)))
+    return ExactTeacher(path, law, LabelledLaw(law, config.law.labels).classes)
 
 
 def run_training(

@@ -1,8 +1,9 @@
 r"""The class mixture (paper §7.1.2): r = log Σ w_i p(y_i | x) should make class y_i appear with frequency ∝ w_i.
 
-Exactly: p_reward(y_i) ∝ p_1(y_i) w_i for a sure classifier, so the target counts the data's own frequencies too (a
-tenth each, nearly). Frequencies are those that the **judge** sees, which the reward never did. ``l2`` is the distance
-of the frequency vectors; n exact samples have √((1 − Σ w²)/n) by chance alone.
+Frequencies are those that the **judge** sees, which the reward never did. ``l2`` is their distance from w, normalised;
+n exact samples have √((1 − Σ w²)/n) by chance alone. A sure classifier would give p_reward(y_i) ∝ p_1(y_i) w_i, so
+``l2_tilted`` counts the data's own frequencies too (a tenth each, nearly). What an exact tilt of this model, this guide
+and this judge gives is measured: ODE samples weighted by e^r.
 """
 
 import math
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.images.rewards import image_reward, scored, weights
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, cost_of, table
+from metaflowmaps.evaluation.images.stage import BATCH, ImageEvalConfig, Say, Stage, cost_of, table
 from metaflowmaps.evaluation.images.variants import copies_of, run, variant
 from metaflowmaps.metrics.images import class_distance
-from metaflowmaps.randomness import stream
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.sampling import integrate, uniform_grid
 
 METHODS = (
     "none", "mfm-g-1", "mfm-g-4", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-gf-plain-4", "mfm-gf-plain-16",
     "mfm-gf-plain-32", "mfm-smc-4", "mfm-search-4", "dps", "tds-64", "tds-one-64",
 )  # fmt: skip
+BASE = 4096  # ODE samples that are tilted by their weights
 
 
 class MixtureConfig(ImageEvalConfig):
@@ -43,10 +46,10 @@ class Mixed(NamedTuple):
 
 
 def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line: None) -> Mixed:
-    """metrics.methods[name] = {l2, chance, frequencies, reward, distance, vendi, samples, cost}."""
+    """metrics.methods[name] = {l2, l2_tilted, chance, frequencies, reward, distance, vendi, samples, cost}."""
     for name in config.methods:
         variant(name)  # what does not exist is refused before anything runs
-    reward, target = image_reward(stage, "mixture", config.strength), _target(stage)
+    reward, (wish, tilted) = image_reward(stage, "mixture", config.strength), _targets(stage)
     cells: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
     for name in config.methods:
@@ -58,11 +61,8 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
         if len(x) < 2:  # the method broke: said so, and not judged
             say(f"{name}: {lost} samples are not finite")
             continue
-        found = torch.bincount(stage.judge.classes(x), minlength=len(target)).double() / len(x)
         cells[name] = {
-            "l2": class_distance(found, target),
-            "chance": math.sqrt(float(1 - target.square().sum()) / len(x)),
-            "frequencies": found.tolist(),
+            **_judged(stage, x, torch.ones(len(x)), wish, tilted),
             "reward": float(scored(reward, x).mean()),
             **stage.diversity(x[:512]),
             "samples": len(x),
@@ -72,18 +72,41 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
         shown[name] = x[:20].cpu()
     if not cells:
         raise InputError("no method gave finite samples: lower --set strength=, or take more --set steps=")
-    metrics = {"methods": cells, "target": target.tolist(), "steps": config.steps, **_words(cells, config)}
-    return Mixed(metrics, shown)
+    exact = _weighted_base(stage, reward, config, wish, tilted)
+    metrics = {"methods": cells, "weighted_base": exact, "target": wish.tolist(), "steps": config.steps}
+    return Mixed({**metrics, **_words(cells, exact, config)}, shown)
 
 
-def _target(stage: Stage) -> Tensor:
+def _judged(stage: Stage, x: Tensor, weight: Tensor, wish: Tensor, tilted: Tensor) -> dict[str, Any]:
+    """Class frequencies of weighted samples, their distances, and what chance alone would give."""
+    weight = weight.double() / weight.sum()
+    found = torch.zeros_like(wish).scatter_add(0, stage.judge.classes(x), weight)
+    return {
+        "l2": class_distance(found, wish),
+        "l2_tilted": class_distance(found, tilted),
+        "chance": math.sqrt(float((1 - wish.square().sum()) * weight.square().sum())),
+        "frequencies": found.tolist(),
+    }
+
+
+@torch.no_grad()
+def _weighted_base(stage: Stage, reward: Any, config: MixtureConfig, wish: Tensor, tilted: Tensor) -> dict[str, Any]:
+    """ODE samples of the model with weights e^r: its own p_1 tilted exactly, which no sampler can be asked to beat."""
+    model = stage.model
+    noise = randn((BASE, *model.event_shape), stream(config.seed, "mixture-base"), model.dtype, model.device)
+    x = torch.cat([integrate(model.drift, part, uniform_grid(config.steps)) for part in noise.split(BATCH)])
+    return {**_judged(stage, x, scored(reward, x).softmax(0), wish, tilted), "samples": BASE}
+
+
+def _targets(stage: Stage) -> tuple[Tensor, Tensor]:
+    """w normalised, and w times the data's own frequencies, normalised."""
     if stage.judge.classifier is None:
         raise InputError("class-mixture needs a judging classifier to count classes: give it with --set judge=RUN")
     if stage.train.labels is None:
         raise InputError("class-mixture needs images with classes: one subfolder a class, or labels= in an .npz file")
     w = torch.tensor(weights(stage.train.num_classes), dtype=torch.float64)
     tilted = w * torch.bincount(stage.train.labels, minlength=len(w))
-    return tilted / tilted.sum()
+    return w / w.sum(), tilted / tilted.sum()
 
 
 def _affordable(name: str, config: MixtureConfig) -> int:
@@ -92,15 +115,29 @@ def _affordable(name: str, config: MixtureConfig) -> int:
     return int(min(config.samples, max(64, config.budget // (config.steps * a_step))))
 
 
-def _words(cells: dict[str, Any], config: MixtureConfig) -> dict[str, Any]:
-    head = ["method", "L2", "by chance", "reward", "mean distance", "Vendi", "NFE", "ms", "samples"]
+def _words(cells: dict[str, Any], exact: dict[str, Any], config: MixtureConfig) -> dict[str, Any]:
+    head = [
+        "method",
+        "L2",
+        "by chance",
+        "L2 to tilted data",
+        "reward",
+        "mean distance",
+        "Vendi",
+        "NFE",
+        "ms",
+        "samples",
+    ]
     rows = [
         [
-            variant(name).title, c["l2"], c["chance"], c["reward"], c["distance"], c["vendi"],
+            variant(name).title, c["l2"], c["chance"], c["l2_tilted"], c["reward"], c["distance"], c["vendi"],
             round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"], c["samples"],
         ]
         for name, c in cells.items()
     ]  # fmt: skip
+    rows.append(
+        ["ODE samples weighted by e^r", exact["l2"], exact["chance"], exact["l2_tilted"], *[None] * 5, exact["samples"]]
+    )
     best = min(cells, key=lambda name: cells[name]["l2"])
     return {
         "tables": {f"Class frequencies against w, {config.steps} steps, costs a sample": table(head, rows)},

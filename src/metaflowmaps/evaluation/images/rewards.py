@@ -62,12 +62,12 @@ def _half(stage: Stage) -> Any:
 
 
 PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink}  # they need no stage, but a strength
-REWARDS: dict[str, Callable[[Stage], Any]] = {
-    "margin": lambda stage: _margin(stage, ""),
-    "slant": lambda stage: Slant(),
-    "half": _half,
-    "ink": lambda stage: Ink(),
-    "mixture": _mixture,
+REWARDS: dict[str, Callable[[Stage, str], Any]] = {  # of a stage, and of what follows the colon
+    "margin": _margin,
+    "slant": lambda stage, label: Slant(),
+    "half": lambda stage, label: _half(stage),
+    "ink": lambda stage, label: Ink(),
+    "mixture": lambda stage, label: _mixture(stage),
 }
 
 
@@ -76,7 +76,7 @@ def image_reward(stage: Stage, name: str, strength: float = 1.0) -> Any:
     kind, _, label = name.partition(":")
     if kind not in REWARDS or (label and kind != "margin"):
         raise unknown("reward", name, REWARDS)
-    made = _margin(stage, label) if kind == "margin" else REWARDS[kind](stage)
+    made = REWARDS[kind](stage, label)
     return made if strength == 1 else Tempered(made, strength)
 
 

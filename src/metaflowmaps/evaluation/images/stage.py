@@ -7,7 +7,7 @@ compared in the leading principal components of the training images, and classes
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +95,6 @@ class Stage:
     judge: Judge
     guide: nn.Module | None = None
     drift: Any = None  # (t, x) -> b, of a model trained for that alone; None: the map's own
-    _reference: dict[str, Tensor] = field(default_factory=dict)
 
     def images(self, n: int, name: str, seed: int) -> tuple[Tensor, Tensor | None]:
         """n held-out images, each as often as any other, with their labels."""
@@ -104,11 +103,10 @@ class Stage:
         labels = None if self.held_out.labels is None else self.held_out.labels[index]
         return self.held_out.tensor(index).to(self.model.device), labels
 
+    @cached_property
     def reference(self) -> Tensor:
         """Features of the held-out images."""
-        if "held" not in self._reference:
-            self._reference["held"] = self.judge.features(self.held_out.tensor().to(self.model.device))
-        return self._reference["held"]
+        return self.judge.features(self.held_out.tensor().to(self.model.device))
 
     def everything(self) -> Tensor:
         """All images there are."""
@@ -116,7 +114,7 @@ class Stage:
 
     def frechet(self, x: Tensor) -> float:
         """Fréchet distance of samples to the held-out images, in the judge's features."""
-        return frechet_distance(self.judge.features(x), self.reference())
+        return frechet_distance(self.judge.features(x), self.reference)
 
     def floor(self) -> float:
         """The same for the images trained on: what nothing can be expected to beat by much."""
