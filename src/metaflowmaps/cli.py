@@ -19,7 +19,7 @@ from metaflowmaps.errors import InputError
 
 app = typer.Typer(
     name="mfm",
-    help="Meta flow maps: train, draw, steer, judge. Start with: mfm demo",
+    help="Meta flow maps: train, draw, steer, tune, judge. Start with: mfm demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,6 +28,8 @@ evaluate = typer.Typer(no_args_is_help=True, help="Measure a checkpoint; writes 
 app.add_typer(evaluate, name="eval")
 
 NUM = 1024  # samples, where nobody says
+
+REWARD = "file.py:function; mixtures: gmm-inverse, mixture-16d; images: margin:7 (be a 7), slant, ink, half, mixture."
 
 Out = Annotated[Path | None, typer.Option("--out", help="Directory for results.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: key.sub=value (repeatable).")]
@@ -55,7 +57,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Meta flow maps: train, draw, steer, judge. Start with: mfm demo"""
+    """Meta flow maps: train, draw, steer, tune, judge. Start with: mfm demo"""
     if version:
         from metaflowmaps import __version__
 
@@ -109,6 +111,50 @@ def train(
 
 
 @app.command()
+def finetune(
+    checkpoint: CheckpointArgument,
+    reward: Annotated[str | None, typer.Option("--reward", help=REWARD)] = None,
+    strength: Annotated[float, typer.Option("--strength", help="λ: the reward is multiplied by it.")] = 1.0,
+    method: Annotated[
+        str, typer.Option("--method", help="mfm-ft, self-normalised, adjoint-matching or draft.")
+    ] = "mfm-ft",
+    whole: Annotated[
+        str | None,
+        typer.Option("--map", help="distil (tune the drift, then its whole map), direct (one stage) or none (drift)."),
+    ] = None,
+    num_draws: Annotated[int | None, typer.Option("--num-draws", min=1, help="Posterior draws a state (N).")] = None,
+    guidance: Annotated[float, typer.Option("--guidance", help="Scale w of a base with classes, throughout.")] = 1.0,
+    stop: Annotated[
+        str, typer.Option("--stop", help='Stop early: "distance<2", "reward>5", "reward stalls 4".')
+    ] = "none",
+    out: Out = None,
+    settings: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="At most so many steps a stage.")] = None,
+    resume: Annotated[str, typer.Option("--resume", help="auto or none.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, try the reward and a step, exit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a reward into the weights: a map that samples p_1 e^{λr} without guidance. Run it again to go on."""
+    from metaflowmaps import commands
+
+    given = {"method": method, "guidance": guidance, "stop": stop}
+    whole = whole or ("none" if method == "draft" else None)
+    given |= {k: v for k, v in {"map": whole, "num_draws": num_draws, "seed": seed}.items() if v is not None}
+    own = list(settings or [])
+    moved = next((s.partition("=")[2] for s in own if s.startswith("data=")), None)
+    own = [s for s in own if not s.startswith("data=")]
+    subject = commands.Subject(checkpoint, reward, strength, moved, device)
+    config = commands.resolve_finetuning(subject, given, own, max_steps)
+    if dry_run:
+        emit(commands.dry_run_finetuning(subject, config), as_json)
+        return
+    place = out or commands.place_of_finetuning(subject, checkpoint)
+    judged(commands.finetune(subject, config, place, resume, invocation(), say), as_json)
+
+
+@app.command()
 def sample(
     checkpoint: CheckpointArgument,
     num: Num = None,
@@ -158,11 +204,7 @@ def steer(
     checkpoint: CheckpointArgument,
     reward: Annotated[
         str | None,
-        typer.Option(
-            "--reward",
-            help="file.py:function; mixtures: gmm-inverse, mixture-16d; images: margin:7 (be a 7), slant, ink, half, "
-            "mixture.",
-        ),
+        typer.Option("--reward", help=REWARD),
     ] = None,
     strength: Annotated[float, typer.Option("--strength", help="λ: the reward is multiplied by it.")] = 1.0,
     num: Num = None,

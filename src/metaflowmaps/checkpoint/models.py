@@ -32,6 +32,7 @@ from metaflowmaps.checkpoint.store import CheckpointStore
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import CLASSIFIERS, NETWORKS, make_classifier, make_network
+from metaflowmaps.networks.low_rank import add_low_rank, fold, rank_of
 from metaflowmaps.path import make_path
 
 KIND, CLASSIFIER = "meta-flow-map", "classifier"
@@ -49,6 +50,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         "parameterization": model.parameterization,
         "data_std": model.data_std,
         "network": _network(model.network, NETWORKS),
+        **({"low_rank": rank_of(model.network)} if rank_of(model.network) else {}),
         **_version(),
     }
 
@@ -81,6 +83,8 @@ def build_model(config: Mapping[str, Any], kind: str = KIND) -> nn.Module:
     if kind == CLASSIFIER:
         return make_classifier(config["network"])
     network, path = make_network(config["network"]), make_path(config["path"])
+    if config.get("low_rank"):
+        add_low_rank(network, config["low_rank"])
     return MetaFlowMap(network, path, config["parameterization"], data_std=config["data_std"])
 
 
@@ -130,6 +134,7 @@ def _load(path_or_hub_id: str | FilePath, revision: str | None, weights: str, ki
         if key in stored:  # a tied weight is listed under one of its names only
             slot.data = slot.data.to(stored[key].dtype)
     model.load_state_dict(stored)
+    fold(model)  # tuned at low rank, it is an ordinary map from here on
     if checkpoint.config.get("dtype") == "float32":  # stored in fewer bits than it works in
         model.float()
     return model.eval()

@@ -34,7 +34,7 @@ def sample(
     """
     if method not in ("refine", "compose", "ode"):
         raise unknown("method", method, ("refine", "compose", "ode"))
-    model, found, target = open_model(checkpoint, device)
+    model, found, target = open_model(checkpoint, device, needs_map=method != "ode")
     settings = {"checkpoint": digest(found), "num": num, "steps": steps, "method": method, "seed": seed}
     if only:
         settings["only"] = list(only)

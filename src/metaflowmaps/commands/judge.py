@@ -1,7 +1,7 @@
 """mfm eval posterior on a mixture."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from metaflowmaps.commands.shared import (
@@ -9,22 +9,21 @@ from metaflowmaps.commands.shared import (
     Say,
     begun,
     beside,
-    check_law,
     digest,
+    judging_law,
     open_model,
     panels,
 )
 from metaflowmaps.config import override, validated
 from metaflowmaps.errors import unknown
 from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.recipes.gmm import LAW, paper_mixture
+from metaflowmaps.recipes.gmm import LAW
 from metaflowmaps.report import figures
 from metaflowmaps.runs import write_results
 from metaflowmaps.sampling import INTEGRATORS
 
 SHOWN = ["none", "mfm-g", "mfm-gf", "mfm-smc", "dps", "tds", "best-of-n", "exact"]
-LAWS: dict[str, Callable[[], GaussianMixture]] = {"gmm": paper_mixture}
+LAWS = {"gmm": LAW}
 
 
 def eval_posterior(
@@ -43,7 +42,7 @@ def eval_posterior(
         raise unknown("law", law, LAWS)
     config = override(validated(PosteriorEvalConfig, {"samples": samples, "seed": seed}), settings)
     model, found, target = open_model(checkpoint, device)
-    check_law(checkpoint, found, LAW, f"--law {law}")
+    mixture = judging_law(checkpoint, found, LAWS[law], f"--law {law}")
     if config.glass_method not in INTEGRATORS:
         raise unknown("glass_method", config.glass_method, INTEGRATORS)
     out = out or beside(checkpoint, found, f"eval-posterior-{config.samples}")
@@ -52,7 +51,6 @@ def eval_posterior(
     if done is not None:
         return done
     began = time.perf_counter()
-    mixture = LAWS[law]()
     measured = evaluate_posterior(model, mixture, config, lambda line: say(f"eval posterior: {line}"))
     metrics = measured.metrics()
     cost = {"seconds": time.perf_counter() - began, "seconds_by_sampler": measured.seconds}

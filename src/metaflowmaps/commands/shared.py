@@ -24,9 +24,21 @@ Results = dict[str, Any]
 PICTURE_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 
-def open_model(checkpoint: str, device: str) -> tuple[MetaFlowMap, Checkpoint, torch.device]:
-    target = pick_device(device)
-    return load_model(checkpoint).to(target), resolve_checkpoint(checkpoint), target
+def open_model(checkpoint: str, device: str, needs_map: bool = True) -> tuple[MetaFlowMap, Checkpoint, torch.device]:
+    """The model, what it was read from, and its device; a map of which only the drift was tuned has no draws."""
+    target, found = pick_device(device), resolve_checkpoint(checkpoint)
+    training = found.config.get("training", {})
+    if needs_map and tuned(found) and training.get("map") == "none" and training.get("method") != "draft":
+        raise InputError(
+            f"only the drift of {checkpoint} was tuned, its map belongs to no model: sample it with --method ode, "
+            "steer it with none, dps or tds, or tune again with --map distil"
+        )
+    return load_model(checkpoint).to(target), found, target
+
+
+def tuned(found: Checkpoint) -> bool:
+    """Did fine-tuning make this checkpoint?"""
+    return bool(found.config.get("training", {}).get("recipe") == "finetune")
 
 
 def typed(command: str, settings: Iterable[str]) -> str:
@@ -52,11 +64,16 @@ def begun(out: Path, command: str, config: dict[str, Any]) -> Results | None:
     return None if done is None else {**done, "out": str(out / "results.json")}
 
 
-def check_law(checkpoint: str, found: Checkpoint, law: LawConfig, option: str) -> None:
-    """Refuse to judge a checkpoint by another law than the one it was trained on."""
-    trained_on = found.config.get("training", {}).get("law")
-    if trained_on not in (None, law.model_dump()):
+def judging_law(checkpoint: str, found: Checkpoint, law: LawConfig, option: str) -> GaussianMixture:
+    """The law to judge a checkpoint by: that of the option, refused if it was trained on another; a tuned one's own."""
+    own = found.config.get("training", {}).get("law")
+    if tuned(found):
+        if own is None:
+            raise InputError(f"{checkpoint} was tuned to a reward whose tilted law nobody knows: nothing to hold it to")
+        return validated(LawConfig, own).build()
+    if own not in (None, law.model_dump()):
         raise InputError(f"{checkpoint} was trained on another law than that of {option}: judge it with its own")
+    return law.build()
 
 
 def law_of(found: Checkpoint) -> GaussianMixture | None:

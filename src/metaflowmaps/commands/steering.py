@@ -15,8 +15,8 @@ from metaflowmaps.commands.shared import (
     Say,
     begun,
     beside,
-    check_law,
     digest,
+    judging_law,
     law_of,
     open_model,
     save_tensors,
@@ -25,6 +25,7 @@ from metaflowmaps.config import override, parse_settings, validated
 from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.steering import VARIANTS, SteeringEvalConfig, evaluate_steering
 from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
+from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.randomness import stream
@@ -34,7 +35,7 @@ from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
-from metaflowmaps.steering.run import PARTICLE, check_steering, log_normaliser
+from metaflowmaps.steering.run import DRAWLESS, PARTICLE, check_steering, log_normaliser
 
 PICTURED = 4  # of num_draws, the panels show the one nearest to this
 
@@ -71,7 +72,7 @@ def steer(
     check_steering(method, num_draws, control, options)
     if only:
         num = len(only) * _particles_of_a_seed(method, options)
-    model, found, target = open_model(checkpoint, device)
+    model, found, target = open_model(checkpoint, device, needs_map=method not in DRAWLESS)
     given, known, reward = chosen_reward(reward, strength, found)
     if moved is not None and given is not None:
         raise InputError(f"--set data=FOLDER is for rewards that are made of images, not for {reward}: leave it out")
@@ -142,7 +143,7 @@ def eval_steering(
     given = {"seed": seed, **({} if samples is None else {"samples": samples})}
     config = override(validated(SteeringEvalConfig, given), settings)
     reward = known.reward(config.reward)
-    model, identity, out, target = _judged_model(checkpoint, known, device, out, f"eval-steering-{task}")
+    model, law, identity, out, target = _judged_model(checkpoint, known, device, out, f"eval-steering-{task}")
     data_std = getattr(model, "data_std", None)
     if isinstance(model, ExactModel):
         config = _without_gradients(config, say)
@@ -152,12 +153,12 @@ def eval_steering(
         return done
     began = time.perf_counter()
     metrics, pictures = evaluate_steering(
-        model, known.law, reward, config, lambda line: say(f"eval steering: {line}"), data_std
+        model, law, reward, config, lambda line: say(f"eval steering: {line}"), data_std
     )
     cost = {"seconds": time.perf_counter() - began}
     shown = _pictured(pictures)
-    if known.law.dim == 2:
-        figures.save(steering_figures.panels(known.law.tilt(reward), metrics, shown), out / "steered.png")
+    if law.dim == 2:
+        figures.save(steering_figures.panels(law.tilt(reward), metrics, shown), out / "steered.png")
     figures.save(steering_figures.error_against_cost(metrics), out / "error-against-cost.png")
     curves = {
         name: cell["trajectory"]
@@ -184,7 +185,7 @@ def eval_value(
     known = steering_task(task)
     config = override(validated(ValueEvalConfig, {"seed": seed}), settings)
     reward = known.reward(config.reward)
-    model, identity, out, target = _judged_model(checkpoint, known, device, out, f"eval-value-{task}")
+    model, law, identity, out, target = _judged_model(checkpoint, known, device, out, f"eval-value-{task}")
     if isinstance(model, ExactModel):
         raise InputError("mfm eval value judges a checkpoint; the exact value is what it compares with")
     full = {"checkpoint": identity, "task": task, **config.model_dump()}
@@ -192,7 +193,7 @@ def eval_value(
     if done is not None:
         return done
     began = time.perf_counter()
-    metrics = evaluate_value(model, known.law, reward, config, lambda line: say(f"eval value: {line}"))
+    metrics = evaluate_value(model, law, reward, config, lambda line: say(f"eval value: {line}"))
     cost = {"seconds": time.perf_counter() - began}
     figures.save(steering_figures.value_error(metrics), out / "value-against-calls.png")
     results = write_results(out, "eval value", full, metrics, cost, seed=seed, device=target, invocation=invocation)
@@ -216,14 +217,14 @@ def _particles_of_a_seed(method: str, options: dict[str, Any]) -> int:
 
 def _judged_model(
     checkpoint: str, task: SteeringTask, device: str, out: Path | None, name: str
-) -> tuple[Any, str, Path, torch.device]:
+) -> tuple[Any, GaussianMixture, str, Path, torch.device]:
+    """What is judged and by which law: a model tuned to a reward has that law tilted already."""
     if checkpoint == "exact":
-        return (
-            ExactModel(LinearPath(), task.law), "exact", out or Path("runs") / f"exact-{name}", pick_device("cpu")
-        )  # fmt: skip
+        place = out or Path("runs") / f"exact-{name}"
+        return ExactModel(LinearPath(), task.law), task.law, "exact", place, pick_device("cpu")
     model, found, target = open_model(checkpoint, device)
-    check_law(checkpoint, found, task.law_config, f"--task {task.name}")
-    return model, digest(found), out or beside(checkpoint, found, name), target
+    law = judging_law(checkpoint, found, task.law_config, f"--task {task.name}")
+    return model, law, digest(found), out or beside(checkpoint, found, name), target
 
 
 def _without_gradients(config: SteeringEvalConfig, say: Say) -> SteeringEvalConfig:

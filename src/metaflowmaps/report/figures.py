@@ -152,7 +152,8 @@ def training_curve(metrics_file: Path) -> "Figure":
     figure, axes = new_figure(6.4, 3.4)
     axis = axes[0, 0]
     axis.plot([r["step"] for r in records], [r["loss"] for r in records], color=MAP, linewidth=1.5)
-    axis.set(yscale="log", xlabel="training step", ylabel="loss, mean since last record")
+    above = all(r["loss"] > 0 for r in records)  # a loss that is minus a reward may be anything
+    axis.set(yscale="log" if above else "linear", xlabel="training step", ylabel="loss, mean since last record")
     axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     axis.set_title("Training", fontsize=13)
     return figure

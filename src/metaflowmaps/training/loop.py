@@ -2,8 +2,9 @@ r"""The training loop, written once.
 
 It knows a model (a map or a classifier), an objective (``batch(model, step)`` and ``objective(model, batch) -> (B,)``)
 and a place on disk.
-A batch is a function of (seed, step), and a checkpoint holds everything else, so a run that is stopped anywhere and
-started again by the same command ends with the bytes of one that never stopped. In a run's directory:
+A batch is a function of (seed, step) and, for objectives that learn on their way, of a state that they hand over as
+``state_dict()``. A checkpoint holds everything, so a run that is stopped anywhere and started again by the same command
+ends with the bytes of one that never stopped. In a run's directory:
 
     run.json            the resolved configuration        checkpoints/step-…   see metaflowmaps.checkpoint
     metrics.jsonl       one record every log_every steps  timings.jsonl        seconds, the only file that may differ
@@ -89,14 +90,17 @@ def train(
     device: torch.device | str = "cpu",
     start: Checkpoint | None = None,
     report: Callable[[Record], None] = lambda record: None,
-    on_sample: Callable[[Any, int], None] | None = None,
+    on_sample: Callable[[Any, int], bool | None] | None = None,
 ) -> TrainResult:
-    """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``."""
+    """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``.
+
+    ``on_sample(model, step)`` sees the averaged weights every ``sample_every`` steps; True from it ends the run there.
+    """
     # -- set-up
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(device)
     model.to(device).train()
-    state = TrainState(model, config.optimizer)
+    state = TrainState(model, config.optimizer, objective)
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
     tracker = _Tracker(out, config.track)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -109,8 +113,9 @@ def train(
     log = _Log(out, state)
     began = time.perf_counter() - log.seconds_before
 
+    enough = False
     with _stop_signals() as stopped:
-        while state.step < config.steps:
+        while state.step < config.steps and not enough:
             step = state.step
 
             # -- one update: the batch may come in pieces, its inputs and its sum do not depend on how many
@@ -132,18 +137,19 @@ def train(
             state.optimizer.step()
             state.average()
             state.step += 1
-            state.add({"loss": total, "grad_norm": norm})
+            state.add({"loss": total, "grad_norm": norm, **getattr(batch, "figures", {})})
 
-            # -- log, sample, checkpoint
-            last = state.step == config.steps
+            # -- sample, log, checkpoint
+            if on_sample and config.sample_every and state.step % config.sample_every == 0:
+                with state.averaged():
+                    enough = bool(on_sample(model, state.step))
+            last = enough or state.step == config.steps
             if state.step % config.log_every == 0 or last:
                 seconds = time.perf_counter() - began
                 record = Record(state.step, config.steps, {**state.flush(), "lr": rate}, seconds)
                 log.write(record)
                 tracker.write(record)
                 report(record)
-            if on_sample and config.sample_every and state.step % config.sample_every == 0:
-                on_sample(model, state.step)
             scheduled = state.step % config.checkpoint_every == 0 or last
             if scheduled or stopped:
                 log.sync()

@@ -10,7 +10,7 @@ is ``v_∅ + w (v_y − v_∅)``; a teacher guides its own drift.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class Batch:
     gamma: Tensor
     diagonal_rows: int
     cond: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None  # of the rows' losses; None is 1
+    figures: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.t.shape[0]
@@ -87,6 +89,15 @@ class Batch:
         """What these rows have in common, for a message."""
         low, high = float(self.t[rows].min()), float(self.t[rows].max())
         return f"context times in [{low:.3f}, {high:.3f}]"
+
+
+class Given(NamedTuple):
+    """A context (t, x_t) and an x_1 of its posterior, with its label."""
+
+    x_1: Tensor
+    t: Tensor
+    x_t: Tensor
+    label: Tensor | None = None
 
 
 class Objective:
@@ -112,6 +123,12 @@ class Objective:
         x_1, label = self._data(n, g)
         t = context_times(self.times, n, g)
         x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
+        return self._inner(model, step, g, Given(x_1, t, x_t, label))
+
+    def _inner(self, model: MetaFlowMap, step: int, g: torch.Generator, given: "Given") -> Batch:
+        """Inner noise, times and conditions around x_1 and its context."""
+        x_1, t, x_t, label = given
+        n = len(t)
         eps = randn(tuple(x_1.shape), g)
         a, b = inner_times(self.times, n, g)
         rows = self._diagonal_rows(step)
@@ -124,6 +141,10 @@ class Objective:
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         """Per-row losses, (B,)."""
+        losses = self._losses(model, batch)
+        return losses if batch.weight is None else batch.weight * losses
+
+    def _losses(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         n = batch.diagonal_rows
         if self._fused():
             return self._consistency(model, batch)

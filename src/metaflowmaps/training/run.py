@@ -197,7 +197,7 @@ def run_training(
         config,
         out,
         device=device,
-        start=_starting_point(config, out, resume),
+        start=starting_point(config, out, resume),
         report=lambda record: report("map", record),
         on_sample=on_sample,
     )
@@ -238,7 +238,7 @@ def run_classifier_training(
         config,
         out,
         device=device,
-        start=_starting_point(config, out, resume),
+        start=starting_point(config, out, resume),
         report=lambda record: report("classifier", record),
     )
 
@@ -259,7 +259,7 @@ def _check_source(config: RunConfig, checkpoint: Checkpoint, resume: str) -> Non
         raise InputError(f"--resume {resume} stands at step {step}, this run ends at {config.steps}: raise steps")
 
 
-def _starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
+def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
     """auto: the newest valid checkpoint of ``out``. none: nothing, and there must be nothing. Else: that checkpoint."""
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
     store.clean()

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metaflowmaps.checkpoint import (
     Checkpoint,
@@ -18,12 +19,18 @@ from metaflowmaps.checkpoint import (
 from metaflowmaps.training.config import OptimizerConfig, RunConfig
 from metaflowmaps.training.soap import SOAP
 
+OBJECTIVE = "objective.safetensors"
+
 
 class TrainState:
-    """Model, EMA, optimizer and position. ``window`` holds the sums of the metrics since the last record."""
+    """Model, EMA, optimizer, position and, where it has one, the objective's own state.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    ``window`` holds the sums of the metrics since the last record.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, objective: Any = None) -> None:
         self.model = model
+        self.objective = objective if hasattr(objective, "state_dict") else None
         self.optimizer = make_optimizer(model, config)
         self.ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.decay = config.ema
@@ -41,6 +48,19 @@ class TrainState:
         """ema ← k ema + (1 − k) weights, k = min(decay, (step + 1)/(step + 10))."""
         keep = min(self.decay, (self.step + 1) / (self.step + 10))
         torch._foreach_lerp_(self._averaged, [p.detach() for p in self._live], 1 - keep)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights and in evaluation mode, while it lasts."""
+        live = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        was_training = self.model.training
+        self.model.load_state_dict(self.ema)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(live)
+            self.model.train(was_training)
 
     def add(self, values: dict[str, float]) -> None:
         """Add one step's figures to the window."""
@@ -71,6 +91,9 @@ class TrainState:
             "metrics_bytes": self.metrics_bytes,
             "optimizer": skeleton,
         }
+        extra: dict[str, Any] = {}
+        if self.objective is not None:
+            extra[OBJECTIVE], position["objective"] = flatten_state(self.objective.state_dict())
         score = self.last_loss if scheduled and math.isfinite(self.last_loss) else None
         store.save(
             self.step,
@@ -78,6 +101,7 @@ class TrainState:
                 "model.safetensors": self.model.state_dict(),
                 "ema.safetensors": self.ema,
                 "optimizer.safetensors": optimizer,
+                **extra,
             },
             {
                 "config.json": {**model_config(self.model), "training": config.model_dump()},
@@ -95,6 +119,9 @@ class TrainState:
         # cloned: torch aligns what it allocates, a view into a file's bytes it does not, and kernels round by that too
         stored = {name: value.clone() for name, value in checkpoint.tensors("optimizer.safetensors").items()}
         self.optimizer.load_state_dict(unflatten_state(stored, position["optimizer"]))
+        if self.objective is not None and checkpoint.has(OBJECTIVE):
+            held = {name: value.clone() for name, value in checkpoint.tensors(OBJECTIVE).items()}
+            self.objective.load_state_dict(unflatten_state(held, position["objective"]))
         self.step = position["step"]
         self.window, self.window_steps = position["window"], position["window_steps"]
         self.last_loss = math.inf if position["last_loss"] is None else position["last_loss"]
@@ -103,7 +130,7 @@ class TrainState:
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of a configuration over a model's parameters."""
-    parameters: Iterator[Tensor] = model.parameters()
+    parameters = [p for p in model.parameters() if p.requires_grad]
     options: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,

@@ -63,13 +63,16 @@ class ExactTeacher:
 
 
 class GlassTeacher:
-    """GLASS on any drift (t, x) -> b, or (t, x, cond) -> b where there are conditions, carried into the chart."""
+    """GLASS on any drift (t, x) -> b, or (t, x, cond) -> b where there are conditions, carried into the chart.
 
-    def __init__(self, path: Path, drift: Any, null_class: int = 0) -> None:
+    ``null_class`` None: the drift knows guidance itself and is given the whole condition.
+    """
+
+    def __init__(self, path: Path, drift: Any, null_class: int | None = 0) -> None:
         self.path, self.drift, self.null_class = path, drift, null_class
 
     def at(self, chart: Chart, t: Tensor, x_t: Tensor, cond: Cond = None) -> Velocity:
-        drift = self.drift if not cond else guided_drift(self.drift, cond, self.null_class)
+        drift = self._conditioned(cond)
 
         def velocity(a: Tensor, z: Tensor) -> Tensor:
             s = chart.time_out(a).clamp(0, 1)
@@ -77,6 +80,14 @@ class GlassTeacher:
             return chart.velocity_in(s, x_s, glass_drift(self.path, drift, s, x_s, t, x_t))
 
         return velocity
+
+    def _conditioned(self, cond: Cond) -> Drift:
+        if not cond:
+            drift: Drift = self.drift
+            return drift
+        if self.null_class is None:
+            return lambda t, x: self.drift(t, x, cond)
+        return guided_drift(self.drift, cond, self.null_class)
 
 
 def guided_drift(drift: Any, cond: Cond, null_class: int) -> Drift:

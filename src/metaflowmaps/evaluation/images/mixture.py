@@ -98,15 +98,21 @@ def _weighted_base(stage: Stage, reward: Any, config: MixtureConfig, wish: Tenso
     return {**_judged(stage, x, scored(reward, x).softmax(0), wish, tilted), "samples": BASE}
 
 
+def wished(stage: Stage) -> Tensor:
+    """w of the class mixture, normalised."""
+    w = torch.tensor(weights(stage.train.num_classes), dtype=torch.float64)
+    return w / w.sum()
+
+
 def _targets(stage: Stage) -> tuple[Tensor, Tensor]:
     """w normalised, and w times the data's own frequencies, normalised."""
     if stage.judge.classifier is None:
         raise InputError("class-mixture needs a judging classifier to count classes: give it with --set judge=RUN")
     if stage.train.labels is None:
         raise InputError("class-mixture needs images with classes: one subfolder a class, or labels= in an .npz file")
-    w = torch.tensor(weights(stage.train.num_classes), dtype=torch.float64)
+    w = wished(stage)
     tilted = w * torch.bincount(stage.train.labels, minlength=len(w))
-    return w / w.sum(), tilted / tilted.sum()
+    return w, tilted / tilted.sum()
 
 
 def _affordable(name: str, config: MixtureConfig) -> int:

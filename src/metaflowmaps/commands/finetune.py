@@ -1,0 +1,279 @@
+"""mfm finetune."""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.checkpoint import load_model
+from metaflowmaps.commands import pictures
+from metaflowmaps.commands.images import open_stage
+from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
+from metaflowmaps.commands.shared import Results, Say, begun, beside, digest, law_of, open_model, panels
+from metaflowmaps.config import override, validated
+from metaflowmaps.data import DataConfig, load_data
+from metaflowmaps.errors import InputError
+from metaflowmaps.evaluation import tuning
+from metaflowmaps.evaluation.images.mixture import wished
+from metaflowmaps.evaluation.images.rewards import RACE, image_reward
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
+from metaflowmaps.evaluation.tuning import TunedEvalConfig, evaluate_tuned
+from metaflowmaps.finetuning.config import FinetuneConfig
+from metaflowmaps.finetuning.meters import kept_records
+from metaflowmaps.finetuning.run import make_objective, make_problem, make_student, probe, run_finetuning
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.progress import training_progress
+from metaflowmaps.report import figures, tuning_figures
+from metaflowmaps.rewards import LinearGaussian, Tempered
+from metaflowmaps.runs import write_results
+
+# images: a larger network, whose base is taken along at a gentler pace
+FOR_IMAGES = (
+    "optimizer.lr=1e-3", "steps=3000", "distil_steps=4000", "states.base=0.5", "states.tilted=0.25",
+    "states.replay=0.25", "meters.samples=256", "log_every=50",
+)  # fmt: skip
+FOR_MIXTURES = ("steps=3000", "distil_steps=4000", "keep_best=false")
+
+
+class Subject:
+    """A base checkpoint with its reward: everything that fine-tuning and its judgement are about."""
+
+    def __init__(self, checkpoint: str, reward: str | None, strength: float, data: str | None, device: str) -> None:
+        self.base, self.found, self.device = open_model(checkpoint, device)
+        self.name, self.strength, self.moved = checkpoint, strength, data
+        given, known, self.reward_name = chosen_reward(reward, 1.0, self.found)
+        self.plain: Callable[..., Tensor] = (
+            image_reward_of(self.reward_name, 1.0, checkpoint, self.found, self.base, data) if given is None else given
+        )
+        self.known = None
+        if known is not None:
+            self.known = LinearGaussian(known.A, known.y, known.noise_std, known.strength * strength)
+        self.law = law_of(self.found)
+        held = self.found.config.get("training", {}).get("data")
+        self.data = None if held is None else validated(DataConfig, held)
+
+    @property
+    def reward(self) -> Callable[..., Tensor]:
+        """λr."""
+        if self.known is not None:
+            return self.known
+        return self.plain if self.strength == 1 else Tempered(self.plain, self.strength)
+
+    @property
+    def tilted(self) -> Any:
+        """The exact tilted law, where it is known."""
+        return None if self.law is None or self.known is None else self.law.tilt(self.known)
+
+    def source(self) -> Any:
+        """The base's own data, where they are known."""
+        if self.law is not None:
+            return self.law
+        if self.data is None:
+            return None
+        return load_data(self.data.model_copy(update={"path": self.moved} if self.moved else {}))[0]
+
+    def stage(self) -> Stage | None:
+        """What judges images; None for vectors, and where the data are not at hand."""
+        if self.data is None:
+            return None
+        stage, _ = open_stage(self.name, self.found, self.base, ImageEvalConfig(drift="none", data=self.moved))
+        return stage
+
+
+def resolve_finetuning(
+    subject: Subject, given: dict[str, Any], settings: Iterable[str], max_steps: int | None
+) -> FinetuneConfig:
+    """The configuration of a run: the defaults of its kind, options, --set, --max-steps."""
+    trained = subject.found.config.get("training", {})
+    _check_guidance(subject, float(given.get("guidance", 1.0)))
+    law = subject.tilted
+    start: dict[str, Any] = {
+        "checkpoint": subject.name,
+        "checkpoint_sha256": digest(subject.found),
+        "reward": subject.reward_name,
+        "reward_sha256": file_hash(subject.reward_name).get("reward_sha256"),
+        "strength": subject.strength,
+        "data": trained.get("data"),
+        "data_moved": subject.moved,
+        "law": None if law is None else {
+            "means": law.means.tolist(), "covariances": law.covariances.tolist(), "weights": law.weights.tolist()
+        },
+    }  # fmt: skip
+    config = override(validated(FinetuneConfig, start), FOR_MIXTURES if subject.data is None else FOR_IMAGES)
+    config = validated(FinetuneConfig, {**config.model_dump(), **given})
+    config = override(config, settings)
+    if max_steps is not None:
+        changes = {"steps": min(config.steps, max_steps), "distil_steps": min(config.distil_steps, max_steps)}
+        config = validated(FinetuneConfig, {**config.model_dump(), **changes})
+    return config
+
+
+def _check_guidance(subject: Subject, scale: float) -> None:
+    """Refuse a scale that the base never saw: its map and its drift are made for those of its training."""
+    seen = subject.found.config.get("training", {}).get("condition", {}).get("guidance", [1.0])
+    classes = int(getattr(subject.base.network, "num_classes", 0))
+    if not classes and scale != 1:
+        raise InputError(f"--guidance {scale:g} needs a base with classes, and {subject.name} has none: leave it out")
+    if scale not in [float(w) for w in seen]:
+        raise InputError(
+            f"--guidance {scale:g}: {subject.name} was trained at {', '.join(f'{w:g}' for w in seen)} and knows no "
+            "posterior at another scale; tune at one of these, or train a base with --set condition.guidance=[…]"
+        )
+
+
+def default_place(subject: Subject, checkpoint: str) -> Path:
+    """Where a run goes without --out."""
+    reward = re.sub(r"[^\w.-]+", "-", Path(subject.reward_name).name).strip("-")
+    return beside(checkpoint, subject.found, f"finetune-{reward}-{subject.strength:g}")
+
+
+def finetune(
+    subject: Subject, config: FinetuneConfig, out: Path, resume: str, invocation: str, say: Say,
+    judged: TunedEvalConfig | None = None,
+) -> Results:  # fmt: skip
+    """Tune in ``out``; complete runs report, interrupted ones go on."""
+    torch.set_num_threads(config.threads)
+    if judged is None:
+        judged = TunedEvalConfig() if subject.data is None else TunedEvalConfig(samples=2048, seeds=1, ode_steps=50)
+    tried = probe(config, subject.base, subject.plain)
+    stage = subject.stage()
+    others = _others(subject, stage)
+    made = make_student(config, subject.base)
+    parameters = {
+        "parameters": sum(p.numel() for p in subject.base.parameters()),
+        "trained_parameters": sum(p.numel() for p in made.parameters() if p.requires_grad),
+    }
+    done = begun(out, "finetune", config.model_dump())
+    if done is not None:
+        say(f"{out} is complete: {subject.name} tuned to {config.reward}, λ = {config.strength:g}")
+        return done
+    say(
+        f"λr on base samples: mean {tried.mean:.3g}, std {tried.std:.3g}; "
+        f"the tilt rests on {tried.ess:.0f} of 1024 of them"
+    )
+    with training_progress(config, say) as report:
+        tuned = run_finetuning(
+            config, subject.base, subject.reward, out, data=subject.source() if config.states.data else None,
+            device=subject.device, resume=resume, report=report, others=others,
+            features=None if stage is None else stage.judge.features, picture=_picture(subject),
+        )  # fmt: skip
+    began = time.perf_counter()
+    model = load_model(tuned.result.checkpoint).to(subject.device)
+    problem = make_problem(config, subject.base, subject.reward)
+    metrics = evaluate_tuned(
+        model, subject.base, _judge(subject, stage, others), judged, config.seed,
+        has_map=config.map != "none" or config.method == "draft", has_drift=config.method != "draft",
+        conditions=problem.conditions,
+    )  # fmt: skip
+    meters = kept_records(out / "drift" if config.map == "distil" else out, 2**62)
+    metrics |= {
+        **parameters, "loss": tuned.result.loss, "probe": tried._asdict(),
+        "before": meters[0] if meters else {}, "after": meters[-1] if meters else {},
+        "tables": tuning.tables(metrics), "summary": _summary(config, metrics),
+    }  # fmt: skip
+    _draw(subject, config, model, meters, out)
+    cost = {
+        "seconds": sum(tuned.seconds.values()), "seconds_by_stage": tuned.seconds, "steps": tuned.result.step,
+        **tuned.calls, "nfe": sum(tuned.calls.values()), "seconds_of_judging": time.perf_counter() - began,
+    }  # fmt: skip
+    results = write_results(
+        out, "finetune", config.model_dump(), metrics, cost, seed=config.seed, device=subject.device,
+        invocation=invocation,
+    )  # fmt: skip
+    return {**results, "out": str(out / "results.json")}
+
+
+def dry_run(subject: Subject, config: FinetuneConfig) -> Results:
+    """Resolve, try the reward, count, time a step of the first stage; write nothing."""
+    torch.set_num_threads(config.threads)
+    tried = probe(config, subject.base, subject.plain)
+    problem = make_problem(config, subject.base, subject.reward)
+    student = make_student(config, subject.base)
+    objective = make_objective(config, problem, subject.source() if config.states.data else None)
+    seconds = 0.0
+    for step in range(3):  # the first ones allocate and warm up
+        began = time.perf_counter()
+        batch = objective.batch(student, step).to(subject.device)
+        objective(student, batch).mean().backward()
+        seconds = time.perf_counter() - began
+    parameters = sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    metrics = {
+        "parameters": parameters, "trained_parameters": trained, "reward_mean": tried.mean, "reward_std": tried.std,
+        "effective_base_samples": tried.ess, "seconds_per_step": seconds, "expected_seconds": seconds * config.steps,
+    }  # fmt: skip
+    config_ = config.model_dump()
+    return {"schema": 1, "command": "finetune", "dry_run": True, "config": config_, "metrics": metrics, "cost": {}}
+
+
+# -- internals -----------------------------------------------------------------------------------------
+
+
+def _others(subject: Subject, stage: Stage | None) -> dict[str, Callable[..., Tensor]]:
+    """Rewards that are watched and not trained on."""
+    if stage is None:
+        return {}
+    own = subject.reward_name.partition(":")[0]
+    usable = [name for name in (*RACE, "ink") if name != own and (name != "margin" or stage.guide is not None)]
+    return {name: image_reward(stage, name) for name in usable}
+
+
+def _judge(subject: Subject, stage: Stage | None, others: dict[str, Callable[..., Tensor]]) -> tuning.SampleJudge:
+    if stage is not None:
+        wish = wished(stage) if subject.reward_name == "mixture" and stage.train.labels is not None else None
+        return tuning.ImageJudge(stage, subject.reward, others, wish)
+    if subject.law is not None and subject.known is not None:
+        return tuning.MixtureJudge(subject.law, subject.known)
+    return tuning.PlainJudge(subject.reward)
+
+
+def _picture(subject: Subject) -> Callable[[Tensor, Path], None] | None:
+    if subject.data is not None:
+        return lambda x, file: pictures.samples_grid(x, f"Samples at {file.stem.replace('-', ' ')}", file)
+    if subject.base.event_shape == (2,):
+        law = subject.tilted
+        return lambda x, file: _save_scatter(x, law, file)
+    return None
+
+
+def _save_scatter(x: Tensor, law: Any, file: Path) -> None:
+    figures.save(figures.scatter(x.cpu(), f"Samples at {file.stem.replace('-', ' ')}", law), file)
+
+
+def _draw(
+    subject: Subject, config: FinetuneConfig, model: MetaFlowMap, meters: list[dict[str, Any]], out: Path
+) -> None:
+    """The figures of a finished run."""
+    has_map = config.map != "none" or config.method == "draft"
+    sampler = "map-1" if has_map else "ode-50"
+    words = "one network call each" if has_map else "50 steps of the drift"
+    title = f"Tuned to {config.reward}, λ = {config.strength:g}: {words}"
+    if subject.data is not None:
+        x = torch.cat([tuning.drawn(subject.base, sampler, 32, 7), tuning.drawn(model, sampler, 32, 7)])
+        shown = f"Base (two rows) and tuned to {config.reward}, λ = {config.strength:g}"
+        pictures.samples_grid(x, shown, out / "samples.png")
+    elif subject.base.event_shape == (2,):
+        x = tuning.drawn(model, sampler, 4000, 7)
+        figures.save(figures.scatter(x.cpu(), title, subject.tilted), out / "samples.png")
+        if config.map != "none" and subject.tilted is not None:
+            figures.save(panels(model, subject.tilted, config.seed), out / "posteriors.png")
+    figures.save(figures.training_curve(out / "metrics.jsonl"), out / "training.png")
+    if len(meters) > 1:
+        figures.save(tuning_figures.meters(meters, config.reward), out / "meters.png")
+
+
+def _summary(config: FinetuneConfig, metrics: dict[str, Any]) -> str:
+    first, base = next(iter(metrics["samplers"])), metrics["base"]
+    cell, before = metrics["samplers"][first], base["map-1"]
+    if "reward" not in cell:
+        return f"Tuned to {config.reward} with λ = {config.strength:g}: no finite samples are left."
+    near = f" Sliced W2 to the exact tilted law is {cell['ratio']:.2f} times its floor." if "ratio" in cell else ""
+    return (
+        f"Tuned to {config.reward} with λ = {config.strength:g} by {config.method}: mean λr {cell['reward']:.3g} by "
+        f"{tuning.sampler_title(first)}, {before['reward']:.3g} before; mean distance between samples "
+        f"{cell['distance']:.3g}, {before['distance']:.3g} before.{near}"
+    )

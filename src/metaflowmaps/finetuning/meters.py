@@ -1,0 +1,133 @@
+r"""What is watched while a model is tuned, because a reward that rises proves little.
+
+On samples of the averaged student: reward, rewards it is not trained on, diversity (mean pairwise distance and Vendi
+score, of features where a judge gives them), and the distance to the base, the divergence of the two memoryless
+processes from one another,
+
+    KL = 2 E ∫ ‖b̂ − b‖²/σ_t² dt     over states of the student (their SDE drifts differ by 2 (b̂ − b))
+
+Reward weights say what the tilt allows: at the optimum, E[r] − KL = log E[e^r].
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.finetuning.config import MetersConfig
+from metaflowmaps.finetuning.problem import Problem
+from metaflowmaps.finetuning.states import student_samples
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
+from metaflowmaps.randomness import randn, stream
+from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.shapes import event_sum
+
+
+class Features(Protocol):
+    """Features in which samples are compared: (n, *event) -> (n, d)."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Meters:
+    """Measures a student; appends records to ``meters.jsonl`` in its run."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: MetersConfig,
+        seed: int,
+        out: Path,
+        others: Mapping[str, Callable[..., Tensor]] | None = None,
+        features: Features | None = None,
+        picture: Callable[[Tensor, int], None] | None = None,
+        one_step: bool = False,
+    ) -> None:
+        """``one_step``: what is tuned is the map itself, and its one-step samples are measured, not its ODE's."""
+        self.problem, self.config, self.seed, self.one_step = problem, config, seed, one_step
+        self.file = out / "meters.jsonl"
+        self.others = {name: checked_reward(reward) for name, reward in (others or {}).items()}
+        self.features = features or (lambda x: x.flatten(1))
+        self.picture = picture
+
+    def __call__(self, model: MetaFlowMap, step: int) -> dict[str, float]:
+        """Measure, write down, and return the record."""
+        calls = dict(self.problem.calls)  # looking on is not part of the bill
+        record = {"step": step, **self.measure(model)}
+        self.problem.calls = calls
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    @torch.no_grad()
+    def measure(self, model: MetaFlowMap) -> dict[str, float]:
+        """The figures for a model as it is."""
+        c = self.config
+        if self.one_step:
+            g = stream(self.seed, "meters")
+            cond = self.problem.conditions(c.samples, g)
+            x = model.generate(c.samples, 1, g, cond or None)
+        else:
+            x, cond = student_samples(self.problem, model, c.samples, c.steps, self.seed, "meters")
+        finite = x.flatten(1).isfinite().all(1)
+        x, cond = x[finite], {k: v[finite] for k, v in cond.items()}
+        if len(x) < 8:
+            return {"lost": float(int((~finite).sum()))}
+        reward = self.problem.rewards(x, cond)
+        figures = {
+            "reward": float(reward[reward.isfinite()].mean()) if bool(reward.isfinite().any()) else -torch.inf,
+            **{name: float(r(x, cond or None).mean()) for name, r in self.others.items()},
+            **diversity(self.features(x)),
+            "distance_to_base": self.distance_to_base(model, x, cond),
+            "lost": float(int((~finite).sum())),
+        }
+        return figures
+
+    def distance_to_base(self, model: MetaFlowMap, x_1: Tensor, cond: dict[str, Tensor]) -> float:
+        """KL of the path measures, at states made from the student's samples."""
+        g, n = stream(self.seed, "meters-states"), len(x_1)
+        a = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=g)] * self.problem.last
+        noise = randn(tuple(x_1.shape), g, x_1.dtype, x_1.device)
+        place = self.problem.at(a.to(x_1), x_1, noise, cond)
+        apart = event_sum((model.drift(place.t, place.x, cond or None) - place.drift).square())
+        sigma = self.problem.path.sigma_squared(place.t.clamp_min(1e-6))
+        # times are uniform in the angle a: dt = (dt/da) da
+        h = 1e-3
+        ahead, behind = (a + h).clamp(max=1).to(x_1), (a - h).clamp(min=0).to(x_1)
+        speed = (place.chart.time_out(ahead) - place.chart.time_out(behind)) / (ahead - behind)
+        return float(2 * (apart / sigma * speed).mean() * self.problem.last)
+
+    def draw(self, model: MetaFlowMap, step: int) -> None:
+        """The picture of a step, where there is one to draw."""
+        if self.picture is not None:
+            x, _ = student_samples(self.problem, model, 64, self.config.steps, self.seed, "picture")
+            self.picture(x, step)
+
+
+def diversity(features: Tensor) -> dict[str, float]:
+    """Mean pairwise distance and Vendi score; none where samples coincide in a zero feature."""
+    out = {"distance": mean_pairwise_distance(features)}
+    if bool((features.norm(dim=1) > 0).all()):
+        out["vendi"] = vendi_score(features)
+    return out
+
+
+def kept_records(out: Path, step: int) -> list[dict[str, Any]]:
+    """The measurements of a run up to a step; later ones, of a run that was killed, are taken out of the file."""
+    file = out / "meters.jsonl"
+    if not file.exists():
+        return []
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record.get("step", step + 1) <= step:
+            kept.append(record)
+    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return kept

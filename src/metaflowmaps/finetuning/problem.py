@@ -1,0 +1,139 @@
+r"""What every fine-tuning objective works on: a frozen base, a checked reward, conditions, and what it all cost.
+
+Velocities are compared in chart coordinates at context time 0, where the student's drift is its diagonal: there a
+one-draw target has bounded variance at every t (:mod:`metaflowmaps.chart`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.chart import Chart
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.posterior import MapPosterior
+from metaflowmaps.randomness import rand
+from metaflowmaps.rewards.checked import CheckedReward, checked_reward
+from metaflowmaps.value import DrawOptions, Draws, make_draws
+
+Cond = dict[str, Tensor]
+COUNTS = ("forwards", "backwards", "reward_calls", "reward_backwards")
+
+
+class Place(NamedTuple):
+    """States (t, x) with the base's drift there, in both coordinates: its own and the student's (a, z, F)."""
+
+    t: Tensor
+    x: Tensor
+    cond: Cond
+    chart: Chart
+    a: Tensor
+    z: Tensor
+    drift: Tensor
+    flow: Tensor  # F of the base's drift
+
+    def carried(self, velocity: Tensor) -> Tensor:
+        """A velocity at (t, x) as F."""
+        return self.chart.velocity_in(self.t, self.x, velocity)
+
+
+class Problem:
+    """The base and the reward. Everything about the base is without gradient in its weights."""
+
+    def __init__(
+        self,
+        base: MetaFlowMap,
+        reward: Callable[..., Tensor],
+        last: float = 0.9936,
+        guidance: float = 1.0,
+        null_share: float = 0.2,
+        chunk: int = 2048,
+    ) -> None:
+        self.base = base.requires_grad_(False).eval()
+        self.reward: CheckedReward = checked_reward(reward)
+        self.path, self.last, self.guidance, self.chunk = base.path, last, guidance, chunk
+        self.null_share = null_share
+        self.classes = int(getattr(base.network, "num_classes", 0))
+        self.calls = dict.fromkeys(COUNTS, 0)
+        if guidance != 1 and not self.classes:
+            raise InputError(f"guidance={guidance:g} needs a base with classes, and this one has none: leave it out")
+
+    def conditions(self, n: int, generator: torch.Generator, label: Tensor | None = None) -> Cond:
+        """Labels, all classes alike and the null class in its share, at the one guidance scale; {} without classes."""
+        if not self.classes:
+            return {}
+        if label is None:
+            label = torch.randint(self.classes, (n,), generator=generator)
+        null = rand((n,), generator) < self.null_share
+        label = torch.where(null, torch.full_like(label, self.classes), label)
+        cond = {"label": label}
+        if self.guidance != 1:
+            cond["guidance"] = torch.where(null, torch.ones(()), torch.tensor(float(self.guidance)))
+        return {name: value.to(self.base.device) for name, value in cond.items()}
+
+    def times(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n,) inner times of states, uniform below ``last``."""
+        return self.last * rand((n,), generator)
+
+    def at(self, a: Tensor, x_1: Tensor, noise: Tensor, cond: Cond) -> Place:
+        """The states α ε + β x_1 at inner times a, and the base there."""
+        chart = self.base.anchor(torch.zeros_like(a), torch.zeros_like(x_1)).chart
+        t = chart.time_out(a).clamp(0, 1)
+        return self.place(t, self.path.interpolate(noise, x_1, t), cond)
+
+    @torch.no_grad()
+    def place(self, t: Tensor, x: Tensor, cond: Cond) -> Place:
+        """The states (t, x), and the base there."""
+        flow = self.base.anchor(torch.zeros_like(t), torch.zeros_like(x), cond)
+        chart = flow.chart
+        a, z = chart.time_in(t), chart.state_in(t, x)
+        f = flow(a, a, z)
+        self.count(forwards=len(t))
+        return Place(t, x, cond, chart, a, z, chart.velocity_out(t, t, x, f), f)
+
+    def draws(self, place: Place, num_draws: int, differentiate: bool, generator: torch.Generator) -> Draws:
+        """num_draws of p(x_1 | x_t) by the base map, with rewards and, if asked for, their gradients in x_t."""
+        n = len(place.t)
+        options = DrawOptions(chunk=max(1, self.chunk // n))
+        made = make_draws(
+            MapPosterior(self.base), self.reward, place.t, place.x, num_draws, differentiate, generator,
+            place.cond or None, options,
+        )  # fmt: skip
+        calls = n * num_draws
+        self.count(forwards=calls, reward_calls=calls)
+        if differentiate:
+            self.count(backwards=calls, reward_backwards=calls)
+        return made
+
+    @torch.no_grad()
+    def rewards(self, x_1: Tensor, cond: Cond) -> Tensor:
+        """r(x_1), in parts."""
+        parts = [
+            self.reward(x_1[i : i + self.chunk], {k: v[i : i + self.chunk] for k, v in cond.items()} or None)
+            for i in range(0, len(x_1), self.chunk)
+        ]
+        self.count(reward_calls=len(x_1))
+        return torch.cat(parts)
+
+    def count(self, **calls: int) -> None:
+        """Add network and reward calls to the bill."""
+        for name, number in calls.items():
+            self.calls[name] += number
+
+
+def student_flow(model: MetaFlowMap, a: Tensor, z: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    """The student's diagonal at context time 0: F of its drift."""
+    return model.anchor(torch.zeros_like(a), torch.zeros_like(x), cond)(a, a, z)
+
+
+def in_parts(n: int, size: int) -> Sequence[slice]:
+    """Slices that cover n rows."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def gather(tensor: Tensor, index: Tensor) -> Tensor:
+    """Row i's draw index[i] from (N, B, *event): (B, *event)."""
+    out: Tensor = tensor[index, torch.arange(tensor.shape[1], device=tensor.device)]
+    return out

@@ -1,0 +1,204 @@
+"""From a base map and a reward to a tuned map in a directory: tune, distil, resume.
+
+With ``map=distil`` the drift is tuned in ``out/drift`` and the map of its posteriors learned in ``out``; otherwise
+there is one stage, in ``out``.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.checkpoint import load_model
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.finetuning.alternatives import AdjointMatching, Draft
+from metaflowmaps.finetuning.baseline import make_baseline
+from metaflowmaps.finetuning.config import FinetuneConfig, Rule
+from metaflowmaps.finetuning.meters import Features, Meters, kept_records
+from metaflowmaps.finetuning.objective import MFMFT
+from metaflowmaps.finetuning.problem import Problem
+from metaflowmaps.finetuning.states import Data, States, base_pool
+from metaflowmaps.finetuning.tilted_map import DirectObjective, distillation
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.networks.low_rank import add_low_rank
+from metaflowmaps.randomness import stream
+from metaflowmaps.training.loop import Record, TrainResult, train
+from metaflowmaps.training.run import starting_point
+
+PROBED = 1024  # samples of the base that a reward is first tried on
+OVERFLOW = 80.0  # e^r beyond this leaves float32
+LARGEST = 1e30  # so does λr itself, once it is squared or summed
+FEW = 4.0  # effective samples of the probe, below which the base hardly makes what is asked for
+WANTED = 0.02
+
+
+class Tuned(NamedTuple):
+    """Where a run stands at its end, and its bill: network and reward calls, per stage and in all."""
+
+    result: TrainResult
+    calls: dict[str, int]
+    seconds: dict[str, float]
+
+
+def make_problem(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tensor]) -> Problem:
+    """The problem of a configuration."""
+    return Problem(base, reward, config.last, config.guidance, config.null_share, config.chunk)
+
+
+def make_objective(config: FinetuneConfig, problem: Problem, data: Data | None = None) -> Any:
+    """The objective of a configuration's first stage."""
+    size, seed = config.batch_size, config.seed
+    if config.method == "adjoint-matching":
+        return AdjointMatching(problem, None, size, seed, config.adjoint_steps)  # type: ignore[arg-type]
+    states = States(problem, config.states, seed, data)
+    if config.method == "draft":
+        return Draft(problem, states, size, seed, config.draft_at_zero)
+    baseline = make_baseline(config.baseline, problem, states.pool_rewards, seed)
+    if config.map == "direct":
+        return DirectObjective(config, problem, states, baseline)
+    weighted = config.method == "mfm-ft"
+    return MFMFT(
+        problem, states, baseline, config.num_draws, size, seed, config.form, weighted, config.sigma_squared
+    )  # fmt: skip
+
+
+def make_student(config: FinetuneConfig, base: MetaFlowMap) -> MetaFlowMap:
+    """A copy of the base that learns: all of its weights, or factors beside them."""
+    student = copy.deepcopy(base).requires_grad_(True)
+    if config.low_rank:
+        add_low_rank(student.network, config.low_rank, stream(config.seed, "low-rank"))
+    return student
+
+
+def run_finetuning(
+    config: FinetuneConfig,
+    base: MetaFlowMap,
+    reward: Callable[..., Tensor],
+    out: Path,
+    *,
+    data: Data | None = None,
+    device: torch.device | str = "cpu",
+    resume: str = "auto",
+    report: Callable[[str, Record], None] = lambda stage, record: None,
+    others: dict[str, Callable[..., Tensor]] | None = None,
+    features: Features | None = None,
+    picture: Callable[[Tensor, Path], None] | None = None,
+) -> Tuned:
+    """Tune in ``out``, going on from what is there."""
+    base = base.to(device)
+    problem = make_problem(config, base, reward)
+    two_stages = config.map == "distil"
+    first = out / "drift" if two_stages else out
+    name = "drift" if two_stages or config.map == "none" else "map"
+    seconds: dict[str, float] = {}
+
+    def meters(place: Path, one_step: bool) -> Meters:
+        place.mkdir(parents=True, exist_ok=True)
+        draw = None if picture is None else (lambda x, step: picture(x, place / "samples" / f"step-{step:08d}.png"))
+        return Meters(problem, config.meters, config.seed, place, others, features, draw, one_step)
+
+    tuned = _stage(
+        config, make_student(config, base), make_objective(config, problem, data), first, device, resume,
+        lambda record: report(name, record), meters(first, config.method == "draft" or config.map == "direct"),
+    )  # fmt: skip
+    seconds[name] = tuned.seconds
+    if two_stages:
+        student = load_model(tuned.checkpoint).to(device).requires_grad_(False)
+        second = config.model_copy(
+            update={"steps": config.distil_steps, "batch_size": config.distil_batch_size, "stop": "none"}
+        )
+        tuned = _stage(
+            second, make_student(config, base), distillation(config, problem, student), out, device, resume,
+            lambda record: report("map", record), meters(out, True),
+        )  # fmt: skip
+        seconds["map"] = tuned.seconds
+    return Tuned(tuned, dict(problem.calls), seconds)
+
+
+def _stage(
+    config: FinetuneConfig,
+    student: MetaFlowMap,
+    objective: Any,
+    out: Path,
+    device: torch.device | str,
+    resume: str,
+    report: Callable[[Record], None],
+    meters: Meters,
+) -> TrainResult:
+    """One stage in one directory, with its meters and its rule for stopping."""
+    config = config.model_copy(update={"sample_every": config.meters.every})
+    start, rule = starting_point(config, out, resume), Rule.of(config.stop)
+    step = 0 if start is None else int(start.document("position.json")["step"])
+    records = kept_records(out, step)
+    if not records and config.meters.every:
+        records.append(meters(student.to(device).eval(), 0))
+    if rule is not None and rule.name not in records[0]:
+        raise unknown("stop: measurement", rule.name, [name for name in records[0] if name != "step"])
+    if rule is not None and step and rule.fires(records):
+        config = config.model_copy(update={"steps": step})  # it had stopped here already
+
+    def look(model: MetaFlowMap, step: int) -> bool:
+        records.append(meters(model, step))
+        meters.draw(model, step)
+        return rule is not None and rule.fires(records)
+
+    return train(student, objective, config, out, device=device, start=start, report=report, on_sample=look)
+
+
+class Probe(NamedTuple):
+    """What λr is on samples of the base, and what it leaves of them."""
+
+    mean: float
+    std: float
+    largest: float
+    ess: float  # of so many samples, under e^{λr}
+    fitting: float  # the λ that leaves a share WANTED of them
+
+
+def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tensor]) -> Probe:
+    """Try a reward, at strength 1, on a few samples of the base; what cannot be tuned to is refused."""
+    problem = make_problem(config, base, reward)
+    x_1, cond = base_pool(problem, PROBED, config.states.pool_steps, config.seed)
+    r = problem.rewards(x_1, cond).double().cpu()
+    finite = r[r.isfinite()]
+    if not len(finite):
+        raise InputError(f"--reward {config.reward} is finite on none of {PROBED} base samples: check its scale")
+    spread, size = float(finite.std()) if len(finite) > 1 else 0.0, float(finite.abs().max())
+    if len(finite) == len(r) and spread <= 1e-6 * max(1.0, size):
+        raise InputError(
+            f"--reward {config.reward} is {float(finite[0]):g} on all of {PROBED} base samples, and a constant "
+            "tilts nothing: check the reward"
+        )
+    fitting, largest = _fitting(r, config.strength), config.strength * float(finite.max())
+    bare = config.method in ("mfm-ft", "self-normalised") and config.baseline.kind == "none" and largest > OVERFLOW
+    if bare or config.strength * size > LARGEST:
+        limit = OVERFLOW / float(finite.max()) if bare else LARGEST / size
+        remedy = ", or keep a baseline (--set baseline.kind=running)" if bare else ""
+        raise InputError(
+            f"--strength {config.strength:g} overflows: λr reaches {largest if bare else config.strength * size:.3g} "
+            f"on {PROBED} base samples; --strength {min(limit, fitting):.2g} fits{remedy}"
+        )
+    scaled = config.strength * r
+    ess = float(1 / scaled.softmax(0).square().sum())
+    if ess < FEW:
+        warnings.warn(
+            f"λ = {config.strength:g} asks for what {ess:.1f} of {PROBED} base samples have; --strength {fitting:.2g} "
+            f"leaves {WANTED:.0%} of them",
+            stacklevel=2,
+        )
+    shown = scaled[scaled.isfinite()]
+    return Probe(float(shown.mean()), float(shown.std()) if len(shown) > 1 else 0.0, largest, ess, fitting)
+
+
+def _fitting(r: Tensor, strength: float) -> float:
+    """The largest λ up to ``strength`` whose weights leave a share WANTED of the samples, by bisection."""
+    low, high = 0.0, strength
+    for _ in range(60):
+        middle = (low + high) / 2 or high
+        share = float(1 / (middle * r).softmax(0).square().sum()) / len(r)
+        low, high = (middle, high) if share >= WANTED else (low, middle)
+    return low
