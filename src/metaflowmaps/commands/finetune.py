@@ -141,7 +141,7 @@ def finetune(
         judged = TunedEvalConfig() if subject.data is None else TunedEvalConfig(samples=2048, seeds=1, ode_steps=50)
     tried = probe(config, subject.base, subject.plain)
     stage = subject.stage()
-    others = _others(subject, stage)
+    others = others_of(subject, stage)
     made = make_student(config, subject.base)
     parameters = {
         "parameters": sum(p.numel() for p in subject.base.parameters()),
@@ -165,7 +165,7 @@ def finetune(
     model = load_model(tuned.result.checkpoint).to(subject.device)
     problem = make_problem(config, subject.base, subject.reward)
     metrics = evaluate_tuned(
-        model, subject.base, _judge(subject, stage, others), judged, config.seed,
+        model, subject.base, judge_of(subject, stage, others), judged, config.seed,
         has_map=config.map != "none" or config.method == "draft", has_drift=config.method != "draft",
         conditions=problem.conditions,
     )  # fmt: skip
@@ -213,7 +213,7 @@ def dry_run(subject: Subject, config: FinetuneConfig) -> Results:
 # -- internals -----------------------------------------------------------------------------------------
 
 
-def _others(subject: Subject, stage: Stage | None) -> dict[str, Callable[..., Tensor]]:
+def others_of(subject: Subject, stage: Stage | None) -> dict[str, Callable[..., Tensor]]:
     """Rewards that are watched and not trained on."""
     if stage is None:
         return {}
@@ -222,7 +222,7 @@ def _others(subject: Subject, stage: Stage | None) -> dict[str, Callable[..., Te
     return {name: image_reward(stage, name) for name in usable}
 
 
-def _judge(subject: Subject, stage: Stage | None, others: dict[str, Callable[..., Tensor]]) -> tuning.SampleJudge:
+def judge_of(subject: Subject, stage: Stage | None, others: dict[str, Callable[..., Tensor]]) -> tuning.SampleJudge:
     if stage is not None:
         wish = wished(stage) if subject.reward_name == "mixture" and stage.train.labels is not None else None
         return tuning.ImageJudge(stage, subject.reward, others, wish)
@@ -251,7 +251,7 @@ def _draw(
     has_map = config.map != "none" or config.method == "draft"
     sampler = "map-1" if has_map else "ode-50"
     words = "one network call each" if has_map else "50 steps of the drift"
-    title = f"Tuned to {config.reward}, λ = {config.strength:g}: {words}"
+    title = f"Tuned to {config.reward}, λ = {config.strength:g}:\n{words}"
     if subject.data is not None:
         x = torch.cat([tuning.drawn(subject.base, sampler, 32, 7), tuning.drawn(model, sampler, 32, 7)])
         shown = f"Base (two rows) and tuned to {config.reward}, λ = {config.strength:g}"

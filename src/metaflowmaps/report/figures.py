@@ -68,7 +68,7 @@ def posterior_panels(
         zoom = _frame(axis, points)
         axis.set_title(f"t = {t:g}{zoom}", fontsize=12)
         if law is not None:
-            _contours(axis, path, law, t, x_t)
+            mass_contours(axis, law.posterior(path, t, x_t[None].double()))
     for axis in axes[-1]:
         axis.set_xlabel("$x^{(1)}$", fontsize=11)
     for axis in axes[:, 0]:
@@ -97,16 +97,14 @@ def _frame(axis: "Axes", points: Tensor) -> str:
     return f"  (zoomed, {2 * half:.2g} wide)" if zoomed else ""
 
 
-def _contours(axis: "Axes", path: InterpolantPath, law: GaussianMixture, t: float, x_t: Tensor) -> None:
-    """Contours that hold 50, 90 and 99 % of the exact posterior's mass."""
-    lines = [torch.linspace(*limits, 161, dtype=torch.float64) for limits in (axis.get_xlim(), axis.get_ylim())]
-    grid = torch.cartesian_prod(*lines)
-    posterior = law.posterior(path, t, x_t[None].double())
-    density = posterior.log_prob(grid).exp()
+def mass_contours(axis: "Axes", law: GaussianMixture, points: int = 161) -> None:
+    """Contours that hold 50, 90 and 99 % of a law's mass within the axis's limits."""
+    lines = [torch.linspace(*limits, points, dtype=torch.float64) for limits in (axis.get_xlim(), axis.get_ylim())]
+    density = law.log_prob(torch.cartesian_prod(*lines)).exp()
     ordered = density.sort(descending=True).values
     mass = ordered.cumsum(0) / ordered.sum()
     levels = sorted({float(ordered[int((mass < q).sum())]) for q in (0.5, 0.9, 0.99)})
-    axis.contour(*lines, density.reshape(161, 161).T, levels=levels, colors="#22262b", linewidths=1.0)
+    axis.contour(*lines, density.reshape(points, points).T, levels=levels, colors="#22262b", linewidths=1.0)
 
 
 def error_against_calls(metrics: dict[str, Any]) -> "Figure":
@@ -164,10 +162,9 @@ def scatter(points: Tensor, title: str, contours: GaussianMixture | None = None)
     figure, axes = new_figure(4.6, 4.6)
     axis = axes[0, 0]
     axis.scatter(*points[:4000, :2].T.tolist(), s=4, color=MAP, alpha=0.4, linewidths=0)
-    if contours is not None:
-        line = torch.linspace(-6.2, 6.2, 161, dtype=torch.float64)
-        density = contours.log_prob(torch.cartesian_prod(line, line)).exp().reshape(161, 161).T
-        axis.contour(line, line, density, levels=5, colors="#22262b", linewidths=0.8)
     axis.set(xlabel="$x^{(1)}$", ylabel="$x^{(2)}$", aspect="equal")
-    axis.set_title(title, fontsize=12)
+    if contours is not None:
+        axis.set(xlim=(-6.2, 6.2), ylim=(-6.2, 6.2))
+        mass_contours(axis, contours, 241)
+    figure.suptitle(title, fontsize=11)
     return figure

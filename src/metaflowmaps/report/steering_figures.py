@@ -3,11 +3,10 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.report.figures import GLASS, MAP, QUIET, new_figure
+from metaflowmaps.report.figures import GLASS, MAP, QUIET, mass_contours, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,17 +42,12 @@ def panels(tilted: GaussianMixture, metrics: dict[str, Any], samples: dict[str, 
     rows = -(-len(samples) // columns)
     figure, axes = new_figure(3.2 * columns, 3.45 * rows + 0.6, rows, columns, sharex=True, sharey=True)
     figure.suptitle("Steered samples over the exact tilted law (contours hold 50, 90, 99 %)", fontsize=13)
-    line = torch.linspace(-5.6, 5.6, 241, dtype=torch.float64)
-    density = tilted.log_prob(torch.cartesian_prod(line, line)).exp()
-    ordered = density.sort(descending=True).values
-    mass = ordered.cumsum(0) / ordered.sum()
-    levels = sorted({float(ordered[int((mass < q).sum())]) for q in (0.5, 0.9, 0.99)})
     for axis, (cell, points) in zip(axes.flat, samples.items(), strict=False):
         name, key = cell.rsplit(".", 1)
         figures = metrics["methods"][name][key]
-        axis.contour(line, line, density.reshape(241, 241).T, levels=levels, colors="#22262b", linewidths=0.9)
-        axis.scatter(*points[:1500, :2].T.tolist(), s=4, color=MAP, alpha=0.45, linewidths=0)
         axis.set(xlim=(-5.6, 5.6), ylim=(-5.6, 5.6), aspect="equal")
+        mass_contours(axis, tilted, 241)
+        axis.scatter(*points[:1500, :2].T.tolist(), s=4, color=MAP, alpha=0.45, linewidths=0)
         draws = "" if key == "0" else f", N = {key}"
         ratio = figures["sw2"] / figures["floor_sw2"]
         shown = f"{ratio:.2f}" if ratio < 100 else "> 100"

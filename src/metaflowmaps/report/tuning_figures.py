@@ -1,5 +1,6 @@
-"""Figures of fine-tuning: what the meters saw."""
+"""Figures of fine-tuning: what the meters saw, how methods bear sharper rewards, and when tuning pays."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaflowmaps.report.figures import CONTEXT, GLASS, MAP, QUIET, new_figure
@@ -26,4 +27,39 @@ def meters(records: list[dict[str, Any]], reward: str) -> "Figure":
         axis.axhline(kept[0][1], color=QUIET, linestyle="--", linewidth=1.2)
         axis.set(xlabel="training step", ylabel=label)
         axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    return figure
+
+
+LOOKS = (
+    (MAP, "o", "-"), (MAP, "s", "--"), (GLASS, "D", "-"), (CONTEXT, "^", "-"), ("#2e7d32", "v", "-"),
+    ("#7b4fb5", "P", "-"), ("#b8860b", "X", "-"), (QUIET, "*", "--"),
+)  # fmt: skip
+
+
+def sweep(strengths: Sequence[float], curves: Mapping[str, Sequence[float | None]]) -> "Figure":
+    """Distance to the exact law against λ, a line a method; what did not end in samples has no point."""
+    figure, axes = new_figure(8.6, 4.6)
+    axis = axes[0, 0]
+    for (name, values), (colour, marker, line) in zip(curves.items(), LOOKS, strict=False):
+        kept = [(s, v) for s, v in zip(strengths, values, strict=True) if v is not None]
+        axis.plot(*zip(*kept, strict=True), color=colour, marker=marker, linestyle=line, label=name, linewidth=1.6)
+    axis.axhline(1, color=QUIET, linestyle=":", linewidth=1.4, label="exact samples")
+    axis.set(xscale="log", yscale="log", xlabel="strength λ", ylabel="sliced W2 / floor")
+    axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    figure.suptitle("Fine-tuning as the reward sharpens", fontsize=13)
+    figure.legend(loc="outside right center", frameon=False, fontsize=10)
+    return figure
+
+
+def crossover(bills: Mapping[str, tuple[float, float]]) -> "Figure":
+    """Calls in all against the number of samples made: (calls before the first one, calls a sample) by name."""
+    figure, axes = new_figure(7.4, 4.2)
+    axis = axes[0, 0]
+    counts = [10 ** (k / 4) for k in range(4, 29)]
+    for (name, (before, each)), (colour, _, line) in zip(bills.items(), LOOKS[::1], strict=False):
+        axis.plot(counts, [before + each * n for n in counts], color=colour, linestyle=line, linewidth=1.8, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="samples made", ylabel="network and reward calls in all")
+    axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    figure.suptitle("Steer or tune: the bill, training included", fontsize=13)
+    figure.legend(loc="outside right center", frameon=False, fontsize=10)
     return figure
