@@ -33,8 +33,8 @@ from metaflowmaps.runs import write_results
 
 # images: a larger network, whose base is taken along at a gentler pace
 FOR_IMAGES = (
-    "optimizer.lr=1e-3", "steps=3000", "distil_steps=4000", "states.base=0.5", "states.tilted=0.25",
-    "states.replay=0.25", "meters.samples=256", "log_every=50",
+    "optimizer.lr=1e-3", "steps=1500", "batch_size=256", "num_draws=2", "distil_steps=2500", "distil_batch_size=256",
+    "states.base=0.5", "states.tilted=0.25", "states.replay=0.25", "meters.samples=256", "log_every=50",
 )  # fmt: skip
 FOR_MIXTURES = ("steps=3000", "distil_steps=4000", "keep_best=false")
 

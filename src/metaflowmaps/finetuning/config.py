@@ -89,7 +89,8 @@ class FinetuneConfig(RunConfig):
     times: TimesConfig = TimesConfig()
     meters: MetersConfig = MetersConfig()
     stop: str = "none"  # "reward>3", "distance<2", "reward stalls 4": see Rule
-    optimizer: OptimizerConfig = OptimizerConfig(clip=10.0)
+    # clipping a batch with a heavy weight is a bias: it is for accidents alone
+    optimizer: OptimizerConfig = OptimizerConfig(clip=1000.0)
 
     @model_validator(mode="after")
     def _possible(self) -> "FinetuneConfig":
