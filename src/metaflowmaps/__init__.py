@@ -1,6 +1,11 @@
 """Meta Flow Maps: one-step posterior sampling and reward alignment for flow models."""
 
+from collections.abc import Callable
 from importlib.metadata import version
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
 
 from metaflowmaps import rewards
 from metaflowmaps.errors import InputError
@@ -21,6 +26,21 @@ from metaflowmaps.value import ValueEstimate, value_gradient
 
 __version__ = version("metaflowmaps")
 
+
+def finetune(
+    model: MetaFlowMap, reward: Callable[..., Tensor], out: str | PathLike[str], device: str = "cpu", **settings: Any
+) -> MetaFlowMap:
+    """A map of p_1 e^r: the model's copy with the tilt in its weights, trained in the directory ``out``.
+
+    ``settings`` are those of ``mfm finetune --set``, groups as dictionaries: ``steps=3000, num_draws=4,
+    map="distil"|"direct"|"none", low_rank=8, states={"base": 1.0}, stop="distance<2"``. The strength λ lives in the
+    reward. Interrupted, the same call goes on from ``out``; finished, it returns what is there.
+    """
+    from metaflowmaps.finetuning.run import tune  # what trains is loaded by those who train
+
+    return tune(model, reward, str(out), device=device, **settings)
+
+
 __all__ = [
     "ExactModel",
     "ExactPosterior",
@@ -36,6 +56,7 @@ __all__ = [
     "TrigonometricPath",
     "TweediePosterior",
     "ValueEstimate",
+    "finetune",
     "glass_drift",
     "rewards",
     "steer",

@@ -42,6 +42,17 @@ def override(config: C, settings: Iterable[str]) -> C:
     return validated(type(config), data)
 
 
+def merged(config: C, settings: dict[str, Any]) -> C:
+    """config with settings by name on top; a group may be given in part, as a dictionary."""
+    data = config.model_dump()
+    for name, value in settings.items():
+        if name not in data:
+            raise unknown("setting", name, data)
+        both = isinstance(data[name], dict) and isinstance(value, dict)
+        data[name] = {**data[name], **value} if both else value
+    return validated(type(config), data)
+
+
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """``key=value`` pairs as a dictionary; values are JSON, or else plain text."""
     out = {}

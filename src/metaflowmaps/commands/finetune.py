@@ -22,7 +22,7 @@ from metaflowmaps.evaluation.images.mixture import wished
 from metaflowmaps.evaluation.images.rewards import RACE, image_reward
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
 from metaflowmaps.evaluation.tuning import TunedEvalConfig, evaluate_tuned
-from metaflowmaps.finetuning.config import FinetuneConfig
+from metaflowmaps.finetuning.config import FinetuneConfig, usual
 from metaflowmaps.finetuning.meters import kept_records
 from metaflowmaps.finetuning.run import make_objective, make_problem, make_student, probe, run_finetuning
 from metaflowmaps.flow_map import MetaFlowMap
@@ -30,13 +30,6 @@ from metaflowmaps.progress import training_progress
 from metaflowmaps.report import figures, tuning_figures
 from metaflowmaps.rewards import LinearGaussian, Tempered
 from metaflowmaps.runs import write_results
-
-# images: a larger network, whose base is taken along at a gentler pace
-FOR_IMAGES = (
-    "optimizer.lr=1e-3", "steps=1500", "batch_size=256", "num_draws=2", "distil_steps=2500", "distil_batch_size=256",
-    "states.base=0.5", "states.tilted=0.25", "states.replay=0.25", "meters.samples=256", "log_every=50",
-)  # fmt: skip
-FOR_MIXTURES = ("steps=3000", "distil_steps=4000", "keep_best=false")
 
 
 class Subject:
@@ -103,7 +96,7 @@ def resolve_finetuning(
             "means": law.means.tolist(), "covariances": law.covariances.tolist(), "weights": law.weights.tolist()
         },
     }  # fmt: skip
-    config = override(validated(FinetuneConfig, start), FOR_MIXTURES if subject.data is None else FOR_IMAGES)
+    config = override(validated(FinetuneConfig, start), usual(subject.base.event_shape))
     config = validated(FinetuneConfig, {**config.model_dump(), **given})
     config = override(config, settings)
     if max_steps is not None:

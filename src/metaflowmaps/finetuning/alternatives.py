@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.objective import Regression, Source, TargetBatch
+from metaflowmaps.finetuning.objective import Regression, Source, TargetBatch, mean_of_finite
 from metaflowmaps.finetuning.problem import Cond, Problem
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.randomness import rand, randn, stream
@@ -74,14 +74,16 @@ class AdjointMatching(Regression):
         half = problem.path.sigma_squared(expand_time(place.t, place.x)) / 2
         target = place.carried(place.drift - half * torch.cat(pulled))
         reward = problem.rewards(states[-1], cond)
-        figures = {"reward_of_draws": float(reward[reward.isfinite()].mean())}
+        figures = {"reward_of_draws": mean_of_finite(reward)}
         return TargetBatch(place.t, place.a, place.z, target, torch.ones_like(place.t), wide, figures)
 
     def _grid(self, x: Tensor, g: torch.Generator) -> Tensor:
         """0, then times equal in the angle with a common random shift, then 1."""
         inner = (torch.arange(self.steps - 1) + 0.5 + rand((1,), g)) / self.steps
-        chart = self.problem.base.anchor(torch.zeros(len(inner)), torch.zeros(len(inner), *x.shape[1:])).chart
-        return torch.cat([torch.zeros(1), chart.time_out(inner.clamp(max=0.999)), torch.ones(1)]).double()
+        zeros = torch.zeros(len(inner), *x.shape[1:]).to(x)
+        chart = self.problem.base.anchor(torch.zeros(len(inner)).to(x), zeros).chart
+        times = chart.time_out(inner.clamp(max=0.999).to(x)).cpu().double()
+        return torch.cat([torch.zeros(1), times, torch.ones(1)])
 
     def _adjoints(self, grid: Tensor, states: list[Tensor], cond: Cond) -> list[Tensor]:
         """a at each time of the grid, the last −∇r."""

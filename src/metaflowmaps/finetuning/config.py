@@ -123,6 +123,19 @@ class FinetuneConfig(RunConfig):
         return LossConfig(diagonal_share=0.25)
 
 
+# images have larger networks, which go along at a gentler pace
+FOR_IMAGES = (
+    "optimizer.lr=1e-3", "steps=1500", "batch_size=256", "num_draws=2", "distil_steps=2500", "distil_batch_size=256",
+    "states.base=0.5", "states.tilted=0.25", "states.replay=0.25", "meters.samples=256", "log_every=50",
+)  # fmt: skip
+FOR_VECTORS = ("steps=3000", "distil_steps=4000", "keep_best=false")
+
+
+def usual(event_shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The settings that suit samples of this shape, as --set writes them."""
+    return FOR_VECTORS if len(event_shape) == 1 else FOR_IMAGES
+
+
 class Rule:
     """When to stop early: ``NAME>NUMBER``, ``NAME<NUMBER``, ``NAME stalls K`` (K measurements without a new best)."""
 

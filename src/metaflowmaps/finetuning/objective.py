@@ -137,8 +137,8 @@ class MFMFT(Regression):
             "ess_of_draws": float(ess(share).mean()) / self.num_draws,
             "ess_of_rows": float(weight.sum().square() / weight.square().sum().clamp_min(1e-30)) / len(weight),
             "weight": float(weight.mean()),
-            "value": float(value[value.isfinite()].mean()),
-            "reward_of_draws": float(made.rewards[made.rewards.isfinite()].mean()),
+            "value": mean_of_finite(value),
+            "reward_of_draws": mean_of_finite(made.rewards),
         }
         if not self.weighted:
             weight = torch.ones_like(weight)
@@ -193,6 +193,12 @@ class MFMFT(Regression):
         super().load_state_dict(state)
         self.baseline.load_state_dict(state["baseline"])
         self.mixing.load_state_dict(state["mixing"])
+
+
+def mean_of_finite(values: Tensor) -> float:
+    """Their mean; 0 where a hard constraint leaves none."""
+    kept = values[values.isfinite()]
+    return float(kept.mean()) if len(kept) else 0.0
 
 
 class Mixing:

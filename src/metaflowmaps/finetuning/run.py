@@ -5,6 +5,7 @@ there is one stage, in ``out``.
 """
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import load_model
+from metaflowmaps.checkpoint import CheckpointStore, load_model
+from metaflowmaps.config import differences, merged, override, validated
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.finetuning.alternatives import AdjointMatching, Draft
 from metaflowmaps.finetuning.baseline import make_baseline
-from metaflowmaps.finetuning.config import FinetuneConfig, Rule
+from metaflowmaps.finetuning.config import FinetuneConfig, Rule, usual
 from metaflowmaps.finetuning.meters import Features, Meters, kept_records
 from metaflowmaps.finetuning.objective import MFMFT
 from metaflowmaps.finetuning.problem import Problem
@@ -26,6 +28,7 @@ from metaflowmaps.finetuning.tilted_map import DirectObjective, distillation
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.randomness import stream
+from metaflowmaps.rewards.base import describe
 from metaflowmaps.training.loop import Record, TrainResult, train
 from metaflowmaps.training.run import starting_point
 
@@ -117,6 +120,32 @@ def run_finetuning(
         )  # fmt: skip
         seconds["map"] = tuned.seconds
     return Tuned(tuned, dict(problem.calls), seconds)
+
+
+def tune(
+    base: MetaFlowMap,
+    reward: Callable[..., Tensor],
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    report: Callable[[str, Record], None] = lambda stage, record: None,
+    **settings: Any,
+) -> MetaFlowMap:
+    """:func:`metaflowmaps.finetune`."""
+    weights = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for v in base.state_dict().values()))
+    given = {"checkpoint": "a map in memory", "checkpoint_sha256": weights.hexdigest(), "reward": describe(reward)}
+    config = validated(FinetuneConfig, {**given, **settings})
+    held, _ = CheckpointStore(
+        Path(out) / ("drift/checkpoints" if config.map == "distil" else "checkpoints")
+    ).latest_valid()
+    if held is not None:
+        lines = differences(held.config.get("training"), config.model_dump(mode="json"))
+        other = [line for line in lines if not line.startswith("sample_every")]
+        if other:
+            raise InputError(f"{out} holds another run ({'; '.join(other[:3])}): choose another out")
+    probe(config, base, reward)
+    tuned = run_finetuning(config, base, reward, Path(out), device=device, report=report)
+    return load_model(tuned.result.checkpoint).to(device)
 
 
 def _stage(

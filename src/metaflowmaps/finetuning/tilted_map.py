@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metaflowmaps.finetuning.baseline import Baseline
 from metaflowmaps.finetuning.config import FinetuneConfig
-from metaflowmaps.finetuning.objective import Source
+from metaflowmaps.finetuning.objective import Source, mean_of_finite
 from metaflowmaps.finetuning.problem import Cond, Problem, gather
 from metaflowmaps.finetuning.states import student_samples
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
@@ -134,7 +134,7 @@ class DirectObjective(MapObjective):
             "ess_of_draws": float(ess(share).mean()) / self.num_draws,
             "ess_of_rows": float(weight.sum().square() / weight.square().sum().clamp_min(1e-30)) / n,
             "weight": float(weight.mean()),
-            "reward_of_draws": float(made.rewards[made.rewards.isfinite()].mean()),
+            "reward_of_draws": mean_of_finite(made.rewards),
         }
         parts = {k: v for k, v in vars(drawn).items() if k not in ("weight", "figures", "cond")}
         return Batch(**parts, cond={k: v.cpu() for k, v in cond.items()}, weight=weight.cpu(), figures=figures)
