@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import fidelity, images, losses, memory, steering, step_cost
+from benchmarks import control, fidelity, finetuning, images, losses, memory, steering, step_cost
 
 BENCHMARKS = {
     "step-cost": step_cost.main,
@@ -14,8 +14,11 @@ BENCHMARKS = {
     "steering-16d": steering.in_16d,
     "value": steering.value,
     "recycling": steering.recycling,
+    "finetune-mixture": finetuning.mixture,
+    "finetune-digits": finetuning.digits,
     "images": images.main,
     "memory": memory.main,
+    "control": control.main,
 }
 
 

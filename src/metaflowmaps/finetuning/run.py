@@ -134,10 +134,9 @@ def tune(
     """:func:`metaflowmaps.finetune`."""
     weights = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for v in base.state_dict().values()))
     given = {"checkpoint": "a map in memory", "checkpoint_sha256": weights.hexdigest(), "reward": describe(reward)}
-    config = validated(FinetuneConfig, {**given, **settings})
-    held, _ = CheckpointStore(
-        Path(out) / ("drift/checkpoints" if config.map == "distil" else "checkpoints")
-    ).latest_valid()
+    config = merged(override(validated(FinetuneConfig, given), usual(base.event_shape)), settings)
+    first = Path(out) / "drift" if config.map == "distil" else Path(out)
+    held, _ = CheckpointStore(first / "checkpoints").latest_valid()
     if held is not None:
         lines = differences(held.config.get("training"), config.model_dump(mode="json"))
         other = [line for line in lines if not line.startswith("sample_every")]
