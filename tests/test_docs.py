@@ -42,3 +42,18 @@ def test_the_images_page_runs_and_is_right(capsys):
     assert int((names["judge"](names["steered"].samples).argmax(1) == 7).sum()) >= 12
     torch.testing.assert_close(names["again"].samples[0], names["steered"].samples[3], rtol=1e-4, atol=1e-4)
     assert "tensor" in capsys.readouterr().out
+
+
+def test_the_fine_tuning_page_runs_and_is_right(capsys, monkeypatch, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "finetuning.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(block, "finetuning.md", "exec"), names)
+    x = names["x"]
+    # exact: mean 1 · .25/(.25 + .09), variance 1/(1/.25 + 1/.09); four standard errors of 4096 samples, and .03 for so
+    # short a training
+    assert abs(float(x[:, 0].mean()) - 0.25 / 0.34) < 4 * 0.26 / 4096**0.5 + 0.03
+    assert abs(float(x[:, 1].mean())) < 4 * 0.5 / 4096**0.5 + 0.03
+    assert abs(float(x[:, 0].std()) - (0.25 * 0.09 / 0.34) ** 0.5) < 0.03
+    assert "tensor" in capsys.readouterr().out

@@ -168,7 +168,7 @@ def finetune(
         "before": meters[0] if meters else {}, "after": meters[-1] if meters else {},
         "tables": tuning.tables(metrics), "summary": _summary(config, metrics),
     }  # fmt: skip
-    _draw(subject, config, model, meters, out)
+    _draw(subject, config, model, meters, tried.log_evidence, out)
     cost = {
         "seconds": sum(tuned.seconds.values()), "seconds_by_stage": tuned.seconds, "steps": tuned.result.step,
         **tuned.calls, "nfe": sum(tuned.calls.values()), "seconds_of_judging": time.perf_counter() - began,
@@ -238,7 +238,12 @@ def _save_scatter(x: Tensor, law: Any, file: Path) -> None:
 
 
 def _draw(
-    subject: Subject, config: FinetuneConfig, model: MetaFlowMap, meters: list[dict[str, Any]], out: Path
+    subject: Subject,
+    config: FinetuneConfig,
+    model: MetaFlowMap,
+    meters: list[dict[str, Any]],
+    evidence: float,
+    out: Path,
 ) -> None:
     """The figures of a finished run."""
     has_map = config.map != "none" or config.method == "draft"
@@ -256,7 +261,7 @@ def _draw(
             figures.save(panels(model, subject.tilted, config.seed), out / "posteriors.png")
     figures.save(figures.training_curve(out / "metrics.jsonl"), out / "training.png")
     if len(meters) > 1:
-        figures.save(tuning_figures.meters(meters, config.reward), out / "meters.png")
+        figures.save(tuning_figures.meters(meters, config.reward, evidence), out / "meters.png")
 
 
 def _summary(config: FinetuneConfig, metrics: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ processes from one another,
 
     KL = 2 E ∫ ‖b̂ − b‖²/σ_t² dt     over states of the student (their SDE drifts differ by 2 (b̂ − b))
 
-Reward weights say what the tilt allows: at the optimum, E[r] − KL = log E[e^r].
+``bound`` is E[r] − KL: at most log E[e^r] over the base (up to the coarseness of the samples), and equal to it at p_1 e^r
+alone. A reward may always be bought with more distance, the bound may not.
 """
 
 import json
@@ -46,9 +47,14 @@ class Meters:
         features: Features | None = None,
         picture: Callable[[Tensor, int], None] | None = None,
         one_step: bool = False,
+        has_drift: bool = True,
     ) -> None:
-        """``one_step``: what is tuned is the map itself, and its one-step samples are measured, not its ODE's."""
+        """``one_step``: what is tuned is the map, and its one-step samples are measured, not those of its ODE.
+
+        Without ``has_drift`` (DRaFT) the model's drift means nothing, and there is no distance to the base.
+        """
         self.problem, self.config, self.seed, self.one_step = problem, config, seed, one_step
+        self.has_drift = has_drift
         self.file = out / "meters.jsonl"
         self.others = {name: checked_reward(reward) for name, reward in (others or {}).items()}
         self.features = features or (lambda x: x.flatten(1))
@@ -82,9 +88,11 @@ class Meters:
             "reward": float(reward[reward.isfinite()].mean()) if bool(reward.isfinite().any()) else -torch.inf,
             **{name: float(r(x, cond or None).mean()) for name, r in self.others.items()},
             **diversity(self.features(x)),
-            "distance_to_base": self.distance_to_base(model, x, cond),
             "lost": float(int((~finite).sum())),
         }
+        if self.has_drift:
+            figures["distance_to_base"] = self.distance_to_base(model, x, cond)
+            figures["bound"] = figures["reward"] - figures["distance_to_base"]
         return figures
 
     def distance_to_base(self, model: MetaFlowMap, x_1: Tensor, cond: dict[str, Tensor]) -> float:

@@ -6,6 +6,7 @@ there is one stage, in ``out``.
 
 import copy
 import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,9 @@ def run_finetuning(
     def meters(place: Path, one_step: bool) -> Meters:
         place.mkdir(parents=True, exist_ok=True)
         draw = None if picture is None else (lambda x, step: picture(x, place / "samples" / f"step-{step:08d}.png"))
-        return Meters(problem, config.meters, config.seed, place, others, features, draw, one_step)
+        return Meters(
+            problem, config.meters, config.seed, place, others, features, draw, one_step, config.method != "draft"
+        )  # fmt: skip
 
     tuned = _stage(
         config, make_student(config, base), make_objective(config, problem, data), first, device, resume,
@@ -185,6 +188,7 @@ class Probe(NamedTuple):
     largest: float
     ess: float  # of so many samples, under e^{λr}
     fitting: float  # the λ that leaves a share WANTED of them
+    log_evidence: float  # log E[e^{λr}], what ``bound`` of the meters can reach
 
 
 def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tensor]) -> Probe:
@@ -219,7 +223,8 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
             stacklevel=2,
         )
     shown = scaled[scaled.isfinite()]
-    return Probe(float(shown.mean()), float(shown.std()) if len(shown) > 1 else 0.0, largest, ess, fitting)
+    evidence = float(scaled.logsumexp(0)) - math.log(len(scaled))
+    return Probe(float(shown.mean()), float(shown.std()) if len(shown) > 1 else 0.0, largest, ess, fitting, evidence)
 
 
 def _fitting(r: Tensor, strength: float) -> float:

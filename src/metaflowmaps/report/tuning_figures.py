@@ -12,19 +12,28 @@ PANELS = {
     "reward": ("mean reward λr of samples", MAP),
     "distance": ("mean distance between samples", GLASS),
     "distance_to_base": ("divergence from the base, nats", CONTEXT),
+    "bound": ("reward − divergence", "#2e7d32"),
 }
 
 
-def meters(records: list[dict[str, Any]], reward: str) -> "Figure":
-    """Reward, diversity and distance to the base against training steps; the dashed line is where it began."""
+def meters(records: list[dict[str, Any]], reward: str, evidence: float | None = None) -> "Figure":
+    """Reward, diversity, distance to the base and the bound against training steps; dashed: where it began.
+
+    ``evidence``, log E[e^r], is what the bound can reach (dotted).
+    """
     shown = [name for name in PANELS if any(r.get(name) is not None for r in records)]
-    figure, axes = new_figure(3.9 * len(shown), 3.7, 1, len(shown))
+    figure, axes = new_figure(7.6, 3.1 * -(-len(shown) // 2), -(-len(shown) // 2), 2)
     figure.suptitle(f"While tuning to {reward}", fontsize=13)
-    for axis, name in zip(axes[0], shown, strict=True):
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, shown, strict=False):
         label, colour = PANELS[name]
         kept = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         axis.plot(*zip(*kept, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6)
         axis.axhline(kept[0][1], color=QUIET, linestyle="--", linewidth=1.2)
+        if name == "bound" and evidence is not None:
+            axis.axhline(evidence, color=QUIET, linestyle=":", linewidth=1.6, label="log E[e^r] over the base")
+            axis.legend(frameon=False, fontsize=9.5)
         axis.set(xlabel="training step", ylabel=label)
         axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     return figure
