@@ -6,8 +6,8 @@ processes from one another,
 
     KL = 2 E ∫ ‖b̂ − b‖²/σ_t² dt     over states of the student (their SDE drifts differ by 2 (b̂ − b))
 
-``bound`` is E[r] − KL: at most log E[e^r] over the base (up to the coarseness of the samples), and equal to it at p_1 e^r
-alone. A reward may always be bought with more distance, the bound may not.
+``bound`` is E[r] − KL: at most log E[e^r] over the base (up to the coarseness of the samples), and equal to it at
+p_1 e^r alone. A reward may always be bought with more distance, the bound may not.
 """
 
 import json

@@ -228,6 +228,18 @@ SECTIONS = {
         {"posteriors.png": POSTERIORS, "training.png": "Training loss, mean over each logging window."},
         summary=_training_summary,
     ),
+    "finetune": Section(
+        "Fine-tuning",
+        {
+            "samples.png": "Samples of the tuned model; for mixtures over the exact tilted law, for images below two "
+            "rows of its base.",
+            "meters.png": "What was watched while the drift (or, in one stage, the map) was tuned, on samples of the "
+            "averaged weights. Dashed: the base. Reward minus divergence is at most log E[e^r] (dotted) and reaches it "
+            "at the tilted law alone.",
+            "posteriors.png": POSTERIORS,
+            "training.png": "Training loss of the last stage, mean over each logging window.",
+        },
+    ),
     "sample": Section("Samples", {"samples.png": "Samples of the data law."}, summary=_sample_summary),
     "posterior": Section(
         "Posterior draws",
