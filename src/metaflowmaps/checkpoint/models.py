@@ -134,9 +134,11 @@ def _load(path_or_hub_id: str | FilePath, revision: str | None, weights: str, ki
         if key in stored:  # a tied weight is listed under one of its names only
             slot.data = slot.data.to(stored[key].dtype)
     model.load_state_dict(stored)
-    fold(model)  # tuned at low rank, it is an ordinary map from here on
     if checkpoint.config.get("dtype") == "float32":  # stored in fewer bits than it works in
         model.float()
+    if rank_of(model):  # tuned at low rank, it is an ordinary map from here on
+        fold(model)
+        model.requires_grad_(True)
     return model.eval()
 
 

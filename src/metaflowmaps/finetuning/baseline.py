@@ -23,7 +23,8 @@ from metaflowmaps.finetuning.problem import Place, Problem
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.value import equal_log_weights, log_mean
 
-LIMIT = 20.0  # of r − c while a learned baseline is being fitted: it need not be followed further
+LIMIT = 5.0  # of r − c, beyond which the fit of a learned baseline goes on linearly
+REACH = 20.0  # of a learned baseline around the running one: where e^r is 0 it would fall without end
 
 
 class Baseline(Protocol):
@@ -74,11 +75,11 @@ class Running:
             mine = value[index == b]
             seen = torch.logsumexp(mine, 0) - math.log(len(mine))
             if bool(seen.isfinite()):
-                rates = torch.tensor([1 - self.config.rate, self.config.rate]).log().double()
+                rates = torch.tensor([1 - self.config.rate, self.config.rate], dtype=torch.float64).log()
                 self.level[b] = torch.logsumexp(rates + torch.stack([self.level[b], seen]), 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"level": self.level}
+        return {"level": self.level.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.level = state["level"]
@@ -91,21 +92,27 @@ class Learned:
         self.running = Running(config, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = _Value(math.prod(problem.base.event_shape), config.width).to(problem.base.device)
+            network = _Value(math.prod(problem.base.event_shape), config.width)
+        self.network = network.to(problem.base.device, problem.base.dtype)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr)
 
     @torch.no_grad()
     def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
-        out: Tensor = self.running(place, generator) + self.network(place.a, place.z)
+        return self.running(place, generator) + self._beside(place)
+
+    def _beside(self, place: Place) -> Tensor:
+        out: Tensor = REACH * torch.tanh(self.network(place.a, place.z) / REACH)
         return out
 
     @torch.enable_grad()
     def update(self, place: Place, value: Tensor) -> None:
         level = self.running(place, torch.Generator())
         self.optimizer.zero_grad()
-        c = self.network(place.a, place.z)
+        c = self._beside(place)
         # a logarithm of a mean is below V on average, its exponential is right: the loss weighs e^{r − c}
-        loss = ((value.detach() - level - c).clamp_max(LIMIT).exp() + c).mean()
+        over = value.detach() - level - c
+        weight = torch.where(over > LIMIT, math.exp(LIMIT) * (1 + over - LIMIT), over.clamp_max(LIMIT).exp())
+        loss = (weight + c).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
@@ -125,14 +132,15 @@ class Learned:
 
 
 class IndependentDraws:
-    """V̂ from draws of its own."""
+    """V̂ from draws of its own; ``start`` where a hard constraint forbids all of them."""
 
-    def __init__(self, config: BaselineConfig, problem: Problem) -> None:
-        self.draws, self.problem = config.draws, problem
+    def __init__(self, config: BaselineConfig, problem: Problem, start: float) -> None:
+        self.draws, self.problem, self.start = config.draws, problem, start
 
     def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
         rewards = self.problem.draws(place, self.draws, False, generator).rewards
-        return log_mean(rewards, equal_log_weights(rewards))
+        value = log_mean(rewards, equal_log_weights(rewards))
+        return torch.where(value.isfinite(), value, torch.full_like(value, self.start))
 
     def update(self, place: Place, value: Tensor) -> None:
         pass
@@ -176,4 +184,4 @@ def make_baseline(config: BaselineConfig, problem: Problem, rewards: Tensor, see
         return Running(config, start)
     if config.kind == "learned":
         return Learned(config, start, problem, seed)
-    return IndependentDraws(config, problem) if config.kind == "draws" else NoBaseline()
+    return IndependentDraws(config, problem, start) if config.kind == "draws" else NoBaseline()

@@ -76,7 +76,7 @@ class FinetuneConfig(RunConfig):
     sigma_squared: float | None = Field(None, gt=0)  # a constant σ² instead of σ_t²: the release's; it moves the answer
     states: StatesConfig = StatesConfig()
     baseline: BaselineConfig = BaselineConfig()
-    last: float = Field(0.9936, gt=0, le=1)  # inner times of the states stay below
+    last: float = Field(0.9936, gt=0, lt=1)  # inner times of the states stay below
     chunk: int = Field(2048, ge=1)  # rows differentiated at a time
     adjoint_steps: int = Field(32, ge=2)  # adjoint matching: steps of a trajectory
     draft_at_zero: float = Field(0.5, ge=0, le=1)  # draft: share of rows that are generated from noise alone
@@ -139,7 +139,8 @@ def usual(event_shape: tuple[int, ...]) -> tuple[str, ...]:
 class Rule:
     """When to stop early: ``NAME>NUMBER``, ``NAME<NUMBER``, ``NAME stalls K`` (K measurements without a new best)."""
 
-    FORM = re.compile(r"\s*([\w.:-]+?)\s*(?:([<>])\s*(-?[\d.]+(?:e-?\d+)?)|stalls\s+(\d+))\s*")
+    NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+    FORM = re.compile(rf"\s*([\w.:-]+?)(?:\s*([<>])\s*({NUMBER})|\s+stalls\s+([1-9]\d*))\s*")
 
     def __init__(self, name: str, sign: str, number: float) -> None:
         self.name, self.sign, self.number = name, sign, number

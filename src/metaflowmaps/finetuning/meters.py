@@ -95,6 +95,7 @@ class Meters:
             figures["bound"] = figures["reward"] - figures["distance_to_base"]
         return figures
 
+    @torch.no_grad()
     def distance_to_base(self, model: MetaFlowMap, x_1: Tensor, cond: dict[str, Tensor]) -> float:
         """KL of the path measures, at states made from the student's samples."""
         g, n = stream(self.seed, "meters-states"), len(x_1)
@@ -112,7 +113,9 @@ class Meters:
     def draw(self, model: MetaFlowMap, step: int) -> None:
         """The picture of a step, where there is one to draw."""
         if self.picture is not None:
+            calls = dict(self.problem.calls)
             x, _ = student_samples(self.problem, model, 64, self.config.steps, self.seed, "picture")
+            self.problem.calls = calls
             self.picture(x, step)
 
 
@@ -137,5 +140,7 @@ def kept_records(out: Path, step: int) -> list[dict[str, Any]]:
             break
         if record.get("step", step + 1) <= step:
             kept.append(record)
-    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(file)
     return kept

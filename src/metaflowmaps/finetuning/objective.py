@@ -135,7 +135,7 @@ class MFMFT(Regression):
         share = tilted_weights(made.rewards, equal_log_weights(made.rewards))
         figures = {
             "ess_of_draws": float(ess(share).mean()) / self.num_draws,
-            "ess_of_rows": float(weight.sum().square() / weight.square().sum().clamp_min(1e-30)) / len(weight),
+            "ess_of_rows": share_of_rows(weight),
             "weight": float(weight.mean()),
             "value": mean_of_finite(value),
             "reward_of_draws": mean_of_finite(made.rewards),
@@ -176,7 +176,10 @@ class MFMFT(Regression):
         if self.form != "gradient-free":
             half = path.sigma_squared(safe) / 2 if self.sigma_squared is None else self.sigma_squared / 2
             assert made.gradients is not None
-            by_gradient = torch.stack([place.carried(place.drift + half * g) for g in made.gradients])
+            # what a hard constraint forbids has no weight, and may have no gradient either
+            allowed = made.rewards.isfinite().reshape(*made.rewards.shape, *([1] * (t.ndim - 1)))
+            gradients = torch.where(allowed, made.gradients, torch.zeros_like(made.gradients))
+            by_gradient = torch.stack([place.carried(place.drift + half * g) for g in gradients])
             # below FIRST the map's dependence on x is 0/0 after division by β: the other form is regular there
             early = out[0] if out else self._early(place, made, late)
             out.append(torch.where(late, by_gradient, early))
@@ -193,6 +196,13 @@ class MFMFT(Regression):
         super().load_state_dict(state)
         self.baseline.load_state_dict(state["baseline"])
         self.mixing.load_state_dict(state["mixing"])
+
+
+def share_of_rows(weight: Tensor) -> float:
+    """(Σ w)²/Σ w² over the number of rows: how many of them a batch rests on."""
+    w = weight.double()
+    squares = float(w.square().sum())
+    return float(w.sum()) ** 2 / squares / len(w) if squares > 0 else 0.0
 
 
 def mean_of_finite(values: Tensor) -> float:

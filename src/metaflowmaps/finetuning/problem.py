@@ -97,10 +97,15 @@ class Problem:
         """num_draws of p(x_1 | x_t) by the base map, with rewards and, if asked for, their gradients in x_t."""
         n = len(place.t)
         options = DrawOptions(chunk=max(1, self.chunk // n))
-        made = make_draws(
-            MapPosterior(self.base), self.reward, place.t, place.x, num_draws, differentiate, generator,
-            place.cond or None, options,
-        )  # fmt: skip
+        parts = [
+            make_draws(
+                MapPosterior(self.base), self.reward, place.t[s], place.x[s], num_draws, differentiate, generator,
+                {k: v[s] for k, v in place.cond.items()} or None, options,
+            )
+            for s in in_parts(n, self.chunk)
+        ]  # fmt: skip
+        gradients = torch.cat([p.gradients for p in parts if p.gradients is not None], 1) if differentiate else None
+        made = Draws(torch.cat([p.x_1 for p in parts], 1), torch.cat([p.rewards for p in parts], 1), gradients)
         calls = n * num_draws
         self.count(forwards=calls, reward_calls=calls)
         if differentiate:

@@ -48,6 +48,18 @@ class Tuned(NamedTuple):
     seconds: dict[str, float]
 
 
+def first_stage(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration that the first stage's checkpoints carry: a drift on its way to a map is not that map."""
+    return config.model_copy(update={"map": "none"}) if config.map == "distil" else config
+
+
+def second_stage(config: FinetuneConfig) -> FinetuneConfig:
+    """That of the distillation."""
+    return config.model_copy(
+        update={"steps": config.distil_steps, "batch_size": config.distil_batch_size, "stop": "none"}
+    )
+
+
 def make_problem(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tensor]) -> Problem:
     """The problem of a configuration."""
     return Problem(base, reward, config.last, config.guidance, config.null_share, config.chunk)
@@ -107,18 +119,17 @@ def run_finetuning(
             problem, config.meters, config.seed, place, others, features, draw, one_step, config.method != "draft"
         )  # fmt: skip
 
+    alone = first_stage(config)
     tuned = _stage(
-        config, make_student(config, base), make_objective(config, problem, data), first, device, resume,
+        alone, make_student(config, base), make_objective(config, problem, data), first, device, resume,
         lambda record: report(name, record), meters(first, config.method == "draft" or config.map == "direct"),
     )  # fmt: skip
     seconds[name] = tuned.seconds
     if two_stages:
         student = load_model(tuned.checkpoint).to(device).requires_grad_(False)
-        second = config.model_copy(
-            update={"steps": config.distil_steps, "batch_size": config.distil_batch_size, "stop": "none"}
-        )
+        objective = distillation(config, problem, student)
         tuned = _stage(
-            second, make_student(config, base), distillation(config, problem, student), out, device, resume,
+            second_stage(config), make_student(config, base), objective, out, device, resume,
             lambda record: report("map", record), meters(out, True),
         )  # fmt: skip
         seconds["map"] = tuned.seconds
@@ -138,16 +149,29 @@ def tune(
     weights = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for v in base.state_dict().values()))
     given = {"checkpoint": "a map in memory", "checkpoint_sha256": weights.hexdigest(), "reward": describe(reward)}
     config = merged(override(validated(FinetuneConfig, given), usual(base.event_shape)), settings)
-    first = Path(out) / "drift" if config.map == "distil" else Path(out)
-    held, _ = CheckpointStore(first / "checkpoints").latest_valid()
-    if held is not None:
-        lines = differences(held.config.get("training"), config.model_dump(mode="json"))
-        other = [line for line in lines if not line.startswith("sample_every")]
-        if other:
-            raise InputError(f"{out} holds another run ({'; '.join(other[:3])}): choose another out")
+    _check_place(config, Path(out))
+    base = copy.deepcopy(base)  # the caller's stays as it is
     probe(config, base, reward)
     tuned = run_finetuning(config, base, reward, Path(out), device=device, report=report)
     return load_model(tuned.result.checkpoint).to(device)
+
+
+def _check_place(config: FinetuneConfig, out: Path) -> None:
+    """Refuse a directory in which another run stands."""
+    if out.is_file():
+        raise InputError(f"{out} is a file: give a directory")
+    stages = (
+        {out: config} if config.map != "distil" else {out: second_stage(config), out / "drift": first_stage(config)}
+    )
+    for place in (out, out / "drift"):
+        held, _ = CheckpointStore(place / "checkpoints").latest_valid()
+        if held is None:
+            continue
+        wanted = stages[place].model_dump(mode="json") if place in stages else None
+        lines = differences(held.config.get("training"), wanted)
+        other = [line for line in lines if not line.startswith("sample_every")]
+        if other:
+            raise InputError(f"{out} holds another run ({'; '.join(other[:3])}): choose another out")
 
 
 def _stage(

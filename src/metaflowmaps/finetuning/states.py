@@ -96,7 +96,9 @@ class States:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run cannot make again."""
-        return {} if self.replay is None else {"replay": self.replay, "cond": self.replay_cond}
+        if self.replay is None:
+            return {}
+        return {"replay": self.replay.clone(), "cond": {k: v.clone() for k, v in self.replay_cond.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what state_dict gave."""

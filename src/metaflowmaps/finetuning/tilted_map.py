@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metaflowmaps.finetuning.baseline import Baseline
 from metaflowmaps.finetuning.config import FinetuneConfig
-from metaflowmaps.finetuning.objective import Source, mean_of_finite
+from metaflowmaps.finetuning.objective import Source, mean_of_finite, share_of_rows
 from metaflowmaps.finetuning.problem import Cond, Problem, gather
 from metaflowmaps.finetuning.states import student_samples
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
@@ -75,7 +75,6 @@ class MapObjective(Objective):
         self._counting = True
         losses = super().__call__(model, batch)
         self._counting = False
-        self.problem.count(backwards=len(batch))
         return losses
 
     def watch(self, network: nn.Module) -> None:
@@ -83,7 +82,8 @@ class MapObjective(Objective):
 
         def hook(_m: nn.Module, _a: Any, out: Tensor) -> None:
             if self._counting:
-                self.problem.count(forwards=out.shape[0])
+                rows = out.shape[0]
+                self.problem.count(forwards=rows, backwards=rows if out.requires_grad else 0)
 
         network.register_forward_hook(hook)
 
@@ -132,7 +132,7 @@ class DirectObjective(MapObjective):
         drawn = self._inner(model, step, g, Given(x_1.cpu(), t.cpu(), place.x.cpu(), None))
         figures = {
             "ess_of_draws": float(ess(share).mean()) / self.num_draws,
-            "ess_of_rows": float(weight.sum().square() / weight.square().sum().clamp_min(1e-30)) / n,
+            "ess_of_rows": share_of_rows(weight),
             "weight": float(weight.mean()),
             "reward_of_draws": mean_of_finite(made.rewards),
         }
@@ -151,6 +151,8 @@ class DirectObjective(MapObjective):
 
 
 def pick(share: Tensor, u: Tensor) -> Tensor:
-    """One of N draws a column, by its share (N, B), where u is uniform: (B,) indices."""
-    below: Tensor = (share.cumsum(0)[:-1] < u).sum(0)
+    """One of N draws a column, by its share (N, B), where u is uniform on [0, 1): (B,) indices, none of share 0."""
+    edges = share.cumsum(0)
+    last = len(share) - 1 - (share > 0).flip(0).int().argmax(0)  # rounding may carry u past the last edge
+    below: Tensor = torch.minimum((edges <= u * edges[-1]).sum(0), last)
     return below

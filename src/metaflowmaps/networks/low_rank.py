@@ -12,8 +12,6 @@ from torch.nn.utils import parametrize
 
 from metaflowmaps.errors import InputError
 
-MATRICES = (nn.Linear, nn.Conv2d)
-
 
 class LowRank(nn.Module):
     """W -> W + B A."""
@@ -34,11 +32,12 @@ def add_low_rank(network: nn.Module, rank: int, generator: torch.Generator | Non
     if rank < 1:
         raise InputError(f"low_rank must be at least 1, got {rank}")
     network.requires_grad_(False)
-    chosen = [m for m in network.modules() if isinstance(m, MATRICES) and _worth(m.weight, rank)]
+    chosen = [m for m in network.modules() if _is_matrix(m) and _worth(m.weight, rank)]  # type: ignore[arg-type]
     if not chosen:
         raise InputError(f"low_rank={rank} is no smaller than the network's matrices: lower it, or tune all (0)")
     for module in chosen:
-        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
+        factors = LowRank(module.weight, rank, generator)  # type: ignore[arg-type]
+        parametrize.register_parametrization(module, "weight", factors)
 
 
 def fold(network: nn.Module) -> None:
@@ -51,6 +50,12 @@ def fold(network: nn.Module) -> None:
 def rank_of(network: nn.Module) -> int:
     """The rank of its factors; 0 where it has none."""
     return next((len(m.a) for m in network.modules() if isinstance(m, LowRank)), 0)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Does it multiply its input by a weight? A table of vectors does not."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim > 1 and not isinstance(module, nn.Embedding)
 
 
 def _worth(weight: Tensor, rank: int) -> bool:
