@@ -20,7 +20,8 @@ from metaflowmaps.checkpoint import CheckpointStore, load_model, resolve_checkpo
 from metaflowmaps.config import validated
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig
-from metaflowmaps.finetuning.run import run_finetuning
+from metaflowmaps.finetuning.meters import Meters
+from metaflowmaps.finetuning.run import make_problem, run_finetuning
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training.config import OptimizerConfig
 from metaflowmaps.training.loop import Interrupted
@@ -111,7 +112,7 @@ def test_stopped_at_every_step_a_run_ends_as_if_it_never_was(tmp_path, kind):
     whole = tune(config, tmp_path / "whole", report=lambda stage, record: seen.append((stage, record.step)))
     assert len(seen) == config.steps + (config.distil_steps if config.map == "distil" else 0)
     for i, moment in enumerate(seen[:-1]):  # at the last step nothing is left to be stopped
-        by_signal = i % 2 == 0 and moment[0] == seen[i + 1][0]  # at a stage's last step a signal comes too late
+        by_signal = i % 2 == 0 and moment[0] == seen[i + 1][0]  # at a stage's last step: the next test
 
         def stop(stage, record, moment=moment, by_signal=by_signal):
             if (stage, record.step) == moment:
@@ -124,6 +125,22 @@ def test_stopped_at_every_step_a_run_ends_as_if_it_never_was(tmp_path, kind):
     again = tune(config, tmp_path / "stopped")
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
     assert again.calls == whole.calls  # the bill too: what was paid for twice is on it once
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_a_signal_at_the_last_step_of_a_stage_is_not_lost(tmp_path):
+    """What it stops is the run, which has another stage before it, or its judgement."""
+    tune(small(), tmp_path / "whole")
+    for moment in (("drift", 5), ("map", 4)):
+
+        def stop(stage, record, moment=moment):
+            if (stage, record.step) == moment:
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Interrupted, match="state saved"):
+            tune(small(), tmp_path / "stopped", report=stop)
+    tune(small(), tmp_path / "stopped")
+    assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
 
 
 def worker(data: dict, out: str, started) -> None:
@@ -201,11 +218,24 @@ def test_measurements_outlive_a_kill_while_they_are_cut_back(tmp_path, monkeypat
         write(path, text[: len(text) // 2])
         raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", torn)
-        tune(config, tmp_path / "killed")
+        with pytest.raises(Killed):
+            tune(config, tmp_path / "killed")
     tune(config, tmp_path / "killed")
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_the_averaged_weights_are_measured(tmp_path):
+    """The last record holds the figures of the map that the run's checkpoint loads as."""
+    config = small(map="none", meters={"every": 5, "samples": 64, "steps": 2})
+    tune(config, tmp_path)
+    meters = Meters(make_problem(config, base(), REWARD), config.meters, config.seed, tmp_path / "elsewhere")
+    last = records(tmp_path)[-1]
+    assert last.pop("step") == config.steps
+    assert meters.measure(load_model(tmp_path)) == last
+    assert meters.measure(load_model(tmp_path, weights="raw")) != last
 
 
 def test_averaged_weights_are_there_while_they_are_looked_at():
@@ -239,14 +269,28 @@ def test_looking_on_changes_neither_the_model_nor_the_bill(tmp_path):
     assert looked.calls == blind.calls
 
 
+@pytest.mark.usefixtures("no_sync")
+def test_eigenvectors_that_float32_does_not_find_do_not_end_a_run(tmp_path, monkeypatch):
+    """LAPACK gives up on some matrices of low rank, as the gradients of small batches have; not so in float64."""
+    eigh = torch.linalg.eigh
+
+    def gives_up(matrix, *rest):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return eigh(matrix, *rest)
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    tuned = tune(small(map="none"), tmp_path)
+    assert all(bool(value.isfinite().all()) for value in load_model(tuned.result.checkpoint).state_dict().values())
+
+
 # -- ended early -------------------------------------------------------------------------------------------------------
 
 
 def measured_every_step(**changes) -> FinetuneConfig:
     """Ten steps of the drift that are measured and kept, one and all."""
-    return small(
-        steps=10, checkpoint_every=1, keep_last=20, meters={"every": 1, "samples": 8, "steps": 2}, **changes
-    )  # fmt: skip
+    usual = {"steps": 10, "checkpoint_every": 1, "keep_last": 20, "meters": {"every": 1, "samples": 8, "steps": 2}}
+    return small(**{**usual, **changes})
 
 
 @pytest.mark.usefixtures("no_sync")
@@ -270,7 +314,8 @@ def test_a_run_that_ends_early_is_the_beginning_of_one_that_does_not(tmp_path):
 @pytest.mark.parametrize("moment", ["before its checkpoint", "after its checkpoint", "in the next stage", "never"])
 def test_a_run_that_ended_early_stays_ended(tmp_path, monkeypatch, moment):
     """Wherever it is killed after the rule fired: the same command neither trains the drift on nor changes a byte."""
-    config = measured_every_step(stop="distance_to_base>-1")  # at the first measurement, of step 1
+    # at the first measurement, of step 1; no checkpoint is due then
+    config = measured_every_step(stop="distance_to_base>-1", checkpoint_every=50)
     tune(config, tmp_path / "whole")
     assert max(r["step"] for r in records(tmp_path / "whole" / "drift")) == 1
     assert max(r["step"] for r in records(tmp_path / "whole")) == config.distil_steps  # the map's stage has no rule
@@ -400,6 +445,16 @@ def test_from_python_the_same_call_goes_on_and_another_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("no_sync")
+def test_from_python_another_reward_of_the_same_name_is_another_run(tmp_path):
+    """Of two lambdas nothing differs but what they say of samples."""
+    mfm.finetune(base(), lambda x: x[:, 0], tmp_path / "run", **settings())
+    with pytest.raises(InputError, match="holds another run") as error:
+        mfm.finetune(base(), lambda x: -x[:, 0], tmp_path / "run", **settings())
+    assert "\n" not in str(error.value)
+    mfm.finetune(base(), lambda x: x[:, 0] * 1.0, tmp_path / "run", **settings())  # written anew, and the same
+
+
+@pytest.mark.usefixtures("no_sync")
 def test_from_python_the_given_model_is_left_as_it_was(tmp_path):
     model = base().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -416,6 +471,8 @@ def test_from_python_what_is_impossible_is_one_line(tmp_path):
         ("x", {"stepz": 3}, "did you mean 'steps'"),
         ("x", {"states": {"pol": 3}}, "states.pol"),
         ("x", {"guidance": 3.0}, "guidance"),
+        ("x", {"strength": 3.0}, "strength"),  # it lives in the reward
+        ("x", {"checkpoint": "another"}, "checkpoint"),
     ):
         with pytest.raises(InputError, match=says) as error:
             mfm.finetune(base(), REWARD, tmp_path / place, **{**settings(), **changes})

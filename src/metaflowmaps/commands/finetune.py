@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from metaflowmaps.checkpoint import load_model
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.images import open_stage
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
-from metaflowmaps.commands.shared import Results, Say, begun, beside, digest, law_of, open_model, panels
+from metaflowmaps.commands.shared import Results, Say, begun, beside, digest, law_of, open_model, panels, tuned
 from metaflowmaps.config import override, validated
 from metaflowmaps.data import DataConfig, load_data
 from metaflowmaps.errors import InputError
@@ -23,8 +23,15 @@ from metaflowmaps.evaluation.images.rewards import RACE, image_reward
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
 from metaflowmaps.evaluation.tuning import TunedEvalConfig, evaluate_tuned
 from metaflowmaps.finetuning.config import FinetuneConfig, usual
-from metaflowmaps.finetuning.meters import kept_records
-from metaflowmaps.finetuning.run import make_objective, make_problem, make_student, probe, run_finetuning
+from metaflowmaps.finetuning.meters import kept_records, measurements
+from metaflowmaps.finetuning.run import (
+    check_rule,
+    make_objective,
+    make_problem,
+    make_student,
+    probe,
+    run_finetuning,
+)
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.progress import training_progress
 from metaflowmaps.report import figures, tuning_figures
@@ -58,8 +65,10 @@ class Subject:
 
     @property
     def tilted(self) -> Any:
-        """The exact tilted law, where it is known."""
-        return None if self.law is None or self.known is None else self.law.tilt(self.known)
+        """The exact tilted law, where it is known; classes are tilted one by one, and their mixture is another law."""
+        if self.law is None or self.known is None or getattr(self.base.network, "num_classes", None):
+            return None
+        return self.law.tilt(self.known)
 
     def source(self) -> Any:
         """The base's own data, where they are known."""
@@ -78,12 +87,12 @@ class Subject:
 
 
 def resolve_finetuning(
-    subject: Subject, given: dict[str, Any], settings: Iterable[str], max_steps: int | None
+    subject: Subject, given: dict[str, Any], settings: Sequence[str], max_steps: int | None
 ) -> FinetuneConfig:
     """The configuration of a run: the defaults of its kind, options, --set, --max-steps."""
     trained = subject.found.config.get("training", {})
-    _check_guidance(subject, float(given.get("guidance", 1.0)))
     law = subject.tilted
+    _check_settings(subject, settings)
     start: dict[str, Any] = {
         "checkpoint": subject.name,
         "checkpoint_sha256": digest(subject.found),
@@ -99,15 +108,33 @@ def resolve_finetuning(
     config = override(validated(FinetuneConfig, start), usual(subject.base.event_shape))
     config = validated(FinetuneConfig, {**config.model_dump(), **given})
     config = override(config, settings)
+    _check_guidance(subject, config.guidance)
     if max_steps is not None:
         changes = {"steps": min(config.steps, max_steps), "distil_steps": min(config.distil_steps, max_steps)}
         config = validated(FinetuneConfig, {**config.model_dump(), **changes})
     return config
 
 
+GIVEN = {  # settings that say what the run is about
+    "strength": "--strength", "reward": "--reward", "checkpoint": "the CHECKPOINT argument", "data": "",
+    "law": "", "recipe": "", "checkpoint_sha256": "", "reward_sha256": "", "data_moved": "",
+}  # fmt: skip
+
+
+def _check_settings(subject: Subject, settings: Sequence[str]) -> None:
+    """Refuse settings that would contradict what was opened."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip().partition(".")[0]
+        if key in GIVEN:
+            raise InputError(f"--set {setting}: " + (f"give it as {GIVEN[key]}" if GIVEN[key] else "leave it out"))
+    if subject.moved is not None and subject.data is None:
+        raise InputError(f"--set data={subject.moved} is for bases of images, not for {subject.name}: leave it out")
+
+
 def _check_guidance(subject: Subject, scale: float) -> None:
     """Refuse a scale that the base never saw: its map and its drift are made for those of its training."""
-    seen = subject.found.config.get("training", {}).get("condition", {}).get("guidance", [1.0])
+    training = subject.found.config.get("training", {})
+    seen = [training["guidance"]] if tuned(subject.found) else training.get("condition", {}).get("guidance", [1.0])
     classes = int(getattr(subject.base.network, "num_classes", 0))
     if not classes and scale != 1:
         raise InputError(f"--guidance {scale:g} needs a base with classes, and {subject.name} has none: leave it out")
@@ -135,6 +162,13 @@ def finetune(
     tried = probe(config, subject.base, subject.plain)
     stage = subject.stage()
     others = others_of(subject, stage)
+    check_rule(config, measurements(others, config.method != "draft"))
+    if resume not in ("auto", "none"):
+        raise InputError(
+            f"--resume {resume}: give auto or none; a tuned map is tuned further as a CHECKPOINT of its own"
+        )
+    if (out / "checkpoints").is_dir() and not (out / "run.json").exists():
+        raise InputError(f"--out {out} holds the checkpoints of another run: choose another directory")
     made = make_student(config, subject.base)
     parameters = {
         "parameters": sum(p.numel() for p in subject.base.parameters()),
@@ -149,13 +183,13 @@ def finetune(
         f"the tilt rests on {tried.ess:.0f} of 1024 of them"
     )
     with training_progress(config, say) as report:
-        tuned = run_finetuning(
+        run = run_finetuning(
             config, subject.base, subject.reward, out, data=subject.source() if config.states.data else None,
             device=subject.device, resume=resume, report=report, others=others,
             features=None if stage is None else stage.judge.features, picture=_picture(subject),
         )  # fmt: skip
     began = time.perf_counter()
-    model = load_model(tuned.result.checkpoint).to(subject.device)
+    model = load_model(run.result.checkpoint).to(subject.device)
     problem = make_problem(config, subject.base, subject.reward)
     metrics = evaluate_tuned(
         model, subject.base, judge_of(subject, stage, others), judged, config.seed,
@@ -164,14 +198,14 @@ def finetune(
     )  # fmt: skip
     meters = kept_records(out / "drift" if config.map == "distil" else out, 2**62)
     metrics |= {
-        **parameters, "loss": tuned.result.loss, "probe": tried._asdict(),
+        **parameters, "loss": run.result.loss, "probe": tried._asdict(),
         "before": meters[0] if meters else {}, "after": meters[-1] if meters else {},
         "tables": tuning.tables(metrics), "summary": _summary(config, metrics),
     }  # fmt: skip
     _draw(subject, config, model, meters, tried.log_evidence, out)
     cost = {
-        "seconds": sum(tuned.seconds.values()), "seconds_by_stage": tuned.seconds, "steps": tuned.result.step,
-        **tuned.calls, "nfe": sum(tuned.calls.values()), "seconds_of_judging": time.perf_counter() - began,
+        "seconds": sum(run.seconds.values()), "seconds_by_stage": run.seconds, "steps": run.result.step,
+        **run.calls, "nfe": sum(run.calls.values()), "seconds_of_judging": time.perf_counter() - began,
     }  # fmt: skip
     results = write_results(
         out, "finetune", config.model_dump(), metrics, cost, seed=config.seed, device=subject.device,
@@ -219,7 +253,7 @@ def judge_of(subject: Subject, stage: Stage | None, others: dict[str, Callable[.
     if stage is not None:
         wish = wished(stage) if subject.reward_name == "mixture" and stage.train.labels is not None else None
         return tuning.ImageJudge(stage, subject.reward, others, wish)
-    if subject.law is not None and subject.known is not None:
+    if subject.law is not None and subject.known is not None and subject.tilted is not None:
         return tuning.MixtureJudge(subject.law, subject.known)
     return tuning.PlainJudge(subject.reward)
 

@@ -7,7 +7,7 @@ estimate and its bias). All kinds here are used first and updated after.
     none      c = 0; e^r may overflow
     running   log-mean of e^r in bins of the inner time: a state counts by e^{V − c}, likely ones more
     learned   a perceptron fitted to V by ``E[e^{r − c} + c]``, whose minimum is c = V: all states count alike
-    draws     V̂ from independent draws
+    draws     V̂ from independent draws, not far below the running level
 """
 
 import copy
@@ -24,6 +24,7 @@ from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.value import equal_log_weights, log_mean
 
 LIMIT = 5.0  # of r − c, beyond which the fit of a learned baseline goes on linearly
+BELOW = 3.0  # the running level, is the floor of an estimate from few draws
 REACH = 20.0  # of a learned baseline around the running one: where e^r is 0 it would fall without end
 
 
@@ -132,24 +133,24 @@ class Learned:
 
 
 class IndependentDraws:
-    """V̂ from draws of its own; ``start`` where a hard constraint forbids all of them."""
+    """V̂ from draws of its own over a floor: few draws of a sharp reward may all miss, and e^{r − c} had no bound."""
 
     def __init__(self, config: BaselineConfig, problem: Problem, start: float) -> None:
-        self.draws, self.problem, self.start = config.draws, problem, start
+        self.draws, self.problem, self.running = config.draws, problem, Running(config, start)
 
     def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
         rewards = self.problem.draws(place, self.draws, False, generator).rewards
         value = log_mean(rewards, equal_log_weights(rewards))
-        return torch.where(value.isfinite(), value, torch.full_like(value, self.start))
+        return torch.logaddexp(value, self.running(place, generator) - BELOW)
 
     def update(self, place: Place, value: Tensor) -> None:
-        pass
+        self.running.update(place, value)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self.running.load_state_dict(state["running"])
 
 
 class _Value(nn.Module):

@@ -11,7 +11,7 @@ p_1 e^r alone. A reward may always be bought with more distance, the bound may n
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,11 @@ class Meters:
         self.others = {name: checked_reward(reward) for name, reward in (others or {}).items()}
         self.features = features or (lambda x: x.flatten(1))
         self.picture = picture
+
+    @property
+    def names(self) -> list[str]:
+        """What a record holds."""
+        return measurements(self.others, self.has_drift)
 
     def __call__(self, model: MetaFlowMap, step: int) -> dict[str, float]:
         """Measure, write down, and return the record."""
@@ -117,6 +122,11 @@ class Meters:
             x, _ = student_samples(self.problem, model, 64, self.config.steps, self.seed, "picture")
             self.problem.calls = calls
             self.picture(x, step)
+
+
+def measurements(others: Iterable[str], has_drift: bool = True) -> list[str]:
+    """The names of what is measured."""
+    return ["reward", *others, "distance", "vendi", *(["distance_to_base", "bound"] if has_drift else []), "lost"]
 
 
 def diversity(features: Tensor) -> dict[str, float]:

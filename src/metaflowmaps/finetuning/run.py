@@ -8,7 +8,7 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,13 @@ from metaflowmaps.finetuning.tilted_map import DirectObjective, distillation
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.randomness import stream
-from metaflowmaps.rewards.base import describe
+from metaflowmaps.rewards.base import describe, is_differentiable
 from metaflowmaps.training.loop import Record, TrainResult, train
 from metaflowmaps.training.run import starting_point
 
 PROBED = 1024  # samples of the base that a reward is first tried on
-OVERFLOW = 80.0  # e^r beyond this leaves float32
-LARGEST = 1e30  # so does λr itself, once it is squared or summed
+OVERFLOW = 30.0  # of r without a baseline: its e^r is squared in a gradient's norm, and other samples have more
+LARGEST = 1e7  # of λr: beyond, float32 does not resolve differences of one nat
 FEW = 4.0  # effective samples of the probe, below which the base hardly makes what is asked for
 WANTED = 0.02
 
@@ -113,7 +113,6 @@ def run_finetuning(
     seconds: dict[str, float] = {}
 
     def meters(place: Path, one_step: bool) -> Meters:
-        place.mkdir(parents=True, exist_ok=True)
         draw = None if picture is None else (lambda x, step: picture(x, place / "samples" / f"step-{step:08d}.png"))
         return Meters(
             problem, config.meters, config.seed, place, others, features, draw, one_step, config.method != "draft"
@@ -148,10 +147,17 @@ def tune(
     """:func:`metaflowmaps.finetune`."""
     weights = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for v in base.state_dict().values()))
     given = {"checkpoint": "a map in memory", "checkpoint_sha256": weights.hexdigest(), "reward": describe(reward)}
+    for name in ("strength", *given):
+        if name in settings:
+            what = "multiply the reward by it" if name == "strength" else "it follows from the model and the reward"
+            raise InputError(f"{name} is not set here: {what}")
     config = merged(override(validated(FinetuneConfig, given), usual(base.event_shape)), settings)
-    _check_place(config, Path(out))
     base = copy.deepcopy(base)  # the caller's stays as it is
-    probe(config, base, reward)
+    tried = probe(config, base, reward)
+    # of two functions without a name nothing differs but what they say of samples
+    said = hashlib.sha256(f"{tried.mean:.4g} {tried.std:.4g} {tried.largest:.4g}".encode()).hexdigest()
+    config = config.model_copy(update={"reward_sha256": said})
+    _check_place(config, Path(out))
     tuned = run_finetuning(config, base, reward, Path(out), device=device, report=report)
     return load_model(tuned.result.checkpoint).to(device)
 
@@ -185,14 +191,14 @@ def _stage(
     meters: Meters,
 ) -> TrainResult:
     """One stage in one directory, with its meters and its rule for stopping."""
+    check_rule(config, meters.names)
+    out.mkdir(parents=True, exist_ok=True)
     config = config.model_copy(update={"sample_every": config.meters.every})
     start, rule = starting_point(config, out, resume), Rule.of(config.stop)
     step = 0 if start is None else int(start.document("position.json")["step"])
     records = kept_records(out, step)
     if not records and config.meters.every:
         records.append(meters(student.to(device).eval(), 0))
-    if rule is not None and rule.name not in records[0]:
-        raise unknown("stop: measurement", rule.name, [name for name in records[0] if name != "step"])
     if rule is not None and step and rule.fires(records):
         config = config.model_copy(update={"steps": step})  # it had stopped here already
 
@@ -223,6 +229,7 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
     finite = r[r.isfinite()]
     if not len(finite):
         raise InputError(f"--reward {config.reward} is finite on none of {PROBED} base samples: check its scale")
+    _try_gradient(config, problem, x_1, cond)
     spread, size = float(finite.std()) if len(finite) > 1 else 0.0, float(finite.abs().max())
     if len(finite) == len(r) and spread <= 1e-6 * max(1.0, size):
         raise InputError(
@@ -232,7 +239,7 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
     fitting, largest = _fitting(r, config.strength), config.strength * float(finite.max())
     bare = config.method in ("mfm-ft", "self-normalised") and config.baseline.kind == "none" and largest > OVERFLOW
     if bare or config.strength * size > LARGEST:
-        limit = OVERFLOW / float(finite.max()) if bare else LARGEST / size
+        limit = 0.9 * (OVERFLOW / float(finite.max()) if bare else LARGEST / size)
         remedy = ", or keep a baseline (--set baseline.kind=running)" if bare else ""
         raise InputError(
             f"--strength {config.strength:g} overflows: λr reaches {largest if bare else config.strength * size:.3g} "
@@ -251,11 +258,41 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
     return Probe(float(shown.mean()), float(shown.std()) if len(shown) > 1 else 0.0, largest, ess, fitting, evidence)
 
 
+def _try_gradient(config: FinetuneConfig, problem: Problem, x_1: Tensor, cond: dict[str, Tensor]) -> None:
+    """Refuse, before anything is written, a reward without the gradient that its method takes."""
+    regression = config.method in ("mfm-ft", "self-normalised")
+    declared = is_differentiable(problem.reward)
+    unused = config.map == "direct" or config.form == "gradient-free" or (config.form == "auto" and not declared)
+    if regression and unused:
+        return
+    fix = "use --set form=gradient-free" if regression else "use method=mfm-ft (--method mfm-ft)"
+    if not declared:
+        raise InputError(f"--reward {config.reward} declares itself not differentiable: {fix}")
+    try:
+        with torch.enable_grad():
+            x = x_1[:2].detach().clone().requires_grad_(True)
+            r = problem.reward(x, {k: v[:2] for k, v in cond.items()} or None)
+    except InputError as error:
+        raise InputError(
+            f"--reward {config.reward} takes no x with a gradient ({str(error)[:160]}): {fix}, or wrap it as "
+            "mfm.rewards.BlackBox"
+        ) from error
+    if not r.requires_grad:
+        raise InputError(f"--reward {config.reward} has no gradient in x (detach(), steps or numpy inside): {fix}")
+
+
+def check_rule(config: FinetuneConfig, measured: Iterable[str]) -> None:
+    """Refuse a stop rule about what is not measured."""
+    rule = Rule.of(config.stop)
+    if rule is not None and rule.name not in measured:
+        raise unknown("stop: measurement", rule.name, list(measured))
+
+
 def _fitting(r: Tensor, strength: float) -> float:
     """The largest λ up to ``strength`` whose weights leave a share WANTED of the samples, by bisection."""
     low, high = 0.0, strength
-    for _ in range(60):
-        middle = (low + high) / 2 or high
+    for _ in range(200):  # a strength may be too large by any number of digits
+        middle = (low + high) / 2
         share = float(1 / (middle * r).softmax(0).square().sum()) / len(r)
         low, high = (middle, high) if share >= WANTED else (low, middle)
     return low

@@ -125,7 +125,7 @@ def train(
                 group["lr"] = rate
             state.optimizer.zero_grad()
             total = 0.0
-            width = len(batch) // config.micro_batches
+            width = -(-len(batch) // config.micro_batches)
             for first in range(0, len(batch), width):
                 piece = batch.rows(first, first + width).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -154,7 +154,7 @@ def train(
             if scheduled or stopped:
                 log.sync()
                 state.save(store, config, scheduled)
-            if stopped and not last:
+            if stopped:  # at the last step too: another stage may follow
                 raise Interrupted(
                     f"stopped by {stopped[0]} at step {state.step} of {config.steps}; state saved in {out}: "
                     "the same command goes on from there"

@@ -74,8 +74,16 @@ def _initialise(state: dict[str, Any], g: Tensor) -> None:
     if g.ndim == 2:
         state["left"], state["right"] = g @ g.T, g.T @ g
         # LAPACK answers in column order; a state read back from disk is in row order, and a product rounds by it
-        state["q_left"] = torch.linalg.eigh(state["left"])[1].contiguous()
-        state["q_right"] = torch.linalg.eigh(state["right"])[1].contiguous()
+        state["q_left"] = _eigenvectors(state["left"]).contiguous()
+        state["q_right"] = _eigenvectors(state["right"]).contiguous()
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    try:
+        vectors: Tensor = torch.linalg.eigh(matrix)[1]
+    except RuntimeError:  # of low rank, as small batches make them: float32 may not find its way
+        vectors = torch.linalg.eigh(matrix.double())[1].to(matrix.dtype)
+    return vectors
 
 
 def _rotate(g: Tensor, state: dict[str, Any]) -> Tensor:
