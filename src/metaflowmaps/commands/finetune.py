@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import load_model
+from metaflowmaps.checkpoint import CheckpointStore, load_model
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.images import open_stage
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
@@ -37,6 +37,7 @@ from metaflowmaps.progress import training_progress
 from metaflowmaps.report import figures, tuning_figures
 from metaflowmaps.rewards import LinearGaussian, Tempered
 from metaflowmaps.runs import write_results
+from metaflowmaps.training.loop import NonFiniteLoss
 
 
 class Subject:
@@ -182,12 +183,19 @@ def finetune(
         f"λr on base samples: mean {tried.mean:.3g}, std {tried.std:.3g}; "
         f"the tilt rests on {tried.ess:.0f} of 1024 of them"
     )
-    with training_progress(config, say) as report:
-        run = run_finetuning(
-            config, subject.base, subject.reward, out, data=subject.source() if config.states.data else None,
-            device=subject.device, resume=resume, report=report, others=others,
-            features=None if stage is None else stage.judge.features, picture=_picture(subject),
-        )  # fmt: skip
+    try:
+        with training_progress(config, say) as report:
+            run = run_finetuning(
+                config, subject.base, subject.reward, out, data=subject.source() if config.states.data else None,
+                device=subject.device, resume=resume, report=report, others=others,
+                features=None if stage is None else stage.judge.features, picture=_picture(subject),
+            )  # fmt: skip
+    except NonFiniteLoss as error:
+        _forget(out)
+        raise NonFiniteLoss(f"{error}; or a lower --strength ({tried.fitting:.2g})") from error
+    except InputError:
+        _forget(out)
+        raise
     began = time.perf_counter()
     model = load_model(run.result.checkpoint).to(subject.device)
     problem = make_problem(config, subject.base, subject.reward)
@@ -212,6 +220,19 @@ def finetune(
         invocation=invocation,
     )  # fmt: skip
     return {**results, "out": str(out / "results.json")}
+
+
+def _forget(out: Path) -> None:
+    """Take back what a start that failed before its first checkpoint wrote: it must not occupy the directory."""
+    stages = [stage for stage in (out / "drift", out) if stage.is_dir()]
+    if any(CheckpointStore(stage / "checkpoints").steps() for stage in stages if (stage / "checkpoints").is_dir()):
+        return
+    for stage in stages:
+        for name in ("meters.jsonl", "metrics.jsonl", "timings.jsonl"):
+            (stage / name).unlink(missing_ok=True)
+        for place in (stage / "checkpoints", stage):
+            if place.is_dir() and place != out and not any(place.iterdir()):
+                place.rmdir()
 
 
 def dry_run(subject: Subject, config: FinetuneConfig) -> Results:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.objective import Regression, Source, TargetBatch, mean_of_finite
-from metaflowmaps.finetuning.problem import Cond, Problem
+from metaflowmaps.finetuning.problem import Cond, Problem, evaluating
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.randomness import rand, randn, stream
 from metaflowmaps.rewards.base import is_differentiable
@@ -57,7 +57,8 @@ class AdjointMatching(Regression):
         states = [x]
         for t, u in pairwise(grid):
             bridge = problem.path.bridge(t, u)
-            drift = model.drift(float(t), states[-1], cond or None)
+            with evaluating(model):
+                drift = model.drift(float(t), states[-1], cond or None)
             ahead = problem.path.to_denoise(float(t), states[-1], drift, "drift")
             noise = randn(tuple(x.shape), g, x.dtype, x.device)
             states.append(bridge.keep.to(x) * states[-1] + bridge.data.to(x) * ahead + bridge.std.to(x) * noise)

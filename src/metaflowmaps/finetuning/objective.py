@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.finetuning.baseline import Baseline, bins_of
-from metaflowmaps.finetuning.problem import Cond, Place, Problem, student_flow
+from metaflowmaps.finetuning.problem import Cond, Place, Problem, evaluating, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.rewards.base import is_differentiable
@@ -157,7 +157,8 @@ class MFMFT(Regression):
             free, gradient = flows
             mix = torch.where(place.t >= FIRST, self.mixing(place.a), torch.zeros_like(place.t))
             if model is not None:
-                now = student_flow(model, place.a, place.z, place.x, place.cond)
+                with evaluating(model):
+                    now = student_flow(model, place.a, place.z, place.x, place.cond)
                 self.problem.count(forwards=len(place.t))
                 each = torch.exp(made.rewards - level)
                 self.mixing.update(place.a, place.t >= FIRST, each, free - now, gradient - now)

@@ -4,11 +4,12 @@ Velocities are compared in chart coordinates at context time 0, where the studen
 one-draw target has bounded variance at every t (:mod:`metaflowmaps.chart`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaflowmaps.chart import Chart
 from metaflowmaps.errors import InputError
@@ -131,6 +132,17 @@ class Problem:
 def student_flow(model: MetaFlowMap, a: Tensor, z: Tensor, x: Tensor, cond: Cond) -> Tensor:
     """The student's diagonal at context time 0: F of its drift."""
     return model.anchor(torch.zeros_like(a), torch.zeros_like(x), cond)(a, a, z)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, while it lasts: a student that makes states or figures drops nothing out."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
 
 
 def in_parts(n: int, size: int) -> Sequence[slice]:

@@ -231,7 +231,7 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
         raise InputError(f"--reward {config.reward} is finite on none of {PROBED} base samples: check its scale")
     _try_gradient(config, problem, x_1, cond)
     spread, size = float(finite.std()) if len(finite) > 1 else 0.0, float(finite.abs().max())
-    if len(finite) == len(r) and spread <= 1e-6 * max(1.0, size):
+    if len(finite) == len(r) and spread <= 1e-6 * size:
         raise InputError(
             f"--reward {config.reward} is {float(finite[0]):g} on all of {PROBED} base samples, and a constant "
             "tilts nothing: check the reward"
@@ -246,6 +246,12 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
             f"on {PROBED} base samples; --strength {min(limit, fitting):.2g} fits{remedy}"
         )
     scaled = config.strength * r
+    unweighted = config.method in ("mfm-ft", "self-normalised") and config.baseline.kind == "none"
+    if unweighted and float(scaled.logsumexp(0)) - math.log(len(r)) < -2 * OVERFLOW:
+        raise InputError(
+            f"without a baseline e^{{λr}} vanishes: λr is at most {largest:.3g} on {PROBED} base samples; keep one "
+            "(--set baseline.kind=running)"
+        )
     ess = float(1 / scaled.softmax(0).square().sum())
     if ess < FEW:
         warnings.warn(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import StatesConfig
-from metaflowmaps.finetuning.problem import Cond, Problem, in_parts
+from metaflowmaps.finetuning.problem import Cond, Problem, evaluating, in_parts
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
@@ -85,7 +85,8 @@ class States:
         if self.replay is not None and step % every:
             return
         n = size if self.replay is None else max(1, size // 4)
-        made, cond = student_samples(self.problem, model, n, self.config.replay_steps, self.seed, f"replay-{step}")
+        with evaluating(model):
+            made, cond = student_samples(self.problem, model, n, self.config.replay_steps, self.seed, f"replay-{step}")
         if self.replay is None:
             self.replay, self.replay_cond = made, cond
             return
