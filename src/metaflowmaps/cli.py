@@ -132,7 +132,7 @@ def finetune(
     seed: Seed = None,
     device: Device = "auto",
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="At most so many steps a stage.")] = None,
-    resume: Annotated[str, typer.Option("--resume", help="auto or none.")] = "auto",
+    resume: Annotated[str, typer.Option("--resume", help="auto, none, or a tuning run to start from.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, try the reward and a step, exit.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -488,3 +488,16 @@ def test_a_drift_on_its_way_to_a_map_says_so(tmp_path):
     assert (held["recipe"], held["map"]) == ("finetune", "none")
     assert resolve_checkpoint(tmp_path).config["training"]["map"] == "distil"
     assert load_model(tmp_path / "drift").event_shape == (2,)
+
+
+def test_a_run_may_begin_where_another_ended(tmp_path):
+    """Its first stage goes on from the other's weights and steps; the other stays as it was."""
+    tune(small(), tmp_path / "one")
+    before = fingerprint(tmp_path / "one")
+    tune(small(steps=8), tmp_path / "two", resume=str(tmp_path / "one"))
+    logged = [
+        json.loads(line)["step"] for line in (tmp_path / "two" / "drift" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert min(logged) == 6
+    assert max(logged) == 8
+    assert fingerprint(tmp_path / "one") == before

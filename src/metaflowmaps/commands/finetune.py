@@ -164,10 +164,8 @@ def finetune(
     stage = subject.stage()
     others = others_of(subject, stage)
     check_rule(config, measurements(others, config.method != "draft"))
-    if resume not in ("auto", "none"):
-        raise InputError(
-            f"--resume {resume}: give auto or none; a tuned map is tuned further as a CHECKPOINT of its own"
-        )
+    if resume not in ("auto", "none") and not Path(resume).is_dir():
+        raise InputError(f"--resume {resume}: no such run; give auto or none, or the directory of a tuning run")
     if (out / "checkpoints").is_dir() and not (out / "run.json").exists():
         raise InputError(f"--out {out} holds the checkpoints of another run: choose another directory")
     made = make_student(config, subject.base)

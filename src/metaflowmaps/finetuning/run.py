@@ -104,8 +104,11 @@ def run_finetuning(
     features: Features | None = None,
     picture: Callable[[Tensor, Path], None] | None = None,
 ) -> Tuned:
-    """Tune in ``out``, going on from what is there."""
+    """Tune in ``out``, going on from what is there; ``resume`` may name another run to begin the first stage from."""
     base = base.to(device)
+    elsewhere = resume not in ("auto", "none")
+    if elsewhere and (Path(resume) / "drift" / "checkpoints").is_dir() and config.map in ("distil", "none"):
+        resume = str(Path(resume) / "drift")
     problem = make_problem(config, base, reward)
     two_stages = config.map == "distil"
     first = out / "drift" if two_stages else out
@@ -128,7 +131,7 @@ def run_finetuning(
         student = load_model(tuned.checkpoint).to(device).requires_grad_(False)
         objective = distillation(config, problem, student)
         tuned = _stage(
-            second_stage(config), make_student(config, base), objective, out, device, resume,
+            second_stage(config), make_student(config, base), objective, out, device, "auto" if elsewhere else resume,
             lambda record: report("map", record), meters(out, True),
         )  # fmt: skip
         seconds["map"] = tuned.seconds
