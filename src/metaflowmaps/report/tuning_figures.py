@@ -51,9 +51,15 @@ def sweep(strengths: Sequence[float], curves: Mapping[str, Sequence[float | None
     axis = axes[0, 0]
     for (name, values), (colour, marker, line) in zip(curves.items(), LOOKS, strict=False):
         kept = [(s, v) for s, v in zip(strengths, values, strict=True) if v is not None]
-        axis.plot(*zip(*kept, strict=True), color=colour, marker=marker, linestyle=line, label=name, linewidth=1.6)
+        first = name == next(iter(curves))  # wide and below, since the next may lie on it
+        width = 5.0 if first else 1.6
+        axis.plot(
+            *zip(*kept, strict=True), color=colour, marker=marker, linestyle=line, label=name, linewidth=width,
+            alpha=0.45 if first else 1.0, markersize=9 if first else 6,
+        )  # fmt: skip
     axis.axhline(1, color=QUIET, linestyle=":", linewidth=1.4, label="exact samples")
     axis.set(xscale="log", yscale="log", xlabel="strength λ", ylabel="sliced W2 / floor")
+    axis.set_ylim(0.8, min(axis.get_ylim()[1], 100.0))  # what explodes leaves the frame
     axis.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     figure.suptitle("Fine-tuning as the reward sharpens", fontsize=13)
     figure.legend(loc="outside right center", frameon=False, fontsize=10)
