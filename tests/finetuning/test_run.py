@@ -155,7 +155,7 @@ def worker(data: dict, out: str, started) -> None:
 
 def test_killed_at_random_moments(tmp_path):
     """A process of its own, killed some times between two steps, while measuring or while writing."""
-    config = small(steps=15, distil_steps=9, baseline={"kind": "learned", "width": 4}, keep_last=1)
+    config = small(steps=60, distil_steps=40, baseline={"kind": "learned", "width": 4}, keep_last=1)
     tune(config, tmp_path / "whole")
     context, out, chance = multiprocessing.get_context("forkserver"), tmp_path / "killed", random.Random(1)
     # the optimizer imports torch._dynamo when it first steps: seconds that every child would pay for again
@@ -167,7 +167,7 @@ def test_killed_at_random_moments(tmp_path):
         process.start()
         assert started.wait(60)
         if kills < 4:
-            time.sleep(chance.uniform(0.05, 0.5))
+            time.sleep(chance.uniform(0.05, 0.3))
             if process.is_alive():
                 os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
                 kills += 1
