@@ -71,7 +71,7 @@ def test_the_pool_is_resampled_by_its_tilt():
         assert z.abs().max() < LEVEL
         if share == "tilted":
             assert expected.max() > 4 * expected.min()
-            assert made.pool_ess == pytest.approx(float(n**2 / expected.square().sum()))
+            assert float(1 / made.tilt().square().sum()) == pytest.approx(float(n**2 / expected.square().sum()))
 
 
 def test_a_pool_without_hope_is_taken_as_it_is():

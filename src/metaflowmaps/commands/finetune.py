@@ -25,6 +25,7 @@ from metaflowmaps.evaluation.tuning import TunedEvalConfig, evaluate_tuned
 from metaflowmaps.finetuning.config import FinetuneConfig, usual
 from metaflowmaps.finetuning.meters import kept_records, measurements
 from metaflowmaps.finetuning.run import (
+    PROBED,
     check_rule,
     make_objective,
     make_problem,
@@ -80,7 +81,7 @@ class Subject:
         return load_data(self.data.model_copy(update={"path": self.moved} if self.moved else {}))[0]
 
     def stage(self) -> Stage | None:
-        """What judges images; None for vectors, and where the data are not at hand."""
+        """What judges images, which must be at hand; None for vectors."""
         if self.data is None:
             return None
         stage, _ = open_stage(self.name, self.found, self.base, ImageEvalConfig(drift="none", data=self.moved))
@@ -179,7 +180,7 @@ def finetune(
         return done
     say(
         f"λr on base samples: mean {tried.mean:.3g}, std {tried.std:.3g}; "
-        f"the tilt rests on {tried.ess:.0f} of 1024 of them"
+        f"the tilt rests on {tried.ess:.0f} of {PROBED} of them"
     )
     try:
         with training_progress(config, say) as report:

@@ -133,13 +133,7 @@ class MFMFT(Regression):
         target, weight, value = self.targets(place, made, level, model)
         self.baseline.update(place, value)
         share = tilted_weights(made.rewards, equal_log_weights(made.rewards))
-        figures = {
-            "ess_of_draws": float(ess(share).mean()) / self.num_draws,
-            "ess_of_rows": share_of_rows(weight),
-            "weight": float(weight.mean()),
-            "value": mean_of_finite(value),
-            "reward_of_draws": mean_of_finite(made.rewards),
-        }
+        figures = figures_of(made.rewards, share, weight) | {"value": mean_of_finite(value)}
         if not self.weighted:
             weight = torch.ones_like(weight)
         return TargetBatch(place.t, place.a, place.z, target, weight, place.cond, figures)
@@ -173,7 +167,7 @@ class MFMFT(Regression):
         late = (place.t >= FIRST).reshape(t.shape)
         safe = torch.where(late, t, torch.full_like(t, 0.5))
         if self.form != "gradient":
-            out.append(torch.stack([place.carried(path.from_denoise(place.t, place.x, x, "drift")) for x in made.x_1]))
+            out.append(self._free(place, made))
         if self.form != "gradient-free":
             half = path.sigma_squared(safe) / 2 if self.sigma_squared is None else self.sigma_squared / 2
             assert made.gradients is not None
@@ -182,11 +176,12 @@ class MFMFT(Regression):
             gradients = torch.where(allowed, made.gradients, torch.zeros_like(made.gradients))
             by_gradient = torch.stack([place.carried(place.drift + half * g) for g in gradients])
             # below FIRST the map's dependence on x is 0/0 after division by β: the other form is regular there
-            early = out[0] if out else self._early(place, made, late)
+            early = out[0] if out else self._free(place, made)
             out.append(torch.where(late, by_gradient, early))
         return out
 
-    def _early(self, place: Place, made: Draws, late: Tensor) -> Tensor:
+    def _free(self, place: Place, made: Draws) -> Tensor:
+        """α̇ ε + β̇ X_i in F."""
         drifts = [self.problem.path.from_denoise(place.t, place.x, x, "drift") for x in made.x_1]
         return torch.stack([place.carried(v) for v in drifts])
 
@@ -197,6 +192,16 @@ class MFMFT(Regression):
         super().load_state_dict(state)
         self.baseline.load_state_dict(state["baseline"])
         self.mixing.load_state_dict(state["mixing"])
+
+
+def figures_of(rewards: Tensor, share: Tensor, weight: Tensor) -> dict[str, float]:
+    """What a batch reports of its draws (N, B), with their shares, and of its rows' weights (B,)."""
+    return {
+        "ess_of_draws": float(ess(share).mean()) / len(share),
+        "ess_of_rows": share_of_rows(weight),
+        "weight": float(weight.mean()),
+        "reward_of_draws": mean_of_finite(rewards),
+    }
 
 
 def share_of_rows(weight: Tensor) -> float:

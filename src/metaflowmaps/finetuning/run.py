@@ -240,7 +240,8 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
             "tilts nothing: check the reward"
         )
     fitting, largest = _fitting(r, config.strength), config.strength * float(finite.max())
-    bare = config.method in ("mfm-ft", "self-normalised") and config.baseline.kind == "none" and largest > OVERFLOW
+    unweighted = config.method in ("mfm-ft", "self-normalised") and config.baseline.kind == "none"
+    bare = unweighted and largest > OVERFLOW
     if bare or config.strength * size > LARGEST:
         limit = 0.9 * (OVERFLOW / float(finite.max()) if bare else LARGEST / size)
         remedy = ", or keep a baseline (--set baseline.kind=running)" if bare else ""
@@ -249,7 +250,6 @@ def probe(config: FinetuneConfig, base: MetaFlowMap, reward: Callable[..., Tenso
             f"on {PROBED} base samples; --strength {min(limit, fitting):.2g} fits{remedy}"
         )
     scaled = config.strength * r
-    unweighted = config.method in ("mfm-ft", "self-normalised") and config.baseline.kind == "none"
     if unweighted and float(scaled.logsumexp(0)) - math.log(len(r)) < -2 * OVERFLOW:
         raise InputError(
             f"without a baseline e^{{λr}} vanishes: λr is at most {largest:.3g} on {PROBED} base samples; keep one "

@@ -24,12 +24,6 @@ class Data(Protocol):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
 
 
-class Ends(Protocol):
-    """A source of x_1 with their conditions."""
-
-    def __call__(self, model: MetaFlowMap, step: int, n: int, generator: torch.Generator) -> tuple[Tensor, Cond]: ...
-
-
 class States:
     """Mixes the sources by their shares; rows of one source stand together, in the order of the configuration."""
 
@@ -69,11 +63,6 @@ class States:
         """Weights e^r of the pool."""
         hopeless = bool(self.pool_rewards.max() == -torch.inf)
         return torch.ones_like(self.pool_rewards) if hopeless else self.pool_rewards.softmax(0)
-
-    @property
-    def pool_ess(self) -> float:
-        """Effective number of the pool's samples under the tilt."""
-        return float(1 / self.tilt().square().sum())
 
     def _rows(self, index: Tensor) -> tuple[Tensor, Cond]:
         index = index.to(self.pool.device)

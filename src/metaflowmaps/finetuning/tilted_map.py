@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metaflowmaps.finetuning.baseline import Baseline
 from metaflowmaps.finetuning.config import FinetuneConfig
-from metaflowmaps.finetuning.objective import Source, mean_of_finite, share_of_rows
+from metaflowmaps.finetuning.objective import Source, figures_of
 from metaflowmaps.finetuning.problem import Cond, Problem, gather
 from metaflowmaps.finetuning.states import student_samples
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
@@ -24,7 +24,7 @@ from metaflowmaps.training.config import ConditionConfig, LossConfig
 from metaflowmaps.training.objective import Batch, Given, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher
 from metaflowmaps.training.times import context_times
-from metaflowmaps.value import equal_log_weights, ess, log_mean, tilted_weights
+from metaflowmaps.value import equal_log_weights, log_mean, tilted_weights
 
 
 class Samples:
@@ -130,12 +130,7 @@ class DirectObjective(MapObjective):
         self.baseline.update(place, value)
         x_1 = gather(made.x_1, pick(share, rand((n,), g).to(share)))
         drawn = self._inner(model, step, g, Given(x_1.cpu(), t.cpu(), place.x.cpu(), None))
-        figures = {
-            "ess_of_draws": float(ess(share).mean()) / self.num_draws,
-            "ess_of_rows": share_of_rows(weight),
-            "weight": float(weight.mean()),
-            "reward_of_draws": mean_of_finite(made.rewards),
-        }
+        figures = figures_of(made.rewards, share, weight)
         parts = {k: v for k, v in vars(drawn).items() if k not in ("weight", "figures", "cond")}
         return Batch(**parts, cond={k: v.cpu() for k, v in cond.items()}, weight=weight.cpu(), figures=figures)
 
