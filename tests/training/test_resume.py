@@ -89,7 +89,7 @@ def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tup
 
 
 @pytest.mark.parametrize(
-    ("changes", "kills", "seed"), [({"steps": 2 * STEPS}, 24, 1), (LEARNED, 6, 2)], ids=["exact", "learned"]
+    ("changes", "kills", "seed"), [({"steps": 5 * STEPS}, 24, 1), (LEARNED, 6, 2)], ids=["exact", "learned"]
 )
 def test_killed_at_random_moments(tmp_path, changes, kills, seed):
     config = small(**changes)
