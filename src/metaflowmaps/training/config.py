@@ -12,6 +12,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Consistency = Literal["none", "eulerian", "mean-flow", "lagrangian", "lagrangian-difference", "semigroup"]
 
 
+Derivative = Literal["auto", "forward", "fused", "difference"]
+
+
 class LawConfig(Config):
     """A Gaussian mixture, its components labelled with classes or not."""
 
@@ -110,6 +113,7 @@ class LossConfig(Config):
     velocity: Literal["data", "teacher", "self"] = "teacher"
     diagonal_share: float = Field(0.25, ge=0, le=1)  # of the batch; the rest is consistency
     difference_step: float = Field(5e-3, gt=0, lt=0.5)
+    derivative: Derivative = "auto"  # of the network in its times and state, where a loss takes one
     adaptive_power_diagonal: float = Field(0.0, ge=0)
     adaptive_power_consistency: float = Field(0.0, ge=0)
     adaptive_constant: float = Field(0.01, gt=0)
@@ -161,6 +165,9 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int = Field(2, ge=1, le=1024)
     precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False  # the network's blocks, by torch.compile
+    checkpoint_activations: bool = False  # blocks are computed again in the backward pass instead of remembered
+    shard: int = Field(0, ge=0)  # ranks that share one copy of the weights; 0: all there are, 1: a copy each
     log_every: int = Field(100, ge=1)
     checkpoint_every: int = Field(2000, ge=1)
     keep_last: int = Field(2, ge=1)
@@ -184,7 +191,8 @@ class TrainConfig(RunConfig):
     times: TimesConfig = TimesConfig()
     loss: LossConfig = LossConfig()
     condition: ConditionConfig = ConditionConfig()
-    teacher: Literal["exact", "learned", "none"] = "exact"
+    teacher: Literal["exact", "learned", "pretrained", "none"] = "exact"
+    parent: str | None = None  # the checkpoint of teacher=pretrained: a flow model as mfm convert writes it
     drift_steps: int = Field(0, ge=0)  # steps of flow matching that make the learned teacher
     start_from_drift: bool = False  # the map begins with the learned teacher's weights: its diagonal is right at t = 0
     drift_batch_size: int = Field(2048, ge=1, le=2**24)  # larger: its targets are noisy, the map's are not
@@ -199,9 +207,11 @@ class TrainConfig(RunConfig):
         if wanted and self.teacher == "none":
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
         if self.law is None and self.teacher == "exact":
-            raise ValueError("nobody knows the exact drift of images: set teacher=learned or teacher=none")
-        if self.start_from_drift and self.teacher != "learned":
-            raise ValueError("start_from_drift needs teacher=learned: there is no drift to start from")
+            raise ValueError("nobody knows the exact drift of images: set teacher=learned, pretrained or none")
+        if (self.teacher == "pretrained") != (self.parent is not None):
+            raise ValueError("teacher=pretrained and parent=CHECKPOINT go together: give both or neither")
+        if self.start_from_drift and self.teacher not in ("learned", "pretrained"):
+            raise ValueError("start_from_drift needs teacher=learned or pretrained: there is no drift to start from")
         if self.teacher == "learned" and self.drift_steps < 1:
             raise ValueError("teacher=learned needs drift_steps >= 1, the flow matching that makes it")
         if self.drift_batch_size % self.micro_batches:

@@ -1,0 +1,5 @@
+"""python -m metaflowmaps.cli"""
+
+from metaflowmaps.cli import main
+
+main()
