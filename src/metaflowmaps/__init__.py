@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps import rewards
+from metaflowmaps import pretrained, rewards
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.foreign import ForeignModel, wrap
 from metaflowmaps.glass import glass_drift
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath, Path, TrigonometricPath
@@ -44,6 +45,7 @@ def finetune(
 __all__ = [
     "ExactModel",
     "ExactPosterior",
+    "ForeignModel",
     "GaussianMixture",
     "GlassPosterior",
     "InputError",
@@ -58,7 +60,9 @@ __all__ = [
     "ValueEstimate",
     "finetune",
     "glass_drift",
+    "pretrained",
     "rewards",
     "steer",
     "value_gradient",
+    "wrap",
 ]
