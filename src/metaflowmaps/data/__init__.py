@@ -1,7 +1,7 @@
-"""Data sets of images: files in, samples in [−1, 1] out."""
+"""Data sets: files in, samples out, images in [−1, 1] or latents of unit size."""
 
 from metaflowmaps.data.config import DataConfig
-from metaflowmaps.data.image_set import ImageSet
+from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.load import describe, load_data
 
-__all__ = ["DataConfig", "ImageSet", "describe", "load_data"]
+__all__ = ["DataConfig", "Examples", "ImageSet", "describe", "load_data"]

@@ -8,11 +8,48 @@ uninterrupted one.
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 BLOCK = 1024
+
+
+class Examples(Protocol):
+    """What training asks of a data set, whether it lies in memory or not."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def top(self) -> float: ...  # the integer that stands for 1; infinite where values have no levels
+
+    @property
+    def labels(self) -> Tensor | None: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def mean(self) -> float: ...
+
+    @property
+    def std(self) -> float: ...
+
+    def __len__(self) -> int: ...
+
+    def tensor(self, index: Tensor | slice = ...) -> Tensor: ...
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)

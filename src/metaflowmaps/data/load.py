@@ -1,9 +1,9 @@
 r"""From a :class:`DataConfig` to a part to train on and a part held out.
 
-The split never depends on ``limit``. digits and a user's own images are shuffled once by a fixed seed, and the first
-``hold_out`` of that order are held out. MNIST keeps its files' order: with both files, train on the train file and
-hold out the first images of t10k; with one file, hold out its last. ``limit`` then keeps so many of the images to
-train on, by a seeded shuffle.
+The split never depends on ``limit``. digits, a user's own images and latents are shuffled once by a fixed seed, and
+the first ``hold_out`` of that order are held out. MNIST keeps its files' order: with both files, train on the train
+file and hold out the first images of t10k; with one file, hold out its last. ``limit`` then keeps so many of the
+images to train on, by a seeded shuffle.
 """
 
 from pathlib import Path
@@ -13,26 +13,28 @@ from torch import Tensor
 
 from metaflowmaps.data.config import DataConfig
 from metaflowmaps.data.idx import read_mnist
-from metaflowmaps.data.image_set import ImageSet
+from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.limits import check_memory
 from metaflowmaps.errors import InputError
 from metaflowmaps.randomness import stream
 
-Parts = tuple[ImageSet, ImageSet]
+Parts = tuple[Examples, Examples]
 HELD_OUT_DIGITS = 297
 HELD_OUT_MNIST = 1000
+HELD_OUT_LATENTS = 10_000  # at most: a tenth of ImageNet would be missed
 DIGITS = tuple(map(str, range(10)))
 
 
 def load_data(config: DataConfig) -> Parts:
     """(images to train on, images held out). Labels of digits and MNIST are always there, others if asked for."""
-    train, held_out = {"digits": _digits, "mnist": _mnist, "images": _images}[config.name](config)
+    read = {"digits": _digits, "mnist": _mnist, "images": _images, "latents": _latents}[config.name]
+    train, held_out = read(config)
     if not train.std > 0:
         raise InputError(f"the {len(train)} images to train on are all one colour: nothing to learn from them")
     return train, held_out
 
 
-def describe(config: DataConfig, train: ImageSet, held_out: ImageSet) -> str:
+def describe(config: DataConfig, train: Examples, held_out: Examples) -> str:
     """One line for the user: how many images, their size, mean and spread, and their classes."""
     source = f" from {config.path}" if config.path is not None else ""
     names = train.class_names
@@ -97,6 +99,21 @@ def _images(config: DataConfig) -> Parts:
         return ImageSet("images", pictures.read(index), labels, pictures.class_names)
 
     return part(kept), part(held)
+
+
+def _latents(config: DataConfig) -> Parts:
+    from metaflowmaps.data.latents import LatentSet, Shards
+
+    if config.path is None:
+        raise InputError("name=latents needs a directory: --set data.path=DIR, as mfm encode-latents SOURCE wrote it")
+    shards = Shards(Path(config.path).expanduser())
+    if len(shards) < 2:
+        raise InputError(f"{config.path} holds {len(shards)} pictures, at least 2 are needed: encode more")
+    if config.labels and not shards.class_names:
+        raise InputError(f"{config.path} was encoded without classes: --set data.labels=false")
+    held_out = _held(config, max(1, min(HELD_OUT_LATENTS, len(shards) // 10)), len(shards))
+    kept, held = _shuffled_split(len(shards), held_out, config.limit)
+    return LatentSet("latents", shards, kept), LatentSet("latents", shards, held)
 
 
 def _shuffled_split(n: int, held: int, limit: int | None) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ class Folder:
         try:
             with Image.open(file) as opened:
                 mode = opened.mode
-                image = None if mode.startswith(DEEP) else _flat(opened, self.shape[0])
+                image = None if mode.startswith(DEEP) else flat(opened, self.shape[0])
         except Exception as error:  # decoders meet damaged files with errors of every kind
             raise _unreadable(file, error) from None
         if image is None:
@@ -161,7 +161,8 @@ class Array:
 # -- one image -------------------------------------------------------------------------------------------------------
 
 
-def _flat(opened: Image.Image, channels: int) -> Image.Image:
+def flat(opened: Image.Image, channels: int) -> Image.Image:
+    """Upright as its EXIF says, over white where it is transparent, grey or in colour."""
     image = ImageOps.exif_transpose(opened)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

@@ -34,9 +34,19 @@ def rows_of(reward: Any, x: Tensor) -> int | None:
     if hasattr(reward, "rows_for"):
         rows: int | None = reward.rows_for(x)
         return rows
-    # compositions hold their parts as ``rewards``, wrappers theirs as ``reward``
-    inside = (*getattr(reward, "rewards", ()), *([reward.reward] if hasattr(reward, "reward") else []))
-    return next((n for part in inside if (n := rows_of(part, x)) is not None), None)
+    return next((n for part in _inside(reward) if (n := rows_of(part, x)) is not None), None)
+
+
+def codecs_of(reward: Any) -> list[nn.Module]:
+    """The modules that decode a state before the reward sees it: what its parts hold as ``codec``."""
+    own = getattr(reward, "codec", None)
+    found = [own] if isinstance(own, nn.Module) else []
+    return [*found, *(codec for part in _inside(reward) for codec in codecs_of(part))]
+
+
+def _inside(reward: Any) -> tuple[Any, ...]:
+    """Compositions hold their parts as ``rewards``, wrappers theirs as ``reward``."""
+    return (*getattr(reward, "rewards", ()), *([reward.reward] if hasattr(reward, "reward") else []))
 
 
 def call_reward(reward: Callable[..., Any], x: Tensor, cond: Cond = None) -> Any:

@@ -18,7 +18,7 @@ from metaflowmaps.meter import Meter
 from metaflowmaps.path import Path, as_path
 from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.randomness import RowNoise, copy_seeds, randn
-from metaflowmaps.rewards.base import Cond
+from metaflowmaps.rewards.base import Cond, codecs_of
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
 from metaflowmaps.shapes import Time, batch_time
 from metaflowmaps.value import DrawOptions, Draws, make_draws, repeat_cond
@@ -56,8 +56,9 @@ class Problem:
             self._drift = meter.counted(drift, "forwards", "backwards")
             self.posterior = _CountedDraws(model, meter) if hasattr(model, "draw") else None  # type: ignore[assignment]
         decoder = getattr(model, "decoder", None)
-        if isinstance(decoder, nn.Module):
-            meter.watch(decoder, "decodes", None)
+        decoders = [*([decoder] if isinstance(decoder, nn.Module) else []), *codecs_of(reward)]
+        for module in dict.fromkeys(decoders):  # one that model and reward share counts once
+            meter.watch(module, "decodes", None)
         self.cond: Cond = None
         self.seeds = torch.empty(0, dtype=torch.int64)
         self._streams: dict[tuple[str | float, ...], RowNoise] = {}

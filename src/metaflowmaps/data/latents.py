@@ -1,0 +1,234 @@
+r"""Encoded pictures on disk, drawn anew each time: ``x = mean + std ε``, flipped or not.
+
+A directory holds ``latents.json``, the index, and shards ``latents-00000.safetensors`` with, for their n pictures,
+
+    mean, std (n, C, h, w) float16      the posterior of the scaled latent
+    mean_flipped, std_flipped           the same of the picture's mirror image, if it was asked for
+    label (n,) int64                    its class, −1 where there are none
+    sum, square (C, h, w) float64       Σ mean and Σ (mean² + std²) over pictures, and over both sides
+
+so that the mean and the spread of what is drawn are known without reading it: ``E x = Σ mean / n`` and
+``E x² = Σ (mean² + std²) / n``. Shards are mapped, not loaded: what is not drawn is not read.
+
+Sizes of all shards are checked each time; their hashes when asked for (:func:`verify`), since that reads everything.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.randomness import randn
+
+SCHEMA = 1
+INDEX, CLAIM = "latents.json", "encoding.json"
+SIDES = (("mean", "std"), ("mean_flipped", "std_flipped"))
+AGAIN = "run the mfm encode-latents command that made it again, which makes what is missing"
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSet:
+    """Pictures at ``index`` of an encoded set; what is drawn of them is (n, C, h, w) float32."""
+
+    name: str
+    shards: "Shards"
+    index: Tensor  # (k,) int64, places in the whole set
+    top: float = math.inf  # what is drawn has no levels
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return self.shards.event_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes by number, as the source names them."""
+        return self.shards.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 where they are not known."""
+        return len(self.class_names)
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """(k,) int64."""
+        return self.shards.labels[self.index] if self.class_names else None
+
+    def tensor(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """The means at index, not flipped: what does not depend on noise."""
+        picked = self.index[index]
+        return self.shards.gather(picked, torch.zeros(len(picked), dtype=torch.bool), ("mean",))[0]
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n latents drawn with replacement: a picture, its side where both are stored, and its noise."""
+        return self._resample(self._draw(n, generator), generator)
+
+    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The latents that sample draws from the same generator, with their classes (n,)."""
+        assert self.labels is not None, "load_data refuses labels=true where there are none"
+        index = self._draw(n, generator)
+        return self._resample(index, generator), self.labels[index]
+
+    @property
+    def mean(self) -> float:
+        """The mean of what is drawn, over the whole set and all coordinates."""
+        return float(self.shards.mean_image.mean())
+
+    @property
+    def std(self) -> float:
+        """The root of the mean square about that one mean."""
+        return math.sqrt(max(0.0, float(self.shards.square_image.mean()) - self.mean**2))
+
+    @property
+    def mean_image(self) -> Tensor:
+        """The mean of what is drawn, over the whole set: (C, h, w)."""
+        return self.shards.mean_image.float()
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        return torch.randint(len(self), (n,), generator=generator)
+
+    def _resample(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        flipped = torch.zeros(len(index), dtype=torch.bool)
+        if self.shards.flips:
+            flipped = torch.rand(len(index), generator=generator) < 0.5
+        mean, std = self.shards.gather(self.index[index], flipped, ("mean", "std"))
+        return torch.addcmul(mean, std, randn(tuple(mean.shape), generator))
+
+
+class Shards:
+    """All shards of a directory, mapped when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.document = folder, read_index(folder)
+        self.entries: list[dict[str, Any]] = self.document["shards"]
+        self.event_shape: tuple[int, ...] = tuple(self.document["event_shape"])
+        self.class_names: tuple[str, ...] = tuple(self.document["classes"])
+        self.flips = bool(self.document["settings"]["flip"])
+        for entry in self.entries:
+            _check_size(folder / entry["file"], entry["bytes"])
+        self._starts = torch.tensor([0, *(entry["examples"] for entry in self.entries)]).cumsum(0)
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(n,) int64."""
+        return torch.cat([self._shard(k)["label"] for k in range(len(self.entries))])
+
+    @cached_property
+    def mean_image(self) -> Tensor:
+        """E x: (C, h, w) float64."""
+        return self._total("sum") / len(self)
+
+    @cached_property
+    def square_image(self) -> Tensor:
+        """E x²: (C, h, w) float64."""
+        return self._total("square") / len(self)
+
+    def gather(self, places: Tensor, flipped: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+        """Rows of tensors, of the side that ``flipped`` says: (k, C, h, w) float32 each."""
+        out = [torch.empty(len(places), *self.event_shape, dtype=torch.float16) for _ in names]
+        shard = torch.bucketize(places, self._starts[1:], right=True)
+        order = torch.argsort(2 * shard + flipped, stable=True)
+        groups, counts = torch.unique_consecutive((2 * shard + flipped)[order], return_counts=True)
+        for group, rows in zip(groups.tolist(), order.split(counts.tolist()), strict=True):
+            held = self._shard(group // 2)
+            local = places[rows] - self._starts[group // 2]
+            for name, filled in zip(names, out, strict=True):
+                filled[rows] = held[name + "_flipped" if group % 2 else name][local]
+        return [filled.float() for filled in out]
+
+    def _total(self, name: str) -> Tensor:
+        total = torch.zeros(self.event_shape, dtype=torch.float64)
+        for k in range(len(self.entries)):
+            total += self._shard(k)[name]
+        return total
+
+    def _shard(self, k: int) -> dict[str, Tensor]:
+        if k not in self._mapped:
+            self._mapped[k] = self._map(self.entries[k])
+        return self._mapped[k]
+
+    def _map(self, entry: dict[str, Any]) -> dict[str, Tensor]:
+        from safetensors import safe_open
+
+        file, shape = self.folder / entry["file"], (entry["examples"], *self.event_shape)
+        wanted = {name: (torch.float16, shape) for side in SIDES[: 1 + self.flips] for name in side}
+        wanted |= dict.fromkeys(("sum", "square"), (torch.float64, self.event_shape))
+        wanted["label"] = (torch.int64, shape[:1])
+        try:
+            with safe_open(file, "pt") as opened:
+                held = {name: opened.get_tensor(name) for name in wanted}
+        except Exception as error:  # anything can be in a file, and the parser may trip over it in any way
+            raise InputError(
+                f"{file} is damaged ({' '.join(str(error).split())[:120]}): delete it, then {AGAIN}"
+            ) from None
+        for name, (dtype, size) in wanted.items():
+            if held[name].dtype != dtype or tuple(held[name].shape) != size:
+                raise InputError(f"{file} is damaged ({name} is {tuple(held[name].shape)}): delete it, then {AGAIN}")
+        return held
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """latents.json, refused unless it has the form that is written."""
+    file = folder / INDEX
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no directory {folder.absolute()}: --set data.path=DIR, as mfm encode-latents wrote it"
+        )
+    if not file.is_file():
+        begun = " (it was begun and is not finished)" if (folder / CLAIM).exists() else ""
+        raise InputError(
+            f"no {INDEX} in {folder.absolute()}{begun}: mfm encode-latents SOURCE --out {folder} makes one"
+        )
+    try:
+        document: Any = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict) or not isinstance(document.get("shards"), list):
+        raise InputError(f"{file} is damaged: delete it, then {AGAIN}")
+    if document.get("schema") != SCHEMA:
+        raise InputError(
+            f"{file} has schema {document.get('schema')!r}, this package reads {SCHEMA}: "
+            "pip install --upgrade metaflowmaps"
+        )
+    return document
+
+
+def verify(folder: Path, entries: Iterable[dict[str, Any]] | None = None) -> list[str]:
+    """Read every shard; the names of those that are missing or are not what was written."""
+    listed = read_index(folder)["shards"] if entries is None else entries
+    return [entry["file"] for entry in listed if not is_whole(folder / entry["file"], entry, by_hash=True)]
+
+
+def is_whole(file: Path, entry: dict[str, Any], by_hash: bool = False) -> bool:
+    """Is the file there, of the size and, if asked, with the hash of its entry?"""
+    if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        return False
+    if not by_hash:
+        return True
+    with file.open("rb") as opened:
+        return bool(hashlib.file_digest(opened, "sha256").hexdigest() == entry["sha256"])
+
+
+def _check_size(file: Path, size: int) -> None:
+    try:
+        found = file.stat().st_size
+    except OSError:
+        raise InputError(f"{file} is missing: {AGAIN}") from None
+    if found != size:
+        raise InputError(f"{file} has {found:,} bytes, not the {size:,} of {INDEX}: {AGAIN}")
