@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from importlib.metadata import version
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,7 +25,19 @@ from metaflowmaps.posterior import (
 from metaflowmaps.steering import SteerResult, steer
 from metaflowmaps.value import ValueEstimate, value_gradient
 
+if TYPE_CHECKING:
+    from metaflowmaps.pipeline import Pipeline
+
 __version__ = version("metaflowmaps")
+
+
+def __getattr__(name: str) -> Any:
+    """``mfm.Pipeline``, loaded when it is asked for: it brings data sets and steering with it."""
+    if name == "Pipeline":
+        from metaflowmaps.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def finetune(
@@ -53,6 +65,7 @@ __all__ = [
     "MapPosterior",
     "MetaFlowMap",
     "Path",
+    "Pipeline",
     "Posterior",
     "SteerResult",
     "TrigonometricPath",

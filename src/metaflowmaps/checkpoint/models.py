@@ -56,8 +56,10 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _network(network: nn.Module, registry: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    name, config = getattr(network, "name", None), getattr(network, "config", None)
-    if registry.get(str(name)) is not type(network) or not isinstance(config, dict):
+    name, config, kind = getattr(network, "name", None), getattr(network, "config", None), type(network)
+    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):  # sharded: of a class derived for it
+        kind = kind.__mro__[2]
+    if registry.get(str(name)) is not kind or not isinstance(config, dict):
         where = "NETWORKS" if registry is NETWORKS else "CLASSIFIERS"
         raise InputError(
             f"a network of type {type(network).__name__} cannot be saved: "
@@ -88,9 +90,15 @@ def build_model(config: Mapping[str, Any], kind: str = KIND) -> nn.Module:
     return MetaFlowMap(network, path, config["parameterization"], data_std=config["data_std"])
 
 
-def save_model(model: nn.Module, path: str | FilePath) -> None:
-    """Write a model as a checkpoint, all or nothing."""
-    write_checkpoint(path, {MODEL: model.state_dict()}, {CONFIG: model_config(model)})
+def save_model(
+    model: nn.Module,
+    path: str | FilePath,
+    notes: Mapping[str, Any] | None = None,
+    documents: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model as a checkpoint, all or nothing, with ``notes`` in its configuration and documents of its own."""
+    config = {**model_config(model), **(notes or {})}
+    write_checkpoint(path, {MODEL: model.state_dict()}, {CONFIG: config, **(documents or {})})
 
 
 def load_model(path_or_hub_id: str | FilePath, revision: str | None = None, weights: str = "ema") -> MetaFlowMap:

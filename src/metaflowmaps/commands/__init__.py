@@ -1,5 +1,6 @@
 """What each command does, apart from parsing and printing: a function from arguments to a results dictionary."""
 
+from metaflowmaps.commands.convert import convert
 from metaflowmaps.commands.demo import demo
 from metaflowmaps.commands.draw import posterior, sample
 from metaflowmaps.commands.finetune import Subject, finetune, resolve_finetuning
@@ -13,6 +14,7 @@ from metaflowmaps.commands.train import dry_run, resolve_training, train
 
 __all__ = [
     "Subject",
+    "convert",
     "demo",
     "dry_run",
     "dry_run_finetuning",

@@ -7,22 +7,60 @@ the **square** of a metric (the squared W2 of the two Gaussians), which is what 
 ``C_x^{1/2} C_y^{1/2}`` and that of ``F_x F_yᵀ``: no root of a matrix is taken, and singular covariances (fewer rows
 than features) need no care. F is the centred data over √(n − 1), or the triangular factor of it when that is smaller.
 
+Of a reference that only its mean and covariance are known of (a statistics file), the factor is the root of the latter.
+
 The estimate is biased upwards by about 1/n: compare only at equal n, and with :func:`frechet_floor`.
 """
 
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """d² between Gaussians fitted to features (n, d) and (m, d), in float64."""
-    x, y = finite_rows(x, "features"), finite_rows(y, "features")
-    if x.ndim != 2 or x.shape[1:] != y.shape[1:]:
-        raise InputError(f"two feature arrays (n, d) and (m, d) are needed, got {tuple(x.shape)} and {tuple(y.shape)}")
-    a, b = _factor(x), _factor(y)
-    shift = (x.mean(0) - y.mean(0)).square().sum()
+class Moments(NamedTuple):
+    """A Gaussian: mean (d,) and a factor F with Fᵀ F its covariance (d, d)."""
+
+    mean: Tensor
+    factor: Tensor
+
+
+def moments(x: Tensor) -> Moments:
+    """The Gaussian fitted to features (n, d), in float64."""
+    x = finite_rows(x, "features")
+    if x.ndim != 2:
+        raise InputError(f"features (n, d) are needed, got {tuple(x.shape)}")
+    return Moments(x.mean(0), _factor(x))
+
+
+def read_statistics(path: str | Path) -> Moments:
+    """The ``mu`` and ``sigma`` of an .npz file, such as the reference batches of ADM hold."""
+    try:
+        with np.load(path) as file:
+            mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is no statistics file ({text[:80]}): give an .npz with mu (d,) and sigma (d, d)"
+        ) from None
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise InputError(
+            f"{path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: (d,) and (d, d) are needed"
+        )
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    return Moments(mean, values.clamp_min(0).sqrt()[:, None] * vectors.T)
+
+
+def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
+    """d² between Gaussians, those fitted to features (n, d) and (m, d) where features are given, in float64."""
+    (mean_x, a), (mean_y, b) = (one if isinstance(one, Moments) else moments(one) for one in (x, y))
+    if mean_x.shape != mean_y.shape:
+        raise InputError(f"the features differ in number, {len(mean_x)} and {len(mean_y)}: they must be of one kind")
+    shift = (mean_x - mean_y).square().sum()
     common = torch.linalg.svdvals(a @ b.T).sum()
     return max(0.0, float(shift + a.square().sum() + b.square().sum() - 2 * common))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.meter import Meter
+from metaflowmaps.progress_bar import Bar
 from metaflowmaps.randomness import check_seeds, fresh_seeds
 from metaflowmaps.rewards.base import Cond, rows_of
 from metaflowmaps.rewards.checked import checked_reward
@@ -155,9 +156,9 @@ def make_method(method: str, common: _Common, options: dict[str, Any]) -> Method
         raise InputError(f"{method}: {error}") from None
 
 
-def check_steering(method: str, num_draws: int, control: Control, options: dict[str, Any]) -> None:
-    """Refuse what ``steer`` would refuse of a method and its options, before anything is begun."""
-    make_method(
+def check_steering(method: str, num_draws: int, control: Control, options: dict[str, Any]) -> Method:
+    """The method; refused is what ``steer`` would refuse of it and its options, before anything is begun."""
+    return make_method(
         method,
         _Common(num_draws, control.checked(), None),
         {k: v for k, v in options.items() if k not in LOOP_OPTIONS},
@@ -233,13 +234,8 @@ def steer(
     each = "a sample" if sum(shares) == num_samples else "a system of particles"
     chunk_seeds = check_seeds(seeds, sum(shares), each).to(problem.device).split(shares)
     run = _Run(problem, made, times, callback, list(chunk_seeds))
-    bar = _Bar(len(sizes) * (len(times) - 1), method) if progress else None
-    try:
-        with meter:
-            run.all(sizes, cond, bar)
-    finally:
-        if bar is not None:
-            bar.close()
+    with Bar(len(sizes) * (len(times) - 1) if progress else 0, method) as bar, meter:
+        run.all(sizes, cond, bar)
     result = run.result(reward, cond)
     if run.failure is not None:
         if not len(result.samples):
@@ -300,7 +296,7 @@ class _Run:
     endings: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: int = 0
 
-    def all(self, sizes: list[int], cond: Cond, bar: "_Bar | None") -> None:
+    def all(self, sizes: list[int], cond: Cond, bar: Bar) -> None:
         """Chunk after chunk, until the end, an interruption or an error: what is finished stays finished."""
         begin = 0
         for chunk, rows in enumerate(sizes):
@@ -316,7 +312,7 @@ class _Run:
             if self.interrupted:
                 return
 
-    def chunk(self, chunk: int, rows: int, bar: "_Bar | None") -> bool:
+    def chunk(self, chunk: int, rows: int, bar: Bar) -> bool:
         """One chunk from noise to samples; False if the callback stopped it."""
         problem, copies = self.problem, self.method.copies
         sums: dict[str, list[Tensor]] = {}
@@ -326,8 +322,7 @@ class _Run:
                 state, info = self.method.step(problem, state, t, u)
                 for name, value in info.items():
                     sums.setdefault(name, []).append(value.detach().double().mean().cpu() * rows)
-                if bar is not None:
-                    bar.advance()
+                bar.advance()
                 told = Step(chunk, len(self.seeds), i, len(self.times) - 1, u, state, info)
                 if self.callback is not None and self.callback(told) is True:
                     return False
@@ -404,24 +399,6 @@ def _warn(method: str, num_draws: int, result: SteerResult) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-class _Bar:
-    """A progress bar on stderr."""
-
-    def __init__(self, total: int, method: str) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._progress = Progress(console=Console(stderr=True))
-        self._task = self._progress.add_task(method, total=total)
-        self._progress.start()
-
-    def advance(self) -> None:
-        self._progress.advance(self._task)
-
-    def close(self) -> None:
-        self._progress.stop()
 
 
 def log_normaliser(result: SteerResult) -> float:

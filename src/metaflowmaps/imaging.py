@@ -1,0 +1,77 @@
+"""Pictures in and out: tensors in [−1, 1] (B, C, H, W), numpy arrays (H, W, C) or (B, H, W, C), PIL images.
+
+In numpy, uint8 means 0…255 and floats mean [0, 1], as matplotlib has it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError
+
+KINDS = ("pil", "numpy", "tensor")
+
+
+def to_tensor(pictures: Any, channels: int = 3) -> Tensor:
+    """One picture or several, of any kind, as float32 (B, C, H, W) in [−1, 1] on CPU; tensors stay where they are."""
+    if isinstance(pictures, Tensor):
+        x = pictures if pictures.ndim == 4 else pictures[None]
+        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+            raise InputError(
+                f"a tensor of pictures must be floats in [-1, 1], (B, {channels}, H, W); got {tuple(pictures.shape)} "
+                f"of {pictures.dtype}"
+            )
+        if bool((x.abs() > 1.001).any()):  # rounding may carry a value past 1
+            raise InputError("a tensor of pictures must lie in [-1, 1]: 2 * x - 1 if yours lie in [0, 1]")
+        return x
+    parts = list(pictures) if isinstance(pictures, Sequence) else [pictures]
+    if not parts:
+        raise InputError("no picture was given")
+    arrays = [_array(part, channels) for part in parts]
+    if len({array.shape[-3:] for array in arrays}) > 1:
+        sizes = ", ".join(sorted({f"{a.shape[-2]}×{a.shape[-3]}" for a in arrays}))
+        raise InputError(f"the pictures have different sizes ({sizes}): resize them to one")
+    stacked = torch.from_numpy(np.concatenate([a if a.ndim == 4 else a[None] for a in arrays]))
+    return stacked.permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
+def _array(picture: Any, channels: int) -> Any:
+    """(H, W, C) or (B, H, W, C) float32 in [0, 1]."""
+    if hasattr(picture, "convert"):  # PIL
+        picture = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
+    array = np.asarray(picture)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim not in (3, 4) or array.shape[-1] != channels:
+        raise InputError(
+            f"a picture is a PIL image, an array (H, W, {channels}) or a tensor ({channels}, H, W); got "
+            f"{type(picture).__name__} of shape {array.shape}"
+        )
+    if array.dtype == np.uint8:
+        return array.astype(np.float32) / 255
+    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+        raise InputError(f"an array of a picture is uint8 in 0…255 or floats in [0, 1]; got {array.dtype}")
+    return array.astype(np.float32)
+
+
+def from_tensor(x: Tensor, kind: str = "pil") -> Any:
+    """(B, C, H, W) in [−1, 1] as a list of PIL images, a float array (B, H, W, C) in [0, 1], or as it is."""
+    check_kind(kind)
+    if kind == "tensor":
+        return x
+    unit = ((x.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    if kind == "numpy":
+        return unit
+    from PIL import Image
+
+    whole = (unit * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in whole]
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind of output that there is none of."""
+    if kind not in KINDS:
+        raise InputError(f"output must be 'pil', 'numpy' or 'tensor', got {kind!r}")

@@ -1,0 +1,428 @@
+r"""A map, its autoencoder and the names of its classes: pictures from one object.
+
+    pipe = Pipeline.from_pretrained("runs/mfm-xl2")
+    pipe("tabby cat", steps=4, guidance=2.5).images              # refinement: one network call a step
+    pipe.posterior(picture, t=0.4, num_draws=4).images           # what a noised picture may have been
+    pipe.steer("tabby cat", reward=…, method="mfm-g").images     # sampling towards a reward on pictures
+
+It adds no method: labels become numbers, pictures become latents, and ``MetaFlowMap.generate``, ``MetaFlowMap.draw``
+and ``steer`` do the rest. A reward on pictures is one on latents through the decoder, ``r(decode(z))``. Without an
+autoencoder the map's samples are the pictures.
+
+On disk it is a checkpoint with one document more, ``pipeline.json``: which autoencoder (a hub id, or a folder beside
+it), the classes' names, the usual guidance.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps import pretrained
+from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint, save_model
+from metaflowmaps.codec import SD_VAE, AutoencoderCodec, Decoded
+from metaflowmaps.data import imagenet
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps.imaging import check_kind, from_tensor, to_tensor
+from metaflowmaps.meter import Meter
+from metaflowmaps.progress_bar import Bar
+from metaflowmaps.randomness import fresh_seeds, randn
+from metaflowmaps.shapes import check_count, check_time
+from metaflowmaps.steering import steer
+from metaflowmaps.steering.run import Step
+
+DOCUMENT = "pipeline.json"
+Labels = str | int | Sequence[str | int] | None
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass
+class Pictures:
+    """What a call made; ``images`` as asked for, everything else as tensors."""
+
+    images: Any
+    latents: Tensor  # (n, *event); of draws (num_draws, n, *event)
+    labels: Tensor | None
+    seeds: Tensor | None
+    cost: dict[str, float]
+    rewards: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+class Pipeline:
+    """A map with what turns its samples into pictures and its classes into names."""
+
+    def __init__(
+        self,
+        model: MetaFlowMap,
+        codec: AutoencoderCodec | None = None,
+        class_names: Sequence[str] = (),
+        guidance: float | None = None,
+    ) -> None:
+        """``guidance``: the scale that is meant where a call does not say one."""
+        self.model, self.codec = model.eval().requires_grad_(False), codec
+        self.class_names = tuple(class_names)
+        self.guidance = guidance
+        self.precision = torch.float32
+        classes = self.num_classes
+        if self.class_names and len(self.class_names) != classes:
+            raise InputError(f"{len(self.class_names)} names for {classes} classes: give one a class")
+        if codec is not None:
+            codec.image_shape(model.event_shape)  # refused if these are not its latents
+
+    # -- from and to disk --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | FilePath,
+        *,
+        vae: str | FilePath | AutoencoderCodec | None = None,
+        class_names: Sequence[str] | None = None,
+        family: str = "auto",
+        config: dict[str, Any] | None = None,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **codec_options: Any,
+    ) -> "Pipeline":
+        """A checkpoint or run, a shipped model's name, a published SiT, DMF or MFM file, or any of them on the hub.
+
+        ``vae`` is the autoencoder of latent models, where the checkpoint does not name one: ``sd-vae-ft-mse`` if left
+        out. ``dtype``: float32, or bfloat16 for the networks alone (states stay float32). ``codec_options`` are
+        micro_batch, tiling, slicing, checkpointing. ``family``, ``config``: as in ``mfm.pretrained.load``.
+        """
+        model, found = open_map(path_or_hub_id, family, config, revision)
+        codec = codec_of(model, found, vae, **codec_options)
+        names = names_of(model, found) if class_names is None else class_names
+        return cls(model, codec, names, stored(found).get("guidance")).to(device, dtype)
+
+    def save_pretrained(self, path: str | FilePath, vae: str | None = None) -> None:
+        """A checkpoint with ``pipeline.json``; ``vae`` names the autoencoder, None writes it beside the map."""
+        document: dict[str, Any] = {"schema": 1, "guidance": self.guidance, "class_names": list(self.class_names)}
+        if self.class_names == imagenet.class_names():
+            document["class_names"] = "imagenet"
+        if self.codec is not None:
+            document["vae"] = vae or "vae"
+        save_model(self.model, path, documents={DOCUMENT: document})
+        if self.codec is not None and vae is None:
+            self.codec.vae.save_pretrained(FilePath(path) / "vae")
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
+        """Move it, and set what the networks compute in: torch.float32 or torch.bfloat16."""
+        if dtype is not None:
+            if dtype not in (torch.float32, torch.bfloat16):
+                raise InputError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+            self.precision = dtype
+            if self.codec is not None:
+                self.codec.to(dtype=dtype)
+        if device is not None:
+            self.model.to(device)
+            if self.codec is not None:
+                self.codec.to(device)
+        return self
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the map; 0 for one without."""
+        return int(getattr(self.model.network, "num_classes", 0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.model.device
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a picture."""
+        return self.model.event_shape if self.codec is None else self.codec.image_shape(self.model.event_shape)
+
+    def label(self, name: str | int) -> int:
+        """The number of a class, by name, number or (ImageNet) WordNet id; a mistyped name suggests the nearest."""
+        if not self.num_classes:
+            raise InputError("this map knows no classes: leave the label out")
+        if self.class_names == imagenet.class_names():
+            return imagenet.class_index(name)
+        return imagenet.class_index(name, self.class_names or tuple(map(str, range(self.num_classes))))
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        label: Labels = None,
+        steps: int = 4,
+        guidance: float | None = None,
+        num_images: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        seeds: Tensor | None = None,
+        batch_size: int = 64,
+        callback: Callable[[int, int], Any] | None = None,
+        progress: bool = True,
+        output: str = "pil",
+    ) -> Pictures:
+        """``num_images`` pictures a label by K-step refinement (Alg. 1), K network calls each.
+
+        ``label``: a class's name or number, several of them, or None for no class. A picture is a function of its seed
+        (``result.seeds``), whatever the batch. ``callback(done, total)`` is told after every batch; True from it stops.
+        """
+        check_kind(output)
+        check_count(steps, "steps")
+        check_count(batch_size, "batch_size")
+        labels, n = self.labels(label, num_images)
+        cond = self.condition(labels, guidance, n)
+        seeds = fresh_seeds(n, generator) if seeds is None else seeds
+        made: list[Tensor] = []
+        with self._metered() as meter, self.autocast(), Bar(n if progress else 0, "pictures") as bar:
+            for begin in range(0, n, batch_size):
+                part = slice(begin, min(begin + batch_size, n))
+                here = None if cond is None else {k: v[part] for k, v in cond.items()}
+                latents = self.model.generate(part.stop - begin, steps, cond=here, seeds=seeds[part])
+                made.append(latents)
+                bar.advance(len(latents))
+                if callback is not None and callback(part.stop, n) is True:
+                    break
+            latents = torch.cat(made)
+            images = self.decode(latents)
+        kept = len(latents)
+        return Pictures(
+            from_tensor(images, output), latents, None if labels is None else labels[:kept], seeds[:kept],
+            meter.cost(), interrupted=kept < n,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def posterior(
+        self,
+        image: Any,
+        t: float,
+        num_draws: int = 4,
+        steps: int = 1,
+        label: Labels = None,
+        guidance: float | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        output: str = "pil",
+    ) -> Pictures:
+        """Noise pictures to time t, then draw what they may have been: ``images[draw][picture]``.
+
+        ``image``: one or several, of the pipeline's size. ``info["noisy"]`` is the state they are drawn for.
+        """
+        check_kind(output)
+        check_time(t)
+        x_1 = self.encode(image)
+        labels, n = self.labels(label, len(x_1) if not isinstance(label, list | tuple) else 1)
+        if n != len(x_1):
+            raise InputError(f"{n} labels for {len(x_1)} pictures: give one, or one a picture")
+        eps = randn(tuple(x_1.shape), generator, x_1.dtype, x_1.device)
+        x_t = self.model.path.interpolate(eps, x_1, t)
+        with self._metered() as meter, self.autocast():
+            latents = self.model.draw(t, x_t, num_draws, steps, generator, self.condition(labels, guidance, n))
+            images = self.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return Pictures([from_tensor(draw, output) for draw in images] if output != "tensor" else images,
+                        latents, labels, None, meter.cost(), info={"noisy": x_t})  # fmt: skip
+
+    def steer(
+        self,
+        label: Labels = None,
+        reward: Callable[..., Tensor] | None = None,
+        method: str = "mfm-g",
+        num_images: int = 1,
+        num_draws: int = 1,
+        steps: int = 50,
+        guidance: float | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        seeds: Tensor | None = None,
+        batch_size: int = 8,
+        callback: Callable[[Step], Any] | None = None,
+        progress: bool = True,
+        output: str = "pil",
+        **options: Any,
+    ) -> Pictures:
+        """Sample towards e^r, r a reward on pictures (B, 3, H, W) in [−1, 1]; ``options`` are those of ``mfm.steer``.
+
+        Where memory runs out, the decoder's and the reward's micro-batches and then the batch are halved and the
+        samples made again from their seeds.
+        """
+        check_kind(output)
+        if reward is None:
+            raise InputError("steer needs a reward: a function of pictures, or one of mfm.rewards, such as PickScore")
+        labels, n = self.labels(label, num_images)
+        cond = self.condition(labels, guidance, n)
+        if seeds is None and options.get("returns") != "all":
+            seeds = fresh_seeds(n, generator)
+        while True:
+            try:
+                with self.autocast():
+                    found = steer(
+                        self.model, self.on_latents(reward), n, method, num_draws, steps, cond=cond, seeds=seeds,
+                        generator=generator, callback=callback, progress=progress, batch_size=batch_size, **options,
+                    )  # fmt: skip
+                break
+            except (RuntimeError, InputError) as error:  # a reward's own failure comes as the latter
+                if OUT_OF_MEMORY not in str(error).lower() or batch_size == 1:
+                    raise
+                batch_size //= 2
+        kept = len(found.samples)
+        with torch.no_grad(), self.autocast():
+            images = self.decode(found.samples)
+        return Pictures(
+            from_tensor(images, output), found.samples, None if labels is None else labels[:kept], found.seeds,
+            found.cost, found.rewards, found.info, found.interrupted,
+        )  # fmt: skip
+
+    def estimate(
+        self, num_images: int = 1, reward: Callable[..., Tensor] | None = None, **options: Any
+    ) -> dict[str, float]:
+        """What a call costs before it is made: calls, seconds, memory, from two short trials of a single batch.
+
+        With a ``reward``, of ``steer`` with these options; without, of a plain call. Counts grow by a constant a step
+        and a sample: trials of two and of three steps tell it.
+        """
+        quiet = {**options, "progress": False, "output": "tensor"}
+        make: Callable[..., Pictures] = self if reward is None else self.steer  # type: ignore[assignment]
+        if reward is not None:
+            quiet["reward"] = reward
+        default = inspect.signature(make).parameters["steps"].default
+        batch = options.get("batch_size", inspect.signature(make).parameters["batch_size"].default)
+        rows = min(num_images, batch)
+        generator = torch.Generator().manual_seed(0)
+        trial = {k: v for k, v in quiet.items() if k not in ("steps", "generator", "seeds", "num_images")}
+        # the first call allocates and compiles: it tells the memory, not the time
+        first, short, longer = (make(num_images=rows, steps=k, generator=generator, **trial).cost for k in (2, 2, 3))
+        steps, chunks = options.get("steps", default), -(-num_images // batch)
+        counted = [key for key in short if key not in ("peak_memory_bytes", "seconds")]
+        whole = {key: short[key] + (steps - 2) * (longer[key] - short[key]) for key in counted}
+        out = {key: value * num_images / rows for key, value in whole.items() if key != "nfe"}
+        per_step = max(longer["seconds"] - short["seconds"], short["seconds"] / 3)
+        out["seconds"] = chunks * (short["seconds"] + (steps - 2) * per_step)
+        out["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in (first, short, longer))
+        out["nfe"] = (out["forwards"] + out["backwards"] + out["reward_calls"] + out["reward_backwards"]) / num_images
+        return out
+
+    # -- between pictures and latents --------------------------------------------------------------------------------
+
+    def encode(self, image: Any) -> Tensor:
+        """Pictures of any kind -> the model's samples, (B, *event): the mean of their latents."""
+        x = to_tensor(image, self.image_shape[0]).to(self.device, self.model.dtype)
+        if tuple(x.shape[1:]) != tuple(self.image_shape):
+            wanted = "×".join(map(str, self.image_shape[1:]))
+            raise InputError(f"pictures must be {wanted} for this model, got {x.shape[2]}×{x.shape[3]}: resize them")
+        return x if self.codec is None else self.codec.encode(x)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Samples -> pictures (B, C, H, W) in [−1, 1], differentiable."""
+        return latents.clamp(-1, 1) if self.codec is None else self.codec.decode(latents)
+
+    def on_latents(self, reward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The reward of a sample: that of its picture."""
+        return reward if self.codec is None else Decoded(reward, self.codec)
+
+    # -- conditions --------------------------------------------------------------------------------------------------
+
+    def labels(self, label: Labels, repeats: int) -> tuple[Tensor | None, int]:
+        """Numbers of the classes, each ``repeats`` times, and how many pictures that makes."""
+        check_count(repeats, "num_images")
+        if label is None:
+            return None, repeats
+        names = [label] if isinstance(label, str | int) else list(label)
+        if not names:
+            raise InputError("no label was given: name a class, or leave the label out")
+        numbers = torch.tensor([self.label(name) for name in names]).repeat_interleave(repeats)
+        return numbers.to(self.device), len(numbers)
+
+    def condition(self, labels: Tensor | None, guidance: float | None, n: int) -> Cond:
+        """``cond`` of n samples: the null class where no label is given, the usual guidance where no scale is."""
+        guided = getattr(self.model.network, "guidance", None) is not None
+        scale = self.guidance if guidance is None else guidance
+        if scale is not None and not guided:
+            if guidance is None or guidance == 1:
+                scale = None
+            else:
+                raise InputError(
+                    "this map was not trained with guidance: leave it out, or train one with condition.guidance"
+                )
+        cond: dict[str, Tensor] = {}
+        if labels is not None:
+            cond["label"] = labels
+        elif self.num_classes:
+            cond["label"] = torch.full((n,), self.num_classes, device=self.device)
+            scale = None if guidance is None else scale  # no class to guide towards
+        if scale is not None:
+            cond["guidance"] = torch.full((n,), float(scale), device=self.device)
+        return cond or None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the networks compute in, while it lasts."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    def _metered(self) -> Meter:
+        meter = Meter(self.model.network, self.device)
+        if self.codec is not None:
+            meter.watch(self.codec, "decodes", None)
+        return meter
+
+
+def stored(found: Checkpoint | None) -> dict[str, Any]:
+    """pipeline.json of a checkpoint that has one."""
+    return dict(found.document(DOCUMENT)) if found is not None and found.has(DOCUMENT) else {}
+
+
+def names_of(model: MetaFlowMap, found: Checkpoint | None) -> tuple[str, ...]:
+    """The names of a map's classes: those that its checkpoint holds, ImageNet's for a thousand of them."""
+    names = stored(found).get("class_names")
+    if names == "imagenet" or (not names and int(getattr(model.network, "num_classes", 0)) == 1000):
+        return imagenet.class_names()
+    return tuple(names or ())
+
+
+def codec_of(
+    model: MetaFlowMap, found: Checkpoint | None, vae: str | FilePath | AutoencoderCodec | None = None, **options: Any
+) -> AutoencoderCodec | None:
+    """The autoencoder of a map: as told, as its checkpoint names it, or the usual one of latents; None for pixels."""
+    if isinstance(vae, AutoencoderCodec):
+        return vae
+    known = stored(found)
+    place = vae or known.get("vae") or (SD_VAE if is_latent(model) else None)
+    if place is None:
+        return None
+    if vae is None and found is not None and (found.path / place).is_dir():
+        place = found.path / place
+    return AutoencoderCodec.from_pretrained(place, known.get("vae_revision") if vae is None else None, **options)
+
+
+def is_latent(model: MetaFlowMap) -> bool:
+    """Does the map live on four channels of latents, and not on grey or coloured pixels?"""
+    return len(model.event_shape) == 3 and model.event_shape[0] == 4
+
+
+def open_map(
+    path_or_hub_id: str | FilePath,
+    family: str = "auto",
+    config: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[MetaFlowMap, Checkpoint | None]:
+    """A checkpoint of ours, with what was read, or a published file, converted."""
+    if published(path_or_hub_id) or family != "auto" or config:
+        return pretrained.load(path_or_hub_id, family, config, revision), None
+    return load_model(path_or_hub_id, revision), resolve_checkpoint(path_or_hub_id, revision)
+
+
+def published(path_or_hub_id: str | FilePath) -> bool:
+    """Is this a file of weights, here or on the hub, rather than a checkpoint of ours?"""
+    name, local = str(path_or_hub_id), FilePath(path_or_hub_id).expanduser()
+    if local.exists():
+        return local.is_file()
+    return name in pretrained.HUB_FILES or FilePath(name.partition("@")[0]).suffix in pretrained.SUFFIXES

@@ -1,0 +1,89 @@
+"""mfm convert: what it writes, and every way to get it wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import metaflowmaps as mfm
+from metaflowmaps import cli
+from metaflowmaps.networks.dit import SIZES, DiT
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["mfm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def files(shared):
+    return {family: shared / f"data/interop/{family}_weights.safetensors" for family in ("mfm", "dmf", "sit")}
+
+
+@pytest.mark.parametrize("family", ["mfm", "dmf", "sit"])
+def test_what_it_writes_loads_as_the_same_map(run, files, tmp_path, family):
+    out = tmp_path / "map"
+    options = ("--set", "heads=4", "--set", "encoder_depth=3", "--json")
+    code, text, err = run("convert", files[family], "--out", out, *options)
+    assert code == 0, err
+    results = json.loads(text)
+    assert results["metrics"]["family"] == family
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "config.json", "manifest.json", "model.safetensors", "pipeline.json",
+    ]  # fmt: skip
+    direct = mfm.pretrained.load(files[family], config={"heads": 4, "encoder_depth": 3}).state_dict()
+    loaded = mfm.MetaFlowMap.from_pretrained(out).state_dict()
+    assert direct.keys() == loaded.keys()
+    assert all(torch.equal(direct[key], loaded[key]) for key in direct)
+    config = json.loads((out / "config.json").read_text())
+    assert config["origin"]["family"] == family
+    assert str(files[family].parent) not in json.dumps(config)  # no path of this machine
+    card = (out / "README.md").read_text()
+    assert f"layout: {family}" in card
+    assert "number 10 is the null class" in card
+    code, _, err = run("convert", files[family], "--out", out, *options)
+    assert code == 0
+    assert "holds this conversion already" in err
+
+
+def test_bad_input_is_one_line_that_names_the_fix(run, files, tmp_path):
+    weights = load_file(files["dmf"])
+    save_file({**weights, "odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    taken = tmp_path / "taken"
+    assert run("convert", files["sit"], "--set", "heads=4", "--out", taken)[0] == 0
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("keep")
+    heads = ("--set", "heads=4", "--set", "encoder_depth=3")
+    for arguments, words in (
+        ((tmp_path / "none.pt",), "no such file"),
+        ((tmp_path / "odd.safetensors", *heads), "nearest is dmf, from which it differs: unexpected: odd"),
+        ((files["dmf"],), "--set heads=N --set encoder_depth=N"),
+        ((files["dmf"], "--family", "mfm", *heads), "it is a dmf file: family='dmf'"),
+        ((files["dmf"], "--set", "head=4"), "did you mean 'heads'"),
+        ((files["dmf"], *heads, "--out", taken), "another checkpoint: choose another"),
+        ((files["dmf"], *heads, "--out", notes), "holds other files"),
+        (("nobody/nothing-of-the-kind@main",), "not on the hub"),
+    ):
+        code, out, err = run("convert", *arguments)
+        assert code == 2, (arguments, err)
+        assert words in err, err
+        assert err.count("\n") == 1 or err.splitlines()[-1].startswith("error:")
+        assert out == ""
+    assert (notes / "mine.txt").read_text() == "keep"
+
+
+def test_parameters_of_the_released_size():
+    """684 M with the context, 675 M without (method notes, §10)."""
+    with torch.device("meta"):
+        network = DiT(4, 32, 2, **SIZES["XL"], num_classes=1000, guidance=[1.0, 2.5])
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 684
+    assert round(network.parameters_of_parent() / 1e6) == 675

@@ -1,0 +1,278 @@
+"""The pipeline: names to numbers, pictures to latents and back, and nothing that the parts do not do themselves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.tiny_codec import tiny_codec, tiny_vae
+
+import metaflowmaps as mfm
+from metaflowmaps.checkpoint import load_model
+from metaflowmaps.data import imagenet
+from metaflowmaps.errors import InputError
+from metaflowmaps.imaging import from_tensor, to_tensor
+from metaflowmaps.networks.dit import DiT
+
+LEFT = torch.linspace(1, -1, 32)[None, None, None, :]
+
+
+def bright_left(x, cond=None):
+    return 4 * (x * LEFT.to(x)).mean((1, 2, 3))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_map(size=4, classes=1000, guidance=(1.0, 2.5)):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DiT(4, size, 2, 32, 2, 4, 1, num_classes=classes, guidance=list(guidance) if guidance else False)
+        for p in network.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    return mfm.MetaFlowMap(network, mfm.LinearPath(), "plain")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return mfm.Pipeline(make_map(), tiny_codec(), imagenet.class_names())
+
+
+QUIET = {"progress": False, "output": "tensor"}
+
+
+def test_a_call_is_refinement_and_decoding(pipe):
+    out = pipe("tabby cat", steps=3, guidance=2.5, num_images=3, generator=generator(), **QUIET)
+    cond = {"label": torch.full((3,), 281), "guidance": torch.full((3,), 2.5)}
+    latents = pipe.model.generate(3, 3, cond=cond, seeds=out.seeds)
+    assert torch.equal(out.latents, latents)
+    with torch.no_grad():
+        assert torch.equal(out.images, pipe.codec.decode(latents))
+    assert out.labels.tolist() == [281] * 3
+    assert out.cost["forwards"] == 9
+    assert out.cost["decodes"] == 3
+    plain = pipe("tabby cat", steps=3, num_images=3, seeds=out.seeds, guidance=1.0, **QUIET)
+    other = pipe("goldfish", steps=3, num_images=3, seeds=out.seeds, guidance=2.5, **QUIET)
+    assert not torch.allclose(plain.latents, out.latents)
+    assert not torch.allclose(other.latents, out.latents)
+
+
+def test_a_picture_is_a_function_of_its_seed(pipe):
+    out = pipe(["tabby cat", 1], steps=2, num_images=2, generator=generator(1), batch_size=3, **QUIET)
+    assert out.labels.tolist() == [281, 281, 1, 1]
+    again = pipe(1, steps=2, seeds=out.seeds[3:], **QUIET)
+    # the same float32 sums in batches of another size
+    torch.testing.assert_close(again.images[0], out.images[3], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_names_numbers_and_wordnet_ids(pipe):
+    for name in ("tabby cat", "Tabby", "n02123045", 281, "281"):
+        assert pipe.label(name) == 281
+    with pytest.raises(InputError, match="did you mean 'tabby cat'"):
+        pipe("tabbi cat", **QUIET)
+    with pytest.raises(InputError, match="give a number from 0 to 999"):
+        pipe(1000, **QUIET)
+    own = mfm.Pipeline(make_map(classes=2), tiny_codec(), ("sea", "land"))
+    assert own.label("land") == 1
+    unnamed = mfm.Pipeline(make_map(classes=2), tiny_codec())
+    assert unnamed.label(1) == 1
+    with pytest.raises(InputError, match="3 names for 2 classes"):
+        mfm.Pipeline(make_map(classes=2), tiny_codec(), ("a", "b", "c"))
+
+
+def test_without_a_label_the_null_class_is_meant(pipe):
+    out = pipe(steps=1, num_images=2, generator=generator(2), **QUIET)
+    null = pipe.model.generate(2, 1, cond={"label": torch.full((2,), 1000)}, seeds=out.seeds)
+    assert torch.equal(out.latents, null)
+
+
+def test_guidance_has_to_be_learned():
+    plain = mfm.Pipeline(make_map(guidance=None), tiny_codec(), imagenet.class_names())
+    plain("goldfish", steps=1, guidance=1.0, **QUIET)
+    with pytest.raises(InputError, match="not trained with guidance"):
+        plain("goldfish", steps=1, guidance=2.5, **QUIET)
+
+
+def test_the_usual_guidance_is_that_of_the_checkpoint(tmp_path):
+    first = mfm.Pipeline(make_map(), tiny_codec(), imagenet.class_names(), guidance=2.5)
+    first.save_pretrained(tmp_path / "pipe")
+    assert json.loads((tmp_path / "pipe/pipeline.json").read_text())["class_names"] == "imagenet"
+    again = mfm.Pipeline.from_pretrained(tmp_path / "pipe")
+    assert again.guidance == 2.5
+    seeds = torch.tensor([3, 4])
+    one, two = (p("goldfish", steps=2, num_images=2, seeds=seeds, **QUIET) for p in (first, again))
+    assert torch.equal(one.images, two.images)
+    said = again("goldfish", steps=2, num_images=2, seeds=seeds, guidance=2.5, **QUIET)
+    assert torch.equal(one.latents, said.latents)
+    assert isinstance(mfm.MetaFlowMap.from_pretrained(tmp_path / "pipe"), mfm.MetaFlowMap)
+
+
+def test_posterior_draws_are_those_of_the_map(pipe):
+    picture = pipe("goldfish", steps=1, generator=generator(3), **QUIET).images
+    out = pipe.posterior(
+        picture, 0.6, num_draws=5, label="goldfish", guidance=2.5, generator=generator(4), output="tensor"
+    )
+    assert out.images.shape == (5, 1, 3, 32, 32)
+    g = generator(4)
+    with torch.no_grad():
+        x_1 = pipe.codec.encode(picture)[0]
+        x_t = pipe.model.path.interpolate(torch.randn(x_1.shape, generator=g), x_1, 0.6)
+        cond = {"label": torch.tensor([1]), "guidance": torch.tensor([2.5])}
+        draws = pipe.model.draw(0.6, x_t, 5, generator=g, cond=cond)
+    torch.testing.assert_close(out.info["noisy"], x_t, rtol=0, atol=0)
+    torch.testing.assert_close(out.latents, draws, rtol=0, atol=0)
+    late = pipe.posterior(picture, 1.0, num_draws=2, generator=generator(), output="tensor")
+    assert late.cost["forwards"] == 2
+
+
+def test_steering_raises_the_reward_and_is_that_of_steer(pipe):
+    options = {"num_images": 4, "steps": 8, "guidance": 2.5, **QUIET}
+    seeds = torch.arange(4)
+    free = pipe.steer("goldfish", bright_left, "none", seeds=seeds, **options)
+    led = pipe.steer("goldfish", lambda x: 400 * bright_left(x), "mfm-g", seeds=seeds, num_draws=1, **options)
+    assert (
+        bright_left(led.images).mean() > bright_left(free.images).mean() + 0.01
+    )  # the spread of the free ones is .003
+    torch.testing.assert_close(led.rewards, 400 * bright_left(led.images), rtol=1e-4, atol=1e-4)
+    cond = {"label": torch.ones(4, dtype=torch.int64), "guidance": torch.full((4,), 2.5)}
+    own = mfm.steer(
+        pipe.model, lambda z: 400 * bright_left(pipe.codec.decode(z)), 4, "mfm-g", 1, 8, seeds=seeds, cond=cond
+    )
+    torch.testing.assert_close(led.latents, own.samples, rtol=1e-4, atol=1e-5)
+    assert led.cost["decodes"] == led.cost["reward_calls"] == 4 * 8
+    with pytest.raises(InputError, match="needs a reward"):
+        pipe.steer("goldfish", num_images=1)
+    with pytest.raises(InputError, match="did you mean 'mfm-g"):
+        pipe.steer("goldfish", bright_left, "mfm_g")
+
+
+def test_what_does_not_fit_memory_is_made_in_smaller_batches(pipe):
+    most = []
+
+    def hungry(x):
+        most.append(len(x))
+        if len(x) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+        return bright_left(x)
+
+    options = {"num_images": 4, "steps": 2, "seeds": torch.arange(4), **QUIET}
+    out = pipe.steer("goldfish", hungry, "mfm-g", batch_size=4, **options)
+    assert max(most) == 4
+    assert most[-1] <= 2
+    easy = pipe.steer("goldfish", bright_left, "mfm-g", batch_size=2, **options)
+    torch.testing.assert_close(out.latents, easy.latents, rtol=1e-4, atol=1e-5)
+
+    def broken(x):
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises((RuntimeError, InputError), match="out of memory"):
+        pipe.steer("goldfish", broken, "mfm-g", **options)
+
+
+@pytest.mark.parametrize(
+    ("reward", "options"),
+    [
+        (None, {"steps": 6, "num_images": 10, "batch_size": 4}),
+        (bright_left, {"steps": 9, "num_images": 5, "num_draws": 2, "method": "mfm-g", "batch_size": 4}),
+        (bright_left, {"steps": 7, "num_images": 2, "num_draws": 3, "method": "mfm-gf", "batch_size": 2}),
+        (bright_left, {"steps": 5, "num_images": 4, "method": "dps", "batch_size": 4}),
+    ],
+)
+def test_the_estimate_is_what_the_call_costs(pipe, reward, options):
+    guess = pipe.estimate(reward=reward, label="goldfish", **options)
+    make = pipe if reward is None else lambda label, **o: pipe.steer(label, reward, **o)
+    cost = make("goldfish", generator=generator(), **options, **QUIET).cost
+    for key in ("forwards", "backwards", "reward_calls", "reward_backwards", "decodes"):
+        assert guess[key] == pytest.approx(cost[key]), key
+    # a guess from two trials of some ten milliseconds, on a machine that others use
+    assert 0.1 * cost["seconds"] < guess["seconds"] < 10 * cost["seconds"]
+
+
+def test_bfloat16_is_near_float32(pipe):
+    half = mfm.Pipeline(make_map(), tiny_codec(), imagenet.class_names()).to(dtype=torch.bfloat16)
+    seeds = torch.arange(2)
+    a, b = (p("goldfish", steps=2, num_images=2, seeds=seeds, **QUIET) for p in (pipe, half))
+    assert b.latents.dtype == torch.float32
+    gap = (a.latents - b.latents).abs().max()
+    assert 0 < gap < 0.05 * a.latents.abs().max()  # eight bits of mantissa through a dozen layers
+    with pytest.raises(InputError, match="float32 or torch"):
+        half.to(dtype=torch.float64)
+
+
+def test_an_interrupted_call_keeps_what_is_made(pipe):
+    seen = []
+
+    def enough(done, total):
+        seen.append((done, total))
+        return done >= 4
+
+    out = pipe("goldfish", steps=1, num_images=7, batch_size=2, callback=enough, **QUIET)
+    assert seen == [(2, 7), (4, 7)]
+    assert out.interrupted
+    assert len(out.images) == len(out.latents) == len(out.seeds) == len(out.labels) == 4
+
+
+def test_pixel_models_need_no_autoencoder():
+    digits = mfm.Pipeline.from_pretrained("digits")
+    out = digits(steps=2, num_images=2, generator=generator(), progress=False)
+    assert [image.size for image in out.images] == [(8, 8)] * 2
+    draws = digits.posterior(out.images[0], 0.5, 3, generator=generator())
+    assert len(draws.images) == 3
+    with pytest.raises(InputError, match="knows no classes"):
+        digits("seven")
+    with pytest.raises(InputError, match="8×8"):
+        digits.posterior(Image.new("L", (9, 9)), 0.5)
+
+
+def test_published_files_open_as_pipelines(shared, tmp_path):
+    config = {"heads": 4, "encoder_depth": 3}
+    path = shared / "data/interop/mfm_weights.safetensors"
+    pipe = mfm.Pipeline.from_pretrained(path, config=config, vae=tiny_codec())
+    out = pipe(3, steps=2, guidance=2.5, num_images=2, generator=generator(), **QUIET)
+    assert out.images.shape == (2, 3, 64, 64)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    local = mfm.Pipeline.from_pretrained(path, config=config, vae=tmp_path / "vae")
+    again = local(3, steps=2, guidance=2.5, num_images=2, seeds=out.seeds, **QUIET)
+    torch.testing.assert_close(again.images, out.images, rtol=0, atol=0)
+    with pytest.raises(InputError, match=r"has latents \(4, h, w\)"):
+        mfm.Pipeline(load_model("digits"), tiny_codec())
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_every_kind_are_the_same_tensor():
+    whole = torch.randint(0, 256, (2, 5, 7, 3), generator=generator(), dtype=torch.uint8).numpy()
+    x = torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 127.5 - 1
+    kinds = [
+        whole, [*whole], [Image.fromarray(p) for p in whole], whole.astype(np.float32) / 255, x,
+        [Image.fromarray(p).convert("RGBA") for p in whole],
+    ]  # fmt: skip
+    for kind in kinds:
+        torch.testing.assert_close(to_tensor(kind), x, rtol=0, atol=1e-6)  # one rounding of a division by 255
+    assert to_tensor(Image.fromarray(whole[0])).shape == (1, 3, 5, 7)
+    pil = from_tensor(x)
+    assert all((np.asarray(p) == q).all() for p, q in zip(pil, whole, strict=True))
+    np.testing.assert_allclose(from_tensor(x, "numpy"), whole / 255, atol=1e-6)
+    assert from_tensor(x, "tensor") is x
+    assert from_tensor(torch.full((1, 1, 2, 2), 3.0))[0].getpixel((0, 0)) == 255
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "floats in"),
+        (torch.full((1, 3, 4, 4), 2.0), "2 . x - 1"),
+        (np.zeros((4, 4, 3), np.int64), "uint8 in"),
+        (np.full((4, 4, 3), 7.0), "uint8 in"),
+        (np.zeros((4, 4, 2), np.uint8), "an array"),
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)], "different sizes"),
+        ([], "no picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused(bad, message):
+    with pytest.raises(InputError, match=message) as error:
+        to_tensor(bad)
+    assert "\n" not in str(error.value)
