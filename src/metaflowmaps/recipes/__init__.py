@@ -5,6 +5,7 @@ from collections.abc import Callable
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.recipes.digits import digits, digits_guide, digits_judge
 from metaflowmaps.recipes.gmm import gmm, gmm_from_data
+from metaflowmaps.recipes.imagenet import imagenet_b2, imagenet_xl2, latents
 from metaflowmaps.recipes.images import images, images_guide, images_judge
 from metaflowmaps.recipes.mixture16 import mixture_16d
 from metaflowmaps.recipes.mnist import mnist, mnist_guide, mnist_judge
@@ -23,6 +24,9 @@ RECIPES: dict[str, Callable[..., TrainConfig | ClassifierConfig]] = {
     "images": images,
     "images-guide": images_guide,
     "images-judge": images_judge,
+    "latents": latents,
+    "imagenet-b2": imagenet_b2,
+    "imagenet-xl2": imagenet_xl2,
 }
 
 
