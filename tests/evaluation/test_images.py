@@ -19,7 +19,7 @@ from metaflowmaps.evaluation.images.generation import GenerationConfig, evaluate
 from metaflowmaps.evaluation.images.rewards import image_reward, scored, weights
 from metaflowmaps.evaluation.images.stage import Judge, Stage, Timed, per_sample
 from metaflowmaps.posterior import RolloutPosterior
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.randomness import RowNoise, randn, stream
 from metaflowmaps.rewards import InverseProblem
 from metaflowmaps.steering import SteerResult
 
@@ -64,9 +64,10 @@ class Oracle(nn.Module):
         times = torch.as_tensor(t).expand(len(x)).repeat(num_draws)
         return self.push(noise.flatten(0, 1), times, wide, steps).reshape(noise.shape)
 
-    def generate(self, n: int, steps: int = 1, generator=None) -> Tensor:
-        noise = randn((n, *self.event_shape), generator)
-        return self.push(randn((n, *self.event_shape), generator), 0.0, noise, steps)
+    def generate(self, n: int, steps: int = 1, generator=None, seeds=None) -> Tensor:
+        source = generator if seeds is None else RowNoise(seeds, "generate")
+        noise = randn((n, *self.event_shape), source)
+        return self.push(randn((n, *self.event_shape), source), 0.0, noise, steps)
 
 
 class Nearest(nn.Module):

@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 
-from metaflowmaps.cli import train, draw, judge  # isort: skip  # the order in which mfm --help lists them
-from metaflowmaps.cli.options import app, say
+from metaflowmaps.cli import train, convert, data, draw, array, judge  # isort: skip  # the order in which mfm --help lists them
+from metaflowmaps.cli.options import app, complain, say
 from metaflowmaps.errors import InputError
+from metaflowmaps.ranks import told_elsewhere
 
-__all__ = ["app", "draw", "judge", "main", "train"]
+__all__ = ["app", "array", "convert", "data", "draw", "judge", "main", "train"]
 
 
 @app.callback(invoke_without_command=True)
@@ -49,7 +50,8 @@ def _run() -> int:
             say("interrupted; finished files are kept")
         return code if isinstance(code, int) else 0
     except InputError as error:
-        say(f"error: {error}")
+        if not told_elsewhere(error):
+            complain(f"error: {error}")
         return 1 if _disk_full(error.__cause__) else 2
     except KeyboardInterrupt:
         say("interrupted; finished files are kept")
@@ -92,4 +94,6 @@ def _failed(error: Exception) -> int:
             where = context.command_path if context is not None else "mfm"
             say(f"error: {' '.join(message.split())} (see {where} --help)")
         return 2
+    if told_elsewhere(error):
+        return 1
     raise error

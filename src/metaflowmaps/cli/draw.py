@@ -10,16 +10,24 @@ from metaflowmaps.cli.options import (
     REWARD,
     CheckpointArgument,
     Device,
+    Guidance,
+    Images,
     Json,
+    Label,
     Num,
     Only,
     Out,
+    Precision,
     Seed,
     Set,
+    ShardSize,
+    Vae,
+    WorkerOption,
     app,
     emit,
     how_many,
     invocation,
+    say,
 )
 
 
@@ -29,7 +37,14 @@ def sample(
     num: Num = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Network calls a sample.")] = 1,
     method: Annotated[str, typer.Option("--method", help="refine (Alg. 1), compose (k jumps) or ode.")] = "refine",
+    label: Label = None,
+    guidance: Guidance = None,
+    vae: Vae = None,
+    precision: Precision = "float32",
+    images: Images = False,
     only: Only = None,
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     out: Out = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -37,10 +52,13 @@ def sample(
 ) -> None:
     """Draw samples of the data law; samples.safetensors holds them and their seeds."""
     from metaflowmaps import commands
+    from metaflowmaps.commands.scene import Wish
+    from metaflowmaps.sharding import share_of
 
     results = commands.sample(
-        checkpoint, how_many(num, only), steps, method, out, seed or 0, device, invocation(), only or ()
-    )
+        checkpoint, how_many(num, only), steps, method, out, seed or 0, device, invocation(), only or (),
+        share_of(worker, shard_size), say, Wish(label, guidance, vae, precision, images),
+    )  # fmt: skip
     emit(results, as_json)
 
 
@@ -51,9 +69,17 @@ def posterior(
     x: Annotated[
         str | None, typer.Option("--x", help="The noisy state, as numbers: 1.0,-0.5. Drawn if absent.")
     ] = None,
+    image: Annotated[str | None, typer.Option("--image", help="A clean picture to noise, in place of --x.")] = None,
     num_draws: Annotated[int | None, typer.Option("--num-draws", min=1, help=f"How many draws ({NUM}).")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Network calls a draw.")] = 1,
+    label: Label = None,
+    guidance: Guidance = None,
+    vae: Vae = None,
+    precision: Precision = "float32",
+    images: Images = False,
     only: Only = None,
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     out: Out = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -61,10 +87,13 @@ def posterior(
 ) -> None:
     """Draw clean data given a noisy state; writes draws.safetensors with their seeds and a picture."""
     from metaflowmaps import commands
+    from metaflowmaps.commands.scene import Wish
+    from metaflowmaps.sharding import share_of
 
     results = commands.posterior(
-        checkpoint, t, x, how_many(num_draws, only), steps, out, seed or 0, device, invocation(), only or ()
-    )
+        checkpoint, t, x, how_many(num_draws, only), steps, out, seed or 0, device, invocation(), only or (),
+        share_of(worker, shard_size), say, Wish(label, guidance, vae, precision, images), image,
+    )  # fmt: skip
     emit(results, as_json)
 
 
@@ -85,8 +114,14 @@ def steer(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the time grid.")] = 250,
     process: Annotated[str, typer.Option("--process", help="ode or sde.")] = "ode",
     renormalize: Annotated[str, typer.Option("--renormalize", help="none, clip or rescale.")] = "none",
-    label: Annotated[int | None, typer.Option("--label", help="Class to condition on.")] = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    vae: Vae = None,
+    precision: Precision = "float32",
+    images: Images = False,
     only: Only = None,
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     out: Out = None,
     settings: Set = None,
     seed: Seed = None,
@@ -95,9 +130,12 @@ def steer(
 ) -> None:
     """Sample with a reward; samples.safetensors holds samples, rewards, seeds. --set gives a method's own options."""
     from metaflowmaps import commands
+    from metaflowmaps.commands.scene import Wish
+    from metaflowmaps.sharding import share_of
 
     results = commands.steer(
-        checkpoint, reward, strength, how_many(num, only), method, num_draws, steps, process, renormalize, label,
+        checkpoint, reward, strength, how_many(num, only), method, num_draws, steps, process, renormalize,
         settings or [], out, seed or 0, device, invocation(), sys.stderr.isatty(), only or (),
+        share_of(worker, shard_size), say, Wish(label, guidance, vae, precision, images),
     )  # fmt: skip
     emit(results, as_json)

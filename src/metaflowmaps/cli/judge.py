@@ -12,12 +12,15 @@ from metaflowmaps.cli.options import (
     Out,
     Seed,
     Set,
+    ShardSize,
+    WorkerOption,
     app,
     evaluate,
     invocation,
     judged,
     say,
 )
+from metaflowmaps.errors import InputError
 
 Task = Annotated[
     str | None,
@@ -34,6 +37,8 @@ def eval_steering(
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
     """Every steering method with its cost. Mixtures: against the exact tilted law; images: by a judge no method saw.
@@ -43,8 +48,11 @@ def eval_steering(
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
-        results = on_images(commands.image_task(task), checkpoint, samples, out, settings, seed, device)
+        results = on_images(
+            commands.image_task(task), checkpoint, samples, out, settings, seed, device, worker, shard_size
+        )
     else:
+        uncut(worker, shard_size)
         results = commands.eval_steering(
             checkpoint, task or "gmm-inverse", samples, out, settings or [], seed or 0, device, invocation(), say
         )
@@ -59,14 +67,17 @@ def eval_value(
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
     """The value from posterior draws, map and GLASS by calls. Mixtures: against the exact one; images: rollouts."""
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
-        results = on_images("value", checkpoint, None, out, settings, seed, device)
+        results = on_images("value", checkpoint, None, out, settings, seed, device, worker, shard_size)
     else:
+        uncut(worker, shard_size)
         results = commands.eval_value(checkpoint, task, out, settings or [], seed or 0, device, invocation(), say)
     judged(results, as_json)
 
@@ -80,6 +91,8 @@ def eval_posterior(
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
     """Posterior draws, map and GLASS by calls. Mixtures: relative sliced W2; images: Fréchet distance in classifier
@@ -87,8 +100,9 @@ def eval_posterior(
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
-        results = on_images("posterior", checkpoint, samples, out, settings, seed, device)
+        results = on_images("posterior", checkpoint, samples, out, settings, seed, device, worker, shard_size)
     else:
+        uncut(worker, shard_size)
         results = commands.eval_posterior(
             checkpoint, law, samples or 8192, out, settings or [], seed or 0, device, invocation(), say
         )
@@ -103,10 +117,12 @@ def eval_generation(
     settings: Set = None,
     seed: Seed = None,
     device: Device = "auto",
+    worker: WorkerOption = None,
+    shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
     """Unconditional images by network calls: refinement and composed jumps of the map against ODE steps."""
-    results = on_images("generation", checkpoint, samples, out, settings, seed, device)
+    results = on_images("generation", checkpoint, samples, out, settings, seed, device, worker, shard_size)
     judged(results, as_json)
 
 
@@ -118,12 +134,22 @@ def on_images(
     settings: list[str] | None,
     seed: int | None,
     device: str,
+    worker: str | None = None,
+    shard_size: int | None = None,
 ) -> dict[str, Any]:
     """An image experiment; --samples is one of its settings."""
     from metaflowmaps import commands
+    from metaflowmaps.sharding import share_of
 
     own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
-    return commands.evaluate_images(name, checkpoint, out, own, seed or 0, device, invocation(), say)
+    share = share_of(worker, shard_size)
+    return commands.evaluate_images(name, checkpoint, out, own, seed or 0, device, invocation(), say, share)
+
+
+def uncut(worker: str | None, shard_size: int | None) -> None:
+    """An evaluation on a mixture is one piece."""
+    if worker is not None or shard_size is not None:
+        raise InputError("on mixtures evaluations are not cut into shards: leave --worker and --shard-size out")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.ranks import launched
 
 app = typer.Typer(
     name="mfm",
@@ -23,7 +24,10 @@ app.add_typer(evaluate, name="eval")
 
 NUM = 1024  # samples, where nobody says
 
-REWARD = "file.py:function; mixtures: gmm-inverse, mixture-16d; images: margin:7 (be a 7), slant, ink, half, mixture."
+REWARD = (
+    "file.py:function; mixtures: gmm-inverse, mixture-16d; images: margin:7 (be a 7), slant, ink, half, mixture; "
+    "pictures: pickscore:PROMPT, hpsv2, imagereward or clip likewise, aesthetic, classifier:CLASS."
+)
 
 Out = Annotated[Path | None, typer.Option("--out", help="Directory for results.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: key.sub=value (repeatable).")]
@@ -33,6 +37,13 @@ Only = Annotated[
     list[int] | None,
     typer.Option("--only", min=0, max=2**63 - 1, help="Make the sample with this saved seed again (repeatable)."),
 ]
+WorkerOption = Annotated[
+    str | None,
+    typer.Option("--worker", metavar="i/K", help="Do shards i, i + K, … and leave the others to other processes."),
+]
+ShardSize = Annotated[
+    int | None, typer.Option("--shard-size", min=1, help="Samples a shard (64 where workers share them).")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, progress on stderr.")]
 CheckpointArgument = Annotated[
@@ -40,8 +51,21 @@ CheckpointArgument = Annotated[
 ]
 
 
+Label = Annotated[str | None, typer.Option("--label", help="Class, by number or name; all: the classes in turn.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Scale w of class guidance, of maps that know it.")]
+Vae = Annotated[str | None, typer.Option("--vae", help="Autoencoder of latents: a folder or hub id, where not known.")]
+Precision = Annotated[str, typer.Option("--precision", help="What the networks compute in: float32 or bf16.")]
+Images = Annotated[bool, typer.Option("--images", help="Write every sample as a PNG too.")]
+
+
 def say(line: str) -> None:
-    """Progress and messages: stderr."""
+    """Progress and messages: stderr; of several ranks, the first one's."""
+    if launched().rank == 0:
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """What went wrong, on any rank."""
     with suppress(BrokenPipeError):  # nobody reads the progress: the work goes on
         print(line, file=sys.stderr, flush=True)
 
@@ -58,13 +82,15 @@ def judged(results: dict[str, Any], as_json: bool) -> None:
     from metaflowmaps.commands import print_tables
     from metaflowmaps.report.html import tables_of
 
-    if not as_json:
+    if not as_json and "command" in results:  # a worker among others has none
         print_tables(tables_of(results))
     emit(results, as_json)
 
 
 def emit(results: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout: as JSON, or as where to find it."""
+    """The result on stdout: as JSON, or as where to find it; of several ranks, the first one's."""
+    if launched().rank:
+        return
     if as_json:
         print(json.dumps(results))
         return

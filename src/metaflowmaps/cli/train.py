@@ -1,7 +1,7 @@
 """mfm recipes, train and finetune."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from metaflowmaps.cli.options import (
     say,
 )
 from metaflowmaps.errors import InputError
+
+Gpu = Annotated[str, typer.Option("--gpu", help="--dry-run of a run at scale: h200, h100, a100, l40s, rtx4090 …")]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="How many of them.")]
 
 
 @app.command()
@@ -48,20 +51,26 @@ def train(
     ] = None,
     resume: Annotated[str, typer.Option("--resume", help="auto, none, or a run or checkpoint to start from.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, count, try one step, exit.")] = False,
+    gpu: Gpu = "h200",
+    gpus: Gpus = 1,
     as_json: Json = False,
 ) -> None:
     """Train a meta flow map. Run the same command again to go on after an interruption."""
-    from metaflowmaps import commands
+    from metaflowmaps import commands, ranks
     from metaflowmaps.recipes import recipe as find_recipe
 
-    if max_steps is not None and max_steps < 1:
-        raise InputError(f"--max-steps must be at least 1, got {max_steps}")
-    config = commands.resolve_training(find_recipe(recipe, fast, data), settings or [], seed, max_steps)
-    if dry_run:
-        emit(commands.dry_run(config, device), as_json)
-        return
-    results = commands.train(config, out or Path("runs") / recipe, device, resume, invocation(), say)
-    emit(results, as_json)
+    def resolve() -> Any:
+        if max_steps is not None and max_steps < 1:
+            raise InputError(f"--max-steps must be at least 1, got {max_steps}")
+        return commands.resolve_training(find_recipe(recipe, fast, data), settings or [], seed, max_steps)
+
+    with ranks.session():
+        config = ranks.together(resolve)
+        if dry_run:
+            emit(ranks.first(lambda: commands.dry_run(config, device, gpu, gpus)), as_json)
+            return
+        results = commands.train(config, out or Path("runs") / recipe, device, resume, invocation(), say)
+        emit(results, as_json)
 
 
 @app.command()
@@ -91,8 +100,9 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Put a reward into the weights: a map that samples p_1 e^{λr} without guidance. Run it again to go on."""
-    from metaflowmaps import commands
+    from metaflowmaps import commands, ranks
 
+    ranks.alone("mfm finetune")
     given = {"method": method, "guidance": guidance, "stop": stop}
     whole = whole or ("none" if method == "draft" else None)
     given |= {k: v for k, v in {"map": whole, "num_draws": num_draws, "seed": seed}.items() if v is not None}

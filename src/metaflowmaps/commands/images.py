@@ -1,6 +1,5 @@
 """The image experiments as commands: mfm eval posterior, value, steering and generation on a map of images."""
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any, NamedTuple
 from metaflowmaps.checkpoint import Checkpoint, CheckpointError, load_classifier, load_model, resolve_checkpoint
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands import pictures
-from metaflowmaps.commands.shared import Results, Say, begun, beside, digest, open_model, run_of
+from metaflowmaps.commands.shards import elsewhere, shared_claim
+from metaflowmaps.commands.shared import Results, Say, beside, digest, open_model, run_of
 from metaflowmaps.config import override, validated
-from metaflowmaps.data import DataConfig, ImageSet, load_data
+from metaflowmaps.data import DataConfig, Examples, load_data
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.evaluation.images.generation import GenerationConfig, evaluate_generation
 from metaflowmaps.evaluation.images.inverse import InverseConfig, evaluate_inverse
@@ -22,6 +22,7 @@ from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Judge, Stage
 from metaflowmaps.evaluation.images.value import ImageValueConfig, evaluate_image_value
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.runs import write_results
+from metaflowmaps.sharding import Elsewhere, Share, discard, own_device
 
 Drawn = tuple[dict[str, Any], Callable[[Path], dict[str, str]]]  # metrics; what writes the figures -> captions
 
@@ -101,30 +102,39 @@ def evaluate_images(
     device: str,
     invocation: str,
     say: Say,
+    share: Share = Share(),
 ) -> Results:
-    """Run one experiment on a checkpoint; figures, results.json."""
+    """Run one experiment on a checkpoint; figures, results.json. What it draws is kept, and shared by workers."""
     if name not in EXPERIMENTS:
         raise unknown("task", name, EXPERIMENTS)
     experiment = EXPERIMENTS[name]
     config = override(validated(experiment.config, {"seed": seed}), settings)
-    model, found, target = open_model(checkpoint, device)
+    model, found, target = open_model(checkpoint, own_device(device))
     stage, sources = open_stage(checkpoint, found, model, config)
     out = out or beside(checkpoint, found, f"eval-{name}")
     full = {"checkpoint": digest(found), "experiment": name, **config.model_dump(), **sources}
-    done = begun(out, experiment.command, full)
-    if done is not None and "captions" in done["metrics"]:
-        say(f"{out} is complete")
-        return done
-    began = time.perf_counter()
-    metrics, draw = experiment.run(stage, config, lambda line: say(f"{experiment.command}: {line}"))
-    cost = {"seconds": time.perf_counter() - began}
-    write_results(out, experiment.command, full, metrics, cost, seed=config.seed, device=target, invocation=invocation)
-    # the figures come last: what was measured is on disk before anything is drawn, and without captions it is not all
-    metrics["captions"] = draw(out)
-    results = write_results(
-        out, experiment.command, full, metrics, cost, seed=config.seed, device=target, invocation=invocation
-    )
+    with shared_claim(out, experiment.command, full, "cells", share, say, _drawn) as (done, pieces):
+        if done is not None:
+            say(f"{out} is complete")
+            return done
+        stage.pieces, stage.shard = pieces, pieces.size(share, stage.shard)
+        try:
+            metrics, draw = experiment.run(stage, config, lambda line: say(f"{experiment.command}: {line}"))
+        except Elsewhere as left:
+            return elsewhere(out, pieces, left)
+        written: dict[str, Any] = {"seed": config.seed, "device": target, "invocation": invocation}
+        cost = pieces.cost()
+        write_results(out, experiment.command, full, metrics, cost, **written)
+        # the figures come last: what was measured is on disk before anything is drawn, and without them it is not all
+        metrics["captions"] = draw(out)
+        results = write_results(out, experiment.command, full, metrics, cost, **written)
+        discard(pieces.folder)
     return {**results, "out": str(out / "results.json")}
+
+
+def _drawn(results: Results) -> bool:
+    """Are the figures there too?"""
+    return "captions" in results["metrics"]
 
 
 def open_stage(
@@ -171,7 +181,7 @@ def open_stage(
     return stage, sources
 
 
-def _parts(data: DataConfig, labelled: bool) -> tuple[ImageSet, ImageSet]:
+def _parts(data: DataConfig, labelled: bool) -> tuple[Examples, Examples]:
     """The images; with their classes too where classifiers know them, though the map was trained without."""
     try:
         if labelled and not data.labels:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaflowmaps.data import ImageSet
+from metaflowmaps.data import Examples
 from metaflowmaps.evaluation.images import race as races
 from metaflowmaps.evaluation.images.generation import Generated
 from metaflowmaps.evaluation.images.inverse import PROBLEMS, Solved
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 TIMES = (0.0, 0.1, 0.2, 0.5, 0.8)
 DRAWS = 8
 GRID = 64  # samples in a picture of samples
+DRAWN = 24  # draws in a picture of draws
+
+
+def coloured(x: Tensor) -> Tensor:
+    """(n, C, H, W) as pictures: latents, which have four channels, by the first three of them, ±2 as black to white."""
+    return x if x.shape[1] in (1, 3) else (x[:, :3] / 2).clamp(-1, 1)
 
 
 @torch.no_grad()
-def draws_picture(model: MetaFlowMap, held_out: ImageSet, out: Path) -> None:
+def draws_picture(model: MetaFlowMap, held_out: Examples, out: Path) -> None:
     """A held-out image, noised to each time, and draws of the map in one call."""
     image = held_out.tensor(slice(0, 1)).to(model.device)
     eps = randn(tuple(image.shape), stream(0, "picture"), device=model.device)
@@ -41,16 +47,16 @@ def draws_picture(model: MetaFlowMap, held_out: ImageSet, out: Path) -> None:
 
 def recovery_grid(image: Tensor, noisy: list[Tensor], draws: list[Tensor], times: tuple[float, ...]) -> "Figure":
     """Rows by time: image, noisy image, draws."""
-    rows = [torch.cat([image[None], x[None], drawn]) for x, drawn in zip(noisy, draws, strict=True)]
+    rows = [coloured(torch.cat([image[None], x[None], drawn])) for x, drawn in zip(noisy, draws, strict=True)]
     titles = ["image", "noisy", "draws, one network call each", *([""] * (len(draws[0]) - 1))]
     title = "One noisy image, many plausible clean ones"
     return image_figures.image_grid(rows, [f"t = {t:g}" for t in times], titles, title)
 
 
 def posterior_grid(x_t: Tensor, draws: Tensor, t: float, out: Path) -> None:
-    """A noisy image and up to 24 draws."""
+    """A noisy image and its first draws."""
     each = min(8, len(draws))
-    rows = [torch.cat([x_t[None], part]) for part in draws[:24].split(each) if len(part) == each]
+    rows = [coloured(torch.cat([x_t[None], part])) for part in draws[:DRAWN].split(each) if len(part) == each]
     titles = ["noisy", "draws", *([""] * (each - 1))]
     title = f"A noisy image at t = {t:g} and what it may be"
     figures.save(image_figures.image_grid(rows, [""] * len(rows), titles, title), out)
@@ -58,7 +64,7 @@ def posterior_grid(x_t: Tensor, draws: Tensor, t: float, out: Path) -> None:
 
 def samples_grid(x: Tensor, title: str, out: Path) -> None:
     """The first samples, sixteen a row."""
-    shown = x[:GRID].cpu()
+    shown = coloured(x[:GRID].cpu())
     rows = [part for part in shown.split(16) if len(part) == min(16, len(shown))]
     figures.save(image_figures.image_grid(rows, [""] * len(rows), None, title), out)
 

@@ -17,6 +17,7 @@ from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.report import figures
 from metaflowmaps.runs import claim, pick_device
+from metaflowmaps.sharding import write_whole
 from metaflowmaps.training.config import LawConfig
 
 Say = Callable[[str], None]
@@ -102,13 +103,9 @@ def sample_picture(model: MetaFlowMap, law: GaussianMixture, step: int, out: Pat
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # to bytes first: writing them here gives an OSError, which the command line knows how to report
-        temporary.write_bytes(save({name: value.contiguous().cpu() for name, value in tensors.items()}))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write tensors, whole or not at all."""
+    # to bytes first: writing them here gives an OSError, which the command line knows how to report
+    write_whole(path, save({name: value.contiguous().cpu() for name, value in tensors.items()}))
 
 
 def count_parameters(model: MetaFlowMap) -> int:

@@ -1,6 +1,8 @@
 """mfm steer, mfm eval steering, mfm eval value."""
 
+import re
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
+from metaflowmaps.commands.scene import Scene, Wish
+from metaflowmaps.commands.shards import Broken, draw_in_shards, usual_size
 from metaflowmaps.commands.shared import (
     Results,
     Say,
@@ -28,10 +32,12 @@ from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
 from metaflowmaps.posterior import ExactModel
-from metaflowmaps.randomness import stream
+from metaflowmaps.randomness import fresh_seeds, stream
 from metaflowmaps.recipes.tasks import SteeringTask, steering_task
 from metaflowmaps.report import figures, steering_figures
+from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.runs import pick_device, write_results
+from metaflowmaps.sharding import Made, Share, own_device
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
@@ -50,7 +56,6 @@ def steer(
     steps: int,
     process: str,
     renormalize: str,
-    label: int | None,
     settings: Iterable[str],
     out: Path | None,
     seed: int,
@@ -58,6 +63,9 @@ def steer(
     invocation: str,
     progress: bool,
     only: Sequence[int] = (),
+    share: Share = Share(),
+    say: Say = lambda line: None,
+    wish: Wish = Wish(),
 ) -> Results:
     """Steered samples of a checkpoint, with their rewards and costs.
 
@@ -69,14 +77,17 @@ def steer(
     moved = options.pop("data", None)  # where the images are now: some of their rewards are made of them
     integrator = options.get("integrator", "euler")
     control = Control(process, integrator, renormalize, options.get("sigma_cap"), options.get("renormalize_to", 1.0))
-    check_steering(method, num_draws, control, options)
+    made = check_steering(method, num_draws, control, options)
     if only:
         num = len(only) * _particles_of_a_seed(method, options)
-    model, found, target = open_model(checkpoint, device, needs_map=method not in DRAWLESS)
+    model, found, target = open_model(checkpoint, own_device(device), needs_map=method not in DRAWLESS)
     given, known, reward = chosen_reward(reward, strength, found)
     if moved is not None and given is not None:
         raise InputError(f"--set data=FOLDER is for rewards that are made of images, not for {reward}: leave it out")
     r = image_reward_of(reward, strength, checkpoint, found, model, moved) if given is None else given
+    scene = Scene(model, found, wish, num)
+    if scene.latent:
+        r = scene.on_samples(r.to(target) if isinstance(r, torch.nn.Module) else r)
     law = law_of(found)
     if method == "exact" and law is None:
         raise InputError(
@@ -84,47 +95,65 @@ def steer(
         )
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
-        "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize, "label": label,
+        "num_draws": num_draws, "steps": steps, "process": process, "renormalize": renormalize,
         "seed": seed, **({"only": list(only)} if only else {}), **file_hash(reward), **options,
-        **({} if moved is None else {"data": moved}),
+        **({} if moved is None else {"data": moved}), "label": None, **scene.settings,
     }  # fmt: skip
-    out = out or beside(checkpoint, found, f"steer-{method}")
-    done = begun(out, "steer", config)
-    if done is not None:
-        return done
+    place = out or beside(checkpoint, found, f"steer-{method}")
+    one_piece = rows_of(r, torch.zeros(1, *model.event_shape, dtype=model.dtype, device=target)) is not None
+    unit, size = _cut(made, method, num, one_piece, share)
     base: Any = model if method != "exact" or law is None else ExactModel(model.path, law)
-    cond = None if label is None else {"label": torch.full((num,), label, dtype=torch.int64, device=target)}
-    try:
-        result = run_steering(
-            base, r, num, method, num_draws, steps, process, renormalize, cond, stream(seed, "steer"),
-            progress=progress, seeds=torch.tensor(only) if only else None, **options,
-        )  # fmt: skip
-    except SteeringFailed as failed:
-        _keep(out, failed.result)
-        raise
-    _keep(out, result)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    tilted = law.tilt(known) if law is not None and known is not None else None
-    if model.event_shape == (2,):
-        title = f"{method}, {num} samples, {result.cost['nfe']:,.0f} evaluations each"
-        figures.save(figures.scatter(result.samples.cpu(), title, tilted), out / "samples.png")
-    elif len(model.event_shape) == 3:
-        title = f"{method} for the reward {reward}, {result.cost['nfe']:,.0f} evaluations each"
-        pictures.samples_grid(result.samples, title, out / "samples.png")
-    if len(result.info["time"]) > 1 and "ess" in result.info:
-        figures.save(steering_figures.trajectory({method: _curves(result)}), out / "trajectory.png")
-    rewards = result.rewards.double()
-    metrics: dict[str, Any] = {
-        "num": num,
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()) if num > 1 else 0.0,
-        "reward_max": float(rewards.max()),
-        **({"log_evidence": log_normaliser(result)} if "log_evidence" in result.info else {}),
-        **{name: float(result.info[name].double().mean()) for name in ("ess", "base_ess") if name in result.info},
-    }
-    results = write_results(out, "steer", config, metrics, result.cost, seed=seed, device=target, invocation=invocation)
-    return {**results, "out": str(out / "results.json")}
+    seeds = torch.tensor(only) if only else None
+    if seeds is None and unit:
+        seeds = fresh_seeds(num // unit, stream(seed, "steer"))
+    told = _Once()
+
+    def make(part: slice) -> Made:
+        n = part.stop - part.start
+        own = seeds[part.start // unit : part.stop // unit] if seeds is not None and unit else seeds
+        try:
+            with told, scene.autocast():
+                result = run_steering(
+                    base, r, n, method, num_draws, steps, process, renormalize, scene.part(part), stream(seed, "steer"),
+                    progress=progress and n == num, seeds=own, **options,
+                )  # fmt: skip
+        except SteeringFailed as failed:
+            raise Broken(_as_piece(failed.result), failed) from None
+        if result.interrupted:
+            raise Broken(_as_piece(result), KeyboardInterrupt())
+        return _as_piece(result)
+
+    def keep(drawn: dict[str, Tensor]) -> None:
+        save_tensors(place / "samples.safetensors", {name: drawn[name] for name in ("samples", "rewards", "seeds")})
+
+    def finish(drawn: Made) -> Results:
+        keep(drawn.tensors)
+        result = _as_result(drawn)
+        tilted = law.tilt(known) if law is not None and known is not None else None
+        if model.event_shape == (2,):
+            title = f"{method}, {num} samples, {result.cost['nfe']:,.0f} evaluations each"
+            figures.save(figures.scatter(result.samples, title, tilted), place / "samples.png")
+        elif len(model.event_shape) == 3:
+            title = f"{method} for the reward {reward}, {result.cost['nfe']:,.0f} evaluations each"
+            pictures.samples_grid(scene.shown(result.samples[: pictures.GRID], say), title, place / "samples.png")
+            scene.write(result.samples, place)
+        if len(result.info["time"]) > 1 and "ess" in result.info:
+            figures.save(steering_figures.trajectory({method: _curves(result)}), place / "trajectory.png")
+        rewards = result.rewards.double()
+        metrics: dict[str, Any] = {
+            "num": num,
+            "reward_mean": float(rewards.mean()),
+            "reward_std": float(rewards.std()) if num > 1 else 0.0,
+            "reward_max": float(rewards.max()),
+            **({"log_evidence": log_normaliser(result)} if "log_evidence" in result.info else {}),
+            **{name: float(result.info[name].double().mean()) for name in ("ess", "base_ess") if name in result.info},
+        }
+        results = write_results(
+            place, "steer", config, metrics, result.cost, seed=seed, device=target, invocation=invocation
+        )
+        return {**results, "out": str(place / "results.json")}
+
+    return draw_in_shards(place, "steer", config, num, share, say, size, make, finish, keep)
 
 
 def eval_steering(
@@ -235,10 +264,73 @@ def _without_gradients(config: SteeringEvalConfig, say: Say) -> SteeringEvalConf
     return validated(SteeringEvalConfig, {**config.model_dump(), "methods": kept})
 
 
-def _keep(out: Path, result: SteerResult) -> None:
-    if len(result.samples):
-        kept = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
-        save_tensors(out / "samples.safetensors", kept)
+def _cut(made: Any, method: str, num: int, one_piece: bool, share: Share) -> tuple[int, int]:
+    """Samples of a seed (0: not to be cut) and samples a shard, unless told otherwise; what cannot be, is refused."""
+    shared = share.size is not None or (share.worker is not None and share.worker.count > 1)
+    if one_piece:
+        if shared:
+            raise InputError(
+                "the reward holds one observation a sample, so it cannot be cut into shards: leave --worker and "
+                "--shard-size out"
+            )
+        return 0, num
+    if method not in PARTICLE or made.returns != "all":
+        return 1, usual_size(share, copies=made.copies)
+    if made.particles is None:
+        if shared:
+            raise InputError(
+                f"all samples of {method} are one system of particles, which cannot be cut into shards: say how large "
+                "a system is, as --set particles=64"
+            )
+        return 0, num
+    if num % made.particles:
+        raise InputError(
+            f"--num must be a multiple of particles ({made.particles}), got {num}: whole systems are returned"
+        )
+    if share.size is not None and share.size % made.particles:
+        raise InputError(
+            f"--shard-size must be a multiple of particles ({made.particles}), got {share.size}: a shard is a whole "
+            "number of systems"
+        )
+    return made.particles, usual_size(share, made.particles)
+
+
+class _Once:
+    """``with told: …`` for each shard: what one of them has warned of, the others do not repeat."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> None:
+        self._caught = warnings.catch_warnings(record=True)
+        self._list: Any = self._caught.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._caught.__exit__(*error)
+        for warning in self._list:
+            kind = re.sub(r"\d+", "", str(warning.message))  # whatever their numbers
+            if kind not in self._seen:
+                self._seen.add(kind)
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _as_piece(result: SteerResult) -> Made:
+    """A shard of steered samples: rows, means over rows, and what there is one of for each system."""
+    rows = len(result.samples)
+    tensors = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
+    for name, value in result.info.items():
+        if name != "nonfinite":
+            tensors[f"each.{name}" if name == "log_evidence" else f"mean.{name}"] = value
+    return Made(tensors, {"cost": {k: v for k, v in result.cost.items() if k != "nfe"}, "rows": rows})
+
+
+def _as_result(made: Made) -> SteerResult:
+    """The run that the shards are of."""
+    rows = made.tensors
+    info = {name.partition(".")[2]: value for name, value in rows.items() if "." in name}
+    cost, calls = dict(made.facts["cost"]), ("forwards", "backwards", "reward_calls", "reward_backwards")
+    nfe = sum(cost[name] for name in calls) / max(1, len(rows["samples"]))
+    return SteerResult(rows["samples"], rows["rewards"], rows["seeds"], {**cost, "nfe": nfe}, info)
 
 
 def _curves(result: SteerResult) -> dict[str, list[float]]:

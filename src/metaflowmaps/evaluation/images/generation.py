@@ -12,9 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, table
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of_parts, table
+from metaflowmaps.randomness import RowNoise, fresh_seeds, stream
 from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.sharding import Made, ranges
 
 
 class GenerationConfig(ImageEvalConfig):
@@ -43,17 +44,20 @@ class Generated(NamedTuple):
 def evaluate_generation(stage: Stage, config: GenerationConfig, say: Say = lambda line: None) -> Generated:
     """metrics.by_sampler[name] = {frechet, distance, vendi, copying, cost}."""
     model, cells, shown = stage.model, {}, {}
+    samplers, parts = _samplers(stage, config), ranges(config.samples, stage.shard)
+    drawn = stage.share(
+        {f"{name}.{part}": _cell(stage, config, name, index, say) for name in samplers for part, index in parts.items()}
+    )
     seen = stage.train.tensor().to(model.device)
     usual = nearest(stage.held_out.tensor().to(model.device), seen).median()
-    for name, make in _samplers(stage, config).items():
-        say(name)
-        with Timed(model) as timed:
-            x = make(stream(config.seed, "generation", name))
+    for name in samplers:
+        made = [drawn(f"{name}.{part}") for part in parts]
+        x = torch.cat([part.tensors["samples"] for part in made])
         cells[name] = {
             "frechet": stage.frechet(x),
             **stage.diversity(x),
             "copying": float(nearest(x, seen).median() / usual),
-            "cost": timed.cost(len(x)),
+            "cost": cost_of_parts(made, len(x)),
         }
         shown[name] = x[:16].cpu()
     held = stage.held_out.tensor().to(model.device)
@@ -68,25 +72,41 @@ def nearest(x: Tensor, data: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part, flat).amin(1) for part in x.flatten(1).split(512)])
 
 
-def _samplers(stage: Stage, config: GenerationConfig) -> dict[str, Callable[[torch.Generator], Tensor]]:
-    model, n = stage.model, config.samples
+def _cell(stage: Stage, config: GenerationConfig, name: str, index: slice, say: Say) -> Callable[[], Made]:
+    """Samples of these indices: each is a function of its own seed."""
 
-    def noise(g: torch.Generator) -> Tensor:
-        return randn((n, *model.event_shape), g, model.dtype, model.device)
+    @torch.no_grad()
+    def make() -> Made:
+        say(f"{name}, samples {index.start} to {index.stop - 1}")
+        seeds = fresh_seeds(config.samples, stream(config.seed, "generation", name))[index]
+        with Timed(stage.model) as timed:
+            x = _samplers(stage, config)[name](seeds)
+        return Made({"samples": x}, {"cost": timed.meter.cost()})
 
-    def composed(g: torch.Generator, k: int) -> Tensor:
-        x = noise(g)
+    return make
+
+
+def _samplers(stage: Stage, config: GenerationConfig) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name -> seeds (n,) -> (n, *event)."""
+    model = stage.model
+
+    def noise(seeds: Tensor) -> Tensor:
+        return RowNoise(seeds.to(model.device), "generate").normal(model.event_shape, dtype=model.dtype)
+
+    def composed(seeds: Tensor, k: int) -> Tensor:
+        x = noise(seeds)
         return model.push(x, 0.0, torch.zeros_like(x), k)
 
-    out: dict[str, Callable[[torch.Generator], Tensor]] = {}
+    out: dict[str, Callable[[Tensor], Tensor]] = {}
     for k in config.refine_steps:
-        out[f"refine-{k}"] = lambda g, k=k: model.generate(n, k, g)  # type: ignore[misc]
+        out[f"refine-{k}"] = lambda seeds, k=k: model.generate(len(seeds), k, seeds=seeds)  # type: ignore[misc]
     for k in config.compose_steps:
-        out[f"compose-{k}"] = lambda g, k=k: composed(g, k)  # type: ignore[misc]
+        out[f"compose-{k}"] = lambda seeds, k=k: composed(seeds, k)  # type: ignore[misc]
     sources = {"ode": model.drift, **({} if stage.drift is None else {"drift-ode": stage.drift})}
     for name, drift in sources.items():
         for k in config.ode_steps:
-            out[f"{name}-{k}"] = lambda g, k=k, drift=drift: integrate(drift, noise(g), uniform_grid(k))  # type: ignore[misc]
+            grid = uniform_grid(k)
+            out[f"{name}-{k}"] = lambda seeds, grid=grid, drift=drift: integrate(drift, noise(seeds), grid)  # type: ignore[misc]
     return out
 
 

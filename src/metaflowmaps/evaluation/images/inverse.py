@@ -9,6 +9,7 @@ For each problem and method, ``draws`` samples for each of ``images`` observatio
     rank p          does the truth rank uniformly among the samples, pixel by pixel? (metrics.calibration)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from metaflowmaps.metrics.calibration import rank_test
 from metaflowmaps.metrics.images import psnr
 from metaflowmaps.randomness import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
+from metaflowmaps.sharding import Made
 
 PROBLEMS = {"inpaint": "inpainting, right half hidden", "sr2": "super-resolution × 2", "sr4": "super-resolution × 4",
             "deblur": "deblurring"}  # fmt: skip
@@ -68,15 +70,25 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
     results: dict[str, Any] = {}
     pictures: dict[str, dict[str, Tensor]] = {}
     histograms: dict[str, dict[str, Tensor]] = {}
-    for problem in config.problems:
-        seen = InverseProblem.observe(
+    observed = {
+        problem: InverseProblem.observe(
             operator(problem, stage.model.event_shape), truth, config.noise_std, stream(config.seed, "noise", problem)
         )
+        for problem in config.problems
+    }
+    drawn = stage.share(
+        {
+            f"{problem}.{name}": _solved(stage, problem, name, seen, config, say)
+            for problem, seen in observed.items()
+            for name in config.methods
+        }
+    )
+    for problem, seen in observed.items():
         results[problem], histograms[problem] = {}, {}
         pictures[problem] = {"truth": truth[:6].cpu(), "seen": _shown(problem, seen.y[:6], truth[:6])}
         for name in config.methods:
-            say(f"{problem}: {name}")
-            x, cost = _solve(stage, name, seen, config)
+            solved = drawn(f"{problem}.{name}")
+            x, cost = solved.tensors["samples"], solved.facts["cost"]
             lost = ~x.flatten(2).isfinite().all(2)
             x = torch.where(lost[..., None, None, None], 0, x)  # grey: left out, it would flatter the method
             # stored images have so many levels; what lies between two of them, or beyond the ends, says nothing
@@ -91,6 +103,17 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
             histograms[problem][name] = judged.histogram
     metrics = {"problems": results, "images": config.images, "draws": config.draws, "noise_std": config.noise_std}
     return Solved({**metrics, **_words(results, config)}, pictures, histograms)
+
+
+def _solved(
+    stage: Stage, problem: str, name: str, seen: InverseProblem, config: InverseConfig, say: Say
+) -> Callable[[], Made]:
+    def make() -> Made:
+        say(f"{problem}: {name}")
+        x, cost = _solve(stage, name, seen, config)
+        return Made({"samples": x}, {"cost": cost})
+
+    return make
 
 
 def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig) -> tuple[Tensor, dict[str, float]]:

@@ -7,6 +7,7 @@ and this judge gives is measured: ODE samples weighted by e^r.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from metaflowmaps.evaluation.images.variants import copies_of, run, variant
 from metaflowmaps.metrics.images import class_distance
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.sharding import Made, ranges
 
 METHODS = (
     "none", "mfm-g-1", "mfm-g-4", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-gf-plain-4", "mfm-gf-plain-16",
@@ -52,10 +54,14 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
     reward, (wish, tilted) = image_reward(stage, "mixture", config.strength), _targets(stage)
     cells: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
+    base = ranges(BASE, BATCH)
+    drawn = stage.share(
+        {name: _steered(stage, name, reward, config, say) for name in config.methods}
+        | {f"base.{part}": _base(stage, config, index) for part, index in base.items()}
+    )
     for name in config.methods:
-        n = _affordable(name, config)
-        say(f"{name}, {n} samples")
-        x, result = run(stage, name, reward, n, config.steps, stream(config.seed, "mixture", name))
+        made = drawn(name)
+        x = made.tensors["samples"]
         finite = x.flatten(1).isfinite().all(1)
         lost, x = int((~finite).sum()), x[finite]
         if len(x) < 2:  # the method broke: said so, and not judged
@@ -67,12 +73,14 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
             **stage.diversity(x[:512]),
             "samples": len(x),
             "lost": lost,
-            "cost": cost_of(result),
+            "cost": made.facts["cost"],
         }
         shown[name] = x[:20].cpu()
     if not cells:
         raise InputError("no method gave finite samples: lower --set strength=, or take more --set steps=")
-    exact = _weighted_base(stage, reward, config, wish, tilted)
+    # ODE samples of the model with weights e^r: its own p_1 tilted exactly, which no sampler can be asked to beat
+    x = torch.cat([drawn(f"base.{part}").tensors["samples"] for part in base])
+    exact = {**_judged(stage, x, scored(reward, x).softmax(0), wish, tilted), "samples": BASE}
     metrics = {"methods": cells, "weighted_base": exact, "target": wish.tolist(), "steps": config.steps}
     return Mixed({**metrics, **_words(cells, exact, config)}, shown)
 
@@ -89,13 +97,28 @@ def _judged(stage: Stage, x: Tensor, weight: Tensor, wish: Tensor, tilted: Tenso
     }
 
 
-@torch.no_grad()
-def _weighted_base(stage: Stage, reward: Any, config: MixtureConfig, wish: Tensor, tilted: Tensor) -> dict[str, Any]:
-    """ODE samples of the model with weights e^r: its own p_1 tilted exactly, which no sampler can be asked to beat."""
+def _steered(stage: Stage, name: str, reward: Any, config: MixtureConfig, say: Say) -> Callable[[], Made]:
+    """Samples of one method."""
+
+    def make() -> Made:
+        n = _affordable(name, config)
+        say(f"{name}, {n} samples")
+        x, result = run(stage, name, reward, n, config.steps, stream(config.seed, "mixture", name))
+        return Made({"samples": x}, {"cost": cost_of(result)})
+
+    return make
+
+
+def _base(stage: Stage, config: MixtureConfig, index: slice) -> Callable[[], Made]:
+    """ODE samples of the model, those of these indices."""
     model = stage.model
-    noise = randn((BASE, *model.event_shape), stream(config.seed, "mixture-base"), model.dtype, model.device)
-    x = torch.cat([integrate(model.drift, part, uniform_grid(config.steps)) for part in noise.split(BATCH)])
-    return {**_judged(stage, x, scored(reward, x).softmax(0), wish, tilted), "samples": BASE}
+
+    @torch.no_grad()
+    def make() -> Made:
+        noise = randn((BASE, *model.event_shape), stream(config.seed, "mixture-base"), model.dtype, model.device)
+        return Made({"samples": integrate(model.drift, noise[index], uniform_grid(config.steps))}, {})
+
+    return make
 
 
 def wished(stage: Stage) -> Tensor:

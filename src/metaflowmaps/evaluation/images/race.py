@@ -12,6 +12,7 @@ samples, for every cell alike. And each cell is scored by the rewards it was not
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,23 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.evaluation.images.rewards import RACE, image_reward, scored
-from metaflowmaps.evaluation.images.stage import BATCH, ImageEvalConfig, Say, Stage, Timed, cost_of, table
+from metaflowmaps.evaluation.images.stage import (
+    BATCH,
+    ImageEvalConfig,
+    Say,
+    Stage,
+    Timed,
+    cost_of,
+    cost_of_parts,
+    table,
+)
 from metaflowmaps.evaluation.images.variants import run, variant
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.rewards import Tempered
 from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.sharding import Made, ranges
 
 SUBSET = 64
 TOP = 0.1  # of all images: the data of the target
@@ -73,19 +84,27 @@ def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None
     rewards = {name: image_reward(stage, name) for name in config.rewards}
     data = stage.everything()
     races = {name: _Race(stage, name, rewards, data, config) for name in rewards}
+    parts = ranges(config.pool, BATCH)
+    steered = [
+        (race, name, number)
+        for race in races.values()
+        for name in config.methods
+        for number in ((0.0,) if name == "none" else config.rescales if _rescaled(name) else config.strengths)
+    ]
+    drawn = stage.share(
+        {f"{pool}.{part}": _pool(stage, pool, config, index, say) for pool in POOLS for part, index in parts.items()}
+        | {_key(*cell): cell[0].steer(*cell[1:], say) for cell in steered}
+    )
     for pool in POOLS:
-        say(f"a pool of {config.pool:,} samples: {POOLS[pool]}")
-        images, cost = _pool(stage, pool, config)
+        made = [drawn(f"{pool}.{part}") for part in parts]
+        images = torch.cat([part.tensors["samples"] for part in made])
+        cost = cost_of_parts(made, config.pool)
         scores = {name: scored(reward, images) for name, reward in rewards.items()}
         for race in races.values():
             for n in config.best_of:
                 race.best_of(pool, n, images, scores, cost)
-    for race in races.values():
-        for name in config.methods:
-            rescaled = variant(name).options.get("renormalize") == "rescale"
-            for number in (0.0,) if name == "none" else config.rescales if rescaled else config.strengths:
-                say(f"{race.name}: {name}, {'γ' if rescaled else 'λσ'} = {number:g}")
-                race.steered(name, number, rescaled)
+    for race, name, number in steered:
+        race.steered(name, number, drawn(_key(race, name, number)))
     metrics = {
         "rewards": {name: race.metrics() for name, race in races.items()},
         "steps": config.steps,
@@ -123,20 +142,31 @@ class _Race:
         each |= {"reward_calls": float(n), "nfe": n * cost["nfe"] + n}
         self._add(pool, n, images[best.to(images.device)], {k: v[best] for k, v in scores.items()}, each)
 
-    def steered(self, name: str, strength: float, rescaled: bool = False) -> None:
-        """One method at λ/σ, or rescaled to γ = strength."""
-        weight = self.config.rescale_strength if rescaled else strength
-        reward = Tempered(self.rewards[self.name], weight / self.scale) if weight else self.rewards[self.name]
-        options = {"renormalize_to": strength} if rescaled else {}
-        g = stream(self.config.seed, "race", self.name, name, repr(strength))
-        x, result = run(self.stage, name, reward, self.config.samples, self.config.steps, g, **options)
+    def steer(self, name: str, strength: float, say: Say = lambda line: None) -> Callable[[], Made]:
+        """Samples of one method at λ/σ, or rescaled to γ = strength."""
+
+        def make() -> Made:
+            rescaled = _rescaled(name)
+            say(f"{self.name}: {name}, {'γ' if rescaled else 'λσ'} = {strength:g}")
+            weight = self.config.rescale_strength if rescaled else strength
+            reward = Tempered(self.rewards[self.name], weight / self.scale) if weight else self.rewards[self.name]
+            options = {"renormalize_to": strength} if rescaled else {}
+            g = stream(self.config.seed, "race", self.name, name, repr(strength))
+            x, result = run(self.stage, name, reward, self.config.samples, self.config.steps, g, **options)
+            return Made({"samples": x}, {"cost": cost_of(result)})
+
+        return make
+
+    def steered(self, name: str, strength: float, made: Made) -> None:
+        """Judge these samples."""
+        x = made.tensors["samples"]
         finite = x.flatten(1).isfinite().all(1)
         x = x[finite]
         if len(x) < SUBSET:  # the method broke at this strength: said so, and not scored
             self.cells.append({"method": name, "strength": strength, "lost": int((~finite).sum())})
             return
         scores = {k: scored(r, x) for k, r in self.rewards.items()}
-        self._add(name, strength, x, scores, cost_of(result), int((~finite).sum()))
+        self._add(name, strength, x, scores, made.facts["cost"], int((~finite).sum()))
 
     def _add(
         self, method: str, number: float, x: Tensor, scores: dict[str, Tensor], cost: dict[str, float], lost: int = 0
@@ -181,18 +211,32 @@ class _Race:
         return {"data": self.data, "cells": self.cells, "headline": headline(self.cells), "frontier": owners}
 
 
-@torch.no_grad()
-def _pool(stage: Stage, kind: str, config: RaceConfig) -> tuple[Tensor, dict[str, float]]:
-    model, out = stage.model, []
-    with Timed(model) as timed:
-        for part in range(0, config.pool, BATCH):
-            n, g = min(BATCH, config.pool - part), stream(config.seed, "pool", kind, part)
+def _key(race: _Race, name: str, number: float) -> str:
+    return f"{race.name}.{name}.{number!r}"
+
+
+def _rescaled(name: str) -> bool:
+    return variant(name).options.get("renormalize") == "rescale"
+
+
+def _pool(stage: Stage, kind: str, config: RaceConfig, index: slice, say: Say) -> Callable[[], Made]:
+    """Samples of the model itself, those of these indices."""
+    model, n = stage.model, index.stop - index.start
+
+    @torch.no_grad()
+    def make() -> Made:
+        if index.start == 0:
+            say(f"a pool of {config.pool:,} samples: {POOLS[kind]}")
+        g = stream(config.seed, "pool", kind, index.start)
+        with Timed(model) as timed:
             if kind == "ode":
                 noise = randn((n, *model.event_shape), g, model.dtype, model.device)
-                out.append(integrate(model.drift, noise, uniform_grid(config.base_steps)))
+                x = integrate(model.drift, noise, uniform_grid(config.base_steps))
             else:
-                out.append(model.generate(n, int(kind.removeprefix("map-")), g))
-    return torch.cat(out), timed.cost(config.pool)
+                x = model.generate(n, int(kind.removeprefix("map-")), g)
+        return Made({"samples": x}, {"cost": timed.meter.cost()})
+
+    return make
 
 
 def headline(cells: list[dict[str, Any]]) -> dict[str, Any]:

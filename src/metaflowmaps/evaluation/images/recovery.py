@@ -14,10 +14,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, table
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of_parts, table
 from metaflowmaps.metrics.calibration import spread_ratio
 from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.randomness import randn, stream
+from metaflowmaps.sharding import Made, ranges
 
 
 class RecoveryConfig(ImageEvalConfig):
@@ -51,6 +52,7 @@ class Recovered(NamedTuple):
 
 
 Push = Callable[[Tensor, float, Tensor], Tensor]
+SPREAD = ("map-1", "map-4", "glass-30", "drift-glass-30")  # whose spread is looked at
 
 
 def samplers(stage: Stage, map_steps: tuple[int, ...], glass_steps: tuple[int, ...], method: str) -> dict[str, Push]:
@@ -72,29 +74,30 @@ def samplers(stage: Stage, map_steps: tuple[int, ...], glass_steps: tuple[int, .
 @torch.no_grad()
 def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda line: None) -> Recovered:
     """metrics.frechet[t][sampler], metrics.floor, metrics.spread_ratio[t][sampler], and pictures."""
-    model, path = stage.model, stage.model.path
     pushes = samplers(stage, config.map_steps, config.glass_steps, config.glass_method)
+    parts = ranges(config.samples, stage.shard)
+    cells: dict[str, Callable[[], Made]] = {}
+    for t in config.times:
+        for name, push in pushes.items():
+            for part, index in parts.items():
+                cells[f"{t!r}.{name}.{part}"] = _cell(stage, config, t, push, index)
+            if name in SPREAD:
+                cells[f"{t!r}.{name}.spread"] = _spread_cell(stage, config, t, push)
+    drawn = stage.share(cells)
+    x_1, _ = stage.images(config.samples, "recovery", config.seed)
     frechet: dict[str, dict[str, float]] = {}
     ratio: dict[str, dict[str, float]] = {}
     cost: dict[str, dict[str, float]] = {}
     for t in config.times:
         say(f"t = {t:g}")
-        x_1, _ = stage.images(config.samples, "recovery", config.seed)
-        g = stream(config.seed, "recovery", repr(t))
-        x_t = path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
-        noise = randn(tuple(x_1.shape), g, device=x_1.device)
-        few = slice(0, config.images)
-        many = randn((config.draws, *x_1[few].shape), g, device=x_1.device)
         frechet[repr(t)], ratio[repr(t)] = {}, {}
-        for name, push in pushes.items():
-            with Timed(model) as timed:
-                draws = push(noise, t, x_t)
-            cost[name] = timed.cost(len(draws))
-            frechet[repr(t)][name] = stage.frechet(draws)
-            if name in ("map-1", "map-4", "glass-30", "drift-glass-30"):
-                repeated = x_t[few].repeat(config.draws, *([1] * (x_t.ndim - 1)))
-                drawn = push(many.flatten(0, 1), t, repeated).reshape(many.shape)
-                ratio[repr(t)][name] = spread_ratio(drawn, x_1[few])
+        for name in pushes:
+            made = [drawn(f"{t!r}.{name}.{part}") for part in parts]
+            cost[name] = cost_of_parts(made, config.samples)
+            frechet[repr(t)][name] = stage.frechet(torch.cat([part.tensors["draws"] for part in made]))
+            if name in SPREAD:
+                several = drawn(f"{t!r}.{name}.spread").tensors["draws"]
+                ratio[repr(t)][name] = spread_ratio(several, x_1[: config.images])
     image, noisy, shown, spread = _pictured(stage, config)
     floor = stage.floor()
     metrics = {
@@ -107,6 +110,47 @@ def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda li
         **_words(frechet, ratio, floor, cost, stage.judge.space),
     }
     return Recovered(metrics, image, noisy, shown, spread)
+
+
+class _Noised(NamedTuple):
+    """Held-out images at time t, noise for a draw of each, and for several draws of the first of them."""
+
+    x_t: Tensor
+    noise: Tensor
+    many: Tensor
+
+
+def _noised(stage: Stage, config: RecoveryConfig, t: float) -> _Noised:
+    x_1, _ = stage.images(config.samples, "recovery", config.seed)
+    g = stream(config.seed, "recovery", repr(t))
+    x_t = stage.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
+    noise = randn(tuple(x_1.shape), g, device=x_1.device)
+    return _Noised(x_t, noise, randn((config.draws, *x_1[: config.images].shape), g, device=x_1.device))
+
+
+def _cell(stage: Stage, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Made]:
+    """A draw for each of these images."""
+
+    @torch.no_grad()
+    def make() -> Made:
+        noised = _noised(stage, config, t)
+        with Timed(stage.model) as timed:
+            draws = push(noised.noise[index], t, noised.x_t[index])
+        return Made({"draws": draws}, {"cost": timed.meter.cost()})
+
+    return make
+
+
+def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> Callable[[], Made]:
+    """Several draws for each of the first images: (draws, images, *event)."""
+
+    @torch.no_grad()
+    def make() -> Made:
+        x_t, _, many = _noised(stage, config, t)
+        repeated = x_t[: config.images].repeat(config.draws, *([1] * (x_t.ndim - 1)))
+        return Made({"draws": push(many.flatten(0, 1), t, repeated).reshape(many.shape)}, {})
+
+    return make
 
 
 def _pictured(stage: Stage, config: RecoveryConfig) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any]]:

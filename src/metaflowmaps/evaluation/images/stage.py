@@ -6,7 +6,8 @@ architecture and seed: a reward that is raised by fooling the guide does not foo
 compared in the leading principal components of the training images, and classes are not named.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from metaflowmaps.config import Config
-from metaflowmaps.data import ImageSet
+from metaflowmaps.data import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.meter import Meter
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.randomness import stream
+from metaflowmaps.sharding import Made, Pieces
 from metaflowmaps.steering import SteerResult
 
 COMPONENTS = 32
@@ -44,7 +46,7 @@ class ImageEvalConfig(Config):
 class Judge:
     """Features and classes of images, from a classifier or, for want of one, from principal components."""
 
-    def __init__(self, classifier: nn.Module | None, train: ImageSet) -> None:
+    def __init__(self, classifier: nn.Module | None, train: Examples) -> None:
         self.classifier, self._train = classifier, train
 
     @property
@@ -90,11 +92,31 @@ class Stage:
     """A map with everything that judges it."""
 
     model: MetaFlowMap
-    train: ImageSet
-    held_out: ImageSet
+    train: Examples
+    held_out: Examples
     judge: Judge
     guide: nn.Module | None = None
     drift: Any = None  # (t, x) -> b, of a model trained for that alone; None: the map's own
+    pieces: Pieces | None = None  # where what is drawn is kept, and shared with other processes; None: nowhere
+    shard: int = BATCH  # samples of a cell that is cut by their indices
+
+    def share(self, cells: Mapping[str, Callable[[], Made]]) -> Callable[[str], Made]:
+        """The draws of each cell by its name, when all have been made: here, or by any worker, and kept till the end.
+
+        A cell is a function of its name and of the configuration, dear to make; judging it is cheap and done once.
+        """
+        if self.pieces is None:
+            return lambda name: cells[name]()
+        files = {f"{i:05d}.{re.sub(r'[^0-9A-Za-z.+-]', '_', name)}": name for i, name in enumerate(cells)}
+        names, pieces = {name: file for file, name in files.items()}, self.pieces
+        pieces.begin(list(files), self.shard)
+        pieces.work(lambda file: cells[files[file]]())
+
+        def get(name: str) -> Made:
+            made = pieces.get(names[name], lambda file: cells[files[file]]())
+            return Made({key: value.to(self.model.device) for key, value in made.tensors.items()}, made.facts)
+
+        return get
 
     def images(self, n: int, name: str, seed: int) -> tuple[Tensor, Tensor | None]:
         """n held-out images, each as often as any other, with their labels."""
@@ -131,6 +153,11 @@ def per_sample(cost: dict[str, float], n: int) -> dict[str, float]:
     shared = {k: cost[k] / n for k in ("forwards", "backwards", "reward_calls", "reward_backwards", "seconds")}
     nfe = sum(shared[k] for k in ("forwards", "backwards", "reward_calls", "reward_backwards"))
     return {**shared, "nfe": nfe}
+
+
+def cost_of_parts(parts: Sequence[Made], n: int) -> dict[str, float]:
+    """The cost a sample of n that were made in parts."""
+    return per_sample({k: sum(part.facts["cost"][k] for part in parts) for k in parts[0].facts["cost"]}, n)
 
 
 def cost_of(result: SteerResult) -> dict[str, float]:

@@ -5,6 +5,7 @@ States are held-out images noised to t. The rollouts of the map's own drift draw
 measured by a second, independent set, and no estimate can correlate with the first better than the second does.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Ti
 from metaflowmaps.evaluation.value import pearson
 from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
 from metaflowmaps.randomness import randn, stream
+from metaflowmaps.sharding import Made
 from metaflowmaps.value import value_gradient
 
 
@@ -50,26 +52,68 @@ def evaluate_image_value(stage: Stage, config: ImageValueConfig, say: Say = lamb
     posteriors: dict[str, Any] = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
     for k in config.glass_steps:
         posteriors[f"glass-{k}"] = GlassPosterior(model.path, model.drift, k)
-    rollout = RolloutPosterior(model.path, model.drift, config.rollout_steps)
+    drawn = stage.share(
+        {f"{t!r}.rollout": _rollouts(stage, reward, config, t, say) for t in config.times}
+        | {
+            f"{t!r}.{name}": _estimates(stage, reward, config, t, name, posterior)
+            for t in config.times
+            for name, posterior in posteriors.items()
+        }
+    )
     cells: dict[str, Any] = {name: {str(n): {} for n in config.num_draws} for name in posteriors}
     cells["rollout"] = {str(config.rollout_particles): {}}
     seconds, spread = {}, {}
     for t in config.times:
-        x_1, _ = stage.images(config.states, "value", config.seed)
-        g = stream(config.seed, "value", repr(t))
-        x_t = model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
-        say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
-        truth, again = (_value(rollout, reward, t, x_t, config.rollout_particles, g) for _ in range(2))
+        truth, again = drawn(f"{t!r}.rollout").tensors["values"].cpu()
         spread[repr(t)] = float(truth.std())
         cells["rollout"][str(config.rollout_particles)][repr(t)] = _against(again, truth)
-        for name, posterior in posteriors.items():
-            with Timed(model) as timed:
-                for n in config.num_draws:
-                    estimate = _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)))
-                    cells[name][str(n)][repr(t)] = _against(estimate, truth)
-            seconds[name] = timed.cost(config.states * sum(config.num_draws))["seconds"]
+        for name in posteriors:
+            made = drawn(f"{t!r}.{name}")
+            for n, estimate in zip(config.num_draws, made.tensors["values"].cpu(), strict=True):
+                cells[name][str(n)][repr(t)] = _against(estimate, truth)
+            seconds[name] = made.facts["seconds"]
     metrics = {"by_sampler": cells, "seconds_per_draw": seconds, "value_std": spread, "reward": config.reward}
     return {**metrics, **_words(cells, config)}
+
+
+def _states(stage: Stage, config: ImageValueConfig, t: float) -> tuple[Tensor, torch.Generator]:
+    """Held-out images noised to t, and the generator that goes on with the rollouts from there."""
+    x_1, _ = stage.images(config.states, "value", config.seed)
+    g = stream(config.seed, "value", repr(t))
+    return stage.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t), g
+
+
+def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Made]:
+    """The reference and a second one: (2, states)."""
+
+    @torch.no_grad()
+    def make() -> Made:
+        say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
+        rollout = RolloutPosterior(stage.model.path, stage.model.drift, config.rollout_steps)
+        x_t, g = _states(stage, config, t)
+        values = [_value(rollout, reward, t, x_t, config.rollout_particles, g) for _ in range(2)]
+        return Made({"values": torch.stack(values)}, {})
+
+    return make
+
+
+def _estimates(
+    stage: Stage, reward: Any, config: ImageValueConfig, t: float, name: str, posterior: Any
+) -> Callable[[], Made]:
+    """V̂ by number of draws, (num_draws, states), and the seconds a draw took."""
+
+    @torch.no_grad()
+    def make() -> Made:
+        x_t, _ = _states(stage, config, t)
+        with Timed(stage.model) as timed:
+            values = [
+                _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)))
+                for n in config.num_draws
+            ]
+        seconds = timed.cost(config.states * sum(config.num_draws))["seconds"]
+        return Made({"values": torch.stack(values)}, {"seconds": seconds})
+
+    return make
 
 
 def _value(posterior: Any, reward: Any, t: float, x_t: Tensor, n: int, g: torch.Generator) -> Tensor:

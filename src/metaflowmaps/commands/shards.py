@@ -1,0 +1,121 @@
+"""A command whose work is cut into pieces: claim a directory with others, make what is missing, put it together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaflowmaps.commands.shared import Results, Say
+from metaflowmaps.runs import claim, read_json, release
+from metaflowmaps.sharding import SHARD, Elsewhere, Made, Pieces, Share, discard, ranges, total_cost
+
+WHOLE = 4096  # samples at a time where nobody shares the work
+
+
+class Broken(Exception):
+    """A shard that was not finished: what there is of it, and why."""
+
+    def __init__(self, made: Made, why: BaseException) -> None:
+        super().__init__(str(why))
+        self.made, self.why = made, why
+
+
+@contextmanager
+def shared_claim(
+    out: Path,
+    command: str,
+    config: dict[str, Any],
+    folder: str,
+    share: Share,
+    say: Say,
+    complete: Callable[[Results], bool] = lambda results: True,
+) -> Iterator[tuple[Results | None, Pieces]]:
+    """The results, if ``out`` is complete, and its pieces; other processes may claim it for the very same."""
+
+    def finished() -> bool:
+        return (out / "results.json").exists() and complete(read_json(out / "results.json"))
+
+    pieces = Pieces(out / folder, share.worker, finished, lambda line: say(f"{command}: {line}"))
+    done = claim(out, command, config, shared=True)
+    try:
+        if done is not None and complete(done):
+            discard(pieces.folder)
+            yield {**done, "out": str(out / "results.json")}, pieces
+        else:
+            yield None, pieces
+    finally:
+        pieces.close()
+        release(out)
+
+
+def usual_size(share: Share, unit: int = 1, copies: int = 1) -> int:
+    """Samples a shard where nobody says: so many whole systems of ``unit`` particles, of ``copies`` rows a sample."""
+    most = SHARD if share.worker is not None else max(SHARD, WHOLE // copies)
+    return max(1, most // unit) * unit
+
+
+def elsewhere(out: Path, pieces: Pieces, left: Elsewhere) -> Results:
+    """What a worker returns that does not put things together: the results, if others have, or how far they are."""
+    if pieces.finished():
+        discard(pieces.folder)
+        return {**read_json(out / "results.json"), "out": str(out / "results.json")}
+    pieces.say(
+        "another process is putting the shards together"
+        if left.missing == 0
+        else f"{left.missing} of {left.pieces} shards are still missing: they are other workers'; to make them here, "
+        "run the command without --worker"
+    )
+    return {"metrics": {"shards": left.pieces, "missing": left.missing}}
+
+
+def draw_in_shards(
+    out: Path,
+    command: str,
+    config: dict[str, Any],
+    count: int,
+    share: Share,
+    say: Say,
+    size: int,
+    make: Callable[[slice], Made],
+    finish: Callable[[Made], Results],
+    keep: Callable[[dict[str, torch.Tensor]], None] | None = None,
+) -> Results:
+    """Samples 0 to count − 1, ``make`` of a range of indices at a time; ``finish`` writes all of them and the results.
+
+    ``size``: samples a shard, unless told otherwise. ``keep``: writes what there is where work that nobody shares
+    breaks off.
+    """
+    with shared_claim(out, command, config, "shards", share, say) as (done, pieces):
+        if done is not None:
+            return done
+        size = pieces.size(share, size)
+        parts = ranges(count, size)
+        pieces.begin(list(parts), size)
+        try:
+            pieces.work(lambda name: make(parts[name]))
+        except Elsewhere as left:
+            return elsewhere(out, pieces, left)
+        except Broken as broken:
+            if keep is not None and share.worker is None:
+                found = [*filter(None, map(pieces.read, parts)), broken.made]
+                found = [part for part in found if part.facts["rows"]]
+                if found:
+                    keep(joined(found))
+            raise broken.why from None
+        made = [pieces.get(name, lambda name: make(parts[name])) for name in parts]
+        results = finish(Made(joined(made), {"cost": total_cost([part.facts for part in made])}))
+        discard(pieces.folder)
+    return results
+
+
+def joined(parts: Sequence[Made]) -> dict[str, torch.Tensor]:
+    """Tensors of several pieces: rows one after another; what is called mean.… averaged, by number of samples."""
+    total = sum(part.facts["rows"] for part in parts)
+    return {
+        key: torch.stack([part.tensors[key] * (part.facts["rows"] / total) for part in parts]).sum(0)
+        if key.startswith("mean.")
+        else torch.cat([part.tensors[key] for part in parts])
+        for key in parts[0].tensors
+    }
