@@ -13,6 +13,7 @@ from metaflowmaps.cli.options import (
     Out,
     Seed,
     Set,
+    Vae,
     app,
     emit,
     invocation,
@@ -87,6 +88,7 @@ def finetune(
     ] = None,
     num_draws: Annotated[int | None, typer.Option("--num-draws", min=1, help="Posterior draws a state (N).")] = None,
     guidance: Annotated[float, typer.Option("--guidance", help="Scale w of a base with classes, throughout.")] = 1.0,
+    vae: Vae = None,
     stop: Annotated[
         str, typer.Option("--stop", help='Stop early: "distance<2", "reward>5", "reward stalls 4".')
     ] = "none",
@@ -109,7 +111,7 @@ def finetune(
     own = list(settings or [])
     moved = next((s.partition("=")[2] for s in own if s.startswith("data=")), None)
     own = [s for s in own if not s.startswith("data=")]
-    subject = commands.Subject(checkpoint, reward, strength, moved, device)
+    subject = commands.Subject(checkpoint, reward, strength, moved, device, vae)
     config = commands.resolve_finetuning(subject, given, own, max_steps)
     if dry_run:
         emit(commands.dry_run_finetuning(subject, config), as_json)

@@ -9,11 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps import ranks
 from metaflowmaps.checkpoint import CheckpointStore, load_model
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.images import open_stage
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
-from metaflowmaps.commands.shared import Results, Say, begun, beside, digest, law_of, open_model, panels, tuned
+from metaflowmaps.commands.scene import Scene, Wish
+from metaflowmaps.commands.shared import (
+    Results,
+    Say,
+    begun,
+    beside,
+    digest,
+    law_of,
+    open_model,
+    panels,
+    training_of,
+    tuned,
+)
 from metaflowmaps.config import override, validated
 from metaflowmaps.data import DataConfig, load_data
 from metaflowmaps.errors import InputError
@@ -41,16 +54,31 @@ from metaflowmaps.runs import write_results
 from metaflowmaps.training.loop import NonFiniteLoss
 
 
+def _on(reward: Any, device: torch.device) -> Any:
+    return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
+
+
 class Subject:
     """A base checkpoint with its reward: everything that fine-tuning and its judgement are about."""
 
-    def __init__(self, checkpoint: str, reward: str | None, strength: float, data: str | None, device: str) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        reward: str | None,
+        strength: float,
+        data: str | None,
+        device: str,
+        vae: str | None = None,
+    ) -> None:
         self.base, self.found, self.device = open_model(checkpoint, device)
         self.name, self.strength, self.moved = checkpoint, strength, data
         given, known, self.reward_name = chosen_reward(reward, 1.0, self.found)
         self.plain: Callable[..., Tensor] = (
             image_reward_of(self.reward_name, 1.0, checkpoint, self.found, self.base, data) if given is None else given
         )
+        self.scene = Scene(self.base, self.found, Wish(vae=vae), 1)
+        if self.scene.latent:
+            self.plain = self.scene.on_samples(_on(self.plain, self.device))
         self.known = None
         if known is not None:
             self.known = LinearGaussian(known.A, known.y, known.noise_std, known.strength * strength)
@@ -81,8 +109,8 @@ class Subject:
         return load_data(self.data.model_copy(update={"path": self.moved} if self.moved else {}))[0]
 
     def stage(self) -> Stage | None:
-        """What judges images, which must be at hand; None for vectors."""
-        if self.data is None:
+        """What judges images, which must be at hand; None for vectors and latents: the reward alone judges those."""
+        if self.data is None or self.scene.latent:
             return None
         stage, _ = open_stage(self.name, self.found, self.base, ImageEvalConfig(drift="none", data=self.moved))
         return stage
@@ -135,8 +163,10 @@ def _check_settings(subject: Subject, settings: Sequence[str]) -> None:
 
 def _check_guidance(subject: Subject, scale: float) -> None:
     """Refuse a scale that the base never saw: its map and its drift are made for those of its training."""
-    training = subject.found.config.get("training", {})
-    seen = [training["guidance"]] if tuned(subject.found) else training.get("condition", {}).get("guidance", [1.0])
+    training = training_of(subject.found)
+    scales = getattr(subject.base.network, "config", {}).get("guidance")  # a table, as published maps have
+    usual = scales if isinstance(scales, list) else [1.0]
+    seen = [training["guidance"]] if tuned(subject.found) else training.get("condition", {}).get("guidance", usual)
     classes = int(getattr(subject.base.network, "num_classes", 0))
     if not classes and scale != 1:
         raise InputError(f"--guidance {scale:g} needs a base with classes, and {subject.name} has none: leave it out")
@@ -158,9 +188,11 @@ def finetune(
     judged: TunedEvalConfig | None = None,
 ) -> Results:  # fmt: skip
     """Tune in ``out``; complete runs report, interrupted ones go on."""
+    ranks.alone("mfm finetune")
     torch.set_num_threads(config.threads)
     if judged is None:
-        judged = TunedEvalConfig() if subject.data is None else TunedEvalConfig(samples=2048, seeds=1, ode_steps=50)
+        few = TunedEvalConfig(samples=256 if subject.scene.latent else 2048, seeds=1, ode_steps=50)
+        judged = few if len(subject.base.event_shape) == 3 else TunedEvalConfig()
     tried = probe(config, subject.base, subject.plain)
     stage = subject.stage()
     others = others_of(subject, stage)
@@ -279,8 +311,11 @@ def judge_of(subject: Subject, stage: Stage | None, others: dict[str, Callable[.
 
 
 def _picture(subject: Subject) -> Callable[[Tensor, Path], None] | None:
-    if subject.data is not None:
-        return lambda x, file: pictures.samples_grid(x, f"Samples at {file.stem.replace('-', ' ')}", file)
+    if len(subject.base.event_shape) == 3:
+        shown = subject.scene.pictures if subject.scene.latent else torch.Tensor.cpu
+        return lambda x, file: pictures.samples_grid(
+            shown(x[: pictures.GRID]), f"Samples at {file.stem.replace('-', ' ')}", file
+        )
     if subject.base.event_shape == (2,):
         law = subject.tilted
         return lambda x, file: _save_scatter(x, law, file)
@@ -304,8 +339,9 @@ def _draw(
     sampler = "map-1" if has_map else "ode-50"
     words = "one network call each" if has_map else "50 steps of the drift"
     title = f"Tuned to {config.reward}, λ = {config.strength:g}:\n{words}"
-    if subject.data is not None:
+    if len(subject.base.event_shape) == 3:
         x = torch.cat([tuning.drawn(subject.base, sampler, 32, 7), tuning.drawn(model, sampler, 32, 7)])
+        x = subject.scene.pictures(x) if subject.scene.latent else x
         shown = f"Base (two rows) and tuned to {config.reward}, λ = {config.strength:g}"
         pictures.samples_grid(x, shown, out / "samples.png")
     elif subject.base.event_shape == (2,):

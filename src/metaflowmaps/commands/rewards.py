@@ -1,4 +1,4 @@
-"""What --reward means: a task, a file's function, or a reward of images."""
+"""What --reward means: a task, a file's function, a reward of images, or a preference model with its prompt."""
 
 import hashlib
 import importlib.util
@@ -10,12 +10,33 @@ from torch import Tensor
 
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.images import open_stage
+from metaflowmaps.data.imagenet import class_names
 from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.images.rewards import PIXELS, REWARDS, image_reward
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.recipes.tasks import TASKS, steering_task
-from metaflowmaps.rewards import LinearGaussian, Tempered
+from metaflowmaps.rewards import (
+    AestheticScore,
+    ClipScore,
+    HPSv2,
+    ImageClassifierReward,
+    ImageReward,
+    LinearGaussian,
+    PickScore,
+    Tempered,
+)
+from metaflowmaps.rewards.vision import Judge
+from metaflowmaps.rewards.vision.prompts import SLOT
+
+PROMPTED: dict[str, type[ClipScore | PickScore | HPSv2 | ImageReward]] = {
+    "clip": ClipScore,
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "imagereward": ImageReward,
+}
+JUDGES = (*PROMPTED, "aesthetic", "classifier")
+IMAGENET = 1000
 
 
 def chosen_reward(
@@ -23,13 +44,15 @@ def chosen_reward(
 ) -> tuple[Callable[..., Tensor] | None, LinearGaussian | None, str]:
     """The reward of ``--reward``; the linear-Gaussian one that it is, if it is one; and its name.
 
-    A task's reward, ``file.py:function``, or, for maps of images, one of their rewards: None then, since it is made of
-    the map's own data and classifiers (:func:`image_reward_of`).
+    A task's reward, ``file.py:function``, a preference model (:func:`judge`), or, for maps of images, one of their
+    rewards: None then, since it is made of the map's own data and classifiers (:func:`image_reward_of`).
     """
     images = found.config.get("training", {}).get("data") is not None
     text = text or (next(iter(REWARDS)) if images else next(iter(TASKS)))
     if images and text.partition(":")[0] in REWARDS:
         return None, None, text
+    if text.partition(":")[0].partition("@")[0] in JUDGES:
+        return judge(text, strength, found), None, text
     name, colon, attribute = text.rpartition(":")
     if not colon and text.endswith(".py"):
         raise InputError(f"--reward {text}: name the function too, {text}:my_reward")
@@ -56,6 +79,33 @@ def chosen_reward(
     return attributed, None, text
 
 
+def judge(text: str, strength: float, found: Checkpoint) -> Judge:
+    """``pickscore:a photo of a cat``, ``aesthetic``, ``classifier:tabby``; ``clip@FOLDER-OR-HUB-ID[@REVISION]:…``.
+
+    ``{label}`` in a prompt stands for the class of each sample, where the classes are ImageNet's.
+    """
+    head, _, words = text.partition(":")
+    kind, _, source = head.partition("@")
+    place, _, revision = source.partition("@")
+    options: dict[str, Any] = {"strength": strength}
+    options |= {name: value for name, value in (("place", place), ("revision", revision)) if value}
+    if kind == "aesthetic":
+        if words:
+            raise InputError(f"--reward {text}: aesthetic takes no prompt, it looks at the picture alone: leave it out")
+        return AestheticScore.from_pretrained(**options)
+    if not words.strip():
+        example = "classifier:tabby" if kind == "classifier" else f"'{head}:a photo of a tabby cat'"
+        raise InputError(f"--reward {text}: say what for, as in --reward {example}")
+    if kind == "classifier":
+        return ImageClassifierReward.from_pretrained(label=words, **options)
+    if SLOT in words:
+        network = found.config.get("network", {})
+        if not isinstance(network, dict) or network.get("num_classes") != IMAGENET:
+            raise InputError(f"--reward {text}: {SLOT} needs a map of ImageNet's classes; type the name of the class")
+        options["classes"] = [names.split(",")[0] for names in class_names()]
+    return PROMPTED[kind].from_pretrained(prompt=words, **options)
+
+
 def file_hash(reward: str) -> dict[str, str]:
     """What a reward's file held: another version of it is another run."""
     file = Path(reward.rpartition(":")[0])
@@ -73,8 +123,9 @@ def image_reward_of(
 
 
 def _known(images: bool) -> str:
-    return (
+    own = (
         f"a reward of images ({', '.join(REWARDS)}; margin:7 is that of a seven)"
         if images
         else (f"a task ({', '.join(TASKS)})")
     )
+    return f"{own}, a model that judges pictures ({', '.join(JUDGES)}; pickscore:PROMPT)"

@@ -37,6 +37,12 @@ def open_model(checkpoint: str, device: str, needs_map: bool = True) -> tuple[Me
     return load_model(checkpoint).to(target), found, target
 
 
+def training_of(found: Checkpoint) -> dict[str, Any]:
+    """The configuration that a checkpoint was trained by; an exported one carries it along; published ones have none."""
+    own: dict[str, Any] = found.config.get("training") or found.config.get("origin", {}).get("training") or {}
+    return own
+
+
 def tuned(found: Checkpoint) -> bool:
     """Did fine-tuning make this checkpoint?"""
     return bool(found.config.get("training", {}).get("recipe") == "finetune")

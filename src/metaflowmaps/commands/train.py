@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from metaflowmaps import ranks
 from metaflowmaps.checkpoint import load_classifier, load_model
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.shared import Results, Say, begun, panels, sample_picture
@@ -19,6 +20,9 @@ from metaflowmaps.report import figures
 from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.training.classifier import ClassifierObjective, accuracy
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.distributed import check_division, told
+from metaflowmaps.training.loop import TrainResult
+from metaflowmaps.training.plan import plan
 from metaflowmaps.training.run import (
     build_classifier,
     build_map,
@@ -55,26 +59,46 @@ def resolve_training(base: AnyConfig, settings: Iterable[str], seed: int | None,
 def train(
     config: TrainConfig | ClassifierConfig, out: Path, device: str, resume: str, invocation: str, say: Say
 ) -> Results:
-    """Train in ``out``; complete runs report, interrupted ones go on."""
-    target = pick_device(device)
+    """Train in ``out``; complete runs report, interrupted ones go on. In a session of several ranks, all must enter."""
+    target = ranks.together(lambda: pick_device(device))
     torch.set_num_threads(config.threads)
-    # what cannot be built claims no directory
-    model = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    done = begun(out, "train", config.model_dump())
+    # what cannot be built or divided among the ranks claims no directory
+    parameters = ranks.together(lambda: _count(config))
+    done = ranks.first(lambda: begun(out, "train", config.model_dump()))
     if done is not None:
         say(f"{out} is complete: {config.steps} steps of {config.recipe}")
         return done
     if config.data is not None:
         say(describe(config.data, *load_data(config.data)))
+    if ranks.size() > 1:
+        say(told(config, ranks.size()))
     with training_progress(config, say) as report:
         if isinstance(config, TrainConfig):
             result = run_training(
-                config, out, device=target, resume=resume, report=report, on_sample=_sampler(config, out)
+                config, out, device=target, resume=resume, report=report, on_sample=_sampler(config, out), note=say
             )
         else:
             result = run_classifier_training(config, out, device=target, resume=resume, report=report)
-    metrics = {"loss": result.loss, "parameters": parameters}
+    return ranks.first(lambda: _finish(config, out, result, parameters, target, invocation))
+
+
+def _count(config: TrainConfig | ClassifierConfig) -> int:
+    """How many weights it has, if it can be built, and divided among the ranks."""
+    check_division(config, ranks.size())
+    model = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _finish(
+    config: TrainConfig | ClassifierConfig,
+    out: Path,
+    result: TrainResult,
+    parameters: int,
+    target: torch.device,
+    invocation: str,
+) -> Results:
+    """The figures and the results of a run that has reached its end."""
+    metrics: dict[str, Any] = {"loss": result.loss, "parameters": parameters}
     if isinstance(config, ClassifierConfig):
         classifier, parts = load_classifier(result.checkpoint), load_data(config.data)
         metrics |= {
@@ -117,8 +141,16 @@ def _last_picture(config: TrainConfig, model: MetaFlowMap, out: Path) -> None:
         figures.save(panels(model, law, config.seed), out / "posteriors.png")
 
 
-def dry_run(config: TrainConfig | ClassifierConfig, device: str) -> Results:
-    """Resolve the configuration, count parameters and memory on the meta device, time one step, write nothing."""
+def dry_run(
+    config: TrainConfig | ClassifierConfig, device: str, gpu: str = "h200", gpus: int = 1, mfu: float = 0.4
+) -> Results:
+    """Resolve the configuration, count parameters and memory on the meta device, time one step, write nothing.
+
+    Of a run that says the shape of its samples, planned for GPUs, the step is counted and not timed: neither data nor
+    parent need be there.
+    """
+    if isinstance(config, TrainConfig) and config.model.event_shape is not None:
+        return _dry(config, plan(config, gpu, gpus, mfu))
     target = pick_device(device)
     torch.set_num_threads(config.threads)
     shapes = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
@@ -140,7 +172,7 @@ def dry_run(config: TrainConfig | ClassifierConfig, device: str) -> Results:
         teacher: Any = None
         if config.teacher == "exact":
             teacher = exact_teacher(config)
-        elif config.teacher == "learned":
+        elif config.teacher in ("learned", "pretrained"):
             teacher = GlassTeacher(model.path, model.drift, config.num_classes)
         objective = build_objective(config, teacher)
     else:
@@ -165,6 +197,10 @@ def dry_run(config: TrainConfig | ClassifierConfig, device: str) -> Results:
         "seconds_per_step": seconds,
         "expected_seconds": seconds * config.steps,
     }
+    return _dry(config, metrics)
+
+
+def _dry(config: TrainConfig | ClassifierConfig, metrics: dict[str, Any]) -> Results:
     return {
         "schema": 1,
         "command": "train",

@@ -1,7 +1,8 @@
 """From a configuration to a trained map in a directory: build, resume, train.
 
 With ``teacher=learned`` a drift is first trained from data alone (flow matching: the diagonal at context time 0) in
-``out/drift``, by the same loop; GLASS on it then teaches the map.
+``out/drift``, by the same loop; GLASS on it then teaches the map. With ``teacher=pretrained`` the drift is that of a
+checkpoint, such as ``mfm convert`` makes of published weights, and the map may begin with its weights.
 """
 
 import math
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps import ranks
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, load_model, resolve_checkpoint
 from metaflowmaps.config import differences, validated
-from metaflowmaps.data import ImageSet, load_data
+from metaflowmaps.data import Examples, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_classifier, make_network
@@ -32,6 +34,7 @@ from metaflowmaps.training.config import (
     TrainConfig,
     UNetConfig,
 )
+from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import Record, TrainResult, train
 from metaflowmaps.training.objective import DataSource, LabelledLaw, Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
@@ -58,6 +61,8 @@ def build_map(config: TrainConfig) -> MetaFlowMap:
 
 def fitted(config: TrainConfig) -> TrainConfig:
     """The configuration with what it leaves open measured on its images: shape, spread, network, classes."""
+    if config.parent is not None and config.model.network is None:
+        config = _like_parent(config)
     if config.data is None:
         return config
     counted = bool(config.num_classes) or not config.data.labels
@@ -86,6 +91,22 @@ def fitted(config: TrainConfig) -> TrainConfig:
     return validated(TrainConfig, {**config.model_dump(), "data": data.model_dump(), "model": model.model_dump()})
 
 
+def _like_parent(config: TrainConfig) -> TrainConfig:
+    """The configuration with the parent's path, parameterisation and network, and guidance where it is asked for."""
+    assert config.parent is not None
+    found = resolve_checkpoint(config.parent).config
+    spec = {k: v for k, v in found["network"].items() if k not in ("channels", "size", "dim", "shape", "mlp_ratio")}
+    spec["guidance"] = spec["guidance"] or config.condition.guided
+    model = {
+        **config.model.model_dump(),
+        "path": found["path"],
+        "parameterization": found["parameterization"],
+        "data_std": found["data_std"],
+        "network": spec,
+    }
+    return validated(TrainConfig, {**config.model_dump(), "model": model})
+
+
 def sized(channels: int, size: int) -> NetworkConfig:
     """A network for images of this size: a perceptron to 12 pixels a side, a U-Net to 64, a transformer above."""
     if size <= 12:
@@ -100,8 +121,11 @@ def sized(channels: int, size: int) -> NetworkConfig:
     return DiTConfig(patch=patch, width=192, depth=6, heads=3, encoder_depth=4)
 
 
-def mean_image(images: ImageSet) -> Tensor:
-    """The mean of a set's images, (C, H, W)."""
+def mean_image(images: Examples) -> Tensor:
+    """The mean of a set's images, (C, H, W); sets that do not fit in memory know it."""
+    known: Tensor | None = getattr(images, "mean_image", None)
+    if known is not None:
+        return known.float()
     total = torch.zeros(images.event_shape, dtype=torch.float64)
     for part in torch.arange(len(images)).split(1024):
         total += images.tensor(part).double().sum(0)
@@ -117,7 +141,12 @@ def network_spec(config: TrainConfig) -> dict[str, Any]:
             raise InputError(f"a mixture has vectors, and {spec['name']} is for images: set model.network.name=mlp")
         return {"dim": len(config.law.means[0]), **spec}
     assert config.data is not None
-    channels, size, _ = load_data(config.data)[0].event_shape
+    channels, size, _ = event_shape = load_data(config.data)[0].event_shape
+    if config.model.event_shape not in (None, event_shape):
+        raise InputError(
+            f"{config.recipe} is for samples of shape {config.model.event_shape}, the data have {event_shape}: "
+            f"--set model.event_shape={list(event_shape)}"
+        )
     if spec["name"] == "mlp":
         return {"dim": channels * size * size, "shape": [channels, size, size], **spec}
     return {"channels": channels, "size": size, **spec}
@@ -172,13 +201,25 @@ def run_training(
     resume: str = "auto",
     report: Callable[[str, Record], None] = lambda stage, record: None,
     on_sample: Callable[[MetaFlowMap, int], None] | None = None,
+    parent: Any = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Train in ``out``, going on from what is there; seconds include the drift's."""
+    """Train in ``out``, going on from what is there; seconds include the drift's.
+
+    ``parent``: with teacher=pretrained, a model at hand, such as ``mfm.wrap`` makes, which ``config.parent`` names.
+    ``note`` is told how derivatives are taken and blocks computed, in lines.
+    """
     path, seconds_before = make_path(config.model.path), 0.0
     model = build_map(config)
     teacher: Teacher | None = None
     if config.teacher == "exact":
         teacher = exact_teacher(config)
+    elif config.teacher == "pretrained":
+        assert config.parent is not None, "TrainConfig refuses teacher=pretrained without a parent"
+        source = load_model(config.parent).to(device).requires_grad_(False) if parent is None else parent
+        teacher = taught_by(source, config)
+        if config.start_from_drift:
+            inherit(model, source)
     elif config.teacher == "learned":
         stage = run_training(
             drift_config(config),
@@ -191,9 +232,12 @@ def run_training(
         teacher = GlassTeacher(path, drift.drift, config.num_classes)
         if config.start_from_drift:
             model.load_state_dict(drift.state_dict())
+    objective = build_objective(config, teacher)
+    for line in prepare(model, config, device, objective, ranks.size()):
+        note(line)
     result = train(
         model,
-        build_objective(config, teacher),
+        objective,
         config,
         out,
         device=device,
@@ -202,6 +246,40 @@ def run_training(
         on_sample=on_sample,
     )
     return TrainResult(result.step, result.loss, result.seconds + seconds_before, result.checkpoint)
+
+
+def taught_by(parent: Any, config: TrainConfig) -> GlassTeacher:
+    """GLASS on a parent's drift, on the map's path; guided by the parent itself where it has learned to."""
+    path = make_path(config.model.path)
+    if parent.path != path:
+        raise InputError(
+            f"{config.parent} runs on the {parent.path.name} path, the map on the {path.name} one: "
+            f"--set model.path={parent.path.name}"
+        )
+    own = getattr(getattr(parent, "network", None), "guidance", None) is not None
+    classes = int(getattr(parent, "num_classes", getattr(getattr(parent, "network", None), "num_classes", 0)))
+    if config.num_classes not in (0, classes):
+        raise InputError(f"{config.parent} knows {classes} classes and the data have {config.num_classes}")
+    return GlassTeacher(path, parent.drift, None if own else classes)
+
+
+def inherit(model: MetaFlowMap, parent: Any) -> None:
+    """Begin with a parent's weights; what it does not have (an embedding of guidance scales) begins as it is made."""
+    if not isinstance(parent, MetaFlowMap) or parent.parameterization != model.parameterization:
+        theirs = getattr(parent, "parameterization", "none")
+        raise InputError(
+            f"start_from_drift needs a parent of the same parameterisation ({model.parameterization}, not {theirs}): "
+            f"--set model.parameterization={theirs}, or start_from_drift=false"
+        )
+    ours, weights = model.state_dict(), parent.state_dict()
+    wrong = [key for key, value in weights.items() if key not in ours or ours[key].shape != value.shape]
+    gone = [key for key in ours if key not in weights and not key.startswith("network.guidance.")]
+    if wrong or gone:
+        raise InputError(
+            f"the parent's network is another one ({', '.join([*wrong, *gone][:3])}): leave model.network unset to "
+            "take the parent's, or start_from_drift=false"
+        )
+    model.load_state_dict(weights, strict=False)
 
 
 def drift_config(config: TrainConfig) -> TrainConfig:
@@ -232,8 +310,10 @@ def run_classifier_training(
     report: Callable[[str, Record], None] = lambda stage, record: None,
 ) -> TrainResult:
     """Train a classifier in ``out`` by the same loop."""
+    classifier = build_classifier(config)
+    prepare(classifier, config, device)
     return train(
-        build_classifier(config),
+        classifier,
         ClassifierObjective(load_data(config.data)[0], config),
         config,
         out,
@@ -262,18 +342,19 @@ def _check_source(config: RunConfig, checkpoint: Checkpoint, resume: str) -> Non
 def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
     """auto: the newest valid checkpoint of ``out``. none: nothing, and there must be nothing. Else: that checkpoint."""
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
-    store.clean()
+    ranks.first(store.clean)
     if resume == "none":
         if store.steps():
             raise InputError(
                 f"--resume none, but {out} already holds checkpoints: move it away or choose another --out"
             )
         return None
-    checkpoint, skipped = store.latest_valid()
+    checkpoint, skipped = store.latest_for_all()
     for line in skipped:
         warnings.warn(f"skipped {line}", stacklevel=2)
     if checkpoint is not None:
-        store.prune(checkpoint.document("position.json")["step"])  # a kill may have come between a save and its pruning
+        step = checkpoint.document("position.json")["step"]
+        ranks.first(lambda: store.prune(step))  # a kill may have come between a save and its pruning
     if checkpoint is None and skipped:
         warnings.warn("no valid checkpoint is left: starting from step 0", stacklevel=2)
     if checkpoint is None and resume != "auto":
