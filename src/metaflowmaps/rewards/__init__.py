@@ -7,20 +7,40 @@ from metaflowmaps.rewards.classifier import ClassifierMixture, LogitMargin
 from metaflowmaps.rewards.compose import Tempered, WeightedSum
 from metaflowmaps.rewards.density import LogDensity
 from metaflowmaps.rewards.inverse import InverseProblem
+from metaflowmaps.rewards.micro import MicroBatched
 from metaflowmaps.rewards.operators import Blur, Downsample, Mask
 from metaflowmaps.rewards.style import Ink, Slant
+from metaflowmaps.rewards.vision import (
+    AestheticScore,
+    ClipScore,
+    HPSv2,
+    ImageClassifierReward,
+    ImageReward,
+    ImageRewardNetwork,
+    PickScore,
+    Pixels,
+)
 
 __all__ = [
+    "AestheticScore",
     "BlackBox",
     "Blur",
     "ClassifierMixture",
+    "ClipScore",
     "Downsample",
+    "HPSv2",
+    "ImageClassifierReward",
+    "ImageReward",
+    "ImageRewardNetwork",
     "Ink",
     "InverseProblem",
     "LinearGaussian",
     "LogDensity",
     "LogitMargin",
     "Mask",
+    "MicroBatched",
+    "PickScore",
+    "Pixels",
     "Reward",
     "Slant",
     "Tempered",

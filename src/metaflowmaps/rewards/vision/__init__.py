@@ -1,0 +1,20 @@
+"""Rewards that look at pictures: preference models, CLIP, classifiers. Who uses them downloads their weights."""
+
+from metaflowmaps.rewards.vision.aesthetic import AestheticScore
+from metaflowmaps.rewards.vision.clip import ClipScore, HPSv2, PickScore
+from metaflowmaps.rewards.vision.image_classifier import ImageClassifierReward
+from metaflowmaps.rewards.vision.image_reward import ImageReward, ImageRewardNetwork
+from metaflowmaps.rewards.vision.judge import Judge
+from metaflowmaps.rewards.vision.pixels import Pixels
+
+__all__ = [
+    "AestheticScore",
+    "ClipScore",
+    "HPSv2",
+    "ImageClassifierReward",
+    "ImageReward",
+    "ImageRewardNetwork",
+    "Judge",
+    "PickScore",
+    "Pixels",
+]
