@@ -1,0 +1,198 @@
+"""The drawing commands on a latent, class-conditional map: names, guidance, pictures, a missing autoencoder."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tests.tiny_codec import tiny_codec, tiny_vae
+
+import metaflowmaps as mfm
+from metaflowmaps import cli
+from metaflowmaps.networks.dit import DiT
+
+NAMES = ("disc", "square", "ring", "stripes")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A map of 4×4×4 latents with its autoencoder beside it, and one whose autoencoder is not to be had."""
+    root = tmp_path_factory.mktemp("latents")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DiT(4, 4, 2, 32, 2, 4, 1, num_classes=4, guidance=[1.0, 2.5])
+        for p in network.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    pipe = mfm.Pipeline(mfm.MetaFlowMap(network, mfm.LinearPath(), "plain"), tiny_codec(), NAMES, guidance=2.5)
+    pipe.save_pretrained(root / "map")
+    pipe.save_pretrained(root / "bare", vae="nobody/nothing-here")
+    tiny_vae().save_pretrained(root / "vae")
+    (root / "reward.py").write_text(
+        "def bright(x):\n    assert x.shape[1:] == (3, 32, 32), x.shape\n    return 50 * x.mean((1, 2, 3))\n"
+    )
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, place, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
+
+    def call(*arguments):
+        monkeypatch.chdir(place)
+        monkeypatch.setattr("sys.argv", ["mfm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def pipeline(place):
+    return mfm.Pipeline.from_pretrained(place / "map")
+
+
+def test_samples_are_those_of_the_pipeline_and_written_as_pictures(run, place, tmp_path):
+    out = tmp_path / "s"
+    code, _, err = run(
+        "sample", "map", "--num", 3, "--steps", 2, "--label", "ring", "--guidance", 2.5, "--images", "--out", out
+    )
+    assert code == 0, err
+    held = load_file(out / "samples.safetensors")
+    pipe = pipeline(place)
+    made = pipe("ring", steps=2, guidance=2.5, num_images=3, seeds=held["seeds"], progress=False)
+    torch.testing.assert_close(held["samples"], made.latents, rtol=0, atol=1e-6)
+    for i, picture in enumerate(made.images):
+        with Image.open(out / f"images/{i:06d}.png") as written:
+            assert written.size == (32, 32)
+            assert list(written.getdata()) == list(picture.getdata())
+    settings = json.loads((out / "results.json").read_text())["config"]
+    assert (settings["label"], settings["guidance"]) == (2, 2.5)
+    with Image.open(out / "samples.png") as grid:
+        assert grid.size[0] > 100
+
+
+def test_all_takes_the_classes_in_turn_whatever_the_shards(run, place, tmp_path):
+    for name, more in (("whole", ()), ("cut", ("--shard-size", 2))):
+        assert run("sample", "map", "--num", 6, "--label", "all", "--out", tmp_path / name, *more)[0] == 0
+    whole, cut = (load_file(tmp_path / name / "samples.safetensors") for name in ("whole", "cut"))
+    torch.testing.assert_close(whole["samples"], cut["samples"], rtol=1e-4, atol=1e-5)  # batches of another size
+    pipe = pipeline(place)
+    each = pipe([0, 1, 2, 3, 0, 1], steps=1, seeds=whole["seeds"], progress=False, output="tensor")
+    torch.testing.assert_close(whole["samples"], each.latents, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_wish_nothing_is_new_in_the_settings(run, tmp_path):
+    assert run("sample", "map", "--num", 2, "--out", tmp_path / "s")[0] == 0
+    settings = json.loads((tmp_path / "s/results.json").read_text())["config"]
+    assert set(settings) == {"checkpoint", "num", "steps", "method", "seed"}
+
+
+def test_draws_for_a_picture(run, place, tmp_path):
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    out = tmp_path / "p"
+    code, _, err = run(
+        "posterior",
+        "map",
+        "--image",
+        tmp_path / "red.png",
+        "--t",
+        0.7,
+        "--num-draws",
+        4,
+        "--label",
+        "disc",
+        "--out",
+        out,
+    )
+    assert code == 0, err
+    held = load_file(out / "draws.safetensors")
+    pipe = pipeline(place)
+    x_1 = pipe.encode(Image.open(tmp_path / "red.png"))
+    noise = (held["x_t"] - 0.7 * x_1[0]) / 0.3
+    assert noise.std() == pytest.approx(1, abs=0.4)  # 64 normals: five standard errors of their spread
+    cond = pipe.condition(torch.zeros(4, dtype=torch.int64), None, 4)
+    assert cond["guidance"].tolist() == [2.5] * 4
+    assert held["draws"].shape == (4, 4, 4, 4)
+    assert (out / "posteriors.png").exists()
+
+
+def test_rewards_see_pictures(run, place, tmp_path):
+    out = tmp_path / "r"
+    code, text, err = run(
+        "steer", "map", "--reward", "reward.py:bright", "--num", 3, "--steps", 4, "--num-draws", 1, "--label", "disc",
+        "--images", "--json", "--out", out,
+    )  # fmt: skip
+    assert code == 0, err
+    held = load_file(out / "samples.safetensors")
+    pictures = pipeline(place).decode(held["samples"])
+    torch.testing.assert_close(held["rewards"], 50 * pictures.mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
+    cost = json.loads(text)["cost"]
+    assert cost["decodes"] == cost["reward_calls"] == 3 * 4
+    assert len(list((out / "images").glob("*.png"))) == 3
+
+
+def test_an_autoencoder_that_is_missing_costs_the_picture_and_not_the_samples(run, place, tmp_path):
+    code, _, err = run("sample", "bare", "--num", 2, "--out", tmp_path / "s")
+    assert code == 0
+    assert "the samples are kept, and shown as latents" in err
+    assert (tmp_path / "s/samples.safetensors").exists()
+    assert run("sample", "bare", "--num", 2, "--vae", "vae", "--images", "--out", tmp_path / "t")[0] == 0
+    assert len(list((tmp_path / "t/images").glob("*.png"))) == 2
+    code, _, err = run(
+        "steer", "bare", "--reward", "reward.py:bright", "--num", 2, "--steps", 2, "--out", tmp_path / "u"
+    )
+    assert code == 2
+    assert "nobody/nothing-here" in err.splitlines()[-1]
+
+
+def test_tuning_to_a_reward_of_pictures(run, tmp_path):
+    small = {"steps": 2, "distil_steps": 2, "batch_size": 4, "distil_batch_size": 4, "states.pool": 64, "threads": 1,
+             "states.replay": 0, "distil_pool": 64, "meters.every": 0, "num_draws": 1}  # fmt: skip
+    given = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    out = tmp_path / "tuned"
+    code, text, err = run(
+        "finetune",
+        "map",
+        "--reward",
+        "reward.py:bright",
+        "--guidance",
+        2.5,
+        *given,
+        "--map",
+        "none",
+        "--json",
+        "--out",
+        out,
+    )
+    assert code == 0, err
+    assert json.loads(text)["metrics"]["samplers"]
+    tuned = mfm.MetaFlowMap.from_pretrained(out)
+    assert tuned.event_shape == (4, 4, 4)
+    code, _, err = run("finetune", "map", "--reward", "reward.py:bright", "--guidance", 3, "--out", tmp_path / "x")
+    assert code == 2
+    assert "trained at 1, 2.5" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sample", "map", "--label", "rong"), "did you mean 'ring'"),
+        (("sample", "map", "--label", "9"), "a number from 0 to 3"),
+        (("sample", "map", "--label", "1", "--guidance", "3"), "1, 2.5"),
+        (("sample", "map", "--precision", "half"), "float32 or bf16"),
+        (("sample", "digits", "--label", "1"), "knows no classes"),
+        (("posterior", "map", "--image", "none.png"), "--image none.png cannot be read"),
+        (("posterior", "map", "--image", "reward.py"), "give a picture"),
+        (("posterior", "map", "--image", "a.png", "--x", "1"), "give one of them"),
+        (("sample", "map", "--vae", "map"), "cannot be loaded"),
+    ],
+)
+def test_bad_wishes_are_one_line(run, tmp_path, arguments, words):
+    code, _, err = run(
+        *arguments, "--num-draws" if arguments[0] == "posterior" else "--num", 2, "--out", tmp_path / "o"
+    )
+    assert code == 2, err
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
