@@ -2,10 +2,12 @@
 
 import sys
 
-from benchmarks import control, fidelity, finetuning, images, losses, memory, steering, step_cost
+from benchmarks import control, fidelity, finetuning, images, losses, memory, precision, steering, step_cost, world_size
 
 BENCHMARKS = {
     "step-cost": step_cost.main,
+    "step-cost-transformer": step_cost.transformer,
+    "precision": precision.main,
     "fidelity": fidelity.main,
     "glass": fidelity.glass,
     "losses": losses.main,
@@ -18,6 +20,7 @@ BENCHMARKS = {
     "finetune-digits": finetuning.digits,
     "images": images.main,
     "memory": memory.main,
+    "world-size": world_size.main,
     "control": control.main,
 }
 

@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import shutil
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +14,109 @@ import torch
 
 from metaflowmaps.config import differences
 from metaflowmaps.errors import InputError
+from metaflowmaps.ranks import launched
+from metaflowmaps.sharding import FOLDERS, LOGS, nothing_in
 
 SCHEMA = 1
 LOCK = ".lock"
-_held: set[str] = set()
+CLAIMING = 10.0  # seconds: what another process needs to claim a directory takes far less
+_held: dict[str, int] = {}
 
 
-def claim(out: Path, command: str, config: dict[str, Any]) -> dict[str, Any] | None:
+def claim(out: Path, command: str, config: dict[str, Any], shared: bool = False) -> dict[str, Any] | None:
     """Take ``out`` for this command and configuration; the results, if it is complete already.
 
     A directory that holds another configuration is refused and left as it is, unless nothing but its claim was written.
+    ``shared``: together with every process that claims it for the very same, until ``release(out)``.
     """
     wanted = {"command": command, "config": config}
     wanted = json.loads(json.dumps(wanted))  # tuples and such as they will come back
     mark = out / "run.json"
     try:
         if mark.exists():
-            held = read_json(mark)
-            # a directory where nothing but the claim was written holds nothing: a failed start does not occupy it
-            begun = any(path != mark and path.name != LOCK for path in out.iterdir())
-            if held != wanted and begun:
-                lines = differences(held, wanted)
-                more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-                raise InputError(
-                    f"{out} holds another run ({'; '.join(lines[:3])}{more}): choose another --out, "
-                    "or repeat its settings"
-                )
-            _lock(out)
-            if held != wanted:
-                write_json(mark, wanted)
-            results = out / "results.json"
-            return read_json(results) if results.exists() else None
-        if out.exists() and not out.is_dir():
-            raise InputError(f"--out {out} is a file: give a directory")
-        if out.exists() and any(path.name == "manifest.json" for path in out.iterdir()):
-            raise InputError(f"--out {out} is a checkpoint: give another directory")
-        out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
-        write_json(mark, wanted)
+            _check_same(out, wanted)
+        else:
+            if out.exists() and not out.is_dir():
+                raise InputError(f"--out {out} is a file: give a directory")
+            if out.exists() and any(path.name == "manifest.json" for path in out.iterdir()):
+                raise InputError(f"--out {out} is a checkpoint: give another directory")
+            out.mkdir(parents=True, exist_ok=True)
+        alone = _lock(out, shared)
+        if not mark.exists() or not _check_same(out, wanted):  # again: another may have come first
+            if not alone:
+                release(out)
+                raise InputError(f"another process is writing to {out}: wait for it, or choose another --out")
+            for folder in FOLDERS:  # of the claim that is replaced: nothing is finished in it
+                shutil.rmtree(out / folder, ignore_errors=True)
+            write_json(mark, wanted)
+        if shared and alone:
+            _let_others_in(out)
+            if not _check_same(out, wanted):
+                release(out)
+                raise InputError(f"another process has just claimed {out}: choose another --out")
+        results = out / "results.json"
+        return read_json(results) if results.exists() else None
     except OSError as error:
         raise InputError(f"cannot write to --out {out}: {error.strerror}; choose another directory") from None
-    return None
 
 
-def _lock(out: Path) -> None:
-    """Hold ``out`` until this process ends: two writers in one directory would mix their files."""
+def release(out: Path) -> None:
+    """Let go of a directory before this process ends."""
+    file = _held.pop(str(out.resolve()), None)
+    if file is not None:
+        os.close(file)
+
+
+def _check_same(out: Path, wanted: dict[str, Any]) -> bool:
+    """Does ``out`` hold what is wanted? Another run is refused, unless nothing of it was written."""
+    held = read_json(out / "run.json")
+    if held == wanted:
+        return True
+    # a directory where nothing but the claim was written holds nothing: a failed start does not occupy it
+    begun = any(
+        path.name not in ("run.json", LOCK, LOGS) and not (path.name in FOLDERS and nothing_in(path))
+        for path in out.iterdir()
+    )
+    if begun:
+        lines = differences(held, wanted)
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise InputError(
+            f"{out} holds another run ({'; '.join(lines[:3])}{more}): choose another --out, or repeat its settings"
+        )
+    return False
+
+
+def _lock(out: Path, shared: bool) -> bool:
+    """Hold ``out`` until this process ends or releases it: two writers would mix their files. Is it alone there?
+
+    A shared claim is taken alone first, where nobody else is there, and the others then let in.
+    """
     try:
         import fcntl
     except ImportError:  # no advisory locks on this platform
-        return
+        return True
+    if str(out.resolve()) in _held:
+        return True
     file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        if str(out.resolve()) not in _held:
-            raise InputError(f"another process is writing to {out}: wait for it, or choose another --out") from None
-        return
-    _held.add(str(out.resolve()))
+    end = time.monotonic() + CLAIMING
+    while True:
+        for kind in (fcntl.LOCK_EX, *([fcntl.LOCK_SH] if shared else [])):
+            with suppress(BlockingIOError):
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                _held[str(out.resolve())] = file
+                return kind == fcntl.LOCK_EX
+        if not shared or time.monotonic() > end:
+            os.close(file)
+            raise InputError(f"another process is writing to {out}: wait for it, or choose another --out")
+        time.sleep(0.02)
+
+
+def _let_others_in(out: Path) -> None:
+    """From alone to shared."""
+    with suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(_held[str(out.resolve())], fcntl.LOCK_SH)
 
 
 def write_results(
@@ -144,9 +192,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of ``--device``: auto, cpu, cuda, cuda:1, mps."""
+    """The device of ``--device``: auto, cpu, cuda, cuda:1, mps; of several ranks, each its own GPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if launched().size > 1 and name.startswith("cuda"):
+        return _own_gpu(name)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -156,6 +206,19 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"--device {name} is not available here: use auto, cpu or cuda")
     return device
+
+
+def _own_gpu(name: str) -> torch.device:
+    """Each rank on a node has a GPU of its own."""
+    number, there = launched().local_rank, torch.cuda.device_count()
+    if name != "cuda":
+        raise InputError(f"--device {name} is one GPU, and each rank needs its own: use --device cuda")
+    if number >= there:
+        raise InputError(
+            f"a GPU for each rank, and this machine has {there}: torchrun --nproc-per-node {max(there, 1)}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _device_name(device: torch.device) -> str:

@@ -3,16 +3,18 @@
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path as FilePath
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
@@ -20,6 +22,8 @@ from metaflowmaps.errors import InputError
 FORMAT = 1
 CONFIG, MODEL, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 EMA, OPTIMIZER, POSITION = "ema.safetensors", "optimizer.safetensors", "position.json"
+INDEX = ".metadata"  # of the shards that several ranks write, see sharded.py
+SHARD = re.compile(r"__\d+_\d+\.distcp")
 PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt"}
 INSTEAD = "restore it from a copy or use another checkpoint"
 
@@ -48,18 +52,47 @@ def write_checkpoint(
     """
     _check_names(tensors, documents)
     target = FilePath(path).resolve()
-    staging = _sibling(target, ".tmp-")
+    staging = name_staging(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _settle(old_name(target))
-        _check_replaceable(target, {*tensors, *documents})
-        staging.mkdir()
-        _fill(staging, tensors, documents)
-        _swap(staging, target)
-    except OSError as error:
-        raise CheckpointError(path, _why_not_written(error)) from error
+        with writing(path):
+            make_staging(staging, target, {*tensors, *documents})
+            finish_staging(staging, target, tensors, documents)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def name_staging(target: FilePath) -> FilePath:
+    """A new name beside a checkpoint's, for the directory that is to become it."""
+    return _sibling(target, ".tmp-")
+
+
+def make_staging(staging: FilePath, target: FilePath, names: set[str]) -> None:
+    """Make it, unless what is to be replaced holds more than a checkpoint."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _settle(old_name(target))
+    _check_replaceable(target, names)
+    staging.mkdir()
+
+
+def finish_staging(
+    staging: FilePath,
+    target: FilePath,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    there: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all files, then the manifest, which also lists what is ``there`` already; put the directory in place."""
+    _fill(staging, tensors, documents, there or {})
+    _swap(staging, target)
+
+
+@contextmanager
+def writing(path: str | FilePath) -> Iterator[None]:
+    """Turn what a disk refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(path, _why_not_written(error)) from error
 
 
 def recover(parent: str | FilePath) -> None:
@@ -87,15 +120,21 @@ def _check_replaceable(target: FilePath, names: set[str]) -> None:
     # replacing deletes: never a directory with anything in it that a checkpoint would not hold
     if target.is_file():
         raise CheckpointError(target, "is a file; a checkpoint is a directory: write to another name")
-    known = {CONFIG, MODEL, MANIFEST, EMA, OPTIMIZER, POSITION, *names}
-    others = sorted({entry.name for entry in target.iterdir()} - known) if target.is_dir() else []
+    known = {CONFIG, MODEL, MANIFEST, EMA, OPTIMIZER, POSITION, INDEX, *names}
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    others = sorted(name for name in held - known if not SHARD.fullmatch(name))
     if others:
         problem = f"holds other files ({some(others)}): move them or write to another name"
         raise CheckpointError(target, problem)
 
 
-def _fill(directory: FilePath, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> None:
-    listed = {}
+def _fill(
+    directory: FilePath,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    there: Mapping[str, Any],
+) -> None:
+    listed = dict(there)
     for name, named in tensors.items():
         listed[name] = _write(directory / name, safetensors.torch.save(_storable(named)))
     for name, document in documents.items():
@@ -200,11 +239,16 @@ def _why_not_written(error: OSError) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A verified checkpoint, in memory: file name -> content."""
+    """A verified checkpoint: file name -> content.
+
+    In memory; the tensors of a ``sharded`` one, and those that another rank has verified, stay on disk and are verified
+    again, in the very bytes that are parsed, when they are asked for.
+    """
 
     path: FilePath
     _tensors: Mapping[str, dict[str, Tensor]] = field(repr=False)
     _documents: Mapping[str, Any] = field(repr=False)
+    sharded: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -217,12 +261,30 @@ class Checkpoint:
         return name in self._tensors or name in self._documents
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a safetensors file, on CPU."""
+        """The tensors of a safetensors file, on CPU; those of a sharded file, put together."""
         return self._tensors[self._present(name, self._tensors)]
 
     def document(self, name: str) -> Any:
         """The content of a JSON file."""
         return self._documents[self._present(name, self._documents)]
+
+    def forms(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and type of the tensors of a file."""
+        self._present(name, self._tensors)
+        if self.sharded:
+            held: dict[str, tuple[torch.Size, torch.dtype]] = self._tensors.forms(name)  # type: ignore[attr-defined]
+            return held
+        return {key: (value.shape, value.dtype) for key, value in self.tensors(name).items()}
+
+    def fill(self, wanted: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy the tensors of files into those given, sharded or not: every rank its own part. All ranks must enter."""
+        if self.sharded:
+            self._tensors.fill(wanted)  # type: ignore[attr-defined]
+            return
+        for file, named in wanted.items():
+            stored = self.tensors(file)
+            for name, value in named.items():
+                _copy(stored[name], value)
 
     def _present(self, name: str, among: Mapping[str, Any]) -> str:
         if name not in among:
@@ -231,21 +293,43 @@ class Checkpoint:
         return name
 
 
-def read_checkpoint(path: str | FilePath) -> Checkpoint:
-    """Read and verify every file, or refuse with the file and the fix."""
+@torch.no_grad()
+def _copy(whole: Tensor, into: Tensor) -> None:
+    """Into a tensor, or into this rank's part of a sharded one."""
+    if hasattr(into, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor  # takes long to import
+
+        assert isinstance(into, DTensor)
+        # every rank has read the whole: nothing is sent
+        whole = distribute_tensor(whole.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
+    into.copy_(whole)
+
+
+def read_checkpoint(path: str | FilePath, known_good: bool = False) -> Checkpoint:
+    """Read and verify every file, or refuse with the file and the fix.
+
+    ``known_good``: another rank has just verified it, so tensors are read when they are asked for.
+    """
     path = FilePath(path)
     with reading(path):
         directory = _locate(path)
         tensors: dict[str, dict[str, Tensor]] = {}
         documents: dict[str, Any] = {}
-        for name, entry in read_manifest(directory).items():
-            data = verified(directory / name, entry)
+        manifest = read_manifest(directory)
+        sharded = INDEX in manifest
+        for name, entry in manifest.items():
             if name.endswith(".json"):
-                documents[name] = parse_json(directory / name, data)
-            else:
-                tensors[name] = _parse_tensors(directory / name, data)
+                documents[name] = parse_json(directory / name, verified(directory / name, entry))
+            elif not (sharded or known_good):
+                tensors[name] = parse_tensors(directory / name, verified(directory / name, entry))
+            elif not known_good:
+                check_file(directory / name, entry)
         if not isinstance(documents[CONFIG], dict):
             raise CheckpointError(directory / CONFIG, f"is not a JSON object: {INSTEAD}")
+        if sharded or known_good:
+            from metaflowmaps.checkpoint.sharded import OnDisk  # torch's distributed checkpoints take long to import
+
+            return Checkpoint(path, OnDisk(directory, manifest), documents, sharded)
     return Checkpoint(path, tensors, documents)
 
 
@@ -289,10 +373,11 @@ def read_manifest(directory: FilePath) -> dict[str, dict[str, Any]]:
     if set(manifest) != {"format", "files"} or not isinstance(files, dict):
         raise CheckpointError(file, f"is not a checkpoint's manifest: {INSTEAD}")
     for name, entry in files.items():
-        plain = FilePath(name).name == name and name.endswith((".json", ".safetensors"))
+        known = name.endswith((".json", ".safetensors")) or name == INDEX or SHARD.fullmatch(name)
+        plain = FilePath(name).name == name and known
         if not plain or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise CheckpointError(file, f"has an entry {name!r} that no checkpoint has: {INSTEAD}")
-    for name in (CONFIG, MODEL):
+    for name in (CONFIG, EMA if INDEX in files else MODEL):
         if name not in files:
             raise CheckpointError(file, f"does not list {name}, which every checkpoint has: {INSTEAD}")
     return files
@@ -303,15 +388,35 @@ def wrong_format(version: Any) -> str:
 
 
 def verified(file: FilePath, entry: Mapping[str, Any]) -> bytes:
+    _check_there(file)
+    data = file.read_bytes()
+    _check_entry(file, {"sha256": sha256(data).hexdigest(), "bytes": len(data)}, entry)
+    return data
+
+
+def check_file(file: FilePath, entry: Mapping[str, Any]) -> None:
+    """Verify a file of any size in little memory."""
+    _check_there(file)
+    _check_entry(file, entry_of(file), entry)
+
+
+def entry_of(file: FilePath) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    with open(file, "rb") as handle:
+        return {"sha256": file_digest(handle, "sha256").hexdigest(), "bytes": os.fstat(handle.fileno()).st_size}
+
+
+def _check_there(file: FilePath) -> None:
     if not file.is_file():
         raise CheckpointError(file, f"missing, though {MANIFEST} lists it: {INSTEAD}")
-    data = file.read_bytes()
-    if len(data) != entry["bytes"]:
-        problem = f"has {len(data)} bytes, not the {entry['bytes']} of {MANIFEST}"
+
+
+def _check_entry(file: FilePath, found: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    if found["bytes"] != entry["bytes"]:
+        problem = f"has {found['bytes']} bytes, not the {entry['bytes']} of {MANIFEST}"
         raise CheckpointError(file, f"{problem}: {INSTEAD}")
-    if sha256(data).hexdigest() != entry["sha256"]:
+    if found["sha256"] != entry["sha256"]:
         raise CheckpointError(file, f"is damaged, its sha256 is not the one in {MANIFEST}: {INSTEAD}")
-    return data
 
 
 def parse_json(file: FilePath, data: bytes) -> Any:
@@ -321,7 +426,7 @@ def parse_json(file: FilePath, data: bytes) -> Any:
         raise CheckpointError(file, f"is not JSON: {INSTEAD}") from error
 
 
-def _parse_tensors(file: FilePath, data: bytes) -> dict[str, Tensor]:
+def parse_tensors(file: FilePath, data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except Exception as error:  # anything can be hashed, and the parser may trip over it in any way

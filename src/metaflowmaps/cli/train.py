@@ -9,6 +9,8 @@ from metaflowmaps.cli.options import (
     REWARD,
     CheckpointArgument,
     Device,
+    Gpu,
+    Gpus,
     Json,
     Out,
     Seed,
@@ -22,17 +24,14 @@ from metaflowmaps.cli.options import (
 )
 from metaflowmaps.errors import InputError
 
-Gpu = Annotated[str, typer.Option("--gpu", help="--dry-run of a run at scale: h200, h100, a100, l40s, rtx4090 …")]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="How many of them.")]
-
 
 @app.command()
 def recipes() -> None:
-    """List the recipes."""
-    from metaflowmaps.recipes import RECIPES
+    """List the recipes: those to train, then those to run on a map."""
+    from metaflowmaps.recipes import RECIPES, TASKS
 
-    for name, make in RECIPES.items():
-        print(f"{name:14s} {(make.__doc__ or '').strip().splitlines()[0]}")
+    for name, make in {**RECIPES, **TASKS}.items():
+        print(f"{name:21s} {(make.__doc__ or '').strip().splitlines()[0]}")
 
 
 @app.command()
@@ -58,7 +57,14 @@ def train(
 ) -> None:
     """Train a meta flow map. Run the same command again to go on after an interruption."""
     from metaflowmaps import commands, ranks
+    from metaflowmaps.recipes import TASKS
     from metaflowmaps.recipes import recipe as find_recipe
+
+    if dry_run and recipe in TASKS:
+        from metaflowmaps.commands.run import plan_task
+
+        emit(plan_task(recipe, None, settings or [], fast, gpu, gpus), as_json)
+        return
 
     def resolve() -> Any:
         if max_steps is not None and max_steps < 1:

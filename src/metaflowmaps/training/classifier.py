@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaflowmaps.data import ImageSet
+from metaflowmaps.data import Examples
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.training.config import ClassifierConfig
 
@@ -27,6 +27,9 @@ class LabelledBatch:
     def rows(self, start: int, end: int) -> "LabelledBatch":
         return LabelledBatch(self.x[start:end], self.label[start:end])
 
+    def share(self, rank: int, size: int) -> "LabelledBatch":
+        return LabelledBatch(self.x[rank::size], self.label[rank::size])
+
     def to(self, device: torch.device) -> "LabelledBatch":
         return replace(self, x=self.x.to(device), label=self.label.to(device))
 
@@ -37,7 +40,7 @@ class LabelledBatch:
 class ClassifierObjective:
     """Batches of a step, and the cross-entropy of each row."""
 
-    def __init__(self, data: ImageSet, config: ClassifierConfig) -> None:
+    def __init__(self, data: Examples, config: ClassifierConfig) -> None:
         self.data, self.config = data, config
 
     def batch(self, model: nn.Module, step: int) -> LabelledBatch:
@@ -62,7 +65,7 @@ def shifted(x: Tensor, by: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: ImageSet) -> float:
+def accuracy(model: nn.Module, data: Examples) -> float:
     """Share of a set that the classifier names right."""
     assert data.labels is not None
     right = [

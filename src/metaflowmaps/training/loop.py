@@ -4,12 +4,14 @@ It knows a model (a map or a classifier), an objective (``batch(model, step)`` a
 and a place on disk.
 A batch is a function of (seed, step) and, for objectives that learn on their way, of a state that they hand over as
 ``state_dict()``. A checkpoint holds everything, so a run that is stopped anywhere and started again by the same command
-ends with the bytes of one that never stopped. In a run's directory:
+ends with the bytes of one that never stopped. Several ranks run the same loop on shares of the batch
+(:mod:`metaflowmaps.training.distributed`); the first of them keeps the files. In a run's directory:
 
     run.json            the resolved configuration        checkpoints/step-…   see metaflowmaps.checkpoint
     metrics.jsonl       one record every log_every steps  timings.jsonl        seconds, the only file that may differ
 """
 
+import copy
 import json
 import os
 import signal
@@ -25,9 +27,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps import ranks
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.config import RunConfig
+from metaflowmaps.training.distributed import check_division, clip, share, spread, sum_gradients
 from metaflowmaps.training.state import TrainState, learning_rate, truncate
 
 
@@ -97,12 +101,15 @@ def train(
     ``on_sample(model, step)`` sees the averaged weights every ``sample_every`` steps; True from it ends the run there.
     """
     # -- set-up
-    out.mkdir(parents=True, exist_ok=True)
+    check_division(config, ranks.size())
+    ranks.first(lambda: out.mkdir(parents=True, exist_ok=True))
     device = torch.device(device)
+    look = _Look(model, on_sample, config.sample_every, device)
     model.to(device).train()
+    shard = spread(model, config, device)
     state = TrainState(model, config.optimizer, objective)
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
-    tracker = _Tracker(out, config.track)
+    tracker = ranks.together(lambda: _Tracker(out, config.track if ranks.rank() == 0 else "none"))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     # -- resume
@@ -110,7 +117,7 @@ def train(
         state.load(start)
         if start.path.resolve().parent != store.root.resolve():
             state.metrics_bytes = 0  # another run's checkpoint: its log stayed there
-    log = _Log(out, state)
+    log = ranks.together(lambda: _Log(out, state))
     began = time.perf_counter() - log.seconds_before
 
     enough = False
@@ -120,50 +127,59 @@ def train(
 
             # -- one update: the batch may come in pieces, its inputs and its sum do not depend on how many
             batch = objective.batch(model, step)
+            ours = share(batch)
             rate = learning_rate(config.optimizer, step, config.steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
             state.optimizer.zero_grad()
             total = 0.0
-            width = -(-len(batch) // config.micro_batches)
-            for first in range(0, len(batch), width):
-                piece = batch.rows(first, first + width).to(device)
+            width = -(-len(ours) // config.micro_batches)
+            for first in range(0, len(ours), width):
+                piece = ours.rows(first, first + width).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     loss = objective(model, piece).float().sum() / len(batch)
                 loss.backward()
                 total += float(loss.detach())
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip))
-            _guard(total, norm, model, objective, batch.to(device), step, store)
+            if ranks.size() > 1:
+                (total,) = ranks.total(total)
+                if shard == 1:
+                    sum_gradients(parameters)
+            norm = clip(parameters, config.optimizer.clip)
+            _guard(total, norm, model, objective, batch, step, store, device)
             state.optimizer.step()
             state.average()
             state.step += 1
             state.add({"loss": total, "grad_norm": norm, **getattr(batch, "figures", {})})
 
             # -- sample, log, checkpoint
-            if on_sample and config.sample_every and state.step % config.sample_every == 0:
-                with state.averaged():
-                    enough = bool(on_sample(model, state.step))
+            enough = look(state)
             last = enough or state.step == config.steps
             if state.step % config.log_every == 0 or last:
                 seconds = time.perf_counter() - began
                 record = Record(state.step, config.steps, {**state.flush(), "lr": rate}, seconds)
-                log.write(record)
-                tracker.write(record)
-                report(record)
+                ranks.together(lambda record=record: _publish(record, log, tracker, report))  # type: ignore[misc]
             scheduled = state.step % config.checkpoint_every == 0 or last
-            if scheduled or stopped:
-                log.sync()
+            stop = ranks.largest(stopped[0] if stopped else 0)  # whichever rank was told, all stop here
+            if scheduled or stop:
+                ranks.together(log.sync)
                 state.save(store, config, scheduled)
-            if stopped:  # at the last step too: another stage may follow
+            if stop:  # at the last step too: another stage may follow
                 raise Interrupted(
-                    f"stopped by {stopped[0]} at step {state.step} of {config.steps}; state saved in {out}: "
-                    "the same command goes on from there"
+                    f"stopped by {signal.Signals(stop).name} at step {state.step} of {config.steps}; state saved in "
+                    f"{out}: the same command goes on from there"
                 )
 
     # -- finish
     seconds = time.perf_counter() - began
     tracker.close()
     return TrainResult(state.step, state.last_loss, seconds, store.path(state.step))
+
+
+def _publish(record: Record, log: "_Log", tracker: "_Tracker", report: Callable[[Record], None]) -> None:
+    log.write(record)
+    if ranks.rank() == 0:
+        tracker.write(record)
+        report(record)
 
 
 def _guard(
@@ -174,15 +190,19 @@ def _guard(
     batch: Rows,
     step: int,
     store: CheckpointStore,
+    device: torch.device,
 ) -> None:
     """Stop at a non-finite loss or gradient, saying where in time it arose."""
     if torch.isfinite(torch.tensor([loss, norm])).all():
         return
     with torch.no_grad():
-        bad = ~objective(model, batch).isfinite()
+        mine = ~objective(model, share(batch).to(device)).isfinite().cpu()
+    bad, size = torch.zeros(len(batch), dtype=torch.bool), ranks.size()
+    for number, part in enumerate(ranks.collected(lambda: mine)):
+        bad[number::size] = part
     where = "the gradient alone"
     if bad.any():
-        where = f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad.cpu())}"
+        where = f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad)}"
     steps = store.steps()
     kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
     raise NonFiniteLoss(
@@ -191,11 +211,46 @@ def _guard(
     )
 
 
+class _Look:
+    """``on_sample``, every so many steps: the first rank shows it a whole model for all."""
+
+    def __init__(
+        self, model: nn.Module, on_sample: Callable[[Any, int], bool | None] | None, every: int, device: torch.device
+    ) -> None:
+        self.on_sample, self.every, self.device = on_sample, every, device
+        self.whole: nn.Module | None = None  # before the model is sharded; on CPU until it is looked at
+        if on_sample and every and ranks.size() > 1 and ranks.rank() == 0:
+            self.whole = copy.deepcopy(model).cpu().eval()
+
+    def __call__(self, state: TrainState) -> bool:
+        """Whether it says that this is enough; False between two looks."""
+        see = self.on_sample
+        if see is None or not self.every or state.step % self.every:
+            return False
+        if ranks.size() == 1:
+            with state.averaged():
+                return bool(see(state.model, state.step))
+        weights = ranks.whole(state.ema)
+
+        def show() -> bool:
+            assert self.whole is not None
+            self.whole.load_state_dict(weights)
+            try:
+                return bool(see(self.whole.to(self.device), state.step))
+            finally:
+                self.whole.cpu()
+
+        return ranks.first(show)
+
+
 class _Log:
-    """metrics.jsonl, cut back to the checkpoint on resume, and timings.jsonl beside it."""
+    """metrics.jsonl, cut back to the checkpoint on resume, and timings.jsonl beside it; the first rank's alone."""
 
     def __init__(self, out: Path, state: TrainState) -> None:
         self.state = state
+        self.seconds_before = 0.0
+        if ranks.rank():
+            return
         self.metrics, self.timings = out / "metrics.jsonl", out / "timings.jsonl"
         truncate(self.metrics, state.metrics_bytes)
         if state.metrics_bytes and (not self.metrics.exists() or self.metrics.stat().st_size < state.metrics_bytes):
@@ -204,9 +259,11 @@ class _Log:
             )
         kept = [line for line in _records(self.timings) if line["step"] <= state.step]
         self.timings.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.seconds_before: float = kept[-1]["seconds"] if kept else 0.0
+        self.seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
 
     def write(self, record: Record) -> None:
+        if ranks.rank():
+            return
         line = (json.dumps({"step": record.step, **record.metrics}) + "\n").encode()
         with self.metrics.open("ab") as file:
             file.write(line)
@@ -218,7 +275,7 @@ class _Log:
 
     def sync(self) -> None:
         """Flush the metrics to disk: a checkpoint vouches for their length."""
-        if self.metrics.exists():
+        if ranks.rank() == 0 and self.metrics.exists():
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
 
@@ -261,16 +318,16 @@ class _Tracker:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[str]]:
+def _stop_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM fill the list, once; a second one acts at once. Elsewhere than in the main thread: nothing."""
-    stopped: list[str] = []
+    stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handler(number: int, frame: FrameType | None) -> None:
-        stopped.append(signal.Signals(number).name)
+        stopped.append(number)
         signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
 
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metaflowmaps import ranks
 from metaflowmaps.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -19,6 +20,7 @@ from metaflowmaps.checkpoint import (
 from metaflowmaps.training.config import OptimizerConfig, RunConfig
 from metaflowmaps.training.soap import SOAP
 
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 OBJECTIVE = "objective.safetensors"
 
 
@@ -40,14 +42,14 @@ class TrainState:
         self.last_loss = math.inf
         self.metrics_bytes = 0
         live = dict(model.named_parameters())
-        self._averaged = [self.ema[name] for name in live]
+        self._averaged = [ranks.local(self.ema[name]) for name in live]
         self._live = list(live.values())
 
     @torch.no_grad()
     def average(self) -> None:
-        """ema ← k ema + (1 − k) weights, k = min(decay, (step + 1)/(step + 10))."""
+        """ema ← k ema + (1 − k) weights, k = min(decay, (step + 1)/(step + 10)), on what this rank holds of them."""
         keep = min(self.decay, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(self._averaged, [p.detach() for p in self._live], 1 - keep)
+        torch._foreach_lerp_(self._averaged, [ranks.local(p) for p in self._live], 1 - keep)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -78,7 +80,7 @@ class TrainState:
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def save(self, store: CheckpointStore, config: RunConfig, scheduled: bool) -> None:
-        """One checkpoint directory, complete or not at all.
+        """One checkpoint directory, complete or not at all; several ranks write it together.
 
         An unscheduled one has no score: kept as the best, it would make an interrupted run differ from a whole one.
         """
@@ -95,30 +97,28 @@ class TrainState:
         if self.objective is not None:
             extra[OBJECTIVE], position["objective"] = flatten_state(self.objective.state_dict())
         score = self.last_loss if scheduled and math.isfinite(self.last_loss) else None
-        store.save(
-            self.step,
-            {
-                "model.safetensors": self.model.state_dict(),
-                "ema.safetensors": self.ema,
-                "optimizer.safetensors": optimizer,
-                **extra,
-            },
-            {
-                "config.json": {**model_config(self.model), "training": config.model_dump()},
-                "position.json": position,
-            },
-            score,
-        )
+        learned = {MODEL: self.model.state_dict(), EMA: self.ema, OPTIMIZER: optimizer}
+        documents = {
+            "config.json": {**model_config(self.model), "training": config.model_dump()},
+            "position.json": position,
+        }
+        if ranks.size() > 1:
+            store.save(self.step, extra, documents, score, shards=learned)
+        else:
+            store.save(self.step, {**learned, **extra}, documents, score)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take up where the checkpoint left."""
+        """Take up where the checkpoint left, however many ranks wrote it."""
         position = checkpoint.document("position.json")
-        self.model.load_state_dict(checkpoint.tensors("model.safetensors"))
-        for name, value in checkpoint.tensors("ema.safetensors").items():
-            self.ema[name].copy_(value)
-        # cloned: torch aligns what it allocates, a view into a file's bytes it does not, and kernels round by that too
-        stored = {name: value.clone() for name, value in checkpoint.tensors("optimizer.safetensors").items()}
-        self.optimizer.load_state_dict(unflatten_state(stored, position["optimizer"]))
+        if ranks.size() > 1:
+            self._load_parts(checkpoint, position["optimizer"])
+        else:
+            self.model.load_state_dict(checkpoint.tensors(MODEL))
+            for name, value in checkpoint.tensors(EMA).items():
+                self.ema[name].copy_(value)
+            # cloned: torch aligns what it allocates, a view into a file's bytes it does not, and kernels round by that
+            stored = {name: value.clone() for name, value in checkpoint.tensors(OPTIMIZER).items()}
+            self.optimizer.load_state_dict(unflatten_state(stored, position["optimizer"]))
         if self.objective is not None and checkpoint.has(OBJECTIVE):
             held = {name: value.clone() for name, value in checkpoint.tensors(OBJECTIVE).items()}
             self.objective.load_state_dict(unflatten_state(held, position["objective"]))
@@ -126,6 +126,33 @@ class TrainState:
         self.window, self.window_steps = position["window"], position["window_steps"]
         self.last_loss = math.inf if position["last_loss"] is None else position["last_loss"]
         self.metrics_bytes = position["metrics_bytes"]
+
+    def _load_parts(self, checkpoint: Checkpoint, skeleton: Any) -> None:
+        """Each rank takes its own part of every tensor."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        owners, made = _owners(skeleton), {}
+        for name, (shape, dtype) in checkpoint.forms(OPTIMIZER).items():
+            owner = parameters[owners[name]].detach() if name in owners else torch.empty(0)
+            # what has the shape of its weight is sharded like it; the rest is whole on every rank
+            alike = name in owners and owner.shape == shape
+            made[name] = torch.empty_like(owner, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
+        checkpoint.fill({MODEL: self.model.state_dict(), EMA: self.ema, OPTIMIZER: made})
+        self.optimizer.load_state_dict(unflatten_state(made, skeleton))
+
+
+class _Slot(str):
+    """The name of a tensor, in its place."""
+
+
+def _owners(skeleton: Any) -> dict[str, int]:
+    """Of a flattened optimizer: tensor -> the number of the weight that it belongs to."""
+
+    class Slots(dict[str, _Slot]):
+        def __missing__(self, name: str) -> _Slot:
+            return _Slot(name)
+
+    states = unflatten_state(Slots(), skeleton)["state"]  # type: ignore[arg-type]
+    return {name: number for number, held in states.items() for name in held.values() if isinstance(name, _Slot)}
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
