@@ -55,33 +55,25 @@ class Calls(NamedTuple):
 
 def plan(config: TrainConfig, gpu: str = "h200", gpus: int = 1, mfu: float = 0.4) -> dict[str, Any]:
     """The figures of ``mfm train --dry-run`` for transformers; InputError where memory does not suffice."""
-    if gpu not in GPUS:
-        raise unknown("GPU", gpu, GPUS)
-    spec = spec_of(config)
-    with torch.device("meta"):
-        network = DiT(**spec)
+    machine, spec = gpu_named(gpu), spec_of(config)
+    network = DiT.on_meta(spec)
     parameters = sum(p.numel() for p in network.parameters())
     calls = count_calls(config, spec)
     rows = -(-config.batch_size // (config.micro_batches * gpus))
     kept = kept_bytes(spec, config.precision == "bf16", config.checkpoint_activations)
     share = gpus if config.shard == 0 else config.shard
     teacher = 0 if config.teacher == "none" else parameters
-    low = 2 * parameters if config.precision == "bf16" else 0
     memory = {
-        "weights": 4 * parameters / share,
-        "gradients": 4 * parameters / share,
-        "ema": 4 * parameters / share,
-        "optimizer": 8 * parameters / share,
-        "low_precision_copy": low,
+        **bytes_of_training(parameters, config.precision == "bf16", share),
         "teacher": 4 * teacher,
         "activations": kept * calls.with_gradient * rows,
     }
-    total, room = sum(memory.values()), GPUS[gpu].memory * GIB
+    total, room = sum(memory.values()), machine.memory * GIB
     flops = forward_flops(spec)
     back = 4 if config.checkpoint_activations else 3
     weight = back * calls.with_gradient + calls.without + 3 * calls.forward_mode + calls.teacher
     per_step = flops * weight * config.batch_size
-    seconds = per_step / (GPUS[gpu].tflops * 1e12 * mfu * gpus)
+    seconds = per_step / (machine.tflops * 1e12 * mfu * gpus)
     if total > room:
         raise InputError(
             f"{config.recipe} needs {total / GIB:.0f} GiB a GPU with {rows} rows at a time ("
@@ -102,6 +94,20 @@ def plan(config: TrainConfig, gpu: str = "h200", gpus: int = 1, mfu: float = 0.4
         "expected_seconds_per_step": seconds,
         "expected_hours": seconds * config.steps / 3600,
     }
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU of that name."""
+    if name not in GPUS:
+        raise unknown("GPU", name, GPUS)
+    return GPUS[name]
+
+
+def bytes_of_training(parameters: int, low: bool, share: int = 1) -> dict[str, float]:
+    """What Adam's kind of optimiser holds for so many parameters, spread over ``share`` ranks."""
+    each = 4.0 * parameters / share
+    held = {"weights": each, "gradients": each, "ema": each, "optimizer": 2 * each}
+    return {**held, **({"low_precision_copy": 2.0 * parameters} if low else {})}
 
 
 def _fix(config: TrainConfig, weights_alone: bool) -> str:
