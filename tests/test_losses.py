@@ -402,3 +402,68 @@ def test_adaptive_weight():
     assert not losses.adaptive_weight(loss).requires_grad
     (g,) = torch.autograd.grad((losses.adaptive_weight(loss) * loss).sum(), loss)
     torch.testing.assert_close(g, expected, rtol=1e-14, atol=0)  # the weight is a constant to the gradient
+
+
+# -- the Eulerian derivative by differences --------------------------------------------------------------------------
+
+
+def edges(dtype):
+    """Pairs a ≤ b on a grid that has both ends, no length, and hardly any."""
+    grid = torch.tensor([0.0, 1e-12, 1e-7, 1e-3, 0.3, 0.301, 0.995, 1 - 1e-7, 1.0])
+    a, b = torch.cartesian_prod(grid, grid).to(dtype).unbind(1)
+    return a[a <= b], b[a <= b]
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("h", [1e-3, 0.1, 0.49])
+def test_eulerian_differences_stay_inside(h, dtype):
+    a, b = edges(dtype)
+    called = []
+
+    def flow(a, b, z):
+        called.append((a, b))
+        return torch.sin(z + b[:, None])
+
+    z = normal(len(a), 2).to(dtype)
+    value = losses.eulerian(flow, a, b, z, z, h)
+    assert bool(torch.isfinite(value).all())
+    assert [len(x) for x, _ in called] == [len(a), 2 * len(a)]  # the prediction, and both other nodes in one call
+    for low, high in called:
+        assert bool(((low >= 0) & (low <= high)).all())
+
+
+def test_eulerian_differences_are_exact_for_parabolas():
+    """In (a, z) jointly of degree two: rounding is all that is left, at both ends of [0, b] too."""
+    a, b = edges(F64)
+    z, c = normal(len(a), 2), normal(len(a), 2, seed="c")
+
+    def flow(a, b, z):
+        return z.square() - 3 * a[:, None] * z + 2 * (a * a - a * b)[:, None]
+
+    exact = 2 * z * c - 3 * z - 3 * a[:, None] * c + (4 * a - 2 * b)[:, None]
+    goal = c + (b - a)[:, None] * exact
+    value = losses.eulerian(flow, a, b, z, c, 0.1)
+    # 1e-16/step on numbers near 10; the step is .1, or b/3 where b − a, which multiplies the error, is at most 3 of it
+    torch.testing.assert_close(value, (flow(a, b, z) - goal).square().sum(1), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["inside", "a = 0", "a near b"])
+def test_eulerian_differences_converge_to_the_jvp(path, chart, where):
+    """Value and gradient at second order in h, at the ends too; for a self target or a teacher, and any chart."""
+    p = Problem(path, chart, steps=4)
+    a, b = 0.8 * p.a.clamp(0.05), torch.minimum(0.8 * p.a.clamp(0.05) + 0.1 + 0.1 * p.gamma, torch.ones_like(p.a))
+    a = {"inside": a, "a = 0": torch.zeros_like(a), "a near b": b - 2e-4}[where]
+    z, _ = p.couple(a)
+    theta = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    flow, c = perturbed(p.flow, theta), p.velocity(a, z)
+
+    def both(h=None):
+        value = losses.eulerian(flow, a, b, z, c, h)
+        (g,) = torch.autograd.grad(value.mean(), theta)
+        return value.detach(), g
+
+    value, gradient = both()
+    errors = [((v - value).abs().mean(), (g - gradient).abs()) for v, g in map(both, (2e-3, 1e-3, 5e-4))]
+    for first, last in zip(errors[0], errors[2], strict=True):
+        assert abs(math.log2(first / last) / 2 - 2) < 0.25
+    assert errors[2][0] < 1e-3 * value.mean()

@@ -20,6 +20,7 @@ from metaflowmaps.report import figures
 from metaflowmaps.runs import pick_device, write_results
 from metaflowmaps.training.classifier import ClassifierObjective, accuracy
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.distributed import check_division, told
 from metaflowmaps.training.loop import TrainResult
 from metaflowmaps.training.plan import plan
@@ -177,11 +178,15 @@ def dry_run(
         objective = build_objective(config, teacher)
     else:
         objective = ClassifierObjective(load_data(config.data)[0], config)
+    prepare(model, config, target, objective)
+    low = config.precision == "bf16"
     optimizer = TrainState(model, config.optimizer).optimizer
     seconds = 0.0
     for step in range(3):  # the first ones allocate and warm up
         began = time.perf_counter()
-        loss = objective(model, objective.batch(model, step).to(target)).mean()
+        batch = objective.batch(model, step).to(target)
+        with torch.autocast(target.type, torch.bfloat16, enabled=low):
+            loss = objective(model, batch).float().mean()
         if not bool(loss.isfinite()):
             value = float(loss.detach())
             raise InputError(f"the loss of a first step is {value}: check optimizer.lr, model.data_std and the law")

@@ -15,17 +15,25 @@ and the final layer c_2:
 At initialisation E_u, E_t, E'_s, E_w and P' are 0: of the times the first part sees a only and the second b only, the
 context nothing. It is then the decoupled flow map whose first part encodes the state at a and whose second part reads
 off where it is at b; what b and the context mean to the first part is learned from there.
+
+For large networks, :meth:`DiT.configure` has blocks computed again in the backward pass instead of remembered,
+compiled, or their attention fused under forward-mode AD. None of these changes what is computed or how weights are
+named.
 """
 
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import check_counts, check_divides
 from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
-from metaflowmaps.networks.forward_mode import layer_norm
+from metaflowmaps.networks.forward_mode import forward_mode, layer_norm
+from metaflowmaps.networks.precision import unrounded
 from metaflowmaps.shapes import check_count, positive
 
 SIZES: dict[str, dict[str, int]] = {
@@ -81,6 +89,7 @@ class DiT(nn.Module):
         self.event_shape = (channels, size, size)
         self.num_classes = num_classes
         self.patch, self.encoder_depth = patch, encoder_depth
+        self.recompute = False
         self.state_patches = silenced(nn.Conv2d(channels, width, patch, patch))
         self.context_patches = silenced(nn.Conv2d(channels, width, patch, patch))
         self.context_gate = nn.Sequential(nn.SiLU(), silenced(nn.Linear(width, 2 * width)))
@@ -105,17 +114,48 @@ class DiT(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]."""
-        shared = self.context_time(context_time)
-        shift, scale = self.context_gate(shared).chunk(2, 1)
-        x = _tokens(self.state_patches(z)) + self.positions
-        x = x + modulate(_tokens(self.context_patches(context)), shift, scale)
-        if self.labels is not None:
-            shared = shared + self.labels(label)
-        early = self.early_a(a) + self.early_b(b) + shared + embed_guidance(self.guidance, guidance)
-        late = self.late_a(a) + self.late_b(b) + shared
+        with unrounded(z, a, b, context, context_time) as (z, a, b, context, context_time):
+            shared = self.context_time(context_time)
+            shift, scale = self.context_gate(shared).chunk(2, 1)
+            x = _tokens(self.state_patches(z)) + self.positions
+            x = x + modulate(_tokens(self.context_patches(context)), shift, scale)
+            if self.labels is not None:
+                shared = shared + self.labels(label)
+            early = self.early_a(a) + self.early_b(b) + shared + embed_guidance(self.guidance, guidance)
+            late = self.late_a(a) + self.late_b(b) + shared
+        # a checkpoint cannot be recomputed under a dual level that is closed by then: blocks are remembered there
+        recompute = self.recompute and torch.is_grad_enabled() and not forward_mode()
         for i, block in enumerate(self.blocks):
-            x = block(x, early if i < self.encoder_depth else late)
-        return self._image(self.final(x, late))
+            c = early if i < self.encoder_depth else late
+            # nothing in a block is random
+            x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False) if recompute else block(x, c)
+        with unrounded(x, late) as (x, late):
+            return self._image(self.final(x, late))
+
+    @property
+    def map_entries(self) -> int:
+        """Numbers in a block's attention maps for one sample, heads · N²."""
+        return int(self.config["heads"]) * self.positions.shape[1] ** 2
+
+    def configure(self, recompute: bool = False, compiled: bool = False, fused_tangents: bool = False) -> "DiT":
+        """How blocks are computed: see the module. ``compiled`` and ``fused_tangents`` have needs of their own."""
+        self.recompute = recompute
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiled = compiled
+            block.attention.fused_tangents = fused_tangents
+        return self
+
+    @classmethod
+    def on_meta(cls, config: dict[str, Any]) -> "DiT":
+        """The network of a configuration, of which only shapes exist."""
+        with torch.device("meta"):
+            return cls(**config)
+
+    def parameters_of_parent(self) -> int:
+        """Parameters of the flow map without context, one embedder of times for both: what DMF and SiT have."""
+        own = ("context_", "early_b.", "late_a.", "late_b.", "guidance.")
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(own))
 
     def _image(self, tokens: Tensor) -> Tensor:
         """(B, N, patch·patch·C), a token's numbers by row, column, channel -> (B, C, H, W)."""
@@ -127,6 +167,8 @@ class DiT(nn.Module):
 
 class Block(nn.Module):
     """x + gate · attention(modulated norm), then the same with a perceptron."""
+
+    compiled = False
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -140,10 +182,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, N, width), (B, width) -> (B, N, width)."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c).chunk(6, 1)
+        with unrounded(c) as (c,):
+            modulation = self.modulation(c)
+        if not self.compiled or forward_mode():  # compilers do not know dual numbers
+            return self.mix(x, modulation)
+        # of a state that is not contiguous (patches are not) the compiler of torch 2.13 gets the gradient wrong
+        out: Tensor = _compiled_mix()(self, x.contiguous(), modulation)
+        return out
+
+    def mix(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(B, N, width), (B, 6·width) -> (B, N, width)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, 1)
         x = x + gate_1[:, None] * self.attention(modulate(layer_norm(x), shift_1, scale_1))
         x = x + gate_2[:, None] * self.mlp(modulate(layer_norm(x), shift_2, scale_2))
         return x
+
+
+@cache
+def _compiled_mix() -> Any:
+    # one function with the block as its argument: compiled once, not once a block, and no part of the module's state
+    return torch.compile(Block.mix)
 
 
 class FinalLayer(nn.Module):

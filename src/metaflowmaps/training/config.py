@@ -62,7 +62,7 @@ class UNetConfig(Config):
 
 
 class DiTConfig(Config):
-    """The transformer of the ImageNet family, for images."""
+    """The transformer of the ImageNet family, for images and latents."""
 
     name: Literal["dit"] = "dit"
     patch: int = Field(2, ge=1)
@@ -71,7 +71,7 @@ class DiTConfig(Config):
     heads: int = Field(6, ge=1)
     encoder_depth: int | None = None
     num_classes: int = Field(0, ge=0)
-    guidance: bool = False
+    guidance: bool | list[float] = False  # a list: a table of scales, as the released map has
 
 
 NetworkConfig = Annotated[MLPConfig | UNetConfig | DiTConfig, Field(discriminator="name")]
@@ -85,6 +85,7 @@ class ModelConfig(Config):
     data_mean: float | Literal["image"] = 0.0  # image: the mean of the images trained on
     data_std: float | None = Field(1.0, gt=0)  # of a coordinate about that mean; None: measured
     network: NetworkConfig | None = MLPConfig()  # None: sized to the images
+    event_shape: tuple[int, int, int] | None = None  # of images or latents, where it is known before they are read
 
 
 class TimesConfig(Config):
@@ -112,7 +113,7 @@ class LossConfig(Config):
     consistency: Consistency = "lagrangian-difference"
     velocity: Literal["data", "teacher", "self"] = "teacher"
     diagonal_share: float = Field(0.25, ge=0, le=1)  # of the batch; the rest is consistency
-    difference_step: float = Field(5e-3, gt=0, lt=0.5)
+    difference_step: float | None = Field(None, gt=0, lt=0.5)  # None: 5e-3 in float32, 5e-2 in bf16
     derivative: Derivative = "auto"  # of the network in its times and state, where a loss takes one
     adaptive_power_diagonal: float = Field(0.0, ge=0)
     adaptive_power_consistency: float = Field(0.0, ge=0)

@@ -7,6 +7,11 @@ loss depends on its own row alone, so the sum does not depend on how the batch i
 With classes, each row has its label, replaced by the null class with a probability, and a guidance scale w. A data
 target is then guided by the model itself (Eqs. 69–70): ``+ ω sg(v(·, y, w) − v(·, ∅))``, ω = 1 − 1/w, whose fixed point
 is ``v_∅ + w (v_y − v_∅)``; a teacher guides its own drift.
+
+What a step costs, in forwards of the network a row (a backward is two): a flow-matching step 3; a diagonal row with a
+teacher 4, with a guided one 5; a consistency row 5 (semigroup) to 8. So the split decides: with three quarters of the
+rows on the diagonal every form stays near twice a flow-matching step (docs/scale.md). Which rows are which does not
+depend on the data, so each sample is trained by both terms in turn.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,9 +23,12 @@ from torch import Tensor
 from metaflowmaps import losses
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.precision import autocasting
 from metaflowmaps.randomness import rand, randn, stream
 from metaflowmaps.shapes import expand_time
 from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig
+from metaflowmaps.training.derivative import Choice, choose
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
 
@@ -80,6 +88,12 @@ class Batch:
         parts["cond"] = {name: v[start:end] for name, v in self.cond.items()}
         return replace(self, **parts)
 
+    def share(self, rank: int, size: int) -> "Batch":
+        """Rows rank, rank + size, …: equally many of each role, where ``size`` divides both numbers."""
+        parts: dict[str, Any] = {name: v[rank::size] for name, v in vars(self).items() if isinstance(v, Tensor)}
+        cond = {name: v[rank::size] for name, v in self.cond.items()}
+        return replace(self, **parts, diagonal_rows=len(range(rank, self.diagonal_rows, size)), cond=cond)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
@@ -116,6 +130,7 @@ class Objective:
         """``condition`` makes it conditional: the data must have labels then."""
         self.data, self.loss, self.times, self.teacher = data, loss, times, teacher
         self.batch_size, self.seed, self.condition = batch_size, seed, condition
+        self.choice: Choice | None = None  # of derivatives, where a run has made one; else each call's own
 
     def batch(self, model: MetaFlowMap, step: int) -> Batch:
         """The inputs of a step, the same whoever asks and whenever."""
@@ -131,7 +146,7 @@ class Objective:
         n = len(t)
         eps = randn(tuple(x_1.shape), g)
         a, b = inner_times(self.times, n, g)
-        rows = self._diagonal_rows(step)
+        rows = diagonal_rows(self.loss, self.batch_size, step)
         a[:rows] = b[:rows] = diagonal_times(self.times, n, g)[:rows]
         if self.times.late_share:
             chart, flags = model.anchor(t.to(model.device), x_t.to(model.device)).chart, late_rows(self.times, n, g)
@@ -146,7 +161,7 @@ class Objective:
 
     def _losses(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         n = batch.diagonal_rows
-        if self._fused():
+        if self._fused(model):
             return self._consistency(model, batch)
         parts = []
         if n > 0:
@@ -176,18 +191,16 @@ class Objective:
 
     # -- schedules ---------------------------------------------------------------------------------------------------
 
-    def _diagonal_rows(self, step: int) -> int:
-        if self.loss.consistency == "none" or step < self.loss.warmup_steps:
-            return self.batch_size
-        return round(self.loss.diagonal_share * self.batch_size)
-
     def _longest_jump(self, step: int) -> float:
         since = step - self.loss.warmup_steps + 1
         return min(1.0, since / self.loss.anneal_steps) if self.loss.anneal_steps else 1.0
 
-    def _fused(self) -> bool:
-        # the diagonal is the Lagrangian identity at b = a: with one teacher for both, one network call serves them
+    def _fused(self, model: MetaFlowMap) -> bool:
+        # the diagonal is the Lagrangian identity at b = a: with one teacher for both, one network call serves them.
+        # It has two rows for each row of the diagonal: worth it where calls cost more than rows
         c = self.loss
+        if isinstance(model.network, DiT):
+            return False
         same = c.diagonal == c.velocity == "teacher" and c.adaptive_power_diagonal == c.adaptive_power_consistency
         return c.consistency == "lagrangian-difference" and same
 
@@ -205,22 +218,29 @@ class Objective:
     def _consistency(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         flow, z, data_velocity = _at(model, batch)
         a, b, kind = batch.a, batch.b, self.loss.consistency
+        choice = self.choice or self._choose(model, z)
+        h = choice.step if choice.form == "difference" else None
         if kind == "semigroup":
             loss = losses.semigroup(flow, a, b, z, batch.gamma)
         elif kind == "mean-flow":
-            loss = losses.eulerian(flow, a, b, z, self._guided(model, flow, batch, z, data_velocity))
+            loss = losses.eulerian(flow, a, b, z, self._guided(model, flow, batch, z, data_velocity), h)
         else:
             velocity = self._velocity(flow, batch)
             if kind == "eulerian":
                 with torch.no_grad():
                     target = velocity(a, z)
-                loss = losses.eulerian(flow, a, b, z, target)
-            elif kind == "lagrangian":
+                loss = losses.eulerian(flow, a, b, z, target, h)
+            elif h is None:
                 loss = losses.lagrangian(flow, a, b, z, velocity)
             else:
-                step = self.loss.difference_step
-                loss = losses.lagrangian_difference(flow, a, b, z, velocity, step)
+                loss = losses.lagrangian_difference(flow, a, b, z, velocity, h)
         return self._weighted(loss, flow, self.loss.adaptive_power_consistency)
+
+    def _choose(self, model: MetaFlowMap, z: Tensor) -> Choice:
+        recompute = getattr(model.network, "recompute", False)
+        return choose(
+            self.loss, model.network, z.device, "bf16" if autocasting(z.device) else "float32", len(z), recompute
+        )
 
     def _velocity(self, flow: Anchored, batch: Batch) -> losses.Velocity:
         if self.loss.velocity == "self":
@@ -247,6 +267,13 @@ class Objective:
         if power:
             loss = loss * losses.adaptive_weight(loss, self.loss.adaptive_constant, power)
         return loss
+
+
+def diagonal_rows(loss: LossConfig, batch_size: int, step: int) -> int:
+    """How many rows of a step's batch train the diagonal."""
+    if loss.consistency == "none" or step < loss.warmup_steps:
+        return batch_size
+    return round(loss.diagonal_share * batch_size)
 
 
 def _at(model: MetaFlowMap, batch: Batch) -> tuple[Anchored, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from metaflowmaps.data import Examples, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_classifier, make_network
+from metaflowmaps.networks.dit import DiT
 from metaflowmaps.path import make_path
 from metaflowmaps.training.classifier import ClassifierObjective
 from metaflowmaps.training.config import (
@@ -218,6 +219,8 @@ def run_training(
         assert config.parent is not None, "TrainConfig refuses teacher=pretrained without a parent"
         source = load_model(config.parent).to(device).requires_grad_(False) if parent is None else parent
         teacher = taught_by(source, config)
+        if config.compile and isinstance(getattr(source, "network", None), DiT):
+            source.network.configure(compiled=True)
         if config.start_from_drift:
             inherit(model, source)
     elif config.teacher == "learned":

@@ -1,0 +1,384 @@
+r"""Throughput and model-FLOP utilisation of the ImageNet family: ``python -m benchmarks.gpu_xl2 [--json FILE]``.
+
+Made for one GPU with the XL/2 network on 32×32×4 latents (256 tokens) in bf16; ``--size nano --device cpu --quick``
+runs all of it anywhere in seconds. Measured: forward, flow-matching step, MFM step (guided teacher of the same size,
+three quarters of the rows on the diagonal, central-difference Lagrangian or ``--loss``), each at the largest batch that
+fits, by halves from ``--batch``; one-step draws; images steered by MFM-G with a reward of CLIP-L's size through a
+decoder of the VAE's size; and the kernels that take the longest. Weights are random: time does not depend on them.
+
+Model FLOPs are those of the matrix products and of attention alone, two a multiply-add. A call of a network without
+gradient counts one forward a row and a call with gradient three, counted off hooks: one teacher call more is more model
+FLOPs, a block computed again in the backward pass is not.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metaflowmaps import LinearPath, MetaFlowMap, steer
+from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.randomness import stream
+from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.derivative import prepare
+from metaflowmaps.training.objective import Batch, Objective
+from metaflowmaps.training.state import make_optimizer
+from metaflowmaps.training.teachers import GlassTeacher
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, as the makers state it
+CLASSES = 1000
+
+
+def model_flops(network: DiT) -> int:
+    """FLOPs of one sample's forward pass: 2·MACs of all matrix products, attention's two included."""
+    c, tokens, width = network.config, network.positions.shape[1], network.config["width"]
+    hidden, patch = round(c["mlp_ratio"] * width), c["patch"] ** 2 * c["channels"]
+    block = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width + 6 * width * width
+    times = 5 * (256 * width + width * width)
+    guidance = sum(p.numel() for p in network.parameters() if p.ndim == 2 and _of_guidance(network, p))
+    ends = tokens * 3 * patch * width + 2 * width * width + 2 * width * width  # patches in twice, out; two modulations
+    return 2 * (c["depth"] * block + times + guidance + ends)
+
+
+def _of_guidance(network: DiT, p: Tensor) -> bool:
+    return network.guidance is not None and any(p is q for q in network.guidance.parameters())
+
+
+class Decoder(nn.Module):
+    """Convolutions in the sizes of the VAE's decoder (50 M parameters): (B, 4, h, h) -> (B, 3, 8h, 8h)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = [4 * width, 4 * width, 2 * width, width]
+        layers: list[nn.Module] = [nn.Conv2d(4, sizes[0], 3, padding=1), Residual(sizes[0], sizes[0])]
+        for i, size in enumerate(sizes):
+            before = sizes[max(i - 1, 0)]
+            layers += [Residual(before, size), Residual(size, size), Residual(size, size)]
+            if i < 3:
+                layers += [nn.Upsample(scale_factor=2.0), nn.Conv2d(size, size, 3, padding=1)]
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.layers(z)
+        return out
+
+
+class Residual(nn.Module):
+    """Two normalised convolutions beside a shortcut."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(before, after, 3, padding=1), nn.Conv2d(after, after, 3, padding=1)
+        self.norms = nn.ModuleList([nn.GroupNorm(8, before), nn.GroupNorm(8, after)])
+        self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(functional.silu(self.norms[0](x)))
+        out: Tensor = self.shortcut(x) + self.second(functional.silu(self.norms[1](y)))
+        return out
+
+
+class Latents:
+    """Noise in the shape of latents, with labels."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        x_1 = torch.randn((n, *self.shape), generator=generator)
+        return x_1, torch.randint(CLASSES, (n,), generator=generator)
+
+
+class Bench:
+    """Everything that is measured, within a budget of seconds."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        self.began, self.results, self.notes = time.perf_counter(), {}, []  # type: ignore[var-annotated]
+        self.cuda, side = self.device.type == "cuda", 32 if not args.quick else 8
+        if self.cuda:
+            torch.set_float32_matmul_precision("high")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            student, frozen = (DiT(4, side, 2, num_classes=CLASSES, guidance=True, **SIZES[args.size]) for _ in "ab")
+        self.model, self.teacher = (MetaFlowMap(n.to(self.device), LinearPath(), "plain") for n in (student, frozen))
+        self.teacher.requires_grad_(False)
+        self.network, self.frozen = student, frozen
+        self.optimizer = make_optimizer(self.model, OptimizerConfig(name="adam", lr=1e-6))
+        self.flops = model_flops(student)
+        name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
+        self.peak = next((flops for part, flops in PEAK.items() if part in name), None)
+        self.figures: dict[str, Any] = {"device": name, "model_tflops": self.flops / 1e12, "torch": torch.__version__}
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    @property
+    def left(self) -> float:
+        return float(self.args.budget - (time.perf_counter() - self.began))
+
+    def timed(self, do: Callable[[], Any], seconds: float) -> float:
+        """Median seconds of a call, for at most so long."""
+        times: list[float] = []
+        until = time.perf_counter() + min(seconds, max(self.left, 0.0))
+        while len(times) < 3 or (time.perf_counter() < until and len(times) < 50):
+            self._wait()
+            began = time.perf_counter()
+            do()
+            self._wait()
+            times.append(time.perf_counter() - began)
+            if self.left < 0:
+                break
+        return statistics.median(times)
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def largest(self, make: Callable[[int], Callable[[], Any]]) -> tuple[int, Callable[[], Any]]:
+        """The largest batch, from --batch down by halves, that runs twice within memory."""
+        rows = self.args.batch
+        while True:
+            try:
+                do = make(rows)
+                do()
+                do()
+                self._wait()
+                return rows, do
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+            if self.cuda:
+                torch.cuda.empty_cache()
+            if rows <= 4:
+                raise SystemExit("not even 4 rows fit in memory: choose a smaller --size")
+            rows //= 2
+
+    def row(self, name: str, rows: int, seconds: float, forwards: float, unit: str = "rows/s") -> None:
+        """One line of the table; ``forwards``: network forwards a row, in model FLOPs."""
+        rate = rows / seconds
+        achieved = rate * forwards * self.flops
+        self.results[name] = {
+            "batch": rows, "milliseconds": 1000 * seconds, unit: rate, "tflops": achieved / 1e12,
+            "mfu": achieved / self.peak if self.peak else None,
+        }  # fmt: skip
+        say(f"{name}: {rate:,.1f} {unit}")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    # -- what is measured --------------------------------------------------------------------------------------------
+
+    def forward(self) -> None:
+        """The network without gradient: what sampling calls."""
+
+        def make(rows: int) -> Callable[[], Any]:
+            z, a = torch.randn(rows, *self.model.event_shape, device=self.device), torch.rand(rows, device=self.device)
+            label = torch.zeros(rows, dtype=torch.int64, device=self.device)
+
+            def do() -> None:
+                with torch.no_grad(), self.autocast():
+                    self.network(z, a, a, z, a, label)
+
+            return do
+
+        rows, do = self.largest(make)
+        self.row("forward", rows, self.timed(do, 5), 1)
+
+    def step(self, name: str, loss: dict[str, Any]) -> None:
+        """A training step; ``forwards`` a row counted off hooks."""
+        count = {"forwards": 0.0}
+
+        def seen(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            count["forwards"] += out.shape[0] * (3 if out.requires_grad else 1)
+
+        def make(rows: int) -> Callable[[], Any]:
+            objective, batch = self.objective(loss, rows)
+
+            def do() -> None:
+                count["forwards"] = 0.0
+                with self.autocast():
+                    value = objective(self.model, batch).float().sum() / rows
+                value.backward()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.5)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+            return do
+
+        handles = [n.register_forward_hook(seen) for n in (self.network, self.frozen)]
+        rows, do = self.largest(make)
+        seconds = self.timed(do, 25)
+        for handle in handles:
+            handle.remove()
+        self.row(name, rows, seconds, count["forwards"] / rows)
+        if name == "MFM step":
+            self.profile(do)
+
+    def objective(self, loss: dict[str, Any], rows: int) -> tuple[Objective, Batch]:
+        """An objective and a batch of it on the device, the model prepared for it."""
+        data, condition = Latents(self.model.event_shape), ConditionConfig(dropout=0.2, guidance=(1.0, 2.5))
+        glass = GlassTeacher(self.model.path, self.teacher.drift, CLASSES)
+        made = Objective(data, LossConfig(**loss), TimesConfig(), glass, rows, 0, condition)  # type: ignore[arg-type]
+        config = TrainConfig.model_construct(
+            loss=made.loss, batch_size=rows, micro_batches=1, precision="bf16", compile=self.args.compile,
+            checkpoint_activations=self.args.checkpoint,
+        )  # fmt: skip
+        self.notes = prepare(self.model, config, self.device, made)
+        self.frozen.configure(compiled=self.args.compile)
+        return made, made.batch(self.model, 0).to(self.device)
+
+    def draws(self) -> None:
+        """One-step posterior draws."""
+
+        def make(rows: int) -> Callable[[], Any]:
+            x = torch.randn(rows, *self.model.event_shape, device=self.device)
+            cond = {"label": torch.zeros(rows, dtype=torch.int64, device=self.device)}
+            generator = torch.Generator(self.device).manual_seed(0)
+
+            def do() -> None:
+                with torch.no_grad(), self.autocast():
+                    self.model.draw(0.3, x, 1, generator=generator, cond=cond)
+
+            return do
+
+        rows, do = self.largest(make)
+        self.row("one-step draws", rows, self.timed(do, 5), 1, "draws/s")
+
+    def steering(self) -> None:
+        """MFM-G, one draw a step, through the decoder and a reward of CLIP-L's size."""
+        try:
+            from transformers import CLIPVisionConfig, CLIPVisionModel
+        except ImportError:
+            say("steered images: left out, transformers is missing (pip install 'metaflowmaps[rewards]')")
+            return
+        quick = self.args.quick
+        sizes = (
+            {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+            if quick
+            else {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=14, **sizes))
+            decoder = Decoder(8 if quick else 128)
+        tower, decoder = (m.to(self.device).eval().requires_grad_(False) for m in (tower, decoder))
+
+        def reward(z: Tensor) -> Tensor:
+            picture = functional.interpolate(decoder(z / 0.18215).float(), size=224, mode="bilinear", antialias=True)
+            return tower(pixel_values=picture).pooler_output.float().mean(1)
+
+        rows, steps = (2, 2) if quick else (16, 10)
+        cond = {"label": torch.zeros(rows, dtype=torch.int64, device=self.device)}
+
+        def do() -> None:
+            with self.autocast():
+                steer(
+                    self.model, reward, rows, "mfm-g", 1, steps,
+                    cond=cond, generator=stream(0, "steer"), renormalize="rescale",
+                )  # fmt: skip
+
+        do()
+        seconds = self.timed(do, 30)
+        rate = rows / seconds * steps / 250
+        self.results["steered images"] = {
+            "batch": rows, "milliseconds": 1000 * seconds, "steps": steps, "images/s at 250 steps": rate,
+        }  # fmt: skip
+        say(f"steered images: {rate:.3f}/s at 250 steps")
+
+    def profile(self, do: Callable[[], Any]) -> None:
+        """The ten kernels (operators on a processor) that take the longest in a step."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.cuda:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities, acc_events=True) as made:
+            do()
+            self._wait()
+        own = "self_device_time_total" if self.cuda else "self_cpu_time_total"
+        events = sorted(made.key_averages(), key=lambda e: -getattr(e, own))
+        total = sum(getattr(e, own) for e in events) or 1
+        self.figures["kernels"] = [
+            {"name": e.key[:80], "share": getattr(e, own) / total, "calls": e.count} for e in events[:10]
+        ]
+
+    def run(self) -> dict[str, Any]:
+        """All of it, in the order of what matters; what the budget does not reach is left out by name."""
+        plain = {"diagonal": "data", "consistency": "none", "velocity": "self"}
+        mfm = {"diagonal_share": 0.75, "consistency": self.args.loss, "derivative": self.args.derivative}
+        powers = {"adaptive_power_diagonal": 0.5, "adaptive_power_consistency": 1.0}
+        parts: dict[str, Callable[[], None]] = {
+            "forward": self.forward,
+            "flow-matching step": lambda: self.step("flow-matching step", plain),
+            "MFM step": lambda: self.step("MFM step", mfm | powers),
+            "one-step draws": self.draws,
+            "steered images": self.steering,
+        }
+        left_out = []
+        for name, part in parts.items():
+            if self.left > 0:
+                part()
+            else:
+                left_out.append(name)
+        if {"flow-matching step", "MFM step"} <= set(self.results):
+            rates = [self.results[name]["rows/s"] for name in ("flow-matching step", "MFM step")]
+            self.figures["MFM step over flow-matching step"] = rates[0] / rates[1]
+        return {**self.figures, "notes": self.notes, "results": self.results, "left_out": left_out,
+                "options": vars(self.args), "seconds": time.perf_counter() - self.began}  # fmt: skip
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def printed(figures: dict[str, Any]) -> str:
+    """The one table, what it was made with, and the kernels."""
+    lines = [
+        *figures["notes"],
+        "| | batch | ms | per second | TFLOP/s | MFU |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, r in figures["results"].items():
+        rate = next(v for k, v in r.items() if k.endswith("/s") or "images/s" in k)
+        mfu = "–" if r.get("mfu") is None else f"{100 * r['mfu']:.1f} %"
+        speed = f"{r['tflops']:.2f}" if "tflops" in r else "–"
+        lines.append(f"| {name} | {r['batch']} | {r['milliseconds']:.1f} | {rate:,.3f} | {speed} | {mfu} |")
+    if "MFM step over flow-matching step" in figures:
+        lines.append(f"a row of an MFM step: {figures['MFM step over flow-matching step']:.2f} × flow matching")
+    lines += [f"{100 * k['share']:5.1f} %  {k['calls']:6d}  {k['name']}" for k in figures.get("kernels", [])]
+    lines += [f"left out for time: {', '.join(figures['left_out'])}"] if figures["left_out"] else []
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="XL")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=512, help="the largest batch tried; halved until it fits")
+    parser.add_argument("--loss", default="lagrangian-difference", help="loss.consistency of the MFM step")
+    parser.add_argument("--derivative", choices=["auto", "forward", "fused", "difference"], default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpoint", action="store_true", help="compute blocks again in the backward pass")
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds; parts begun after it are left out")
+    parser.add_argument(
+        "--quick", action="store_true", help="8×8 latents, 8 rows, tiny decoder and reward: a rehearsal"
+    )
+    parser.add_argument("--json", default="benchmarks/results/gpu-xl2.json", help="where the figures go")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.batch, args.budget = min(args.batch, 8), min(args.budget, 60.0)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: --size nano --device cpu --quick rehearses without one")
+    figures = Bench(args).run()
+    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    print(printed(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+r"""How a loss takes its derivative of the network, and how the network is set up for a run.
+
+Three ways to ``(∂_a + c·∇)F`` or ``∂_b F``, measured in docs/scale.md:
+
+    forward      torch.func.jvp, attention composed of products: exact, but holds maps of N × N numbers a head
+    fused        the same under no_grad with Triton's attention (:mod:`metaflowmaps.networks.tangents`): CUDA, bfloat16
+    difference   ordinary calls only; the error is h² of truncation and rounding/h
+
+``auto`` takes ``forward`` while its maps fit in :data:`ROOM`, whatever memory the machine has: a run resumed on another
+machine goes on with the same arithmetic. A gradient through the JVP (the Lagrangian) keeps the maps of every block and
+cannot go with activation checkpointing.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metaflowmaps.errors import InputError
+from metaflowmaps.networks.attention import attend
+from metaflowmaps.networks.dit import DiT
+from metaflowmaps.training.config import LossConfig, RunConfig, TrainConfig
+
+Form = Literal["none", "forward", "fused", "difference"]
+
+ROOM = 8 * 2**30  # bytes that N × N maps may take
+MAPS = 6  # of them at a time: scores, their softmax, their tangents, what becomes of them
+STEPS = {"float32": 5e-3, "bf16": 5e-2}  # of differences: measured, docs/scale.md
+COMPILES = ("2.13",)  # versions of torch for which tests/networks/test_dit.py has seen compiled blocks agree
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run does and, in a line, why."""
+
+    form: Form
+    why: str
+    step: float
+
+    def __str__(self) -> str:
+        of = f" (step {self.step:g})" if self.form == "difference" else ""
+        return f"derivatives: {self.form}{of}, {self.why}"
+
+
+def choose(
+    loss: LossConfig,
+    network: nn.Module,
+    device: torch.device | str = "cpu",
+    precision: Literal["float32", "bf16"] = "float32",
+    rows: int = 1,
+    recompute: bool = False,
+) -> Choice:
+    """The form for ``rows`` samples at a time; ``recompute``: with activation checkpointing."""
+    step = STEPS[precision] if loss.difference_step is None else loss.difference_step
+    asked, device = loss.derivative, torch.device(device)
+    if loss.consistency in ("none", "semigroup"):
+        return Choice("none", "this loss takes none", step)
+    if loss.consistency == "lagrangian-difference":
+        if asked in ("forward", "fused"):
+            raise InputError(
+                f"loss.derivative={asked} contradicts loss.consistency=lagrangian-difference: leave it at auto, or set "
+                "loss.consistency=lagrangian"
+            )
+        return Choice("difference", "by the loss's own definition", step)
+    through = loss.consistency == "lagrangian"
+    if asked == "auto":
+        form, why = _best(network, device, precision, rows, recompute, through)
+        return Choice(form, why, step)
+    if asked == "forward" and through and recompute:
+        raise InputError(
+            "checkpoint_activations=true cannot go with a gradient through the JVP: set loss.derivative=difference, or "
+            "checkpoint_activations=false"
+        )
+    missing = _fused_needs(network, device, precision, through) if asked == "fused" else None
+    if missing:
+        raise InputError(f"loss.derivative=fused {missing}: set loss.derivative=auto")
+    return Choice(asked, "as asked", step)
+
+
+def _best(
+    network: nn.Module, device: torch.device, precision: str, rows: int, recompute: bool, through: bool
+) -> tuple[Form, str]:
+    """The form that ``auto`` takes, and why."""
+    if through and recompute:
+        return "difference", "because a gradient through the JVP cannot go with checkpointed activations"
+    if not isinstance(network, DiT):
+        return "forward", "exact, and this network is small"
+    entries = network.map_entries * (len(network.blocks) if through else 1)
+    size = 4 * MAPS * rows * entries
+    taken = f"the attention maps of {rows} rows take {size / 2**30:.1f} of {ROOM / 2**30:.0f} GiB"
+    if size <= ROOM:
+        return "forward", f"exact, and {taken}"
+    missing = _fused_needs(network, device, precision, through)
+    if not missing:
+        return "fused", f"because {taken}"
+    return "difference", f"because {taken}, and the fused kernel {missing}"
+
+
+def _fused_needs(network: nn.Module, device: torch.device, precision: str, through: bool) -> str | None:
+    """What keeps the fused kernel from being used, None if nothing does."""
+    if through:
+        return "has no gradient, which loss.consistency=lagrangian takes"
+    if not isinstance(network, DiT):
+        return "is for model.network.name=dit"
+    if device.type != "cuda":
+        return f"is for CUDA, not {device.type}"
+    if precision != "bf16":
+        return "is for precision=bf16"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton (pip install triton)"
+    error = fused_error(device, network.config["width"] // network.config["heads"])
+    return None if error < 0.03 else f"is wrong on this device (relative error {error:.2g})"
+
+
+def fused_error(device: torch.device | str, width: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Largest error of the kernel's tangent relative to the largest tangent, against the composed form in float64.
+
+    A rounding of bfloat16 is .004 and a tangent is made of sums of a few; 0.03 is past any of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn((6, 2, 2, 100, width), generator=generator).to(dtype).double()
+    reference = torch.func.jvp(attend, tuple(exact[:3]), tuple(exact[3:]))[1]
+    given = exact.to(device, dtype)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, fused_tangents=True)
+
+    with torch.no_grad():
+        tangent = torch.func.jvp(fused, tuple(given[:3]), tuple(given[3:]))[1]
+    return float((tangent.double().cpu() - reference).abs().max() / reference.abs().max())
+
+
+def prepare(
+    model: nn.Module, config: RunConfig, device: torch.device | str = "cpu", objective: Any = None, ranks: int = 1
+) -> list[str]:
+    """Set a map (or a classifier) and its objective up as configured; a line for each thing worth telling."""
+    network, lines = getattr(model, "network", model), []
+    wanted = [name for name in ("compile", "checkpoint_activations") if getattr(config, name)]
+    if wanted and not isinstance(network, DiT):
+        raise InputError(f"{wanted[0]}=true is for model.network.name=dit: set {wanted[0]}=false")
+    fused = False
+    if isinstance(config, TrainConfig):
+        on_diagonal = round(config.loss.diagonal_share * config.batch_size)
+        rows = -(-(config.batch_size - on_diagonal) // (config.micro_batches * ranks))
+        choice = choose(config.loss, network, device, config.precision, rows, config.checkpoint_activations)
+        objective.choice, fused = choice, choice.form == "fused"
+        if choice.form != "none" and config.loss.consistency != "lagrangian-difference":  # which leaves no choice
+            lines.append(str(choice))
+    if isinstance(network, DiT):
+        if config.compile:
+            check_compiler(torch.device(device))
+            lines.append(f"blocks: compiled by torch {torch.__version__}, except under forward-mode AD")
+        if config.checkpoint_activations:
+            lines.append("blocks: computed again in the backward pass instead of remembered")
+        network.configure(config.checkpoint_activations, config.compile, fused)
+    return lines
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse torch.compile where it is not known to work."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    if version not in COMPILES:
+        raise InputError(
+            f"compile=true is tested with torch {', '.join(COMPILES)} and this is {torch.__version__}: set "
+            f"compile=false, or pip install torch=={COMPILES[-1]}.*"
+        )
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InputError("compile=true needs a C++ compiler: install g++, or set compile=false") from None
+    elif importlib.util.find_spec("triton") is None:
+        raise InputError("compile=true on a GPU needs Triton: pip install triton, or set compile=false")

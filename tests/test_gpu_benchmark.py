@@ -1,0 +1,64 @@
+"""The GPU benchmark, rehearsed on a processor, and its count of FLOPs against torch's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def gpu_xl2(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return pytest.importorskip("benchmarks.gpu_xl2", reason="needs the repository, not the package alone")
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_the_count_of_flops(gpu_xl2, guidance):
+    from metaflowmaps.networks.dit import DiT
+
+    n = 2
+    network = DiT(4, 8, 2, width=32, depth=3, heads=2, encoder_depth=2, num_classes=5, guidance=guidance)
+    z, a, label = torch.randn(n, 4, 8, 8), torch.rand(n), torch.zeros(n, dtype=torch.int64)
+    scale = torch.ones(n) if guidance else None
+    # of the fused kernel for processors torch does not count the products
+    with FlopCounterMode(display=False) as counted, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(z, a, a, z, a, label, scale)
+    # torch counts the same products: all of them, exactly
+    assert counted.get_total_flops() == n * gpu_xl2.model_flops(network)
+    with torch.device("meta"):
+        xl = DiT(4, 32, 2, num_classes=1000, **gpu_xl2.SIZES["XL"])
+    assert gpu_xl2.model_flops(xl) == pytest.approx(2 * 118.6e9, rel=0.02)  # 118.6 GMACs, as its authors state
+
+
+def test_a_rehearsal(tmp_path):
+    out = tmp_path / "figures.json"
+    command = ["-m", "benchmarks.gpu_xl2", "--size", "nano", "--device", "cpu", "--quick", "--json", str(out)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(out.read_text())
+    named = ["forward", "flow-matching step", "MFM step", "one-step draws", "steered images"]
+    assert [name for name in named if name in figures["results"] or name not in done.stdout] == named
+    for name in named[:4]:
+        assert figures["results"][name]["milliseconds"] > 0
+        assert f"| {name} |" in done.stdout
+    step = figures["results"]["MFM step"]
+    # 8 rows: 6 on the diagonal with 3 forwards and a teacher's 1 or 2, 2 with 6 and the same
+    forwards = step["tflops"] / figures["model_tflops"] * step["milliseconds"] / 1000 / 8
+    assert 3 * 0.75 + 6 * 0.25 + 1 <= round(forwards, 6) <= 3 * 0.75 + 6 * 0.25 + 2
+    assert "derivatives: difference (step 0.05)" in done.stdout
+    assert len(figures["kernels"]) == 10
+
+
+def test_no_device_is_said_in_a_line():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_xl2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "no CUDA device here: --size nano --device cpu --quick rehearses without one"
