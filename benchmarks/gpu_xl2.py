@@ -26,30 +26,16 @@ from torch.nn import functional
 
 from metaflowmaps import LinearPath, MetaFlowMap, steer
 from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks.flops import forward_flops
 from metaflowmaps.randomness import stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Batch, Objective
+from metaflowmaps.training.plan import GPUS, Noise
 from metaflowmaps.training.state import make_optimizer
 from metaflowmaps.training.teachers import GlassTeacher
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, as the makers state it
 CLASSES = 1000
-
-
-def model_flops(network: DiT) -> int:
-    """FLOPs of one sample's forward pass: 2·MACs of all matrix products, attention's two included."""
-    c, tokens, width = network.config, network.positions.shape[1], network.config["width"]
-    hidden, patch = round(c["mlp_ratio"] * width), c["patch"] ** 2 * c["channels"]
-    block = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width + 6 * width * width
-    times = 5 * (256 * width + width * width)
-    guidance = sum(p.numel() for p in network.parameters() if p.ndim == 2 and _of_guidance(network, p))
-    ends = tokens * 3 * patch * width + 2 * width * width + 2 * width * width  # patches in twice, out; two modulations
-    return 2 * (c["depth"] * block + times + guidance + ends)
-
-
-def _of_guidance(network: DiT, p: Tensor) -> bool:
-    return network.guidance is not None and any(p is q for q in network.guidance.parameters())
 
 
 class Decoder(nn.Module):
@@ -86,17 +72,6 @@ class Residual(nn.Module):
         return out
 
 
-class Latents:
-    """Noise in the shape of latents, with labels."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-
-    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        x_1 = torch.randn((n, *self.shape), generator=generator)
-        return x_1, torch.randint(CLASSES, (n,), generator=generator)
-
-
 class Bench:
     """Everything that is measured, within a budget of seconds."""
 
@@ -113,9 +88,9 @@ class Bench:
         self.teacher.requires_grad_(False)
         self.network, self.frozen = student, frozen
         self.optimizer = make_optimizer(self.model, OptimizerConfig(name="adam", lr=1e-6))
-        self.flops = model_flops(student)
+        self.flops = forward_flops(student.config)
         name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
-        self.peak = next((flops for part, flops in PEAK.items() if part in name), None)
+        self.peak = next((1e12 * gpu.tflops for part, gpu in GPUS.items() if part.upper() in name), None)
         self.figures: dict[str, Any] = {"device": name, "model_tflops": self.flops / 1e12, "torch": torch.__version__}
 
     # -- measuring ---------------------------------------------------------------------------------------------------
@@ -223,7 +198,7 @@ class Bench:
 
     def objective(self, loss: dict[str, Any], rows: int) -> tuple[Objective, Batch]:
         """An objective and a batch of it on the device, the model prepared for it."""
-        data, condition = Latents(self.model.event_shape), ConditionConfig(dropout=0.2, guidance=(1.0, 2.5))
+        data, condition = Noise(self.model.event_shape, CLASSES), ConditionConfig(dropout=0.2, guidance=(1.0, 2.5))
         glass = GlassTeacher(self.model.path, self.teacher.drift, CLASSES)
         made = Objective(data, LossConfig(**loss), TimesConfig(), glass, rows, 0, condition)  # type: ignore[arg-type]
         config = TrainConfig.model_construct(

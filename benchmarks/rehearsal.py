@@ -60,8 +60,9 @@ class Rehearsal:
         self.mfm("steer", "map", "--reward", "clip@clip:a red disc", "--strength", "20", "--label", "1", "--guidance",
                  "2.5", "--num", self.size.samples // 4, "--num-draws", "1", "--steps", "10", "--images",
                  "--out", "steered")  # fmt: skip
-        self.mfm("eval", "generation", "map", "--set", f"samples={self.size.samples}", "--set", "refine_steps=[1,2,4]",
-                 "--set", "compose_steps=[]", "--set", "ode_steps=[4]", "--set", "data=latents", "--out", "evaluated")  # fmt: skip
+        self.mfm("eval", "generation", "map", "--set", f"samples={self.size.samples}", "--set", "data=latents",
+                 "--set", "refine_steps=[1,2,4]", "--set", "compose_steps=[]", "--set", "ode_steps=[4]",
+                 "--out", "evaluated")  # fmt: skip
         self.mfm("report", "run", "steered", "evaluated", "--out", "report.html")
         (self.out / "rehearsal.log").write_text("\n".join(self.lines) + "\n")
         return self.lines
@@ -87,8 +88,8 @@ class Rehearsal:
         s = self.size
         settings = {
             "parent": "parent", "steps": s.steps, "batch_size": s.batch, "drift_batch_size": s.batch,
-            "checkpoint_every": max(s.steps // 8, 1), "sample_every": 0, "log_every": max(s.steps // 8, 1), "threads": 1,
-            "optimizer.warmup_steps": 5,
+            "checkpoint_every": max(s.steps // 8, 1), "log_every": max(s.steps // 8, 1), "sample_every": 0,
+            "threads": 1, "optimizer.warmup_steps": 5,
         }  # fmt: skip
         given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         return ["train", "latents", "--data", "latents", *given, "--device", "cpu", "--out", "run"]

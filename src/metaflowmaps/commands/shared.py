@@ -38,7 +38,7 @@ def open_model(checkpoint: str, device: str, needs_map: bool = True) -> tuple[Me
 
 
 def training_of(found: Checkpoint) -> dict[str, Any]:
-    """The configuration that a checkpoint was trained by; an exported one carries it along; published ones have none."""
+    """The configuration a checkpoint was trained by; an exported one carries it along, a published one has none."""
     own: dict[str, Any] = found.config.get("training") or found.config.get("origin", {}).get("training") or {}
     return own
 

@@ -1,23 +1,30 @@
 r"""What a transformer's forward pass costs, counted from its configuration: multiply-adds of matrix products, twice.
 
 A sample of N tokens of width W through one block: 2 N W (3W + W + 2H) for projections and perceptron of hidden width H,
-4 N² W for attention, 12 W² for the modulation. A training step is three forward passes: one, and two of their size for
-the gradients of inputs and weights; a call that is differentiated forward in time is three as well (primal, tangent,
-and the attention's products once more), without the backward two.
+4 N² W for attention, 12 W² for the modulation; what embeds times and scales is counted once. A training step is three
+forward passes: one, and two of their size for the gradients of inputs and weights. A call that is differentiated in
+forward mode counts three as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from metaflowmaps.networks.embed import TimeFeatures
 
 
 def forward_flops(config: Mapping[str, Any]) -> float:
     """FLOPs of one sample through a DiT of this configuration."""
     width, depth, patch = (int(config[key]) for key in ("width", "depth", "patch"))
-    channels, tokens = int(config["channels"]), (int(config["size"]) // patch) ** 2
+    tokens, pixels = (int(config["size"]) // patch) ** 2, patch * patch * int(config["channels"])
     hidden = round(config.get("mlp_ratio", 4.0) * width)
-    block = 2 * tokens * width * (4 * width + 2 * hidden) + 4 * tokens**2 * width + 12 * width**2
-    pixels = patch * patch * channels
-    patches = 2 * (2 * tokens * pixels * width)  # of the state and of the context
-    final = 2 * tokens * width * pixels + 4 * width**2
-    times = 5 * 2 * (256 * width + width**2) + 4 * width**2  # five embeddings of times, the gate of the context
-    return float(depth * block + patches + final + times)
+    block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width + 6 * width**2
+    ends = 3 * tokens * pixels * width + 2 * width**2  # patches of the state and the context in, patches out
+    times = 5 * (256 * width + width**2) + 2 * width**2  # five embeddings, the gate of the context
+    return 2.0 * (depth * block + ends + times + _guidance(config.get("guidance", False), width))
+
+
+def _guidance(guidance: bool | Sequence[float], width: int) -> int:
+    """Multiply-adds of the embedding of a scale: features of it through two layers, or a row of a table."""
+    if isinstance(guidance, bool):
+        return (TimeFeatures(1).features + width) * width if guidance else 0
+    return len(guidance) * width

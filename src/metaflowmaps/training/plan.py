@@ -128,7 +128,7 @@ def spec_of(config: TrainConfig) -> dict[str, Any]:
 # -- counted on the real code ------------------------------------------------------------------------------------------
 
 
-class _Noise:
+class Noise:
     """A stand-in for data: labelled noise of the right shape."""
 
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
@@ -168,7 +168,7 @@ def count_calls(config: TrainConfig, spec: dict[str, Any]) -> Calls:
     teacher = GlassTeacher(path, parent.drift, spec["num_classes"]) if config.teacher != "none" else None
     condition = config.condition if spec["num_classes"] else None
     loss = config.loss.model_copy(update={"warmup_steps": 0, "anneal_steps": 0})
-    objective = Objective(_Noise(shape, spec["num_classes"]), loss, config.times, teacher, ROWS, config.seed, condition)
+    objective = Objective(Noise(shape, spec["num_classes"]), loss, config.times, teacher, ROWS, config.seed, condition)
     objective(model, objective.batch(model, 0)).sum().backward()
     if loss.consistency == "lagrangian":  # its gradient goes through the derivative: primal and tangent are kept
         counts["with_gradient"] += 2 * counts["forward_mode"]
