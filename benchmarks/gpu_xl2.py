@@ -205,7 +205,8 @@ class Bench:
             loss=made.loss, batch_size=rows, micro_batches=1, precision="bf16", compile=self.args.compile,
             checkpoint_activations=self.args.checkpoint,
         )  # fmt: skip
-        self.notes = prepare(self.model, config, self.device, made)
+        told = prepare(self.model, config, self.device, made)
+        self.notes = list(dict.fromkeys([str(made.choice), *told]))
         self.frozen.configure(compiled=self.args.compile)
         return made, made.batch(self.model, 0).to(self.device)
 
