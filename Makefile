@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check bench rehearsal clean help
 
 help:
 	@echo "make demo   noisy digits, steered digits: runs/demo/digits/report.html"
 	@echo "make test   the test suite"
 	@echo "make check  lint, format, types, import contract"
+	@echo "make rehearsal  from pictures to a steered pipeline at ImageNet's layout, all of it tiny (minutes)"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"
 	@echo "make clean  remove the virtualenv and caches"
 
@@ -43,6 +44,9 @@ check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks
+
+rehearsal: $(DEV)
+	$(BIN)/python -m benchmarks.rehearsal
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "finetune-digits": finetuning.digits,
     "images": images.main,
     "memory": memory.main,
+    "memory-pipeline": memory.pipeline,
     "world-size": world_size.main,
     "control": control.main,
 }
