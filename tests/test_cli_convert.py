@@ -7,20 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import metaflowmaps as mfm
-from metaflowmaps import cli
 from metaflowmaps.networks.dit import SIZES, DiT
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["mfm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -29,10 +16,10 @@ def files(shared):
 
 
 @pytest.mark.parametrize("family", ["mfm", "dmf", "sit"])
-def test_what_it_writes_loads_as_the_same_map(run, files, tmp_path, family):
+def test_what_it_writes_loads_as_the_same_map(command, files, tmp_path, family):
     out = tmp_path / "map"
     options = ("--set", "heads=4", "--set", "encoder_depth=3", "--json")
-    code, text, err = run("convert", files[family], "--out", out, *options)
+    code, text, err = command("convert", files[family], "--out", out, *options)
     assert code == 0, err
     results = json.loads(text)
     assert results["metrics"]["family"] == family
@@ -49,16 +36,16 @@ def test_what_it_writes_loads_as_the_same_map(run, files, tmp_path, family):
     card = (out / "README.md").read_text()
     assert f"layout: {family}" in card
     assert "number 10 is the null class" in card
-    code, _, err = run("convert", files[family], "--out", out, *options)
+    code, _, err = command("convert", files[family], "--out", out, *options)
     assert code == 0
     assert "holds this conversion already" in err
 
 
-def test_bad_input_is_one_line_that_names_the_fix(run, files, tmp_path):
+def test_bad_input_is_one_line_that_names_the_fix(command, files, tmp_path):
     weights = load_file(files["dmf"])
     save_file({**weights, "odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
     taken = tmp_path / "taken"
-    assert run("convert", files["sit"], "--set", "heads=4", "--out", taken)[0] == 0
+    assert command("convert", files["sit"], "--set", "heads=4", "--out", taken)[0] == 0
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "mine.txt").write_text("keep")
@@ -73,7 +60,7 @@ def test_bad_input_is_one_line_that_names_the_fix(run, files, tmp_path):
         ((files["dmf"], *heads, "--out", notes), "holds other files"),
         (("nobody/nothing-of-the-kind@main",), "not on the hub"),
     ):
-        code, out, err = run("convert", *arguments)
+        code, out, err = command("convert", *arguments)
         assert code == 2, (arguments, err)
         assert words in err, err
         assert err.count("\n") == 1 or err.splitlines()[-1].startswith("error:")

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from tests.tiny_codec import tiny_codec, tiny_vae
 
 import metaflowmaps as mfm
-from metaflowmaps import cli
 from metaflowmaps.networks.dit import DiT
 
 NAMES = ("disc", "square", "ring", "stripes")
@@ -35,18 +34,11 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, place, tmp_path):
+def run(command, monkeypatch, place):
+    """Commands typed beside the map."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
-
-    def call(*arguments):
-        monkeypatch.chdir(place)
-        monkeypatch.setattr("sys.argv", ["mfm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
+    monkeypatch.chdir(place)
+    return command
 
 
 def pipeline(place):
