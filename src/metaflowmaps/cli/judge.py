@@ -24,7 +24,9 @@ from metaflowmaps.errors import InputError
 
 Task = Annotated[
     str | None,
-    typer.Option("--task", help="Mixtures: gmm-inverse, mixture-16d. Images: class-mixture, race, inverse."),
+    typer.Option(
+        "--task", help="Mixtures: gmm-inverse, mixture-16d. Images: class-mixture, race, inverse; latents: race."
+    ),
 ]
 
 
@@ -49,7 +51,7 @@ def eval_steering(
 
     if commands.trained_on_images(checkpoint):
         results = on_images(
-            commands.image_task(task), checkpoint, samples, out, settings, seed, device, worker, shard_size
+            commands.image_task(task, checkpoint), checkpoint, samples, out, settings, seed, device, worker, shard_size
         )
     else:
         uncut(worker, shard_size)
@@ -96,7 +98,7 @@ def eval_posterior(
     as_json: Json = False,
 ) -> None:
     """Posterior draws, map and GLASS by calls. Mixtures: relative sliced W2; images: Fréchet distance in classifier
-    features, over noised held-out images."""
+    features, over noised held-out images; latents: of their pictures, posterior FID with --set statistics=FILE."""
     from metaflowmaps import commands
 
     if commands.trained_on_images(checkpoint):
@@ -121,7 +123,10 @@ def eval_generation(
     shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
-    """Unconditional images by network calls: refinement and composed jumps of the map against ODE steps."""
+    """Images by network calls: refinement and composed jumps of the map against ODE steps.
+
+    Of a map of latents pictures are judged, of all its classes; FID with --set statistics=FILE, which needs no data.
+    """
     results = on_images("generation", checkpoint, samples, out, settings, seed, device, worker, shard_size)
     judged(results, as_json)
 

@@ -42,6 +42,7 @@ def submit_array(arguments: Sequence[str], request: Request, dry_run: bool, wait
     out = _place(arguments)
     done = _results(out)
     if done is not None:
+        _check_settings(arguments)
         say(f"{out} is complete: nothing to submit")
         return done
     workers = missing_workers(out, request.tasks)
@@ -90,10 +91,9 @@ def missing_workers(out: Path, tasks: int) -> list[Worker]:
 
 def run_task(arguments: Sequence[str], worker: str) -> None:
     """One task, on the machine that it was given."""
-    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-    command = [sys.executable, "-m", "metaflowmaps.cli", *arguments, "--worker", worker]
+    command = [*_command(arguments), "--worker", worker]
     print(shlex.join(command), flush=True)
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run(command, env=_environment(), check=False).returncode
     if code != 0:
         raise RuntimeError(f"exit code {code}")
 
@@ -115,6 +115,22 @@ def _place(arguments: Sequence[str]) -> Path:
         if name == "--out" and (value or i + 1 < len(arguments)):
             return Path(value or arguments[i + 1])
     raise InputError("the tasks of an array work in one directory: name it in the command, as --out DIR")
+
+
+def _check_settings(arguments: Sequence[str]) -> None:
+    """Refuse results of other settings; only the command itself knows what its arguments mean."""
+    asked = subprocess.run(_command(arguments), env=_environment(), capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        last = (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+        raise InputError(last.removeprefix("error: "))
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "metaflowmaps.cli", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in OF_RANKS}
 
 
 def _results(out: Path) -> Results | None:

@@ -1,5 +1,7 @@
 """mfm convert: published weights, or a run of ours, as a checkpoint to share, with a model card."""
 
+import math
+import shutil
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
@@ -10,13 +12,16 @@ from metaflowmaps.checkpoint import CheckpointError, load_model, resolve_checkpo
 from metaflowmaps.codec import SD_VAE
 from metaflowmaps.commands.shared import Results, Say, digest
 from metaflowmaps.config import parse_settings
+from metaflowmaps.data import imagenet
 from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.pipeline import DOCUMENT, is_latent
 from metaflowmaps.runs import finite
+from metaflowmaps.sharding import write_whole
 
+VAE = "vae"  # the folder of an autoencoder beside its map
 FAMILIES = {  # what the map is, and under whose licence
     "mfm": (
         "A meta flow map: one-step draws from every posterior p(x_1 | x_t).",
@@ -42,6 +47,7 @@ class Origin(NamedTuple):
     document: dict[str, Any]
     card: str
     direction: pretrained.Direction | None
+    vae: Path | None  # of this machine, to be put beside the map
 
 
 def convert(
@@ -56,20 +62,26 @@ def convert(
     say: Say,
 ) -> Results:
     """Write a checkpoint with manifest, ``pipeline.json`` and README.md; one that is there already is not touched."""
-    given = parse_settings(settings)
-    ours = Path(source).is_dir() and not any(p.suffix in pretrained.SUFFIXES[1:] for p in Path(source).iterdir())
-    if ours and family == "auto" and not given:
-        found = _of_run(source, vae, guidance)
+    given, place = parse_settings(settings), Path(source).expanduser()
+    if place.is_dir() and not pretrained.holds_weights(place):
+        if family != "auto" or given:
+            raise InputError(
+                f"{source} is a run or a checkpoint: --family and --set are for published files, leave them out"
+            )
+        found = _of_run(str(place), vae, guidance)
+        out = out or Path("runs") / f"{found.asked['file']}-map"  # never the run itself
     else:
         found = _of_file(source, family, given, vae, guidance, revision, check)
-    out = out or Path("runs") / Path(found.asked["file"]).stem
+        out = out or Path("runs") / Path(found.asked["file"]).stem
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a directory")
     if out.exists() and any(out.iterdir()):
-        _refuse_another(out, found.asked)
+        _refuse_another(out, found)
         say(f"{out} holds this conversion already")
     else:
         notes = {"origin": {**found.asked, **found.notes}}
         save_model(found.model, out, notes, {DOCUMENT: found.document})
-        (out / "README.md").write_text(found.card)
+    _beside(out, found)
     direction = found.direction
     if direction is not None and direction.verdict == "undecided":
         say(
@@ -98,9 +110,14 @@ def _of_file(
     """A published file."""
     model, kind, source, direction = pretrained.load_with_source(file, family, config, revision, check)
     scales = model.network.config["guidance"]  # type: ignore[index]
+    _check_guidance(guidance, scales)
     usual = max(scales) if guidance is None and kind.guidance else guidance
+    folder, vae = _autoencoder(vae)
     document = _document(model, (), vae, usual)
-    asked = {"file": source.name, "revision": source.revision, "family": kind.name, "config": config}
+    asked = {
+        "file": source.name, "revision": source.revision, "sha256": source.sha256, "family": kind.name,
+        "config": config,
+    }  # fmt: skip
     notes = {"direction": None if direction is None else finite(direction._asdict())}
     what, licence = FAMILIES[kind.name]
     place = f"`{source.name}`" + (f" at revision {source.revision}" if source.revision else "")
@@ -112,7 +129,7 @@ def _of_file(
     if direction is not None:
         probe = f"{direction.verdict} (R {direction.given:.2f}, reversed {direction.reversed:.2f})"
     text = card(Path(source.name).stem, what, how, model, document, {"direction of time": probe})
-    return Origin(model, asked, notes, document, text, direction)
+    return Origin(model, asked, notes, document, text, direction, folder)
 
 
 def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
@@ -124,9 +141,12 @@ def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
     if data.get("name") == "latents" and (Path(data["path"]).expanduser() / INDEX).exists():
         index = read_index(Path(data["path"]).expanduser())
         vae, names = vae or index["vae"], names or index["classes"]
+    _check_guidance(guidance, getattr(model.network, "config", {}).get("guidance", False))
     if guidance is None:
         guidance = stored.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
-    document = _document(model, names, vae or stored.get("vae"), guidance if guidance != 1 else None)
+    own = found.path / str(stored.get("vae"))
+    folder, vae = _autoencoder(vae or (str(own) if own.is_dir() else stored.get("vae")))
+    document = _document(model, names, vae, guidance if guidance != 1 else None)
     asked: dict[str, Any] = {
         "file": Path(run).resolve().name,
         "revision": digest(found)[:16],
@@ -138,28 +158,81 @@ def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
     how = f"Exported on {date.today().isoformat()} from a run of `{recipe}`{steps}: its averaged weights."
     what = "A meta flow map: one-step draws from every posterior p(x_1 | x_t)."
     return Origin(
-        model, asked, {"training": training}, document, card(asked["file"], what, how, model, document, {}), None
-    )
+        model, asked, {"training": training}, document, card(asked["file"], what, how, model, document, {}), None,
+        folder,
+    )  # fmt: skip
+
+
+def _check_guidance(scale: float | None, known: Any) -> None:
+    """Refuse a usual scale that every later call would be refused for."""
+    if scale is None or (scale == 1 and not isinstance(known, list)):
+        return
+    if not math.isfinite(scale):
+        raise InputError(f"--guidance must be a finite number, got {scale}")
+    if not known:
+        raise InputError(
+            f"--guidance {scale:g}: this map has no embedding of scales; leave it out, or begin one with "
+            "--set guidance=true"
+        )
+    if isinstance(known, list) and scale not in known:
+        raise InputError(f"--guidance {scale:g}: this map knows {', '.join(f'{w:g}' for w in known)}")
+
+
+def _autoencoder(vae: str | None) -> tuple[Path | None, str | None]:
+    """The folder to put beside the map, and what ``pipeline.json`` calls it: the same from every directory."""
+    if vae is None or not Path(vae).expanduser().is_dir():
+        return None, vae
+    folder = Path(vae).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--vae {vae} is no autoencoder in diffusers' layout: give the folder with its config.json")
+    return folder, VAE
+
+
+def _beside(out: Path, found: Origin) -> None:
+    """The card, and the files of an autoencoder of this machine; what is there already stays."""
+    if found.vae is not None and not (out / VAE).exists():
+        staging = out / f".tmp-{VAE}"
+        shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+        try:
+            staging.mkdir()
+            for file in (found.vae / "config.json", *sorted(found.vae.glob("*.safetensors*"))):
+                shutil.copyfile(file, staging / file.name)
+            staging.rename(out / VAE)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    if not (out / "README.md").exists():
+        write_whole(out / "README.md", found.card.encode())
 
 
 def _document(model: MetaFlowMap, names: Sequence[str], vae: str | None, guidance: float | None) -> dict[str, Any]:
     """pipeline.json."""
     classes = int(getattr(model.network, "num_classes", 0))
-    known = "imagenet" if classes == 1000 else list(names) if len(names) == classes else []
+    known: Any = list(names) if len(names) == classes else []
+    if classes == len(imagenet.wnids()) and tuple(known) in ((), imagenet.wnids(), imagenet.class_names()):
+        known = "imagenet"
     document: dict[str, Any] = {"schema": 1, "guidance": guidance, "class_names": known}
     if vae is not None or is_latent(model):
         document["vae"] = vae or SD_VAE
     return document
 
 
-def _refuse_another(out: Path, asked: dict[str, Any]) -> None:
+def _refuse_another(out: Path, found: Origin) -> None:
     """Is what lies in ``out`` the same conversion? Anything else is refused and left as it is."""
     try:
-        held = resolve_checkpoint(str(out)).config.get("origin")
+        there = resolve_checkpoint(str(out))
     except CheckpointError as error:
         raise InputError(f"--out {out} holds other files ({error.problem}): choose another directory") from None
-    if held is None or any(held.get(key) != value for key, value in asked.items()):
+    held = there.config.get("origin")
+    if held is None or any(held.get(key) != value for key, value in found.asked.items()):
         raise InputError(f"--out {out} holds another checkpoint: choose another directory")
+    if not there.has(DOCUMENT) or there.document(DOCUMENT) != found.document:
+        raise InputError(
+            f"--out {out} holds this conversion with another autoencoder, guidance or names: choose another directory"
+        )
+
+
+def _named(vae: str) -> str:
+    return f"the autoencoder in `{VAE}/`" if vae == VAE else vae
 
 
 def card(name: str, what: str, how: str, model: MetaFlowMap, document: dict[str, Any], more: dict[str, str]) -> str:
@@ -170,7 +243,7 @@ def card(name: str, what: str, how: str, model: MetaFlowMap, document: dict[str,
     shape = " × ".join(map(str, model.event_shape))
     rows = {
         "network": ", ".join([str(model.network.name), *parts]),
-        "samples": shape + (f", latents of {document['vae']}" if "vae" in document else ""),
+        "samples": shape + (f", latents of {_named(document['vae'])}" if "vae" in document else ""),
         "classes": f"{classes} (number {classes} is the null class)" if classes else "none",
         "guidance": ("scales " + ", ".join(f"{w:g}" for w in guidance)) if isinstance(guidance, list)
         else "any scale" if guidance else "none learned",
@@ -200,5 +273,5 @@ pipe = mfm.Pipeline.from_pretrained("path/to/this/directory", device="cuda")
 pipe({label}steps=4).images[0]
 ```
 
-`manifest.json` holds the sha256 of every file that is read; a damaged one is refused.
+`manifest.json` holds the sha256 of the map's files; a damaged one is refused.
 """

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from metaflowmaps.checkpoint.shipped import shipped
-from metaflowmaps.commands.images import evaluate_images, open_stage
+from metaflowmaps.commands.images import evaluate_images
 from metaflowmaps.commands.judge import eval_posterior
 from metaflowmaps.commands.shared import Results, Say, begun, digest, open_model, typed
+from metaflowmaps.commands.stage import open_stage
 from metaflowmaps.commands.steering import eval_steering
 from metaflowmaps.commands.train import resolve_training, train
 from metaflowmaps.errors import unknown

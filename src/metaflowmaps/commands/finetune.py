@@ -12,7 +12,6 @@ from torch import Tensor
 from metaflowmaps import ranks
 from metaflowmaps.checkpoint import CheckpointStore, load_model
 from metaflowmaps.commands import pictures
-from metaflowmaps.commands.images import open_stage
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
 from metaflowmaps.commands.scene import Scene, Wish
 from metaflowmaps.commands.shared import (
@@ -27,6 +26,7 @@ from metaflowmaps.commands.shared import (
     training_of,
     tuned,
 )
+from metaflowmaps.commands.stage import open_stage
 from metaflowmaps.config import override, validated
 from metaflowmaps.data import DataConfig, load_data
 from metaflowmaps.errors import InputError

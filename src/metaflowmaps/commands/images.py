@@ -1,26 +1,25 @@
 """The image experiments as commands: mfm eval posterior, value, steering and generation on a map of images."""
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metaflowmaps.checkpoint import Checkpoint, CheckpointError, load_classifier, load_model, resolve_checkpoint
-from metaflowmaps.checkpoint.shipped import shipped
+from metaflowmaps.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
 from metaflowmaps.commands import pictures
+from metaflowmaps.commands.rewards import JUDGES, judge
 from metaflowmaps.commands.shards import elsewhere, shared_claim
-from metaflowmaps.commands.shared import Results, Say, beside, digest, open_model, run_of
+from metaflowmaps.commands.shared import Results, Say, beside, digest, open_model
+from metaflowmaps.commands.stage import chosen_features, data_of, equip, open_stage
 from metaflowmaps.config import override, validated
-from metaflowmaps.data import DataConfig, Examples, load_data
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.evaluation.images.generation import GenerationConfig, evaluate_generation
 from metaflowmaps.evaluation.images.inverse import InverseConfig, evaluate_inverse
 from metaflowmaps.evaluation.images.mixture import MixtureConfig, evaluate_mixture
 from metaflowmaps.evaluation.images.race import RaceConfig, evaluate_race
 from metaflowmaps.evaluation.images.recovery import RecoveryConfig, evaluate_recovery
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Judge, Stage
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
 from metaflowmaps.evaluation.images.value import ImageValueConfig, evaluate_image_value
-from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.pipeline import is_latent, stored
 from metaflowmaps.runs import write_results
 from metaflowmaps.sharding import Elsewhere, Share, discard, own_device
 
@@ -76,21 +75,34 @@ EXPERIMENTS = {
 IMAGE_TASKS = ("class-mixture", "race", "inverse")
 
 
+PIXELS_ONLY = ("class-mixture", "inverse")
+
+
 def trained_on_images(checkpoint: str) -> bool:
-    """Is this a map of images (and not of a mixture)? What cannot be opened is not: its own command says why."""
-    if checkpoint == "exact":
-        return False
-    try:
-        return resolve_checkpoint(checkpoint).config.get("training", {}).get("data") is not None
-    except CheckpointError:
-        return False
+    """Is this a map of images or of latents (and not of a mixture)? What cannot be opened is not: its command says why.
+
+    An exported run keeps its data in mind; published weights are known by their autoencoder.
+    """
+    found = _found(checkpoint)
+    return found is not None and (data_of(found) is not None or "vae" in stored(found))
 
 
-def image_task(task: str | None) -> str:
-    """The steering experiment of that name; the class mixture where none is named."""
+def image_task(task: str | None, checkpoint: str = "") -> str:
+    """The steering experiment of that name; where none is named the class mixture, or of latents the race."""
     if task is not None and task not in IMAGE_TASKS:
         raise unknown("task for images", task, IMAGE_TASKS)
-    return task or IMAGE_TASKS[0]
+    found = _found(checkpoint) if task is None else None
+    latent = found is not None and ("vae" in stored(found) or (data_of(found) or {}).get("name") == "latents")
+    return task or ("race" if latent else IMAGE_TASKS[0])
+
+
+def _found(checkpoint: str) -> Checkpoint | None:
+    if checkpoint in ("", "exact"):
+        return None
+    try:
+        return resolve_checkpoint(checkpoint)
+    except CheckpointError:
+        return None
 
 
 def evaluate_images(
@@ -110,9 +122,17 @@ def evaluate_images(
     experiment = EXPERIMENTS[name]
     config = override(validated(experiment.config, {"seed": seed}), settings)
     model, found, target = open_model(checkpoint, own_device(device))
-    stage, sources = open_stage(checkpoint, found, model, config)
+    if name in PIXELS_ONLY and (is_latent(model) or "vae" in stored(found)):
+        raise InputError(
+            f"{name} looks at pixels and at classifiers of them, {checkpoint} makes latents: mfm eval steering "
+            f"{checkpoint} --task race takes any reward on pictures"
+        )
+    judging = config.model_copy(update={"features": chosen_features(config, model)})
+    alone = name == "generation" and judging.features == "inception" and config.statistics is not None
+    stage, sources = open_stage(checkpoint, found, model, judging, alone)
+    sources |= equip(stage, found, judging, lambda text: _by_text(text, found), JUDGES)
     out = out or beside(checkpoint, found, f"eval-{name}")
-    full = {"checkpoint": digest(found), "experiment": name, **config.model_dump(), **sources}
+    full = {"checkpoint": digest(found), "experiment": name, **config.asked(), **sources}
     with shared_claim(out, experiment.command, full, "cells", share, say, _drawn) as (done, pieces):
         if done is not None:
             say(f"{out} is complete")
@@ -132,75 +152,11 @@ def evaluate_images(
     return {**results, "out": str(out / "results.json")}
 
 
+def _by_text(text: str, found: Checkpoint) -> Any:
+    """A judge of pictures, as --reward names it."""
+    return judge(text, 1.0, found) if text.partition(":")[0].partition("@")[0] in JUDGES else None
+
+
 def _drawn(results: Results) -> bool:
     """Are the figures there too?"""
     return "captions" in results["metrics"]
-
-
-def open_stage(
-    checkpoint: str, found: Checkpoint, model: MetaFlowMap, config: ImageEvalConfig
-) -> tuple[Stage, dict[str, Any]]:
-    """The stage of a checkpoint, and what identifies its parts."""
-    given = found.config.get("training", {}).get("data")
-    if given is None:
-        raise InputError(f"{checkpoint} was not trained on images by this package: nothing to judge it with")
-    data = validated(DataConfig, {**given, **({"path": config.data} if config.data else {})})
-    run = run_of(found)
-    sources: dict[str, Any] = {}
-
-    def part(role: str, chosen: str | None, load: Callable[..., Any]) -> Any:
-        place = _place(data.name, role, chosen, run)
-        if place is None:
-            return None
-        loaded = load(place).to(model.device)
-        if tuple(loaded.event_shape) != model.event_shape:
-            raise InputError(
-                f"{role} {place} takes images of shape {tuple(loaded.event_shape)}, the map's are {model.event_shape}"
-            )
-        sources[role] = digest(resolve_checkpoint(place))
-        return loaded
-
-    guide, judge = part("guide", config.guide, load_classifier), part("judge", config.judge, load_classifier)
-    if judge is not None and "guide" in sources and sources["guide"] == sources["judge"]:
-        raise InputError("guide and judge are one and the same classifier: a reward must not be judged by itself")
-    drift = part("drift", config.drift, load_model)
-    train, held_out = _parts(data, guide is not None or judge is not None)
-    if train.event_shape != model.event_shape:
-        raise InputError(f"{checkpoint} makes images of shape {model.event_shape}, the data have {train.event_shape}")
-    if len(held_out) < 2:
-        raise InputError(
-            f"{checkpoint} has one image held out, and judging takes more: train with --set data.hold_out=N"
-        )
-    for role, classifier in (("guide", guide), ("judge", judge)):
-        if classifier is not None and train.labels is not None and classifier.num_classes != train.num_classes:
-            raise InputError(
-                f"the {role} knows {classifier.num_classes} classes, the images have {train.num_classes}: "
-                f"name another with --set {role}=RUN"
-            )
-    stage = Stage(model, train, held_out, Judge(judge, train), guide, None if drift is None else drift.drift)
-    return stage, sources
-
-
-def _parts(data: DataConfig, labelled: bool) -> tuple[Examples, Examples]:
-    """The images; with their classes too where classifiers know them, though the map was trained without."""
-    try:
-        if labelled and not data.labels:
-            with suppress(InputError):
-                return load_data(data.model_copy(update={"labels": True}))
-        return load_data(data)
-    except InputError as error:  # training calls it data.path, judging data
-        raise InputError(str(error).replace("--set data.path=", "--set data=")) from None
-
-
-def _place(name: str, role: str, chosen: str | None, run: Path | None) -> str | None:
-    """Where a part is: as told, beside the run, in it, or in the package."""
-    if chosen is not None:
-        return None if chosen == "none" else chosen
-    candidates = []
-    if run is not None:
-        candidates = [run / "drift"] if role == "drift" else [run.parent / f"{name}-{role}"]
-    for path in candidates:
-        if (path / "checkpoints").is_dir():
-            return str(path)
-    carried = None if role == "drift" and run is not None else shipped(f"{name}-{role}")
-    return None if carried is None else str(carried)

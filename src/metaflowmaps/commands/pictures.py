@@ -1,6 +1,8 @@
 """The figures of image commands; each function writes PNGs into a directory and returns their captions."""
 
+import re
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from metaflowmaps.evaluation.images.inverse import PROBLEMS, Solved
 from metaflowmaps.evaluation.images.mixture import Mixed
 from metaflowmaps.evaluation.images.race import Raced
 from metaflowmaps.evaluation.images.recovery import Recovered
+from metaflowmaps.evaluation.images.rewards import short
 from metaflowmaps.evaluation.images.variants import variant
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.randomness import randn, stream
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 TIMES = (0.0, 0.1, 0.2, 0.5, 0.8)
 DRAWS = 8
 GRID = 64  # samples in a picture of samples
+TITLE = 46  # letters over a single panel
 DRAWN = 24  # draws in a picture of draws
 
 
@@ -88,18 +92,32 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
             x.append(int(steps))
             y.append(value)
         curves[f"t = {float(t):g}"] = panel
+    measure, against = _measure(found.metrics)
     figure = image_figures.against_calls(
-        curves, "network calls a draw", "Fréchet distance", dict.fromkeys(curves, found.metrics["floor"]),
-        f"Draws against held-out images, in {found.metrics['space']}", "images trained on",
+        curves, "network calls a draw", measure, dict.fromkeys(curves, found.metrics["floor"]),
+        f"Draws against {against}, in {found.metrics['space']}", "images trained on",
     )  # fmt: skip
     figures.save(figure, out / "frechet-against-calls.png")
     return {
         "draws.png": "A held-out image, noised to time t, and eight draws of the map in one network call each. At "
         "t = 0 the noisy image says nothing; as t → 1 it decides everything.",
         "spread.png": "Mean and standard deviation, pixel by pixel, of 256 draws given that noisy image.",
-        "frechet-against-calls.png": "Fréchet distance (classifier features, not FID) of one draw for each noised "
-        "held-out image to the held-out images, against network calls a draw. Dashed: the images trained on.",
+        "frechet-against-calls.png": f"{_in_words(found.metrics)} of one draw for each noised held-out image to "
+        f"{'the ' * (against == 'held-out images')}{against}, against network calls a draw. Dashed: the images trained "
+        "on.",
     }
+
+
+def _measure(metrics: dict[str, Any]) -> tuple[str, str]:
+    """What distances are called, and what they are to."""
+    return metrics.get("measure", "Fréchet distance"), metrics.get("to", "held-out images")
+
+
+def _in_words(metrics: dict[str, Any]) -> str:
+    """What distances are, for a caption: FID is said of nothing else."""
+    measure, space = _measure(metrics)[0], metrics["space"]
+    named = space if "latents" in space or "Inception" in space else "classifier features"
+    return measure if measure == "FID" else f"Fréchet distance ({named}, not FID)"
 
 
 KINDS = {"map": "map", "glass": "GLASS", "drift-glass": "GLASS, drift alone"}
@@ -119,11 +137,11 @@ def value(metrics: dict[str, Any], out: Path) -> dict[str, str]:
             x, y, _ = curves.setdefault(f"t = {float(t):g}", {}).setdefault(VALUE_KINDS[kind], ([], [], None))
             x.append(int(steps))
             y.append(cell["pearson"])
-    again = next(iter(cells["rollout"].values()))
+    again, brief = next(iter(cells["rollout"].values())), short([metrics["reward"]])[metrics["reward"]]
     figure = image_figures.against_calls(
         curves, "network calls a draw", "Pearson r with rollouts",
         {f"t = {float(t):g}": cell["pearson"] for t, cell in again.items()},
-        f"Value of the reward {metrics['reward']} from {draws} draws", "rollouts again", yscale="linear",
+        f"Value of the reward {brief} from {draws} draws", "rollouts again", yscale="linear",
     )  # fmt: skip
     figures.save(figure, out / "value-against-calls.png")
     return {"value-against-calls.png": "Correlation of the estimated value with that of rollouts, over noised held-out "
@@ -151,6 +169,7 @@ def mixture(found: Mixed, out: Path) -> dict[str, str]:
 def race(found: Raced, out: Path) -> dict[str, str]:
     """Frontiers: reward against diversity and against distance to the target, and samples."""
     captions = {}
+    brief = short(found.metrics["rewards"])
     for what, label in (("distance", "mean pairwise distance"), ("frechet", "Fréchet distance to the target's data")):
         panels: list[Any] = []
         for name, one in found.metrics["rewards"].items():
@@ -162,7 +181,13 @@ def race(found: Raced, out: Path) -> dict[str, str]:
             data = one["data"]
             target = {} if data[what] is None else {"target": (data[what], data["target_reward"])}
             panels.append(
-                {"title": f"reward: {name}", "xlabel": label, "ylabel": "mean reward", "methods": methods, **target}
+                {
+                    "title": f"reward: {brief[name]}",
+                    "xlabel": label,
+                    "ylabel": "mean reward",
+                    "methods": methods,
+                    **target,
+                }
             )
         figures.save(image_figures.frontier(panels), out / f"reward-against-{what}.png")
     captions["reward-against-distance.png"] = (
@@ -181,9 +206,12 @@ def race(found: Raced, out: Path) -> dict[str, str]:
         wanted += [f"dps {strongest:g}", f"mfm-gf-16 {strongest:g}"]
         rows = [(key, shown[key]) for key in dict.fromkeys(wanted) if key in shown and len(shown[key]) >= 12]
         titles = [_shown_title(key) for key, _ in rows]
-        figure = image_figures.image_grid([x[:12] for _, x in rows], titles, None, f"Samples for the reward {name}")
-        figures.save(figure, out / f"samples-{name}.png")
-        captions[f"samples-{name}.png"] = f"The first twelve samples for the reward {name}."
+        title, file = (
+            f"Samples for the reward {brief[name]}",
+            f"samples-{re.sub(r'[^-+.:0-9A-Za-z]+', '-', brief[name])}.png",
+        )
+        figures.save(image_figures.image_grid([x[:12] for _, x in rows], titles, None, title), out / file)
+        captions[file] = f"The first twelve samples for the reward {brief[name]}."
     return captions
 
 
@@ -230,19 +258,20 @@ def generation(found: Generated, out: Path) -> dict[str, str]:
         x, y, _ = curves.setdefault(GENERATION_KINDS[kind], ([], [], None))
         x.append(int(steps))
         y.append(cell["frechet"])
+    (measure, against), known = _measure(found.metrics), "floor" in found.metrics
+    kind_of = "Samples of all classes" if found.metrics.get("conditional") else "Unconditional samples"
     figure = image_figures.against_calls(
-        curves, "network calls a sample", "Fréchet distance", found.metrics["floor"]["frechet"],
-        f"Unconditional samples, in {found.metrics['space']}", "images trained on",
+        curves, "network calls a sample", measure, found.metrics["floor"]["frechet"] if known else None,
+        fill(f"{kind_of}, in {found.metrics['space']}", TITLE), "images trained on",
     )  # fmt: skip
     figures.save(figure, out / "frechet-against-calls.png")
     rows = {name: x for name, x in found.samples.items() if name in SHOWN} or found.samples
     titles = [f"{GENERATION_KINDS[n.rpartition('-')[0]]}, {n.rpartition('-')[2]} steps" for n in rows]
-    figures.save(
-        image_figures.image_grid(list(rows.values()), titles, None, "Unconditional samples"), out / "samples.png"
-    )
+    figures.save(image_figures.image_grid(list(rows.values()), titles, None, kind_of), out / "samples.png")
+    dashed = " Dashed: the images trained on." if known else ""
     return {
-        "frechet-against-calls.png": "Fréchet distance (classifier features, not FID) of samples to the held-out "
-        "images against network calls a sample. Dashed: the images trained on.",
+        "frechet-against-calls.png": f"{_in_words(found.metrics)} of samples to "
+        f"{'the ' * (against == 'held-out images')}{against} against network calls a sample.{dashed}",
         "samples.png": "The first sixteen samples of some samplers.",
     }
 

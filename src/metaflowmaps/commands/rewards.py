@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from metaflowmaps.checkpoint import Checkpoint
-from metaflowmaps.commands.images import open_stage
+from metaflowmaps.commands.stage import open_stage
 from metaflowmaps.data.imagenet import class_names
 from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.images.rewards import PIXELS, REWARDS, image_reward
@@ -119,7 +119,7 @@ def image_reward_of(
     if name in PIXELS:
         return PIXELS[name](strength)
     stage, _ = open_stage(checkpoint, found, model, ImageEvalConfig(judge="none", drift="none", data=data))
-    return image_reward(stage, name, strength)
+    return image_reward(stage, name, strength, on_pictures=True)
 
 
 def _known(images: bool) -> str:

@@ -45,14 +45,21 @@ def run_task(
         return evaluate_images(known.command, checkpoint, out, own, seed or 0, device, invocation, say)
     options = dict(known.options)
     for key in ("reward", "strength", "guidance"):
-        said = next((s.partition("=")[2] for s in given if s.startswith(f"{key}=")), None)
+        said = next((s.partition("=")[2] for s in reversed(given) if s.startswith(f"{key}=")), None)
         if said is not None:
-            options[key] = said if key == "reward" else float(said)
+            options[key] = said if key == "reward" else _number(key, said)
             given = [s for s in given if not s.startswith(f"{key}=")]
     subject = Subject(checkpoint, options["reward"], options["strength"], None, device)
     asked = {"guidance": options["guidance"], **({} if seed is None else {"seed": seed})}
     config = resolve_finetuning(subject, asked, [*known.settings, *given], None)
     return finetune(subject, config, out or default_place(subject, checkpoint), resume, invocation, say)
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--set {key}={text}: give a number") from None
 
 
 def plan_task(
@@ -64,6 +71,8 @@ def plan_task(
     network = DiT.on_meta(spec)
     parameters = sum(p.numel() for p in network.parameters())
     if known.command == "finetune":
+        if gpus != 1:
+            raise InputError(f"{name} runs on one GPU, as mfm finetune does: leave --gpus out")
         dumped, calls, memory = _tuning(known.settings, settings, known.options, spec, parameters)
     else:
         experiment = EXPERIMENTS[known.command]
@@ -107,7 +116,7 @@ def _tuning(
     ``num_draws``; a row of the second the map's two differentiated calls and the tuned drift's, twice by guidance.
     """
     start = {"checkpoint": "MFM-XL/2", "checkpoint_sha256": "", **options}
-    config = override(validated(FinetuneConfig, start), [*own, *(s for s in settings if "data=" not in s)])
+    config = override(validated(FinetuneConfig, start), [*own, *(s for s in settings if not s.startswith("data="))])
     first = config.steps * config.batch_size * (DRAFTS + 1 + DRAFTS * config.num_draws)
     second = config.distil_steps * config.distil_batch_size * (2 * DRAFTS + 1) if config.map == "distil" else 0
     pools = config.states.pool * config.states.pool_steps + config.distil_pool * config.distil_pool_steps

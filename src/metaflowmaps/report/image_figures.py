@@ -20,6 +20,7 @@ from metaflowmaps.report.layout import BAND, CELL, GAP, INK, Array
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SMALL, LARGE = 48, 1.1  # pixels a side, and inches of what has more
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float] | None]
 
 
@@ -52,6 +53,7 @@ def image_grid(
         top=layout.height_of(title, 13) + max([layout.height_of(text, 11) for _, _, text in spans], default=0.0),
         bottom=layout.height_of(note, 10),
         least=max(layout.width_of(title, 13), layout.width_of(note, 10)),
+        cell=cell_of(pictures[0]),
     )
     for i, (row, name) in enumerate(zip(pictures, row_titles, strict=True)):
         y = i * (1 + GAP)
@@ -62,6 +64,11 @@ def image_grid(
         layout.heading(axis, float(left[start]), float(left[stop - 1]) + 1, text)
     layout.words(figure, title, note)
     return figure
+
+
+def cell_of(pictures: Array, small: float = CELL) -> float:
+    """Inches a picture (n, H, W, 3): those of many pixels are larger, and their content still to be seen."""
+    return small if max(pictures.shape[1:3]) <= SMALL else LARGE
 
 
 def story(
@@ -151,7 +158,7 @@ def spread_maps(
         top=layout.height_of(title, 13) + layout.height_of("x", 11),
         bottom=layout.height_of(note, 10),
         least=max(layout.width_of(title, 13), layout.width_of(note, 10)),
-        cell=0.8,
+        cell=cell_of(rows[0][1], 0.8),
     )
     for i, (name, pictures) in enumerate(rows):
         axis.text(-0.12, i * (1 + GAP) + 0.5, name, ha="right", va="center", fontsize=11)

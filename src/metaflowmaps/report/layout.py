@@ -67,7 +67,9 @@ def tile(axis: "Axes", picture: Array, x: float, y: float) -> None:
 
     high, wide = (s / max(picture.shape[:2]) for s in picture.shape[:2])
     x, y = x + (1 - wide) / 2, y + (1 - high) / 2
-    axis.imshow(picture, extent=(x, x + wide, y + high, y), interpolation="nearest", aspect="auto", clip_on=False)
+    # a picture of more pixels than it is drawn with would lose some of them
+    how = "nearest" if max(picture.shape[:2]) <= 128 else "antialiased"
+    axis.imshow(picture, extent=(x, x + wide, y + high, y), interpolation=how, aspect="auto", clip_on=False)
     axis.add_patch(Rectangle((x, y), wide, high, fill=False, edgecolor="#9aa0a6", linewidth=0.5, clip_on=False))
 
 

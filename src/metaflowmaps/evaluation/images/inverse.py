@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import unknown
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, per_sample, table
-from metaflowmaps.evaluation.images.variants import CHUNK, quiet_steer, variant
+from metaflowmaps.evaluation.images.variants import CHUNK, calls, quiet_steer, variant
 from metaflowmaps.metrics.calibration import rank_test
 from metaflowmaps.metrics.images import psnr
 from metaflowmaps.randomness import stream
@@ -27,6 +27,7 @@ from metaflowmaps.sharding import Made
 
 PROBLEMS = {"inpaint": "inpainting, right half hidden", "sr2": "super-resolution × 2", "sr4": "super-resolution × 4",
             "deblur": "deblurring"}  # fmt: skip
+SYSTEMS = ("tds", "mfm-smc")
 METHODS = ("mfm-g-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "dps", "tds-64")
 
 
@@ -39,6 +40,18 @@ class InverseConfig(ImageEvalConfig):
     draws: int = Field(31, ge=3)
     steps: int = Field(100, ge=1)
     noise_std: float = Field(0.2, gt=0)
+
+    def calls(self) -> int:
+        """Evaluations of the map's network."""
+        return len(self.problems) * sum(map(self._calls, self.methods))
+
+    def _calls(self, name: str) -> int:
+        """For all samples of one problem: a particle system has as many particles as samples at least."""
+        v = variant(name)
+        if v.method not in SYSTEMS:
+            return calls(name, self.draws * self.images, self.steps)
+        particles = max(v.options["particles"], self.draws)
+        return calls(name, particles * self.images, self.steps, particles=particles, returns="all")
 
 
 class Solved(NamedTuple):
@@ -120,7 +133,7 @@ def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig)
     """(draws, images, *event) samples and their cost; a particle system takes one observation at a time."""
     v, g = variant(name), stream(config.seed, "inverse", name)
     options, draws = dict(v.options), config.draws
-    system = v.method in ("tds", "mfm-smc")
+    system = v.method in SYSTEMS
     if system:
         options |= {"particles": max(options["particles"], draws), "returns": "all"}
     # on a processor a few observations at a time: their states and draws should stay in its cache

@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.evaluation.images.judge import BATCH
 from metaflowmaps.evaluation.images.rewards import image_reward, scored, weights
-from metaflowmaps.evaluation.images.stage import BATCH, ImageEvalConfig, Say, Stage, cost_of, table
-from metaflowmaps.evaluation.images.variants import copies_of, run, variant
+from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, cost_of, table
+from metaflowmaps.evaluation.images.variants import calls, copies_of, run, variant
 from metaflowmaps.metrics.images import class_distance
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
@@ -38,6 +39,10 @@ class MixtureConfig(ImageEvalConfig):
     steps: int = Field(250, ge=1)
     strength: float = Field(1.0, gt=0)
     budget: float = Field(6e6, gt=0)  # network calls of a cell: a dearer one has fewer samples, and says so
+
+    def calls(self) -> int:
+        """Evaluations of the map's network."""
+        return BASE * self.steps + sum(calls(name, _affordable(name, self), self.steps) for name in self.methods)
 
 
 class Mixed(NamedTuple):

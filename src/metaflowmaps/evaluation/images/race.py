@@ -9,19 +9,23 @@ Reward alone proves little: DPS can be above everything while its samples collap
 judge's features, mean pairwise distance, Vendi score and the Fréchet distance to the **data of the target**, the tenth
 of all images with the highest reward. The last two depend on the number of samples: they are means over sets of SUBSET
 samples, for every cell alike. And each cell is scored by the rewards it was not steered by (hacking).
+
+A map that knows classes makes samples of all of them; a particle system has one class. What is dear to judge, of
+latents decoded, is scored where it is made.
 """
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.evaluation.images.rewards import RACE, image_reward, scored
+from metaflowmaps.evaluation.images.judge import BATCH
+from metaflowmaps.evaluation.images.rewards import RACE, image_reward, scores_of, short
 from metaflowmaps.evaluation.images.stage import (
-    BATCH,
     ImageEvalConfig,
     Say,
     Stage,
@@ -30,7 +34,8 @@ from metaflowmaps.evaluation.images.stage import (
     cost_of_parts,
     table,
 )
-from metaflowmaps.evaluation.images.variants import run, variant
+from metaflowmaps.evaluation.images.variants import calls, run, told, variant
+from metaflowmaps.glass import call_drift
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.randomness import randn, stream
@@ -39,6 +44,7 @@ from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.sharding import Made, ranges
 
 SUBSET = 64
+SETS = 8  # of SUBSET samples, at most
 TOP = 0.1  # of all images: the data of the target
 METHODS = ("mfm-g-1", "mfm-g-rescale-1", "mfm-g-rescale-4", "mfm-gf-4", "mfm-gf-16", "mfm-gf-rescale-16", "mfm-smc-4",
            "mfm-search-4", "dps", "dps-rescale", "tds-64")  # fmt: skip
@@ -58,7 +64,7 @@ class RaceConfig(ImageEvalConfig):
     samples: int = Field(256, ge=SUBSET)
     steps: int = Field(50, ge=1)
     base_steps: int = Field(250, ge=1)
-    pool: int = Field(64_000, ge=1000)
+    pool: int = Field(64_000, ge=2 * SUBSET)
     best_of: tuple[int, ...] = Field((1, 10, 100, 1000), min_length=1)
 
     @model_validator(mode="after")
@@ -68,6 +74,16 @@ class RaceConfig(ImageEvalConfig):
         if min(*self.strengths, *self.rescales) <= 0:
             raise ValueError("strengths and rescales must be positive: without steering it is the method none")
         return self
+
+    def calls(self) -> int:
+        """Evaluations of the map's network: the pools, and every steered cell."""
+        pools = self.pool * (self.base_steps + sum(int(kind.removeprefix("map-")) for kind in POOLS if kind != "ode"))
+        cells = sum(len(self.numbers(name)) * calls(name, self.samples, self.steps) for name in self.methods)
+        return pools + len(self.rewards) * cells
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """The strengths at which a method runs."""
+        return (0.0,) if name == "none" else self.rescales if _rescaled(name) else self.strengths
 
 
 class Raced(NamedTuple):
@@ -83,23 +99,25 @@ def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None
         variant(name)
     rewards = {name: image_reward(stage, name) for name in config.rewards}
     data = stage.everything()
-    races = {name: _Race(stage, name, rewards, data, config) for name in rewards}
-    parts = ranges(config.pool, BATCH)
+    known = scores_of(rewards, data, stage.cond(stage.everything_told(), len(data)))
+    races = {name: _Race(stage, name, rewards, data, config, known[name]) for name in rewards}
+    parts = ranges(config.pool, stage.shard if stage.latent else BATCH)
     steered = [
-        (race, name, number)
-        for race in races.values()
-        for name in config.methods
-        for number in ((0.0,) if name == "none" else config.rescales if _rescaled(name) else config.strengths)
+        (race, name, number) for race in races.values() for name in config.methods for number in config.numbers(name)
     ]
     drawn = stage.share(
-        {f"{pool}.{part}": _pool(stage, pool, config, index, say) for pool in POOLS for part, index in parts.items()}
+        {
+            f"{pool}.{part}": _pool(stage, pool, config, rewards, index, say)
+            for pool in POOLS
+            for part, index in parts.items()
+        }
         | {_key(*cell): cell[0].steer(*cell[1:], say) for cell in steered}
     )
     for pool in POOLS:
         made = [drawn(f"{pool}.{part}") for part in parts]
         images = torch.cat([part.tensors["samples"] for part in made])
         cost = cost_of_parts(made, config.pool)
-        scores = {name: scored(reward, images) for name, reward in rewards.items()}
+        scores = _scores_in(rewards, torch.cat([part.tensors["scores"] for part in made], 1))
         for race in races.values():
             for n in config.best_of:
                 race.best_of(pool, n, images, scores, cost)
@@ -111,6 +129,7 @@ def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None
         "base_steps": config.base_steps,
         "pool": config.pool,
         "space": stage.judge.space,
+        **stage.extras(),
     }
     return Raced({**metrics, **_words(metrics)}, {name: race.shown for name, race in races.items()})
 
@@ -118,18 +137,36 @@ def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None
 class _Race:
     """All cells of one reward."""
 
-    def __init__(self, stage: Stage, name: str, rewards: dict[str, Any], data: Tensor, config: RaceConfig) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        name: str,
+        rewards: dict[str, Any],
+        data: Tensor,
+        config: RaceConfig,
+        on_data: Tensor | None = None,
+    ) -> None:
         self.stage, self.name, self.rewards, self.config = stage, name, rewards, config
-        on_data = scored(rewards[name], data)
-        self.scale = float(on_data.std()) or 1.0  # a reward that is the same for all data has no scale of its own
-        best = on_data.topk(min(len(data), max(2 * SUBSET, round(TOP * len(data))))).indices
-        self.target = stage.judge.features(data[best.to(data.device)])
+        self.images = data
+        self.on_data = scores_of({name: rewards[name]}, data)[name] if on_data is None else on_data
+        self.scale = float(self.on_data.std()) or 1.0  # a reward that is the same for all data has no scale
+        self.best = self.on_data.topk(min(len(data), max(2 * SUBSET, round(TOP * len(data))))).indices
         self.cells: list[dict[str, Any]] = []
-        self.shown: dict[str, Tensor] = {"target data": data[best[:16].to(data.device)].cpu()}
-        self.data = {
-            "target_reward": float(on_data[best].mean()), "reward": float(on_data.mean()),
-            "reward_std": self.scale, "target_images": len(best), **self.judged(self.target),
-            "base_frechet": self._subsets(stage.judge.features(data), "frechet"),
+        self.shown: dict[str, Tensor] = {"target data": self._picture(data[self.best[:16].to(data.device)])}
+
+    @cached_property
+    def target(self) -> Tensor:
+        """Features of the data with the highest reward."""
+        return self.stage.judge.features(self.images[self.best.to(self.images.device)])
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the data have; only who puts the cells together needs it."""
+        first = self.stage.judge.features(self.images[:BATCH])
+        return {
+            "target_reward": float(self.on_data[self.best].mean()), "reward": float(self.on_data.mean()),
+            "reward_std": self.scale, "target_images": len(self.best), **self.judged(self.target),
+            "base_frechet": self._subsets(first, "frechet"),
         }  # fmt: skip
 
     def best_of(self, pool: str, n: int, images: Tensor, scores: dict[str, Tensor], cost: dict[str, float]) -> None:
@@ -152,8 +189,17 @@ class _Race:
             reward = Tempered(self.rewards[self.name], weight / self.scale) if weight else self.rewards[self.name]
             options = {"renormalize_to": strength} if rescaled else {}
             g = stream(self.config.seed, "race", self.name, name, repr(strength))
-            x, result = run(self.stage, name, reward, self.config.samples, self.config.steps, g, **options)
-            return Made({"samples": x}, {"cost": cost_of(result)})
+            labels = told(name, self.stage.labels(self.config.samples, "race", self.config.seed))
+            x, result = run(
+                self.stage, name, reward, self.config.samples, self.config.steps, g, labels=labels, **options
+            )
+            finite = x.flatten(1).isfinite().all(1)
+            kept = {"samples": x}
+            if int(finite.sum()) >= SUBSET:
+                cond = self.stage.cond(None if labels is None else labels[finite], int(finite.sum()))
+                kept["scores"] = torch.stack([*scores_of(self.rewards, x[finite], cond).values()])
+                kept["features"] = self.stage.judge.features(x[finite])
+            return Made(kept, {"cost": cost_of(result)})
 
         return make
 
@@ -165,11 +211,19 @@ class _Race:
         if len(x) < SUBSET:  # the method broke at this strength: said so, and not scored
             self.cells.append({"method": name, "strength": strength, "lost": int((~finite).sum())})
             return
-        scores = {k: scored(r, x) for k, r in self.rewards.items()}
-        self._add(name, strength, x, scores, made.facts["cost"], int((~finite).sum()))
+        scores = _scores_in(self.rewards, made.tensors["scores"])
+        lost = int((~finite).sum())
+        self._add(name, strength, x, scores, made.facts["cost"], lost, made.tensors["features"])
 
     def _add(
-        self, method: str, number: float, x: Tensor, scores: dict[str, Tensor], cost: dict[str, float], lost: int = 0
+        self,
+        method: str,
+        number: float,
+        x: Tensor,
+        scores: dict[str, Tensor],
+        cost: dict[str, float],
+        lost: int = 0,
+        features: Tensor | None = None,
     ) -> None:
         own = scores[self.name]
         self.cells.append(
@@ -179,13 +233,16 @@ class _Race:
                 "reward": float(own.mean()),
                 "reward_se": float(own.std() / math.sqrt(len(own))),
                 "others": {k: float(v.mean()) for k, v in scores.items() if k != self.name},
-                **self.judged(self.stage.judge.features(x)),
+                **self.judged(self.stage.judge.features(x) if features is None else features),
                 "samples": len(x),
                 "lost": lost,
                 "cost": cost,
             }
         )
-        self.shown[f"{method} {number:g}"] = x[:16].cpu()
+        self.shown[f"{method} {number:g}"] = self._picture(x[:16])
+
+    def _picture(self, x: Tensor) -> Tensor:
+        return self.stage.decode(x).cpu()
 
     def judged(self, features: Tensor) -> dict[str, float | None]:
         """Distance, Vendi score and Fréchet distance to the target, the last two on sets of SUBSET."""
@@ -196,7 +253,7 @@ class _Race:
         }
 
     def _subsets(self, features: Tensor, what: str) -> float | None:
-        sets = [part for part in features.split(SUBSET) if len(part) == SUBSET][:8]
+        sets = [part for part in features.split(SUBSET) if len(part) == SUBSET][:SETS]
         if not sets:  # too few samples to be compared with the others
             return None
         if what == "vendi":
@@ -219,8 +276,15 @@ def _rescaled(name: str) -> bool:
     return variant(name).options.get("renormalize") == "rescale"
 
 
-def _pool(stage: Stage, kind: str, config: RaceConfig, index: slice, say: Say) -> Callable[[], Made]:
-    """Samples of the model itself, those of these indices."""
+def _scores_in(rewards: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
+    """Rewards by name, of a cell's rows (rewards, n)."""
+    return dict(zip(rewards, rows.cpu(), strict=True))
+
+
+def _pool(
+    stage: Stage, kind: str, config: RaceConfig, rewards: dict[str, Any], index: slice, say: Say
+) -> Callable[[], Made]:
+    """Samples of the model itself, those of these indices, and their rewards."""
     model, n = stage.model, index.stop - index.start
 
     @torch.no_grad()
@@ -228,13 +292,18 @@ def _pool(stage: Stage, kind: str, config: RaceConfig, index: slice, say: Say) -
         if index.start == 0:
             say(f"a pool of {config.pool:,} samples: {POOLS[kind]}")
         g = stream(config.seed, "pool", kind, index.start)
-        with Timed(model) as timed:
+        labels = stage.labels(config.pool, "pool", config.seed)
+        cond = stage.cond(None if labels is None else labels[index], n)
+        with Timed(model) as timed, stage.autocast():
             if kind == "ode":
                 noise = randn((n, *model.event_shape), g, model.dtype, model.device)
-                x = integrate(model.drift, noise, uniform_grid(config.base_steps))
+                x = integrate(lambda t, x: call_drift(model.drift, t, x, cond), noise, uniform_grid(config.base_steps))
             else:
-                x = model.generate(n, int(kind.removeprefix("map-")), g)
-        return Made({"samples": x}, {"cost": timed.meter.cost()})
+                steps = int(kind.removeprefix("map-"))
+                asked: dict[str, Any] = {} if cond is None else {"cond": cond}
+                x = model.generate(n, steps, g, **asked)
+        scores = torch.stack([*scores_of(rewards, x, cond).values()])
+        return Made({"samples": x, "scores": scores}, {"cost": timed.meter.cost()})
 
     return make
 
@@ -310,9 +379,10 @@ def _words(metrics: dict[str, Any]) -> dict[str, Any]:
                 [name, words, ", ".join(f"{m}: {k}" for m, k in sorted(by_method.items(), key=lambda i: -i[1]))]
             )
     tables["Cells that none beats in reward and in the other at once"] = table(["reward", "against", "cells of"], rows)
+    brief = short(metrics["rewards"])
     for name, race in metrics["rewards"].items():
         others = list(race["cells"][0]["others"])
-        head = ["method", "λσ, γ or N", "reward", "±", *(f"{o} too" for o in others), "mean distance",
+        head = ["method", "λσ, γ or N", "reward", "±", *(f"{brief[o]} too" for o in others), "mean distance",
                 f"Vendi of {SUBSET}", "Fréchet to target", "NFE", "ms", "samples"]  # fmt: skip
         body = [
             [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["reward_se"],

@@ -5,6 +5,9 @@ law of the held-out images at every t. So the Fréchet distance between all draw
 features) is the error, and the **floor** is what the training images themselves are apart. Whether single posteriors
 are right is another question: **spread ratio** compares the truth's distance from the mean of several draws with the
 spread of those draws (1: calibrated, > 1: draws too narrow).
+
+Of a map of latents, latents are noised and drawn, and their pictures compared: against a statistics file in Inception's
+features that is posterior FID. A map that knows classes is told the image's own.
 """
 
 from collections.abc import Callable
@@ -14,10 +17,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of_parts, table
+from metaflowmaps.evaluation.images.stage import (
+    LATENT_BATCH,
+    ImageEvalConfig,
+    Say,
+    Stage,
+    Timed,
+    cost_of_parts,
+    table,
+)
+from metaflowmaps.flow_map import Cond
 from metaflowmaps.metrics.calibration import spread_ratio
 from metaflowmaps.posterior import GlassPosterior
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.randomness import RowNoise, fresh_seeds, randn, stream
+from metaflowmaps.sampling import INTEGRATORS
 from metaflowmaps.sharding import Made, ranges
 
 
@@ -40,6 +53,14 @@ class RecoveryConfig(ImageEvalConfig):
             raise ValueError("steps must be at least 1, and map_steps must contain 1")
         return self
 
+    def calls(self) -> int:
+        """Evaluations of the map's network: a draw an image, several of some, and those of the picture."""
+        each = {f"map-{k}": k for k in self.map_steps}
+        each |= {f"glass-{k}": k * INTEGRATORS[self.glass_method].calls for k in self.glass_steps}
+        several = self.draws * min(self.images, self.samples)
+        draws = sum(k * (self.samples + several * (name in SPREAD)) for name, k in each.items())
+        return len(self.times) * (draws + PICTURED)
+
 
 class Recovered(NamedTuple):
     """Figures, and for one held-out image at each time: noisy state, draws, their mean and spread."""
@@ -51,22 +72,25 @@ class Recovered(NamedTuple):
     spread: list[tuple[Tensor, Tensor]]
 
 
-Push = Callable[[Tensor, float, Tensor], Tensor]
+Push = Callable[[Tensor, float, Tensor, Cond], Tensor]
+PICTURED = 256  # draws behind the picture of their mean and spread
 SPREAD = ("map-1", "map-4", "glass-30", "drift-glass-30")  # whose spread is looked at
 
 
 def samplers(stage: Stage, map_steps: tuple[int, ...], glass_steps: tuple[int, ...], method: str) -> dict[str, Push]:
-    """Name -> (noise, t, x_t) -> draws. glass-k: on the map's own drift; drift-glass-k: on a drift trained alone."""
+    """Name -> (noise, t, x_t, cond) -> draws. glass-k: on the map's own drift; drift-glass-k: on one trained alone."""
     model = stage.model
     out: dict[str, Push] = {}
     for k in map_steps:
-        out[f"map-{k}"] = lambda noise, t, x, k=k: model.push(noise, t, x, k)  # type: ignore[misc]
+        out[f"map-{k}"] = lambda noise, t, x, cond=None, k=k: model.push(  # type: ignore[misc]
+            noise, t, x, k, **({} if cond is None else {"cond": cond})
+        )
     sources = {"glass": model.drift, **({} if stage.drift is None else {"drift-glass": stage.drift})}
     for name, drift in sources.items():
         for k in glass_steps:
             glass = GlassPosterior(model.path, drift, k, method)
-            out[f"{name}-{k}"] = lambda noise, t, x, glass=glass: glass.push(  # type: ignore[misc]
-                noise, x.new_full((len(x),), t), x
+            out[f"{name}-{k}"] = lambda noise, t, x, cond=None, glass=glass: glass.push(  # type: ignore[misc]
+                noise, x.new_full((len(x),), t), x, cond
             )
     return out
 
@@ -84,7 +108,7 @@ def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda li
             if name in SPREAD:
                 cells[f"{t!r}.{name}.spread"] = _spread_cell(stage, config, t, push)
     drawn = stage.share(cells)
-    x_1, _ = stage.images(config.samples, "recovery", config.seed)
+    first, _ = stage.images(config.samples, "recovery", config.seed, slice(config.images))
     frechet: dict[str, dict[str, float]] = {}
     ratio: dict[str, dict[str, float]] = {}
     cost: dict[str, dict[str, float]] = {}
@@ -94,10 +118,10 @@ def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda li
         for name in pushes:
             made = [drawn(f"{t!r}.{name}.{part}") for part in parts]
             cost[name] = cost_of_parts(made, config.samples)
-            frechet[repr(t)][name] = stage.frechet(torch.cat([part.tensors["draws"] for part in made]))
+            frechet[repr(t)][name] = stage.frechet_of(torch.cat([part.tensors["features"] for part in made]))
             if name in SPREAD:
                 several = drawn(f"{t!r}.{name}.spread").tensors["draws"]
-                ratio[repr(t)][name] = spread_ratio(several, x_1[: config.images])
+                ratio[repr(t)][name] = spread_ratio(several, first)
     image, noisy, shown, spread = _pictured(stage, config)
     floor = stage.floor()
     metrics = {
@@ -107,36 +131,54 @@ def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda li
         "cost_per_draw": cost,
         "samples": config.samples,
         "space": stage.judge.space,
-        **_words(frechet, ratio, floor, cost, stage.judge.space),
+        **stage.extras(),
+        **_words(frechet, ratio, floor, cost, stage),
     }
     return Recovered(metrics, image, noisy, shown, spread)
 
 
 class _Noised(NamedTuple):
-    """Held-out images at time t, noise for a draw of each, and for several draws of the first of them."""
+    """Held-out images at time t, noise for a draw of each, and what the map is told of them."""
 
     x_t: Tensor
     noise: Tensor
-    many: Tensor
+    cond: Cond
 
 
-def _noised(stage: Stage, config: RecoveryConfig, t: float) -> _Noised:
-    x_1, _ = stage.images(config.samples, "recovery", config.seed)
-    g = stream(config.seed, "recovery", repr(t))
-    x_t = stage.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
-    noise = randn(tuple(x_1.shape), g, device=x_1.device)
-    return _Noised(x_t, noise, randn((config.draws, *x_1[: config.images].shape), g, device=x_1.device))
+def _noised(stage: Stage, config: RecoveryConfig, t: float, index: slice) -> _Noised:
+    """The images of these indices. Latents, which may be many, have noise by the row; images of memory one for all."""
+    labels = stage.told_of(config.samples, "recovery", config.seed, index)
+    if stage.latent:
+        x_1, _ = stage.images(config.samples, "recovery", config.seed, index)
+        seeds = fresh_seeds(config.samples, stream(config.seed, "recovery", repr(t)))[index].to(x_1.device)
+        eps, noise = (RowNoise(seeds, name).normal(tuple(x_1.shape[1:])) for name in ("state", "draw"))
+    else:
+        x_1, _ = stage.images(config.samples, "recovery", config.seed)
+        g = stream(config.seed, "recovery", repr(t))
+        eps, noise = (randn(tuple(x_1.shape), g, device=x_1.device)[index] for _ in range(2))
+        x_1 = x_1[index]
+    return _Noised(stage.model.path.interpolate(eps, x_1, t), noise, stage.cond(labels, len(x_1)))
+
+
+def _several(stage: Stage, config: RecoveryConfig, t: float, shape: tuple[int, ...]) -> Tensor:
+    """Noise for several draws of each of the first images: (draws, images, *event)."""
+    whole = (config.samples, *shape[1:])
+    g = stream(config.seed, "recovery", repr(t), *(("several",) if stage.latent else ()))
+    if not stage.latent:
+        for _ in range(2):  # what the states and the single draws have taken of it
+            randn(whole, g, device=stage.model.device)
+    return randn((config.draws, *shape), g, device=stage.model.device)
 
 
 def _cell(stage: Stage, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Made]:
-    """A draw for each of these images."""
+    """Features of a draw for each of these images."""
 
     @torch.no_grad()
     def make() -> Made:
-        noised = _noised(stage, config, t)
-        with Timed(stage.model) as timed:
-            draws = push(noised.noise[index], t, noised.x_t[index])
-        return Made({"draws": draws}, {"cost": timed.meter.cost()})
+        noised = _noised(stage, config, t, index)
+        with Timed(stage.model) as timed, stage.autocast():
+            draws = push(noised.noise, t, noised.x_t, noised.cond)
+        return Made({"features": stage.judge.features(draws)}, {"cost": timed.meter.cost()})
 
     return make
 
@@ -146,28 +188,41 @@ def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> 
 
     @torch.no_grad()
     def make() -> Made:
-        x_t, _, many = _noised(stage, config, t)
-        repeated = x_t[: config.images].repeat(config.draws, *([1] * (x_t.ndim - 1)))
-        return Made({"draws": push(many.flatten(0, 1), t, repeated).reshape(many.shape)}, {})
+        x_t, _, cond = _noised(stage, config, t, slice(config.images))
+        many = _several(stage, config, t, tuple(x_t.shape))
+        repeated = x_t.repeat(config.draws, *([1] * (x_t.ndim - 1)))
+        told = None if cond is None else {k: v.repeat(config.draws) for k, v in cond.items()}
+        size = LATENT_BATCH if stage.latent else len(repeated)
+        parts = []
+        with stage.autocast():
+            for begin in range(0, len(repeated), size):
+                part = slice(begin, begin + size)
+                here = None if told is None else {k: v[part] for k, v in told.items()}
+                parts.append(push(many.flatten(0, 1)[part], t, repeated[part], here))
+        return Made({"draws": torch.cat(parts).reshape(many.shape)}, {})
 
     return make
 
 
 def _pictured(stage: Stage, config: RecoveryConfig) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any]]:
     x_1, _ = stage.images(1, "picture", config.seed)
+    cond = stage.cond(stage.told_of(1, "picture", config.seed), 1)
+    told: dict[str, Any] = {} if cond is None else {"cond": cond}
     eps = randn(tuple(x_1.shape), stream(config.seed, "picture"), device=x_1.device)
     noisy, shown, spread = [], [], []
     for t in config.times:
         x_t = stage.model.path.interpolate(eps, x_1, t)
-        draws = stage.model.draw(t, x_t, 256, generator=stream(config.seed, "picture", repr(t)))[:, 0]
-        noisy.append(x_t[0].cpu())
+        g = stream(config.seed, "picture", repr(t))
+        with stage.autocast():
+            draws = stage.decode(stage.model.draw(t, x_t, PICTURED, generator=g, **told)[:, 0])
+        noisy.append(stage.decode(x_t)[0].cpu())
         shown.append(draws[:8].cpu())
         spread.append((draws.mean(0).cpu(), draws.std(0).cpu()))
-    return x_1[0].cpu(), noisy, shown, spread
+    return stage.decode(x_1)[0].cpu(), noisy, shown, spread
 
 
 def _words(
-    frechet: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]], floor: float, cost: Any, space: str
+    frechet: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]], floor: float, cost: Any, stage: Stage
 ) -> dict[str, Any]:
     times = list(frechet)
     names = list(frechet[times[0]])
@@ -183,7 +238,7 @@ def _words(
     claim = f" One map step is at least as close to the data as 30 calls of GLASS at {len(won)} of {len(times)} times."
     return {
         "tables": {
-            f"Fréchet distance of draws to held-out images, in {space}": table(head, rows),
+            f"{stage.measure} of draws to {stage.compared_with}, in {stage.judge.space}": table(head, rows),
             "Spread ratio: the truth's distance over the draws' spread (1: calibrated, above: too narrow)": table(
                 ["sampler", *head[2:]], judged
             ),

@@ -5,24 +5,31 @@ r"""The rewards of the image experiments, by name.
 ``half``     log-likelihood of the left half of one held-out image
 ``mixture``  log Σ w_i p(y_i | x), w ∝ [0,1,0,1,0,2,0,2,0,4] (paper §7.1.2)
 
-They disagree with each other, and none saturates on data but the last.
+They disagree with each other, and none saturates on data but the last. A reward of another name is a judge of
+pictures as ``--reward`` names it, such as ``clip@DIR:a red disc`` (:attr:`Stage.named`).
+
+All are rewards on pictures: on latents they are those of the decoded ones, unless the guide is a classifier of latents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metaflowmaps.codec import Decoded
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.evaluation.images.judge import BATCH, PART, takes
 from metaflowmaps.evaluation.images.stage import Stage
+from metaflowmaps.flow_map import Cond
 from metaflowmaps.randomness import stream
 from metaflowmaps.rewards import ClassifierMixture, Ink, InverseProblem, LogitMargin, Mask, Slant, Tempered
+from metaflowmaps.rewards.base import call_reward
 
 WEIGHTS = (0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 4.0)
 LABEL = 3
 NOISE = 0.3  # of the half that is seen
-PART = 512  # images that a classifier sees at a time
+GUIDED = 512  # images that a classifier sees at a time
 RACE = ("margin", "slant", "half")
 
 
@@ -31,13 +38,13 @@ def _guide(stage: Stage, name: str) -> tuple[Any, int]:
     if stage.guide is None:
         raise InputError(
             f"reward {name} needs a guiding classifier: mfm train {stage.train.name}-guide makes one beside the run "
-            "(mfm eval takes another with --set guide=RUN); slant, ink and half need none"
+            f"(mfm eval takes another with --set guide=RUN); slant, ink and half need none{_prompts(stage)}"
         )
     guide = stage.guide
 
     def logits(x: Tensor) -> Tensor:
         # many draws at once leave a processor's cache: in parts it takes half the time
-        return torch.cat([guide(part) for part in x.split(PART)])
+        return torch.cat([guide(part) for part in x.split(GUIDED)])
 
     return logits, int(getattr(guide, "num_classes", stage.train.num_classes))
 
@@ -55,9 +62,9 @@ def _mixture(stage: Stage) -> Any:
 
 
 def _half(stage: Stage) -> Any:
-    mask = torch.zeros(stage.model.event_shape)
+    x = stage.decode(stage.images(1, "half", 0)[0])
+    mask = torch.zeros(x.shape[1:])
     mask[..., : mask.shape[-1] // 2] = 1
-    x, _ = stage.images(1, "half", 0)
     return InverseProblem.observe(Mask(mask), x, NOISE, stream(0, "half"))
 
 
@@ -71,13 +78,32 @@ REWARDS: dict[str, Callable[[Stage, str], Any]] = {  # of a stage, and of what f
 }
 
 
-def image_reward(stage: Stage, name: str, strength: float = 1.0) -> Any:
-    """The reward of that name, times its strength."""
+def image_reward(stage: Stage, name: str, strength: float = 1.0, on_pictures: bool = False) -> Any:
+    """The reward of that name, times its strength, on the map's samples or, if they are latents, on their pictures."""
     kind, _, label = name.partition(":")
-    if kind not in REWARDS or (label and kind != "margin"):
-        raise unknown("reward", name, REWARDS)
-    made = REWARDS[kind](stage, label)
+    made = None if kind in REWARDS else stage.named(name)
+    if made is None:
+        if kind not in REWARDS or (label and kind != "margin"):
+            raise unknown("reward", name, (*REWARDS, *stage.kinds))
+        made = REWARDS[kind](stage, label)
+    by_guide = kind in ("margin", "mixture") and stage.guide is not None
+    if stage.latent and not on_pictures and not (by_guide and takes(stage.guide, tuple(stage.model.event_shape))):
+        made = Decoded(made, stage.codec)
     return made if strength == 1 else Tempered(made, strength)
+
+
+def _prompts(stage: Stage) -> str:
+    return ", nor do judges of pictures such as clip:PROMPT" if stage.latent else ""
+
+
+def short(names: Iterable[str]) -> dict[str, str]:
+    """Names as figures and files have them: without the place that a judge of pictures is read from."""
+    out: dict[str, str] = {}
+    for name in names:
+        head, colon, words = name.partition(":")
+        brief = head.partition("@")[0] + colon + words
+        out[name] = name if brief in out.values() else brief
+    return out
 
 
 def weights(classes: int) -> list[float]:
@@ -86,6 +112,23 @@ def weights(classes: int) -> list[float]:
 
 
 @torch.no_grad()
-def scored(reward: Any, x: Tensor) -> Tensor:
+def scored(reward: Any, x: Tensor, cond: Cond = None) -> Tensor:
     """r(x) in parts: (n,)."""
-    return torch.cat([reward(part).cpu() for part in x.split(1024)])
+    return scores_of({"": reward}, x, cond)[""]
+
+
+@torch.no_grad()
+def scores_of(rewards: Mapping[str, Any], x: Tensor, cond: Cond = None) -> dict[str, Tensor]:
+    """Several rewards of x (n, *event) in parts, (n,) each; what all look at is decoded once."""
+    codec = next((r.codec for r in rewards.values() if isinstance(r, Decoded)), None)
+    size = BATCH if codec is None else PART
+    parts: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    for begin in range(0, len(x), size):
+        part = x[begin : begin + size]
+        told = None if cond is None else {k: v[begin : begin + size] for k, v in cond.items()}
+        pictures = part if codec is None else codec.decode(part)
+        for name, reward in rewards.items():
+            looks = isinstance(reward, Decoded)
+            one, seen = (reward.reward, pictures) if looks else (reward, part)
+            parts[name].append((one(seen) if told is None else call_reward(one, seen, told)).cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}

@@ -13,12 +13,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.evaluation.images.rewards import image_reward
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Say, Stage, Timed, table
+from metaflowmaps.evaluation.images.stage import LATENT_BATCH, ImageEvalConfig, Say, Stage, Timed, table
 from metaflowmaps.evaluation.value import pearson
+from metaflowmaps.flow_map import Cond
 from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
 from metaflowmaps.randomness import randn, stream
 from metaflowmaps.sharding import Made
 from metaflowmaps.value import value_gradient
+
+CHUNK = 32  # draws a state at a time
 
 
 class ImageValueConfig(ImageEvalConfig):
@@ -43,6 +46,12 @@ class ImageValueConfig(ImageEvalConfig):
         if min((*self.map_steps, *self.glass_steps, *self.num_draws)) < 1:
             raise ValueError("steps and num_draws must be at least 1")
         return self
+
+    def calls(self) -> int:
+        """Evaluations of the map's network: two sets of rollouts, and every estimate."""
+        rollouts = 2 * self.rollout_particles * self.rollout_steps
+        draws = sum(self.num_draws) * sum((*self.map_steps, *self.glass_steps))
+        return len(self.times) * self.states * (rollouts + draws)
 
 
 @torch.no_grad()
@@ -73,14 +82,17 @@ def evaluate_image_value(stage: Stage, config: ImageValueConfig, say: Say = lamb
                 cells[name][str(n)][repr(t)] = _against(estimate, truth)
             seconds[name] = made.facts["seconds"]
     metrics = {"by_sampler": cells, "seconds_per_draw": seconds, "value_std": spread, "reward": config.reward}
+    metrics |= stage.extras()
     return {**metrics, **_words(cells, config)}
 
 
-def _states(stage: Stage, config: ImageValueConfig, t: float) -> tuple[Tensor, torch.Generator]:
-    """Held-out images noised to t, and the generator that goes on with the rollouts from there."""
+def _states(stage: Stage, config: ImageValueConfig, t: float) -> tuple[Tensor, torch.Generator, dict[str, Any]]:
+    """Held-out images noised to t, the generator that goes on with the rollouts from there, and how to draw."""
     x_1, _ = stage.images(config.states, "value", config.seed)
     g = stream(config.seed, "value", repr(t))
-    return stage.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t), g
+    x_t = stage.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
+    cond = stage.cond(stage.told_of(config.states, "value", config.seed), config.states)
+    return x_t, g, {"cond": cond, "chunk": max(1, LATENT_BATCH // len(x_t)) if stage.latent else CHUNK}
 
 
 def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Made]:
@@ -90,8 +102,9 @@ def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say
     def make() -> Made:
         say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
         rollout = RolloutPosterior(stage.model.path, stage.model.drift, config.rollout_steps)
-        x_t, g = _states(stage, config, t)
-        values = [_value(rollout, reward, t, x_t, config.rollout_particles, g) for _ in range(2)]
+        x_t, g, how = _states(stage, config, t)
+        with stage.autocast():
+            values = [_value(rollout, reward, t, x_t, config.rollout_particles, g, **how) for _ in range(2)]
         return Made({"values": torch.stack(values)}, {})
 
     return make
@@ -104,10 +117,10 @@ def _estimates(
 
     @torch.no_grad()
     def make() -> Made:
-        x_t, _ = _states(stage, config, t)
-        with Timed(stage.model) as timed:
+        x_t, _, how = _states(stage, config, t)
+        with Timed(stage.model) as timed, stage.autocast():
             values = [
-                _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)))
+                _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)), **how)
                 for n in config.num_draws
             ]
         seconds = timed.cost(config.states * sum(config.num_draws))["seconds"]
@@ -116,8 +129,17 @@ def _estimates(
     return make
 
 
-def _value(posterior: Any, reward: Any, t: float, x_t: Tensor, n: int, g: torch.Generator) -> Tensor:
-    return value_gradient(posterior, reward, t, x_t, n, "gradient-free", g, chunk=32).value.double().cpu()
+def _value(
+    posterior: Any,
+    reward: Any,
+    t: float,
+    x_t: Tensor,
+    n: int,
+    g: torch.Generator,
+    cond: Cond = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    return value_gradient(posterior, reward, t, x_t, n, "gradient-free", g, cond, chunk=chunk).value.double().cpu()
 
 
 def _against(estimate: Tensor, truth: Tensor) -> dict[str, float]:

@@ -6,13 +6,16 @@ r"""Steering methods by name, as the image experiments list them: ``method[-kind
 """
 
 import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.evaluation.images.stage import Stage
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.path import LinearPath
 from metaflowmaps.steering import SteerResult, steer
 
 RESCALE = {"renormalize": "rescale"}
@@ -64,20 +67,72 @@ def copies_of(v: Variant) -> int:
     return v.number if v.options.get("returns") == "one" else 8 if v.method == "mfm-search" else 1
 
 
+def told(name: str, labels: Tensor | None) -> Tensor | None:
+    """The class of each returned sample: a particle system has one, that of its first."""
+    v = variant(name)
+    if labels is None or v.options.get("returns") != "all":
+        return labels
+    systems = -(-len(labels) // v.options["particles"])
+    return labels[:systems].repeat_interleave(v.options["particles"])[: len(labels)]
+
+
 def run(
-    stage: Stage, name: str, reward: Any, n: int, steps: int, generator: torch.Generator, **options: Any
+    stage: Stage,
+    name: str,
+    reward: Any,
+    n: int,
+    steps: int,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, SteerResult]:
-    """Samples of a variant, cut to n: a particle system comes whole."""
+    """Samples of a variant, cut to n: a particle system comes whole. ``labels``: as ``told`` gives them."""
     v = variant(name)
     whole = n
     if v.options.get("returns") == "all":
         whole = -(-n // v.options["particles"]) * v.options["particles"]
-    chunk = {} if stage.model.device.type != "cpu" else {"batch_size": CHUNK * copies_of(v)}
-    result = quiet_steer(
-        stage.model, reward, whole, v.method, max(1, v.number), steps, generator=generator,
-        **{**chunk, **v.options, **options},
-    )  # fmt: skip
+    chunk = {} if stage.model.device.type != "cpu" and not stage.latent else {"batch_size": CHUNK * copies_of(v)}
+    if v.options.get("returns") == "all" and labels is not None:  # rows of several systems would lie interleaved
+        chunk = {"batch_size": v.options["particles"]}
+        labels = torch.cat([labels, labels[-1:].expand(whole - n)])
+    with stage.autocast():
+        result = quiet_steer(
+            stage.model, reward, whole, v.method, max(1, v.number), steps, cond=stage.cond(labels, whole),
+            generator=generator, **{**chunk, **v.options, **options},
+        )  # fmt: skip
     return result.samples[:n], result
+
+
+class _Toy(nn.Module):
+    """A network of one number, to count a method's calls on."""
+
+    event_shape = (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 0.1), requires_grad=False)
+
+    def forward(self, z: Tensor, *_: Tensor) -> Tensor:
+        return self.weight * z
+
+
+def calls(name: str, n: int, steps: int, **options: Any) -> int:
+    """Network evaluations of n samples of a method: counts grow by a constant a step and a row, told by two trials."""
+    v = variant(name)
+    merged = {**v.options, **options}
+    rows = merged["particles"] if merged.get("returns") == "all" else 1
+    three, four = (_trial(v.method, max(1, v.number), k, rows, tuple(sorted(merged.items()))) for k in (3, 4))
+    return -(-n // rows) * (three + (steps - 3) * (four - three))
+
+
+@cache
+def _trial(method: str, number: int, steps: int, rows: int, options: tuple[tuple[str, Any], ...]) -> int:
+    toy = MetaFlowMap(_Toy(), LinearPath())
+    seeds = torch.Generator().manual_seed(0)
+    result = quiet_steer(
+        toy, lambda x: 1e-3 * x.flatten(1).sum(1), rows, method, number, steps, generator=seeds, **dict(options)
+    )
+    return int(result.cost["forwards"])
 
 
 def quiet_steer(*args: Any, **kwargs: Any) -> SteerResult:
