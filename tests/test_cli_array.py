@@ -59,6 +59,10 @@ def test_two_tasks_on_this_machine(capsys, tmp_path):
     assert sorted(log.read_text().partition("--worker ")[2][:3] for log in logs) == ["0/2", "1/2"]
     code, again, err = mfm(capsys, *LOCAL, "--json", "--", *SAMPLE, tmp_path / "s")
     assert (code, json.loads(again) == results, "nothing to submit" in err) == (0, True, True)
+    # results of other settings are not handed out as those that were asked for
+    other = ["sample", "digits", "--num", "21", "--out"]
+    code, text, err = mfm(capsys, *LOCAL, "--json", "--", *other, tmp_path / "s")
+    assert (code, text, "holds another run (config.num: 20 ≠ 21)" in err) == (2, "", True), err
 
 
 def test_a_task_that_fails_is_one_line_with_its_log_and_is_submitted_again(capsys, tmp_path):

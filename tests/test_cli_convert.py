@@ -74,3 +74,73 @@ def test_parameters_of_the_released_size():
         network = DiT(4, 32, 2, **SIZES["XL"], num_classes=1000, guidance=[1.0, 2.5])
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 684
     assert round(network.parameters_of_parent() / 1e6) == 675
+
+
+def test_an_autoencoder_of_this_machine_goes_beside_the_map(command, files, tmp_path, monkeypatch):
+    """From wherever it is opened later, and when it is converted again."""
+    from tests.tiny_codec import tiny_vae
+
+    published = files["mfm"].resolve()
+    monkeypatch.chdir(tmp_path)
+    tiny_vae().save_pretrained("given")
+    options = ("--set", "heads=4", "--set", "encoder_depth=3", "--vae", "given")
+    for _ in range(2):
+        assert command("convert", published, *options, "--out", "map")[0] == 0
+    assert command("convert", "map")[0] == 0
+    (tmp_path / "given").rename(tmp_path / "gone")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for made in (tmp_path / "map", tmp_path / "runs/map-map"):
+        assert json.loads((made / "pipeline.json").read_text())["vae"] == "vae"
+        assert "the autoencoder in `vae/`" in (made / "README.md").read_text()
+        assert mfm.Pipeline.from_pretrained(made)(1, steps=1, progress=False).images[0].size == (64, 64)
+        assert not [p for p in made.iterdir() if p.name.startswith(".")]
+
+
+def test_another_conversion_is_never_taken_for_the_same(command, files, tmp_path):
+    heads, out = ("--set", "heads=4", "--set", "encoder_depth=3"), tmp_path / "map"
+    assert command("convert", files["mfm"], *heads, "--out", out)[0] == 0
+    (out / "README.md").unlink()  # as an interrupted conversion leaves it
+    assert command("convert", files["mfm"], *heads, "--out", out)[0] == 0
+    assert (out / "README.md").exists()
+    other = tmp_path / files["mfm"].name
+    save_file({k: 1.1 * v for k, v in load_file(files["mfm"]).items()}, other)
+    taken = tmp_path / "file"
+    taken.write_text("keep")
+    for arguments, words in (
+        ((other, *heads, "--out", out), "another checkpoint"),
+        ((files["mfm"], *heads, "--out", out, "--vae", "some/other"), "another autoencoder, guidance or names"),
+        ((files["mfm"], *heads, "--out", out, "--guidance", "1"), "another autoencoder, guidance or names"),
+        ((files["mfm"], *heads, "--out", taken), "is a file"),
+        ((files["mfm"], *heads, "--out", tmp_path / "x", "--guidance", "7"), "this map knows 1, 2.5"),
+        ((files["mfm"], *heads, "--out", tmp_path / "x", "--guidance", "nan"), "finite"),
+        ((files["sit"], *heads, "--out", tmp_path / "x", "--guidance", "2.5"), "no embedding of scales"),
+        ((files["mfm"], *heads, "--out", tmp_path / "x", "--vae", tmp_path), "no autoencoder"),
+        ((out, *heads), "--family and --set are for published files"),
+    ):
+        code, _, err = command("convert", *arguments)
+        assert (code, words in err, err.count("\n")) == (2, True, 1), (arguments, err)
+    assert not (tmp_path / "x").exists()
+    assert taken.read_text() == "keep"
+
+
+def test_a_thousand_other_classes_keep_their_names():
+    from metaflowmaps.commands.convert import _document
+    from metaflowmaps.data import imagenet
+
+    with torch.random.fork_rng(devices=[]):
+        network = DiT(4, 4, 2, 8, 1, 2, 1, num_classes=1000)
+    model = mfm.MetaFlowMap(network, mfm.LinearPath(), "plain")
+    own = [f"bird {i}" for i in range(1000)]
+    assert _document(model, own, None, None)["class_names"] == own
+    for names in ((), imagenet.wnids(), imagenet.class_names()):
+        assert _document(model, names, None, None)["class_names"] == "imagenet"
+
+
+def test_run_refuses_what_tuning_cannot_use(command, tmp_path):
+    for arguments, words in (
+        (("imagenet-xl2-finetune", "digits", "--set", "strength=abc"), "give a number"),
+        (("imagenet-xl2-finetune", "--dry-run", "--gpus", "8"), "leave --gpus out"),
+    ):
+        code, _, err = command("run", *arguments)
+        assert (code, words in err, err.count("\n")) == (2, True, 1), err

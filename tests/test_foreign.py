@@ -226,3 +226,107 @@ def test_what_cannot_be_wrapped_is_refused_with_the_fix():
         mfm.wrap(lambda x, t: "no", event_shape=(2,)).drift(0.5, torch.zeros(1, 2))
     with pytest.raises(InputError, match="returns \\(1, 3\\)"):
         mfm.wrap(lambda x, t: torch.zeros(1, 3), event_shape=(2,)).drift(0.5, torch.zeros(1, 2))
+
+
+def test_a_guided_drift_is_counted_as_its_two_calls():
+    rows = []
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.size = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, y, clock, label=None):
+            rows.append(len(y))
+            return self.size * y * 0.1 * (1 + label[:, None])
+
+    model = mfm.wrap(Network(), event_shape=(2,), num_classes=3)
+    label = torch.tensor([0, 1, 2])
+    for method, scale in (("none", 1.0), ("none", 2.0), ("dps", 2.0), ("best-of-n", 2.0), ("glass", 2.0)):
+        rows.clear()
+        out = mfm.steer(
+            model, lambda x: -x.square().sum(1), 3, method, 2, 3, cond={"label": label, "guidance": scale + 0 * label}
+        )
+        assert out.cost["forwards"] == sum(rows), (method, scale)
+        if method == "dps":
+            assert out.cost["backwards"] == 2 * 3 * 3  # two calls in each of three steps of three samples
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_networks_of_any_precision_take_states_of_any(low):
+    """States keep their dtype; the weights of noise and data, and the clock, do not come down to the network's."""
+    clocks = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.size = torch.nn.Parameter(torch.ones((), dtype=dtype))
+
+        def forward(self, y, timestep):
+            clocks.append(timestep)
+            assert y.dtype == self.size.dtype
+            return self.size * y * 0.5
+
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    model, exact = (mfm.wrap(Network(d), "noise", "data-at-0", "ddpm", event_shape=(2,)) for d in (low, torch.float32))
+    right = exact.drift(0.05, x)
+    torch.testing.assert_close(clocks[-1], clocks[-1].float())
+    for given in (low, torch.float32, torch.float64):
+        out = model.drift(0.05, x.to(given))
+        assert out.dtype == given
+        # half a unit in the last place of y and of f, times 1/β = 20 of the drift's form
+        bound = 40 * torch.finfo(low).eps * x.abs().max() + 2 * torch.finfo(low).eps * right.abs().max()
+        assert (out.double() - right.double()).abs().max() < bound
+        torch.testing.assert_close(clocks[-1].double(), clocks[0].double(), rtol=1e-5, atol=0)
+    assert model.dtype == torch.float32  # what steering draws its noise in
+
+
+def test_the_clock_goes_by_its_name_and_what_is_given_once_goes_to_every_row():
+    seen = {}
+
+    def network(hidden, encoder_hidden_states, timestep):
+        seen.update(text=encoder_hidden_states, clock=timestep)
+        return hidden * encoder_hidden_states.mean((1, 2))[:, None]
+
+    text = torch.ones(1, 3, 5)
+    model = mfm.wrap(network, "velocity", "data-at-0", time_scale=1000.0, event_shape=(2,), encoder_hidden_states=text)
+    assert model.drift(0.25, torch.ones(4, 2)).shape == (4, 2)
+    assert seen["text"].shape == (4, 3, 5)
+    torch.testing.assert_close(seen["clock"], torch.full((4,), 750.0))
+
+
+def test_tables_of_numpy_and_of_schedulers_that_end_in_noise():
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+    for table in (TABLE.numpy(), TABLE.tolist()):
+        one, two = (
+            mfm.wrap(lambda y, k: y * k[:, None] / 1e3, "v", "data-at-0", t, event_shape=(2,)) for t in (table, TABLE)
+        )
+        assert torch.equal(one.drift(0.3, x), two.drift(0.3, x))
+    lifted = TABLE.clone()
+    lifted[-2:] = torch.tensor([4e-9, 6e-8])  # as diffusers' Euler scheduler has it with zero terminal SNR
+    drift = mfm.wrap(lambda y, k: y, "v", "data-at-0", lifted, event_shape=(2,)).drift(0.0, x)
+    torch.testing.assert_close(drift, -x - x, rtol=0, atol=1e-3)  # D = (b y − a f), E = (a y + b f) at b = 0: −y, y
+
+
+def test_conditions_and_schedules_are_checked_in_one_line():
+    model = wrapped("noise", "table", "data-at-0", num_classes=3)
+    x = torch.zeros(3, 2)
+    for cond, message in (
+        ({"label": torch.tensor([0.0, 1.0, 2.0])}, "whole numbers"),
+        ({"label": [0, 1, 2]}, "got list"),
+        ({"label": torch.tensor([0])}, r"shape \(3,\)"),
+        ({"label": torch.tensor([0, 1, 2]), "guidance": 2.0}, "got float"),
+        ({"labels": torch.tensor([0, 1, 2])}, "did you mean 'label'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.drift(0.5, x, cond)
+    long = SimpleNamespace()
+    for options, message in (
+        ({"schedule": long}, "unknown schedule 'SimpleNamespace'"),
+        ({"schedule": ("exploding", "a")}, "largest σ"),
+        ({"schedule": ("exploding", 1.0, 2.0)}, "one number"),
+        ({"num_classes": -1}, "num_classes"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            mfm.wrap(lambda y, k: y, "noise", "data-at-0", **options)
+        assert "\n" not in str(error.value)

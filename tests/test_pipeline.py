@@ -14,6 +14,7 @@ from metaflowmaps.data import imagenet
 from metaflowmaps.errors import InputError
 from metaflowmaps.imaging import from_tensor, to_tensor
 from metaflowmaps.networks.dit import DiT
+from metaflowmaps.pipeline import published
 
 LEFT = torch.linspace(1, -1, 32)[None, None, None, :]
 
@@ -276,3 +277,80 @@ def test_what_is_no_picture_is_refused(bad, message):
     with pytest.raises(InputError, match=message) as error:
         to_tensor(bad)
     assert "\n" not in str(error.value)
+
+
+# -- what people pass --------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_tensors_and_arrays(pipe):
+    picture = torch.zeros(2, 3, 32, 32)
+    for label in (torch.tensor([1, 2]), np.array([1, 2]), (1, 2), [np.int64(1), torch.tensor(2)]):
+        assert pipe(label, steps=1, **QUIET).labels.tolist() == [1, 2]
+        assert pipe.posterior(picture, 0.5, 1, label=label, output="tensor").labels.tolist() == [1, 2]
+    for label in (np.int64(3), torch.tensor(3)):
+        assert pipe(label, steps=1, **QUIET).labels.tolist() == [3]
+        assert pipe.posterior(picture, 0.5, 1, label=label, output="tensor").labels.tolist() == [3, 3]
+    for label in (3.0, [[1]], [None], torch.tensor([1.5])):
+        with pytest.raises(InputError, match="class's name or number"):
+            pipe(label, steps=1, **QUIET)
+
+
+@pytest.mark.parametrize("method", ["tds", "mfm-smc"])
+def test_systems_of_particles_are_steered(pipe, method):
+    options = {"method": method, "num_draws": 2, "steps": 2, **QUIET}
+    out = pipe.steer(1, bright_left, num_images=4, generator=generator(), **options)
+    again = pipe.steer(1, bright_left, num_images=4, generator=generator(), **options)
+    assert len(out.images) == 4
+    assert len(out.seeds.unique()) == 1
+    assert torch.equal(out.latents, again.latents)
+    by_seed = pipe.steer(1, bright_left, num_images=4, seeds=out.seeds[:1], **options)
+    assert torch.equal(out.latents, by_seed.latents)
+    two = pipe.steer(1, bright_left, num_images=8, particles=4, generator=generator(), **options)
+    assert len(two.seeds.unique()) == 2
+    guess = pipe.estimate(16, bright_left, label=1, method=method, num_draws=2, steps=4, particles=4)
+    cost = pipe.steer(1, bright_left, num_images=16, particles=4, **{**options, "steps": 4}).cost
+    for key in ("forwards", "backwards", "reward_calls", "reward_backwards", "decodes", "nfe"):
+        assert guess[key] == pytest.approx(cost[key]), key
+
+
+def test_the_estimate_counts_every_label_and_tells_no_callback(pipe):
+    told = []
+    guess = pipe.estimate(2, bright_left, label=[1, 2, 3], steps=3, callback=told.append, num_draws=1)
+    cost = pipe.steer([1, 2, 3], bright_left, num_images=2, steps=3, num_draws=1, **QUIET).cost
+    assert not told
+    for key in ("forwards", "reward_calls", "nfe"):
+        assert guess[key] == pytest.approx(cost[key]), key
+    with pytest.raises(InputError, match="steps must be"):
+        pipe.estimate(2, steps="4")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.full((1, 3, 4, 4), torch.nan), "2 . x - 1"),
+        (np.full((4, 4, 3), np.nan), "floats in"),
+        (torch.zeros(0, 3, 4, 4), "no picture"),
+        (np.zeros((0, 4, 4, 3)), "no picture"),
+        (Image.fromarray(np.full((4, 4), 51400, np.uint16)), "convert it to RGB or L"),
+        (Image.fromarray(np.full((4, 4), 0.5, np.float32)), "convert it to RGB or L"),
+        ([torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)], "different sizes"),
+    ],
+)
+def test_what_would_pass_for_a_picture_is_refused(bad, message):
+    with pytest.raises(InputError, match=message):
+        to_tensor(bad)
+
+
+def test_a_list_of_tensors_is_their_stack():
+    x = torch.rand(2, 3, 4, 4, generator=generator())
+    assert torch.equal(to_tensor([*x]), x)
+    assert torch.equal(to_tensor([x[:1], x[1:]]), x)
+
+
+def test_a_folder_with_a_published_file_opens(shared, tmp_path):
+    (tmp_path / "mfm_weights.safetensors").symlink_to((shared / "data/interop/mfm_weights.safetensors").resolve())
+    pipe = mfm.Pipeline.from_pretrained(tmp_path, config={"heads": 4, "encoder_depth": 3}, vae=tiny_codec())
+    assert pipe.num_classes == 10
+    assert published(tmp_path)  # where no config says so: the released sizes need none
+    pipe.save_pretrained(tmp_path / "ours", "some/vae")
+    assert not published(tmp_path / "ours")

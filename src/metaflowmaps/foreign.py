@@ -18,17 +18,19 @@ and the drift ``b_t(x) = α̇_t E + β̇_t D``, without a division by α or β o
 (noise), or is infinite at both ends (score), the weights are held at 1e-3 or more: no network is trained beyond.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.flow_map import Cond
+from metaflowmaps.flow_map import CONDITIONS, Cond
 from metaflowmaps.path import Path, as_path, make_path
-from metaflowmaps.shapes import Time, batch_time, check_state, check_time, expand_time
+from metaflowmaps.shapes import Time, as_numbers, batch_time, check_state, check_time, expand_time, positive
 
 PREDICTS = ("velocity", "noise", "data", "score", "v")
 TIMES = ("data-at-1", "data-at-0")
@@ -75,7 +77,10 @@ class TableSchedule:
     velocity = False
 
     def __init__(self, alphas_cumprod: Tensor, data_at_1: bool) -> None:
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu()
+        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu().clone()
+        noisy, beside = (0, 1) if data_at_1 else (-1, -2)
+        if len(table) >= 2 and table[noisy] < 1e-6:  # a last step of pure noise may be lifted past the one before it
+            table[noisy] = torch.minimum(table[noisy], table[beside] / 2)
         inside = bool(((table >= 0) & (table < 1)).all()) and len(table) >= 2
         steps = table.diff()
         if not inside or not bool((steps < 0).all() if not data_at_1 else (steps > 0).all()):
@@ -114,15 +119,25 @@ class ExplodingSchedule:
 
 
 class _Network(nn.Module):
-    """The callable with its clock scaled, its label named and its output unwrapped: a module, for the meter."""
+    """The callable with its clock scaled, its label named and its output unwrapped: a module, for the meter.
+
+    It is fed in the dtype of its weights, and answers in that of the state.
+    """
 
     def __init__(self, network: Callable[..., Any], scale: float, label: str, fixed: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.scale, self.label, self.fixed = network, scale, label, fixed
+        self.named_clock = _takes(network, "timestep")  # in diffusers it is not always the second
 
     def forward(self, y: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), y.dtype)
         named = {} if label is None else {self.label: label}
-        out = self.network(y, clock * self.scale, **named, **self.fixed)
+        named |= {name: _rows(value, len(y)) for name, value in self.fixed.items()}
+        clock = clock * self.scale
+        if self.named_clock:  # which embeds it in float32
+            out = self.network(y.to(own), timestep=clock, **named)
+        else:
+            out = self.network(y.to(own), clock.to(own), **named)
         out = getattr(out, "sample", out)  # diffusers' own wrapper
         out = out[0] if isinstance(out, tuple | list) and out else out
         if not isinstance(out, Tensor) or out.shape[:1] != y.shape[:1]:
@@ -135,7 +150,22 @@ class _Network(nn.Module):
             out = out[:, : y.shape[1]]
         if out.shape != y.shape:
             raise InputError(f"the wrapped network returns {tuple(out.shape)} for states of {tuple(y.shape)}")
-        return out
+        return out.to(y.dtype)
+
+
+def _takes(network: Any, name: str) -> bool:
+    """Has the callable an argument of that name?"""
+    try:
+        taken = inspect.signature(network.forward if isinstance(network, nn.Module) else network).parameters
+    except (TypeError, ValueError):  # some callables do not say
+        return False
+    return name in taken
+
+
+def _rows(value: Any, rows: int) -> Any:
+    """What is given once, for every row: a tensor (1, …) as (rows, …)."""
+    once = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 1
+    return value.expand(rows, *value.shape[1:]) if once else value
 
 
 class ForeignModel(nn.Module):
@@ -167,10 +197,15 @@ class ForeignModel(nn.Module):
         return self._event_shape
 
     @property
+    def metered(self) -> nn.Module:
+        """What is evaluated: twice for a guided drift."""
+        return self.network
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, where there are any."""
+        """The dtype of states: that of the weights, where there are any, but float32 at least."""
         first = next(self.parameters(), None)
-        return torch.get_default_dtype() if first is None else first.dtype
+        return torch.get_default_dtype() if first is None else torch.promote_types(first.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +217,16 @@ class ForeignModel(nn.Module):
         """b_t(x), guided where ``cond`` says so: (B, *event)."""
         check_state(x, "x", self._event_shape)
         check_time(t)
-        t = batch_time(t, x)
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # weights need more than eight bits
+        return self._guided(batch_time(t, x), x, cond).to(given)
+
+    def _guided(self, t: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        for key, value in (cond or {}).items():
+            if key not in CONDITIONS:
+                raise unknown("condition", key, CONDITIONS)
+            if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+                shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"condition {key!r} must be a tensor of shape ({len(x)},), got {shown}")
         label, scale = (cond or {}).get("label"), (cond or {}).get("guidance")
         if label is None:
             if scale is not None:
@@ -191,8 +235,10 @@ class ForeignModel(nn.Module):
             return self._drift(t, x, null)
         if not self.num_classes:
             raise InputError("this network was wrapped without classes: wrap(…, num_classes=N), or leave the label out")
-        if bool(((label < 0) | (label > self.num_classes)).any()):
-            raise InputError(f"labels must lie in 0..{self.num_classes} ({self.num_classes} is the null class)")
+        if label.is_floating_point() or bool(((label < 0) | (label > self.num_classes)).any()):
+            raise InputError(
+                f"labels must be whole numbers in 0..{self.num_classes} ({self.num_classes} is the null class)"
+            )
         out = self._drift(t, x, label)
         if scale is None or bool((scale == 1).all()):
             return out
@@ -250,7 +296,8 @@ def wrap(
       ``alphas_cumprod``, or what has them, such as a diffusers scheduler; "exploding" (the clock is σ), or
       ("exploding", largest σ)
     - ``time_scale`` multiplies the clock (1000 for the flow transformers of diffusers)
-    - ``label`` is the argument that labels are passed as; ``fixed`` are others, always the same; ``path`` is ours
+    - ``label`` is the argument that labels are passed as; ``fixed`` are others, always the same, tensors (1, …) for
+      every row; ``path`` is ours
     - ``event_shape`` may be left out for networks of diffusers, whose configuration has it
     """
     if predicts not in PREDICTS:
@@ -264,8 +311,10 @@ def wrap(
         raise InputError(
             "a velocity is by a clock in [0, 1] on a path: for diffusion steps or σ, predicts='v' or 'noise'"
         )
-    if not math.isfinite(time_scale) or time_scale == 0:
+    if not isinstance(time_scale, int | float) or not math.isfinite(time_scale) or time_scale == 0:
         raise InputError(f"time_scale must be a finite number other than 0, got {time_scale}")
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise InputError(f"num_classes must be a whole number >= 0, got {num_classes!r}")
     return ForeignModel(
         _Network(network, float(time_scale), label, fixed),
         predicts,
@@ -288,17 +337,21 @@ def _event_shape(network: Any) -> tuple[int, ...] | None:
 def _schedule(given: Any, time: str) -> Schedule:
     data_at_1 = time == "data-at-1"
     table = getattr(given, "alphas_cumprod", given)
-    if given == "ddpm":
+    if isinstance(given, str) and given == "ddpm":
         table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    if isinstance(table, Tensor) or (isinstance(table, list | tuple) and table and not isinstance(table[0], str)):
-        return TableSchedule(torch.as_tensor(table), data_at_1)
+    listed = isinstance(table, list | tuple) and len(table) and not isinstance(table[0], str)
+    if isinstance(table, Tensor | np.ndarray) or listed:
+        return TableSchedule(as_numbers(table, "alphas_cumprod"), data_at_1)
     if isinstance(given, Path):
         return PathSchedule(given, data_at_1)
     name, *options = given if isinstance(given, tuple) else (given,)
     if name == "exploding":
         if data_at_1:
             raise InputError("σ is 0 at the data: give time='data-at-0' with schedule='exploding'")
-        return ExplodingSchedule(*map(float, options))
-    if name not in ("linear", "trigonometric"):
-        raise unknown("schedule", name, ("linear", "trigonometric", "ddpm", "exploding", "a tensor alphas_cumprod"))
+        if len(options) > 1:
+            raise InputError(f"schedule=('exploding', largest σ) takes one number, got {len(options)}")
+        return ExplodingSchedule(*(positive(option, "the largest σ") for option in options))
+    if options or name not in ("linear", "trigonometric"):
+        shown = given if isinstance(given, str | tuple) else type(given).__name__
+        raise unknown("schedule", shown, ("linear", "trigonometric", "ddpm", "exploding", "a tensor alphas_cumprod"))
     return PathSchedule(make_path(name), data_at_1)

@@ -24,12 +24,18 @@ def to_tensor(pictures: Any, channels: int = 3) -> Tensor:
                 f"a tensor of pictures must be floats in [-1, 1], (B, {channels}, H, W); got {tuple(pictures.shape)} "
                 f"of {pictures.dtype}"
             )
-        if bool((x.abs() > 1.001).any()):  # rounding may carry a value past 1
+        if not len(x):
+            raise InputError("no picture was given")
+        if not bool((x.abs() <= 1.001).all()):  # rounding may carry a value past 1
             raise InputError("a tensor of pictures must lie in [-1, 1]: 2 * x - 1 if yours lie in [0, 1]")
         return x
-    parts = list(pictures) if isinstance(pictures, Sequence) else [pictures]
+    parts = list(pictures) if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
     if not parts:
         raise InputError("no picture was given")
+    if all(isinstance(part, Tensor) for part in parts):
+        if len({part.shape for part in parts}) > 1:
+            raise InputError("the pictures have different sizes: resize them to one")
+        return to_tensor(torch.stack(parts) if parts[0].ndim == 3 else torch.cat(parts), channels)
     arrays = [_array(part, channels) for part in parts]
     if len({array.shape[-3:] for array in arrays}) > 1:
         sizes = ", ".join(sorted({f"{a.shape[-2]}×{a.shape[-3]}" for a in arrays}))
@@ -41,6 +47,8 @@ def to_tensor(pictures: Any, channels: int = 3) -> Tensor:
 def _array(picture: Any, channels: int) -> Any:
     """(H, W, C) or (B, H, W, C) float32 in [0, 1]."""
     if hasattr(picture, "convert"):  # PIL
+        if picture.mode[0] in "IF":  # of 16 bits and more, or of floats: PIL would cut them off at 255
+            raise InputError(f"a picture of mode {picture.mode} has no 0…255: convert it to RGB or L first")
         picture = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
     array = np.asarray(picture)
     if array.ndim == 2:
@@ -50,9 +58,11 @@ def _array(picture: Any, channels: int) -> Any:
             f"a picture is a PIL image, an array (H, W, {channels}) or a tensor ({channels}, H, W); got "
             f"{type(picture).__name__} of shape {array.shape}"
         )
+    if not array.size:
+        raise InputError("no picture was given")
     if array.dtype == np.uint8:
         return array.astype(np.float32) / 255
-    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+    if not np.issubdtype(array.dtype, np.floating) or not bool(((array >= 0) & (array <= 1)).all()):
         raise InputError(f"an array of a picture is uint8 in 0…255 or floats in [0, 1]; got {array.dtype}")
     return array.astype(np.float32)
 

@@ -14,12 +14,13 @@ it), the classes' names, the usual guidance.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,10 +36,10 @@ from metaflowmaps.progress_bar import Bar
 from metaflowmaps.randomness import fresh_seeds, randn
 from metaflowmaps.shapes import check_count, check_time
 from metaflowmaps.steering import steer
-from metaflowmaps.steering.run import Step
+from metaflowmaps.steering.run import PARTICLE, Step
 
 DOCUMENT = "pipeline.json"
-Labels = str | int | Sequence[str | int] | None
+Labels = str | int | Sequence[str | int] | Tensor | np.ndarray[Any, Any] | None
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -219,8 +220,8 @@ class Pipeline:
         """
         check_kind(output)
         check_time(t)
-        x_1 = self.encode(image)
-        labels, n = self.labels(label, len(x_1) if not isinstance(label, list | tuple) else 1)
+        x_1, label = self.encode(image), _plain(label)
+        labels, n = self.labels(label, 1 if isinstance(label, list) else len(x_1))
         if n != len(x_1):
             raise InputError(f"{n} labels for {len(x_1)} pictures: give one, or one a picture")
         eps = randn(tuple(x_1.shape), generator, x_1.dtype, x_1.device)
@@ -251,16 +252,18 @@ class Pipeline:
     ) -> Pictures:
         """Sample towards e^r, r a reward on pictures (B, 3, H, W) in [−1, 1]; ``options`` are those of ``mfm.steer``.
 
-        Where memory runs out, the decoder's and the reward's micro-batches and then the batch are halved and the
-        samples made again from their seeds.
+        Where memory runs out, the batch is halved and the samples made again from their seeds. Particles of tds and
+        mfm-smc are systems of ``batch_size`` at most, or of ``particles=``.
         """
         check_kind(output)
         if reward is None:
             raise InputError("steer needs a reward: a function of pictures, or one of mfm.rewards, such as PickScore")
         labels, n = self.labels(label, num_images)
         cond = self.condition(labels, guidance, n)
-        if seeds is None and options.get("returns") != "all":
+        whole = method in PARTICLE and options.get("returns", "all") == "all"  # one seed a system, as steer sees fit
+        if seeds is None and not whole:
             seeds = fresh_seeds(n, generator)
+        start = None if generator is None else generator.get_state()
         while True:
             try:
                 with self.autocast():
@@ -273,6 +276,8 @@ class Pipeline:
                 if OUT_OF_MEMORY not in str(error).lower() or batch_size == 1:
                     raise
                 batch_size //= 2
+                if generator is not None and start is not None:
+                    generator.set_state(start)
         kept = len(found.samples)
         with torch.no_grad(), self.autocast():
             images = self.decode(found.samples)
@@ -295,19 +300,27 @@ class Pipeline:
             quiet["reward"] = reward
         default = inspect.signature(make).parameters["steps"].default
         batch = options.get("batch_size", inspect.signature(make).parameters["batch_size"].default)
-        rows = min(num_images, batch)
+        each = self.labels(options.get("label"), 1)[1]  # pictures of one count
+        rows, system = min(num_images, max(1, batch // each)), options.get("particles")
+        if system is not None and options.get("returns", "all") == "all":  # whole systems
+            rows = min(num_images, max(system, rows // system * system))
         generator = torch.Generator().manual_seed(0)
-        trial = {k: v for k, v in quiet.items() if k not in ("steps", "generator", "seeds", "num_images")}
+        own = ("steps", "generator", "seeds", "num_images", "callback")
+        trial = {k: v for k, v in quiet.items() if k not in own}
         # the first call allocates and compiles: it tells the memory, not the time
         first, short, longer = (make(num_images=rows, steps=k, generator=generator, **trial).cost for k in (2, 2, 3))
-        steps, chunks = options.get("steps", default), -(-num_images // batch)
+        steps = options.get("steps", default)
+        check_count(steps, "steps")
+        chunks = -(-num_images * each // batch) / -(-rows * each // batch)
         counted = [key for key in short if key not in ("peak_memory_bytes", "seconds")]
         whole = {key: short[key] + (steps - 2) * (longer[key] - short[key]) for key in counted}
         out = {key: value * num_images / rows for key, value in whole.items() if key != "nfe"}
         per_step = max(longer["seconds"] - short["seconds"], short["seconds"] / 3)
         out["seconds"] = chunks * (short["seconds"] + (steps - 2) * per_step)
         out["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in (first, short, longer))
-        out["nfe"] = (out["forwards"] + out["backwards"] + out["reward_calls"] + out["reward_backwards"]) / num_images
+        out["nfe"] = (out["forwards"] + out["backwards"] + out["reward_calls"] + out["reward_backwards"]) / (
+            num_images * each
+        )
         return out
 
     # -- between pictures and latents --------------------------------------------------------------------------------
@@ -335,7 +348,8 @@ class Pipeline:
         check_count(repeats, "num_images")
         if label is None:
             return None, repeats
-        names = [label] if isinstance(label, str | int) else list(label)
+        plain = _plain(label)
+        names = plain if isinstance(plain, list) else [plain]
         if not names:
             raise InputError("no label was given: name a class, or leave the label out")
         numbers = torch.tensor([self.label(name) for name in names]).repeat_interleave(repeats)
@@ -373,6 +387,20 @@ class Pipeline:
         if self.codec is not None:
             meter.watch(self.codec, "decodes", None)
         return meter
+
+
+def _plain(label: Any) -> Any:
+    """Labels of any kind as a name, a number or a list of these."""
+    if isinstance(label, Tensor | np.ndarray | np.generic):
+        label = label.tolist()
+    if label is None or isinstance(label, str | int):
+        return label
+    names = list(label) if isinstance(label, Iterable) else [label]
+    names = [name.item() if isinstance(name, np.generic | Tensor) and name.ndim == 0 else name for name in names]
+    for name in names:
+        if not isinstance(name, str | int):
+            raise InputError(f"a label is a class's name or number, or a list of these; got {name!r}")
+    return names
 
 
 def stored(found: Checkpoint | None) -> dict[str, Any]:
@@ -421,8 +449,8 @@ def open_map(
 
 
 def published(path_or_hub_id: str | FilePath) -> bool:
-    """Is this a file of weights, here or on the hub, rather than a checkpoint of ours?"""
+    """Is this a file of weights (or its folder), here or on the hub, rather than a checkpoint of ours?"""
     name, local = str(path_or_hub_id), FilePath(path_or_hub_id).expanduser()
     if local.exists():
-        return local.is_file()
+        return local.is_file() or (local.is_dir() and pretrained.holds_weights(local))
     return name in pretrained.HUB_FILES or FilePath(name.partition("@")[0]).suffix in pretrained.SUFFIXES

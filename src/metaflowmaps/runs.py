@@ -15,7 +15,7 @@ import torch
 from metaflowmaps.config import differences
 from metaflowmaps.errors import InputError
 from metaflowmaps.ranks import launched
-from metaflowmaps.sharding import FOLDERS, LOGS, nothing_in
+from metaflowmaps.sharding import FOLDERS, LOGS, nothing_in, write_whole
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -167,17 +167,7 @@ def environment(seed: int, device: torch.device | str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -281,14 +281,25 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value) + "\n").encode()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, under a name of this process's own until it is on the disk."""
+def write_whole(path: Path, data: bytes, replace: bool = True) -> None:
+    """Write a file whole or not at all, under a name of this process's own until it is on the disk.
+
+    Without ``replace`` one that is there stays: of two that come at once, one wins.
+    """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if not replace:
+            try:
+                os.link(temporary, path)
+                return
+            except FileExistsError:
+                return
+            except OSError:  # no links on this file system
+                pass
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

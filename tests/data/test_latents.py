@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from metaflowmaps.config import validated
 from metaflowmaps.data import DataConfig, describe, load_data
+from metaflowmaps.data import encode as latent_encoding
 from metaflowmaps.data.encode import Encoding, Plan, Worker, encode
 from metaflowmaps.data.imagenet import wnids
 from metaflowmaps.data.latents import INDEX, read_index, verify
@@ -422,14 +423,89 @@ def test_damage_is_found_and_mended(folder, whole, codec, tmp_path):
     assert content(out) == content(whole)
     two.write_bytes(b"\xff" * two.stat().st_size)
     assert "damaged" in refused(lambda: load(out))
-    for text in ("{", "[]", '{"shards": 3}'):
+    good = read_index(whole)
+    cut = [{k: v for k, v in good.items() if k != key} for key in ("settings", "event_shape", "classes")]
+    cut += [{**good, "shards": held} for held in ([], [3], [{"file": "latents-00000.safetensors"}])]
+    for text in ("{", "[]", '{"shards": 3}', *map(json.dumps, cut)):
         (out / INDEX).write_text(text)
-        assert "damaged" in refused(lambda: load(out))
+        assert "damaged: delete it, then run the mfm encode-latents command" in refused(lambda: load(out))
+    (out / INDEX).unlink()  # as it says
+    run(folder, codec, out)
+    assert content(out) == content(whole)
     (out / INDEX).write_text(json.dumps({**read_index(whole), "schema": 9}))
     assert "pip install --upgrade" in refused(lambda: load(out))
     assert "mfm encode-latents" in refused(lambda: load(tmp_path / "nowhere"))
     assert "mfm encode-latents" in refused(lambda: load(folder))
     assert "--set data.path=DIR" in refused(lambda: load_data(DataConfig(name="latents")))
+
+
+def test_a_new_entry_never_vouches_for_a_damaged_shard(folder, whole, codec, tmp_path, monkeypatch):
+    """Mended in other batches, so other bytes of the same size, and stopped between the entry and its shard."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    one = out / "latents-00001.safetensors"
+    one.write_bytes(one.read_bytes()[:-1] + b"?")
+    write = latent_encoding.write_whole
+
+    def stopping(file, data, replace=True):
+        if file == one:
+            raise KeyboardInterrupt
+        write(file, data, replace)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(latent_encoding, "write_whole", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, codec, out, verify=True, batch_size=2)
+    run(folder, codec, out, batch_size=2)
+    assert verify(out) == []
+
+
+def test_what_killed_processes_left_half_written_is_removed_once_it_is_old(folder, codec, tmp_path):
+    out = tmp_path / "out"
+    run(folder, codec, out)
+    old, new = out / ".latents-00000.safetensors-0a0a0a0a.tmp", out / ".latents-00000.safetensors-0b0b0b0b.tmp"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 2 * latent_encoding.STALE))
+    run(folder, codec, out)
+    assert not old.exists()
+    assert new.exists()  # of a process that may be at it
+
+
+def test_other_pictures_of_the_same_names_are_another_source(tmp_path):
+    """And a folder and its tar are the same one."""
+    ours, theirs = (write_synthetic(tmp_path / str(seed), 2, 30, 16, seed=seed) for seed in (0, 1))
+    again = write_synthetic(tmp_path / "again", 2, 30, 16, seed=0)
+    assert open_source(str(ours)).fingerprint == open_source(str(again)).fingerprint
+    assert open_source(str(ours)).fingerprint != open_source(str(theirs)).fingerprint
+    with tarfile.open(tmp_path / "ours.tar", "w") as tar:
+        for file in sorted(ours.rglob("*.png"), reverse=True):
+            tar.add(file, file.relative_to(ours).as_posix())
+    assert open_source(str(tmp_path / "ours.tar")).fingerprint == open_source(str(ours)).fingerprint
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    """Without it the classes would be numbered otherwise."""
+    made = write_synthetic(tmp_path / "made", 3, 1, 16)
+    closed, scandir = sorted(made.iterdir())[1], os.scandir
+
+    def refusing(path):
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    message = refused(lambda: open_source(str(made)))
+    assert str(closed) in message
+    assert "Permission denied" in message
+
+
+def test_a_picture_too_long_for_its_width_is_a_bad_one(tmp_path):
+    """Its shorter side at 256 pixels, this one would take 256 × 1,280,000, a gigabyte; at 64 a sixteenth."""
+    Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
+    source = open_source(str(tmp_path))
+    assert "1 × 5000 is too long for its width" in refused(lambda: picture(source, 0, 256))
+    assert picture(source, 0, 64).shape == (64, 64, 3)
 
 
 def test_a_full_disk_leaves_what_was_finished(folder, whole, codec, tmp_path, monkeypatch):
@@ -467,6 +543,14 @@ def test_a_picture_that_cannot_be_read_is_named_or_left_out(folder, whole, codec
     torch.testing.assert_close(theirs["mean"], ours["mean"][kept], rtol=0, atol=STORED)  # in other batches
     assert torch.equal(theirs["mean"][6:], ours["mean"][8:])  # shards beyond the second are as they were
     assert len(load(tmp_path / "out")[0]) == 12
+
+
+def test_nothing_but_bad_pictures_is_no_set(codec, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "text.png").write_text("no picture")
+    assert "no picture of a known format" in refused(lambda: run(tmp_path / "made", codec, tmp_path / "out"))
+    assert "none of the pictures" in refused(lambda: run(tmp_path / "made", codec, tmp_path / "out", skip_bad=True))
+    assert "no latents.json" in refused(lambda: load(tmp_path / "out"))
 
 
 def test_latents_that_are_no_numbers_are_refused(folder, codec, tmp_path):

@@ -168,6 +168,11 @@ def test_rows_and_dtypes():
             Pixels(size=(256, 256), crop=(224, 224)),
         ),
         (
+            {"size": 224, "crop_size": 224, "do_center_crop": True, "resample": None, "do_normalize": None,
+             "image_mean": None, "image_std": None, "do_rescale": None, "rescale_factor": None, "do_pad": None},
+            Pixels(resample="bilinear"),  # null is as if nothing was said
+        ),
+        (
             {"image_processor": {"do_resize": False, "do_center_crop": False}},
             Pixels(fit="none", crop=None, resample="bilinear"),
         ),

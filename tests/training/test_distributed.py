@@ -418,6 +418,14 @@ def test_mfm_train_says_once_what_is_wrong(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_found_wrong_later_is_said_once_too(tmp_path):
+    """Where to go on from, which each rank looks for itself."""
+    command = ["train", "gmm", "--out", str(tmp_path / "run"), "--resume", str(tmp_path / "nowhere"), *SETTINGS]
+    done = torchrun(*command)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'nowhere'}: no such file or directory" in line
+
+
 def test_tuning_runs_in_one_process(monkeypatch):
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     for name, value in place.items():

@@ -213,6 +213,23 @@ def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
     assert all(p.isfinite().all() for p in kept.parameters())
 
 
+def test_the_guard_looks_at_no_more_rows_at_a_time_than_a_step(tmp_path):
+    """A batch that is cut because it does not fit whole would not fit the guard either."""
+    config = small(batch_size=64, micro_batches=8)
+    model = build_map(config)
+    law, sizes = config.law.build(), []
+
+    class Counted(Poisoned):
+        def __call__(self, model, batch):
+            sizes.append(len(batch))
+            return super().__call__(model, batch)
+
+    objective = Counted(law, config.loss, config.times, ExactTeacher(model.path, law), 64, 0)
+    with pytest.raises(NonFiniteLoss, match=r"of 64 rows, with context times in \[0.9"):
+        train(model, objective, config, tmp_path)
+    assert set(sizes) == {8}
+
+
 def test_mixed_precision_trains_where_asked(tmp_path):
     """bf16 autocast on the CPU: the loss stays finite, falls, and differs from float32's in the third digit or so."""
     torch.set_num_threads(1)

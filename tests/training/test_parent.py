@@ -7,6 +7,7 @@ import metaflowmaps as mfm
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.config import override
 from metaflowmaps.errors import InputError
+from metaflowmaps.networks.dit import DiT
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.run import _like_parent, build_map, inherit, run_training, taught_by
 
@@ -111,3 +112,26 @@ def test_what_cannot_be_is_refused(parent, tmp_path):
     with pytest.raises(InputError, match="go together"):
         config("teacher=pretrained")
     assert not (tmp_path / "path" / "checkpoints").exists()
+
+
+def test_a_parents_mean_image_is_taken_over(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parent, child = (DiT(4, 8, 2, 16, 1, 2, 1) for _ in range(2))
+    mean = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = mfm.MetaFlowMap(parent, mfm.LinearPath(), "gaussian", mean, 0.5)
+    ours = mfm.MetaFlowMap(child, mfm.LinearPath(), "gaussian", 0.0, 0.5)
+    inherit(ours, theirs)
+    assert torch.equal(ours.data_mean, mean)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours.drift(0.3, x), theirs.drift(0.3, x))
+
+
+def test_networks_that_say_nothing_of_guidance_and_other_perceptrons(tmp_path):
+    asked = recipe("latents")
+    assert _like_parent(asked.model_copy(update={"parent": "digits"})).model.network.guidance is True
+    with torch.random.fork_rng(devices=[]):
+        narrow = mfm.MetaFlowMap(DiT(4, 8, 2, 16, 1, 2, 1, mlp_ratio=2.0), mfm.LinearPath(), "plain")
+    narrow.save_pretrained(tmp_path / "narrow")
+    with pytest.raises(InputError, match="perceptrons of 2 widths"):
+        _like_parent(asked.model_copy(update={"parent": str(tmp_path / "narrow")}))

@@ -8,8 +8,7 @@ and removes them. Until then ``encoding.json`` holds the settings, and other set
 
 import hashlib
 import json
-import os
-import secrets
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,7 +29,9 @@ from metaflowmaps.data.latents import CLAIM, INDEX, SCHEMA, SIDES, is_whole, rea
 from metaflowmaps.data.sources import BadPicture, Source, picture
 from metaflowmaps.errors import InputError
 from metaflowmaps.randomness import stream
+from metaflowmaps.sharding import write_whole
 
+SHARD = re.compile(r"latents-\d{5,}\.safetensors")
 STALE = 3600.0  # seconds after which an unfinished file belongs to nobody: writing one takes a few
 Say = Callable[[str], None]
 
@@ -92,8 +93,10 @@ def encode(
     mine = [k for k in range(len(parts)) if k % worker.total == worker.first]
     before = _entries(plan.out, len(parts))
     wrong = {k for k in mine if k in before and not is_whole(plan.out / before[k]["file"], before[k], verify)}
+    _sweep(plan.out)
     for k in sorted(wrong):
         say(f"{before[k]['file']} is missing or damaged: it is made again")
+        (plan.out / before[k]["file"]).unlink(missing_ok=True)  # else its new entry could come to vouch for it
     todo = [k for k in mine if k not in before or k in wrong]
     began, done = time.perf_counter(), 0
     with ThreadPoolExecutor(plan.threads) as pool, _repeatable():
@@ -125,8 +128,8 @@ def _write_shard(plan: Plan, k: int, items: list[int], pool: ThreadPoolExecutor)
         "sha256": hashlib.sha256(data).hexdigest(),
         "skipped": skipped,
     }
-    _write(plan.out / f"{_stem(k)}.json", _json(entry))
-    _write(plan.out / file, data)
+    write_whole(plan.out / f"{_stem(k)}.json", _json(entry))
+    write_whole(plan.out / file, data)
     return entry
 
 
@@ -219,10 +222,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         elif (out / CLAIM).exists():
             held = _read_json(out / CLAIM)
         else:
-            others = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+            # shards whose index was damaged and deleted are made again
+            others = [p.name for p in out.iterdir() if not p.name.startswith(".") and not SHARD.fullmatch(p.name)]
             if others:
                 raise InputError(f"--out {out} holds other files ({others[0]}): give an empty directory")
-            _write(out / CLAIM, _json(settings), replace=False)
+            write_whole(out / CLAIM, _json(settings), replace=False)
             held = _read_json(out / CLAIM)  # of two who come at once, one wins
     except OSError as error:
         raise InputError(f"cannot write to --out {out}: {error.strerror}; choose another directory") from error
@@ -259,6 +263,8 @@ def _finish(plan: Plan, shards: int, described: dict[str, Any]) -> dict[str, Any
     entries = _entries(out, shards)
     if len(entries) < shards or not all(is_whole(out / entry["file"], entry) for entry in entries.values()):
         return None
+    if not any(entry["examples"] for entry in entries.values()):
+        raise InputError(f"none of the pictures could be read: see {out / _stem(0)}.json for their names")
     index: dict[str, Any] = {
         "schema": SCHEMA,
         **described,
@@ -270,15 +276,19 @@ def _finish(plan: Plan, shards: int, described: dict[str, Any]) -> dict[str, Any
         **_moments([out / entries[k]["file"] for k in range(shards)]),
         "shards": [entries[k] for k in range(shards)],
     }
-    _write(out / INDEX, _json(index))
+    write_whole(out / INDEX, _json(index))
     for k in range(shards):
         (out / f"{_stem(k)}.json").unlink(missing_ok=True)
     (out / CLAIM).unlink(missing_ok=True)
+    return index
+
+
+def _sweep(out: Path) -> None:
+    """Remove what processes that were killed have left half written."""
     for file in out.glob(".*.tmp"):
         with suppress(OSError):  # another worker may be at the same
             if time.time() - file.stat().st_mtime > STALE:
                 file.unlink()
-    return index
 
 
 def _moments(files: list[Path]) -> dict[str, float]:
@@ -310,24 +320,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise InputError(f"{file} is damaged: delete it and run the same command again")
     return held
-
-
-def _write(file: Path, data: bytes, replace: bool = True) -> None:
-    """Write a file, whole or not at all; without ``replace`` one that is there stays."""
-    temporary = file.with_name(f".{file.name}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        if replace:
-            temporary.replace(file)
-        else:
-            try:
-                os.link(temporary, file)
-            except FileExistsError:
-                return
-            except OSError:  # no links on this file system
-                temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from metaflowmaps.randomness import randn
 
 SCHEMA = 1
 INDEX, CLAIM = "latents.json", "encoding.json"
+NEEDED, ENTRY = {"settings", "event_shape", "classes"}, {"file", "examples", "bytes"}
 SIDES = (("mean", "std"), ("mean_flipped", "std_flipped"))
 AGAIN = "run the mfm encode-latents command that made it again, which makes what is missing"
 
@@ -206,6 +207,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{file} has schema {document.get('schema')!r}, this package reads {SCHEMA}: "
             "pip install --upgrade metaflowmaps"
         )
+    entries = document["shards"]
+    if not (document.keys() >= NEEDED and entries and all(isinstance(e, dict) and e.keys() >= ENTRY for e in entries)):
+        raise InputError(f"{file} is damaged: delete it, then {AGAIN}")
     return document
 
 

@@ -19,12 +19,13 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from metaflowmaps.data.imagenet import class_index, wnids
 from metaflowmaps.data.pictures import DEEP, SUFFIXES, flat
@@ -34,6 +35,8 @@ NUMBERINGS = ("auto", "own", "imagenet")
 PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 NO_CLASS = -1
 MAX_CLASSES = 1_000_000
+MOST = 2**27  # pixels of a picture whose shorter side is the size: half a gigabyte
+LOOKED_AT = 16  # pictures whose bytes tell one source from another with the same names
 
 
 class Source(Protocol):
@@ -41,7 +44,7 @@ class Source(Protocol):
 
     class_names: tuple[str, ...]
     labels: list[int]
-    fingerprint: str  # of names and classes: the same set again?
+    fingerprint: str  # of names, classes and some pictures: the same set again?
 
     def __len__(self) -> int: ...
 
@@ -82,7 +85,8 @@ def picture(source: Source, i: int, size: int) -> np.ndarray:
                 raise ValueError(f"more than 8 bits a channel, mode {opened.mode}")
             return np.array(centre_crop(flat(opened, 3), size))
     except Exception as error:  # decoders meet damaged files with errors of every kind
-        reason = " ".join(str(error).split())
+        reason = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = " ".join(reason.split())
         raise BadPicture(
             f"{source.name(i)} cannot be read ({type(error).__name__}: {reason[:120]}): replace or remove it, "
             "or leave such pictures out with --skip-bad"
@@ -94,7 +98,10 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    wide, high = round(image.width * scale), round(image.height * scale)
+    if wide * high > MOST:
+        raise ValueError(f"{image.width} × {image.height} is too long for its width")
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, upper = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, upper, left + size, upper + size))
 
@@ -107,7 +114,7 @@ class Folder:
 
     def __init__(self, path: Path, classes: str = "auto") -> None:
         found = {}
-        for folder, inside, names in os.walk(path, followlinks=True):
+        for folder, inside, names in os.walk(path, onerror=_no_folder, followlinks=True):
             inside[:] = [name for name in inside if not name.startswith(".")]
             base = Path(folder).relative_to(path).as_posix()
             for name in names:
@@ -116,7 +123,7 @@ class Folder:
         kept = _for_training(path, list(found))
         self._files = [found[name] for name in kept]
         self.labels, self.class_names = _by_folder(path, kept, classes)
-        self.fingerprint = _fingerprint(kept, self.labels)
+        self.fingerprint = _fingerprint(kept, self.labels, self.read)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -126,6 +133,11 @@ class Folder:
 
     def read(self, i: int) -> bytes:
         return Path(self._files[i]).read_bytes()
+
+
+def _no_folder(error: OSError) -> None:
+    # left out, a class would be missing and others be numbered otherwise
+    raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
 
 
 class _Member(NamedTuple):
@@ -156,7 +168,7 @@ class Tars:
             self.labels, self.class_names = self._web_labels(cls, classes)
         else:
             self.labels, self.class_names = _by_folder(path, kept, classes)
-        self.fingerprint = _fingerprint([f"{m.name} {m.size}" for m in self._members], self.labels)
+        self.fingerprint = _fingerprint([m.name for m in self._members], self.labels, self.read)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -271,7 +283,7 @@ class Dataset:
             self.labels, self.class_names = [NO_CLASS] * len(rows), tuple[str, ...]()
         else:
             self.labels, self.class_names = _of_column(list(rows[column]), kinds[column], f"{place}, {column}", classes)
-        self.fingerprint = _fingerprint(list(map(str, range(len(rows)))), self.labels)
+        self.fingerprint = _fingerprint(list(map(str, range(len(rows)))), self.labels, self.read)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -391,6 +403,11 @@ def _names_of_numbers(numbers: list[int], classes: str) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _fingerprint(names: list[str], labels: list[int]) -> str:
+def _fingerprint(names: list[str], labels: list[int], read: Callable[[int], bytes]) -> str:
+    """Of all names and classes, and of the bytes of some pictures, spread over the set."""
     lines = (f"{name} {label}\n" for name, label in zip(names, labels, strict=True))
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    hashed = hashlib.sha256("".join(lines).encode(errors="surrogateescape"))
+    for i in {k * (len(names) - 1) // (LOOKED_AT - 1): None for k in range(LOOKED_AT)}:
+        with suppress(OSError, ValueError):  # one that is not there is told when its turn comes
+            hashed.update(hashlib.sha256(read(i)).digest())
+    return hashed.hexdigest()

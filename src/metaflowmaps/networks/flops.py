@@ -16,7 +16,7 @@ def forward_flops(config: Mapping[str, Any]) -> float:
     """FLOPs of one sample through a DiT of this configuration."""
     width, depth, patch = (int(config[key]) for key in ("width", "depth", "patch"))
     tokens, pixels = (int(config["size"]) // patch) ** 2, patch * patch * int(config["channels"])
-    hidden = round(config.get("mlp_ratio", 4.0) * width)
+    hidden: int = round(config.get("mlp_ratio", 4.0) * width)
     block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width + 6 * width**2
     ends = 3 * tokens * pixels * width + 2 * width**2  # patches of the state and the context in, patches out
     times = 5 * (256 * width + width**2) + 2 * width**2  # five embeddings, the gate of the context

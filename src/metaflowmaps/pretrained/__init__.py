@@ -17,13 +17,23 @@ from metaflowmaps.networks.dit import DiT
 from metaflowmaps.path import LinearPath
 from metaflowmaps.pretrained.direction import Direction, time_direction
 from metaflowmaps.pretrained.dmf import DMF
-from metaflowmaps.pretrained.files import HUB_FILES, SUFFIXES, Source, read_weights
+from metaflowmaps.pretrained.files import HUB_FILES, SUFFIXES, Source, holds_weights, read_weights
 from metaflowmaps.pretrained.layout import OVERRIDES, Family, Weights, fill, misfit, network_config, shape_of
 from metaflowmaps.pretrained.mfm import MFM
 from metaflowmaps.pretrained.sit import SIT
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (MFM, DMF, SIT)}
-__all__ = ["FAMILIES", "HUB_FILES", "SUFFIXES", "Direction", "Source", "load", "load_with_source", "time_direction"]
+__all__ = [
+    "FAMILIES",
+    "HUB_FILES",
+    "SUFFIXES",
+    "Direction",
+    "Source",
+    "holds_weights",
+    "load",
+    "load_with_source",
+    "time_direction",
+]
 
 
 def load(

@@ -7,6 +7,7 @@ weights (an ``ema`` or ``model`` dictionary, ``module.`` or ``model.`` before ev
 
 import re
 from collections.abc import Mapping
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,23 +27,35 @@ PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.", "net.", "di
 
 
 class Source(NamedTuple):
-    """Where weights were read from, as a model card says it."""
+    """Where weights were read from, as a model card says it; of a local file, what it holds."""
 
     name: str
     revision: str | None
+    sha256: str | None = None
 
 
 def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[str, Tensor], Source]:
     """The tensors of a file, of the one weights file in a folder, or of ``owner/name[/file][@revision]`` on the hub."""
-    local = Path(path).expanduser()
-    source = Source(local.name, None)
+    local, source = Path(path).expanduser(), None
     if not local.exists():
         local, source = _download(str(path), revision)
     if local.is_dir():
         local = _only_file(local)
     if local.suffix not in SUFFIXES:
         raise InputError(f"{local}: weights are read from {', '.join(SUFFIXES)}, not from {local.suffix or 'this'}")
-    return bare(_unwrapped(_tensors(local), local), local), source
+    weights = bare(_unwrapped(_tensors(local), local), local)
+    return weights, source or Source(Path(path).expanduser().absolute().name, None, _sha256(local))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Is this a folder of published weights, and not a checkpoint or a run of ours?"""
+    ours = (folder / "manifest.json").exists() or (folder / "checkpoints").exists()
+    return not ours and any(file.suffix in SUFFIXES for file in folder.iterdir())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def bare(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

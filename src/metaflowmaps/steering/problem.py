@@ -52,8 +52,11 @@ class Problem:
         else:
             if map_steps != 1:
                 raise InputError("map_steps belongs to a MetaFlowMap; this model draws in its own way")
+            watched = getattr(model, "metered", None)
+            if isinstance(watched, nn.Module):  # a guided drift is two evaluations of its network
+                meter.watch(watched)
             # a model whose evaluations cannot be watched is counted by the rows that come back
-            self._drift = meter.counted(drift, "forwards", "backwards")
+            self._drift = drift if isinstance(watched, nn.Module) else meter.counted(drift, "forwards", "backwards")
             self.posterior = _CountedDraws(model, meter) if hasattr(model, "draw") else None  # type: ignore[assignment]
         decoder = getattr(model, "decoder", None)
         decoders = [*([decoder] if isinstance(decoder, nn.Module) else []), *codecs_of(reward)]

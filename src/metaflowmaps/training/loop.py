@@ -133,11 +133,9 @@ def train(
                 group["lr"] = rate
             state.optimizer.zero_grad()
             total = 0.0
-            width = -(-len(ours) // config.micro_batches)
-            for first in range(0, len(ours), width):
-                piece = ours.rows(first, first + width).to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    loss = objective(model, piece).float().sum() / len(batch)
+            for piece in _pieces(ours, config.micro_batches):
+                with _precision(config, device):
+                    loss = objective(model, piece.to(device)).float().sum() / len(batch)
                 loss.backward()
                 total += float(loss.detach())
             if ranks.size() > 1:
@@ -145,7 +143,7 @@ def train(
                 if shard == 1:
                     sum_gradients(parameters)
             norm = clip(parameters, config.optimizer.clip)
-            _guard(total, norm, model, objective, batch, step, store, device)
+            _guard(total, norm, model, objective, config, batch, step, store, device)
             state.optimizer.step()
             state.average()
             state.step += 1
@@ -182,11 +180,23 @@ def _publish(record: Record, log: "_Log", tracker: "_Tracker", report: Callable[
         report(record)
 
 
+def _pieces(batch: Rows, count: int) -> Iterator[Rows]:
+    """A batch in ``count`` pieces of as many rows, as far as they go."""
+    width = -(-len(batch) // count)
+    for first in range(0, len(batch), width):
+        yield batch.rows(first, first + width)
+
+
+def _precision(config: RunConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 def _guard(
     loss: float,
     norm: float,
     model: nn.Module,
     objective: TrainingObjective,
+    config: RunConfig,
     batch: Rows,
     step: int,
     store: CheckpointStore,
@@ -195,8 +205,9 @@ def _guard(
     """Stop at a non-finite loss or gradient, saying where in time it arose."""
     if torch.isfinite(torch.tensor([loss, norm])).all():
         return
-    with torch.no_grad():
-        mine = ~objective(model, share(batch).to(device)).isfinite().cpu()
+    with torch.no_grad(), _precision(config, device):  # as in the step: in one piece it might not fit
+        pieces = _pieces(share(batch), config.micro_batches)
+        mine = torch.cat([~objective(model, piece.to(device)).isfinite().cpu() for piece in pieces])
     bad, size = torch.zeros(len(batch), dtype=torch.bool), ranks.size()
     for number, part in enumerate(ranks.collected(lambda: mine)):
         bad[number::size] = part

@@ -97,7 +97,12 @@ def _like_parent(config: TrainConfig) -> TrainConfig:
     assert config.parent is not None
     found = resolve_checkpoint(config.parent).config
     spec = {k: v for k, v in found["network"].items() if k not in ("channels", "size", "dim", "shape", "mlp_ratio")}
-    spec["guidance"] = spec["guidance"] or config.condition.guided
+    if found["network"].get("mlp_ratio", 4.0) != 4:
+        raise InputError(
+            f"{config.parent} has perceptrons of {found['network']['mlp_ratio']:g} widths, and networks trained here "
+            "have 4: it teaches with --set start_from_drift=false and a model.network of your own"
+        )
+    spec["guidance"] = spec.get("guidance") or config.condition.guided
     model = {
         **config.model.model_dump(),
         "path": found["path"],
@@ -217,12 +222,14 @@ def run_training(
         teacher = exact_teacher(config)
     elif config.teacher == "pretrained":
         assert config.parent is not None, "TrainConfig refuses teacher=pretrained without a parent"
-        source = load_model(config.parent).to(device).requires_grad_(False) if parent is None else parent
-        teacher = taught_by(source, config)
+        name, source = config.parent, parent
+        if source is None:
+            source = ranks.together(lambda: load_model(name)).to(device).requires_grad_(False)
+        teacher = ranks.together(lambda: taught_by(source, config))
         if config.compile and isinstance(getattr(source, "network", None), DiT):
             source.network.configure(compiled=True)
         if config.start_from_drift:
-            inherit(model, source)
+            ranks.together(lambda: inherit(model, source))
     elif config.teacher == "learned":
         stage = run_training(
             drift_config(config),
@@ -236,7 +243,7 @@ def run_training(
         if config.start_from_drift:
             model.load_state_dict(drift.state_dict())
     objective = build_objective(config, teacher)
-    for line in prepare(model, config, device, objective, ranks.size()):
+    for line in ranks.together(lambda: prepare(model, config, device, objective, ranks.size())):
         note(line)
     result = train(
         model,
@@ -274,6 +281,8 @@ def inherit(model: MetaFlowMap, parent: Any) -> None:
             f"start_from_drift needs a parent of the same parameterisation ({model.parameterization}, not {theirs}): "
             f"--set model.parameterization={theirs}, or start_from_drift=false"
         )
+    if model.data_mean.shape != parent.data_mean.shape:  # a number or an image: the parent knows
+        model.data_mean = torch.zeros_like(parent.data_mean, device=model.data_mean.device)
     ours, weights = model.state_dict(), parent.state_dict()
     wrong = [key for key, value in weights.items() if key not in ours or ours[key].shape != value.shape]
     gone = [key for key in ours if key not in weights and not key.startswith("network.guidance.")]
@@ -314,7 +323,7 @@ def run_classifier_training(
 ) -> TrainResult:
     """Train a classifier in ``out`` by the same loop."""
     classifier = build_classifier(config)
-    prepare(classifier, config, device)
+    ranks.together(lambda: prepare(classifier, config, device))
     return train(
         classifier,
         ClassifierObjective(load_data(config.data)[0], config),
@@ -326,8 +335,14 @@ def run_classifier_training(
     )
 
 
-def _check_source(config: RunConfig, checkpoint: Checkpoint, resume: str) -> None:
-    """Refuse to start from what cannot be gone on with."""
+def _check_empty(store: CheckpointStore, out: Path) -> None:
+    if store.steps():
+        raise InputError(f"--resume none, but {out} already holds checkpoints: move it away or choose another --out")
+
+
+def _source(config: RunConfig, resume: str) -> Checkpoint:
+    """The checkpoint that --resume names; refused where it cannot be gone on with."""
+    checkpoint = resolve_checkpoint(resume)
     if not checkpoint.has("optimizer.safetensors"):
         raise InputError(f"--resume {resume}: this checkpoint holds a model without a training state")
     theirs, ours = checkpoint.config.get("training", {}), config.model_dump(mode="json")
@@ -340,6 +355,7 @@ def _check_source(config: RunConfig, checkpoint: Checkpoint, resume: str) -> Non
     step = checkpoint.document("position.json")["step"]
     if step >= config.steps:
         raise InputError(f"--resume {resume} stands at step {step}, this run ends at {config.steps}: raise steps")
+    return checkpoint
 
 
 def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
@@ -347,10 +363,7 @@ def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | No
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
     ranks.first(store.clean)
     if resume == "none":
-        if store.steps():
-            raise InputError(
-                f"--resume none, but {out} already holds checkpoints: move it away or choose another --out"
-            )
+        ranks.first(lambda: _check_empty(store, out))
         return None
     checkpoint, skipped = store.latest_for_all()
     for line in skipped:
@@ -361,6 +374,5 @@ def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | No
     if checkpoint is None and skipped:
         warnings.warn("no valid checkpoint is left: starting from step 0", stacklevel=2)
     if checkpoint is None and resume != "auto":
-        checkpoint = resolve_checkpoint(resume)
-        _check_source(config, checkpoint, resume)
+        checkpoint = ranks.together(lambda: _source(config, resume))
     return checkpoint

@@ -108,7 +108,7 @@ class Pixels:
                 f"processor must be a Pixels, an image processor of transformers or its configuration, got "
                 f"{type(processor).__name__}"
             )
-        given = dict(given.get("image_processor") or given)
+        given = {key: value for key, value in dict(given.get("image_processor") or given).items() if value is not None}
         refused = [key for key in REFUSED if given.get(key)]
         if refused:
             raise InputError(f"a processor with {', '.join(refused)} is not supported: give processor=Pixels(…)")
