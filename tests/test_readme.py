@@ -31,7 +31,7 @@ SMALL = {  # what a command is given besides, to take a second: amounts, never n
     "mfm encode-latents": "--size 256",
     "mfm run imagenet-fid": "--set samples=8",
     "mfm run imagenet-steer": "--set samples=64 --set pool=1000 --set best_of=[1,2] --set base_steps=1 --set steps=1 "
-    '--set methods=["mfm-g-rescale-1"] --set rescales=[1.0] --set pictures=8 --set \'rewards=["aesthetic"]\'',
+    "--set 'methods=[\"mfm-g-rescale-1\"]' --set rescales=[1.0] --set pictures=8 --set 'rewards=[\"aesthetic\"]'",
     "mfm run imagenet-xl2-finetune": "--set steps=2 --set distil_steps=2 --set batch_size=4 --set distil_batch_size=4 "
     "--set states.pool=64 --set distil_pool=64 --set threads=1 --set precision=float32",
 }

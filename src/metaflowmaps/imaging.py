@@ -49,6 +49,8 @@ def _array(picture: Any, channels: int) -> Any:
     if hasattr(picture, "convert"):  # PIL
         if picture.mode[0] in "IF":  # of 16 bits and more, or of floats: PIL would cut them off at 255
             raise InputError(f"a picture of mode {picture.mode} has no 0…255: convert it to RGB or L first")
+        if picture.has_transparency_data:
+            picture = _on_white(picture.convert("RGBA"))
         picture = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
     array = np.asarray(picture)
     if array.ndim == 2:
@@ -65,6 +67,13 @@ def _array(picture: Any, channels: int) -> Any:
     if not np.issubdtype(array.dtype, np.floating) or not bool(((array >= 0) & (array <= 1)).all()):
         raise InputError(f"an array of a picture is uint8 in 0…255 or floats in [0, 1]; got {array.dtype}")
     return array.astype(np.float32)
+
+
+def _on_white(picture: Any) -> Any:
+    """What is transparent shows white, as in ``mfm encode-latents``."""
+    from PIL import Image
+
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
 
 def from_tensor(x: Tensor, kind: str = "pil") -> Any:

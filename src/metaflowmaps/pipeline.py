@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,12 +35,13 @@ from metaflowmaps.meter import Meter
 from metaflowmaps.progress_bar import Bar
 from metaflowmaps.randomness import fresh_seeds, randn
 from metaflowmaps.shapes import check_count, check_time
-from metaflowmaps.steering import steer
+from metaflowmaps.steering import SteerResult, steer
 from metaflowmaps.steering.run import PARTICLE, Step
 
 DOCUMENT = "pipeline.json"
 Labels = str | int | Sequence[str | int] | Tensor | np.ndarray[Any, Any] | None
 OUT_OF_MEMORY = "out of memory"
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Pictures:
 
 
 class Pipeline:
-    """A map with what turns its samples into pictures and its classes into names."""
+    """A map with what turns its samples into pictures and its classes into names; the map is frozen as it is taken."""
 
     def __init__(
         self,
@@ -121,9 +122,7 @@ class Pipeline:
         if dtype is not None:
             if dtype not in (torch.float32, torch.bfloat16):
                 raise InputError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-            self.precision = dtype
-            if self.codec is not None:
-                self.codec.to(dtype=dtype)
+            self.precision = dtype  # by autocast: weights stay as they are, and can be saved
         if device is not None:
             self.model.to(device)
             if self.codec is not None:
@@ -263,21 +262,15 @@ class Pipeline:
         whole = method in PARTICLE and options.get("returns", "all") == "all"  # one seed a system, as steer sees fit
         if seeds is None and not whole:
             seeds = fresh_seeds(n, generator)
-        start = None if generator is None else generator.get_state()
-        while True:
-            try:
-                with self.autocast():
-                    found = steer(
-                        self.model, self.on_latents(reward), n, method, num_draws, steps, cond=cond, seeds=seeds,
-                        generator=generator, callback=callback, progress=progress, batch_size=batch_size, **options,
-                    )  # fmt: skip
-                break
-            except (RuntimeError, InputError) as error:  # a reward's own failure comes as the latter
-                if OUT_OF_MEMORY not in str(error).lower() or batch_size == 1:
-                    raise
-                batch_size //= 2
-                if generator is not None and start is not None:
-                    generator.set_state(start)
+
+        def make(rows: int) -> SteerResult:
+            with self.autocast():
+                return steer(
+                    self.model, self.on_latents(reward), n, method, num_draws, steps, cond=cond, seeds=seeds,
+                    generator=generator, callback=callback, progress=progress, batch_size=rows, **options,
+                )  # fmt: skip
+
+        found = in_memory(make, batch_size, generator)
         kept = len(found.samples)
         with torch.no_grad(), self.autocast():
             images = self.decode(found.samples)
@@ -428,7 +421,21 @@ def codec_of(
         return None
     if vae is None and found is not None and (found.path / place).is_dir():
         place = found.path / place
-    return AutoencoderCodec.from_pretrained(place, known.get("vae_revision") if vae is None else None, **options)
+    return AutoencoderCodec.from_pretrained(place, **options)
+
+
+def in_memory(make: Callable[[int], T], batch_size: int, generator: torch.Generator | None = None) -> T:
+    """``make(batch_size)``, with half of it as long as memory runs out; a generator begins anew each time."""
+    start = None if generator is None else generator.get_state()
+    while True:
+        try:
+            return make(batch_size)
+        except (RuntimeError, InputError) as error:  # a reward's own failure comes as the latter
+            if OUT_OF_MEMORY not in str(error).lower() or batch_size == 1:
+                raise
+            batch_size //= 2
+            if generator is not None and start is not None:
+                generator.set_state(start)
 
 
 def is_latent(model: MetaFlowMap) -> bool:

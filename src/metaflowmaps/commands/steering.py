@@ -31,6 +31,7 @@ from metaflowmaps.evaluation.steering import VARIANTS, SteeringEvalConfig, evalu
 from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
 from metaflowmaps.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
+from metaflowmaps.pipeline import in_memory
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.randomness import fresh_seeds, stream
 from metaflowmaps.recipes.tasks import SteeringTask, steering_task
@@ -43,6 +44,7 @@ from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
 from metaflowmaps.steering.run import DRAWLESS, PARTICLE, check_steering, log_normaliser
 
+DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
 PICTURED = 4  # of num_draws, the panels show the one nearest to this
 
 
@@ -102,6 +104,8 @@ def steer(
     place = out or beside(checkpoint, found, f"steer-{method}")
     one_piece = rows_of(r, torch.zeros(1, *model.event_shape, dtype=model.dtype, device=target)) is not None
     unit, size = _cut(made, method, num, one_piece, share)
+    if scene.latent and unit == 1 and share.size is None:
+        size = min(size, DECODED)
     base: Any = model if method != "exact" or law is None else ExactModel(model.path, law)
     seeds = torch.tensor(only) if only else None
     if seeds is None and unit:
@@ -111,12 +115,17 @@ def steer(
     def make(part: slice) -> Made:
         n = part.stop - part.start
         own = seeds[part.start // unit : part.stop // unit] if seeds is not None and unit else seeds
+
+        def run(rows: int) -> SteerResult:
+            batch = {"batch_size": rows} if scene.latent else {}
+            return run_steering(
+                base, r, n, method, num_draws, steps, process, renormalize, scene.part(part), stream(seed, "steer"),
+                progress=progress and n == num, seeds=own, **{**options, **batch},
+            )  # fmt: skip
+
         try:
             with told, scene.autocast():
-                result = run_steering(
-                    base, r, n, method, num_draws, steps, process, renormalize, scene.part(part), stream(seed, "steer"),
-                    progress=progress and n == num, seeds=own, **options,
-                )  # fmt: skip
+                result = in_memory(run, int(options.get("batch_size", DECODED * made.copies)))
         except SteeringFailed as failed:
             raise Broken(_as_piece(failed.result), failed) from None
         if result.interrupted:
