@@ -132,8 +132,8 @@ BAD = {
     "vae is a folder of something": (["SOURCE", "--vae", "SOURCE", "--out", "here"], "config.json"),
     "size": (["SOURCE", "--vae", "VAE", "--out", "here", "--size", "36"], "multiple of 8"),
     "no size": (["SOURCE", "--vae", "VAE", "--out", "here", "--size", "0"], "--size"),
-    "worker": (["SOURCE", "--vae", "VAE", "--out", "here", "--worker", "2/2"], "counted from 0"),
-    "no worker": (["SOURCE", "--vae", "VAE", "--out", "here", "--worker", "one"], "0/8 … 7/8"),
+    "worker": (["SOURCE", "--vae", "VAE", "--out", "here", "--worker", "2/2"], "from 0 to K − 1"),
+    "no worker": (["SOURCE", "--vae", "VAE", "--out", "here", "--worker", "one"], "such as 0/4"),
     "dtype": (["SOURCE", "--vae", "VAE", "--out", "here", "--dtype", "float33"], "did you mean 'float32'"),
     "classes": (["SOURCE", "--vae", "VAE", "--out", "here", "--classes", "imagnet"], "did you mean 'imagenet'"),
     "no gpu": (["SOURCE", "--vae", "VAE", "--out", "here", "--device", "cuda:7"], "--device cpu"),
@@ -169,4 +169,3 @@ def test_other_settings_in_the_same_place_are_refused(capsys, pictures, vae, tmp
 
 def test_it_is_listed(capsys):
     assert "encode-latents" in mfm(capsys, "--help")[1]
-    assert command.parse_worker("3/8") == (3, 8)

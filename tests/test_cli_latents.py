@@ -187,4 +187,3 @@ def test_bad_wishes_are_one_line(run, tmp_path, arguments, words):
     )
     assert code == 2, err
     assert words in err.splitlines()[-1]
-    assert "Traceback" not in err

@@ -15,6 +15,7 @@ be killed at any moment, and no reader ever sees half of a piece; one that does 
 only save work: where a file system has none, two processes may make a piece twice, and write the same.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -301,8 +302,21 @@ def write_whole(path: Path, data: bytes, replace: bool = True) -> None:
             except OSError:  # no links on this file system
                 pass
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(directory: Path) -> None:
+    """Make the names in a directory durable; some network file systems cannot, and say EINVAL."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def lock(path: Path, wait: bool = True) -> int | None:

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from metaflowmaps.config import validated
 from metaflowmaps.data import DataConfig, describe, load_data
 from metaflowmaps.data import encode as latent_encoding
-from metaflowmaps.data.encode import Encoding, Plan, Worker, encode
+from metaflowmaps.data.encode import Encoding, Plan, encode
 from metaflowmaps.data.imagenet import wnids
 from metaflowmaps.data.latents import INDEX, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
 from metaflowmaps.randomness import stream
+from metaflowmaps.sharding import Worker
 from tiny_codec import tiny_codec
 
 SIZE, SHARD = 32, 4
@@ -65,7 +66,7 @@ def plan(source, codec, out, skip_bad=False, classes="auto", batch_size=3, **set
     return Plan(pictures, codec, full, out, batch_size, skip_bad, threads=2)
 
 
-def run(source, codec, out, worker=Worker(), verify=False, say=lambda line: None, **options):
+def run(source, codec, out, worker=Worker(0, 1), verify=False, say=lambda line: None, **options):
     return encode(plan(source, codec, out, **options), {"source": "x", "vae": "tiny"}, worker, verify, say)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.sharding import sync_folder
 
 FORMAT = 1
 CONFIG, MODEL, MANIFEST = "config.json", "model.safetensors", "manifest.json"
@@ -140,7 +141,7 @@ def _fill(
     for name, document in documents.items():
         listed[name] = _write(directory / name, _json(document))
     _write(directory / MANIFEST, _json({"format": FORMAT, "files": listed}))
-    _sync(directory)
+    sync_folder(directory)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,18 +169,6 @@ def _write(file: FilePath, data: bytes) -> dict[str, Any]:
     return {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def _sync(directory: FilePath) -> None:
-    """Make the names in a directory durable; some network file systems cannot, and say EINVAL."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 def _swap(staging: FilePath, target: FilePath) -> None:
     """Put a complete directory in place; on failure put back the one that was there."""
     old, placed = old_name(target), False
@@ -188,7 +177,7 @@ def _swap(staging: FilePath, target: FilePath) -> None:
             os.rename(target, old)
         os.rename(staging, target)
         placed = True
-        _sync(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         if placed:
             os.rename(target, staging)

@@ -33,8 +33,9 @@ def encode_latents(
     ] = "auto",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be read.")] = False,
     worker: Annotated[
-        str, typer.Option("--worker", metavar="I/K", help="Make every K-th shard, from shard I on: 0/8 … 7/8.")
-    ] = "0/1",
+        str | None,
+        typer.Option("--worker", metavar="I/K", help="Every K-th shard, from I on: 0/8 … 7/8 (torchrun: its rank)."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check hashes; with a SOURCE, damaged shards are made again.")
     ] = False,

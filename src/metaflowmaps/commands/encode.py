@@ -1,7 +1,6 @@
 """mfm encode-latents."""
 
 import os
-import re
 import time
 from pathlib import Path
 
@@ -9,10 +8,11 @@ import torch
 
 from metaflowmaps.codec import AutoencoderCodec
 from metaflowmaps.commands.shared import Results, Say
-from metaflowmaps.data.encode import Encoding, Plan, Worker, encode
+from metaflowmaps.data.encode import Encoding, Plan, encode
 from metaflowmaps.data.latents import read_index, verify
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.runs import pick_device
+from metaflowmaps.sharding import Worker, own_device, share_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +30,7 @@ def encode_latents(
     limit: int | None = None,
     classes: str = "auto",
     skip_bad: bool = False,
-    worker: str = "0/1",
+    worker: str | None = None,
     check: bool = False,
     revision: str | None = None,
     dtype: str = "float32",
@@ -40,7 +40,7 @@ def encode_latents(
     """Encode the pictures of a source into ``out``, going on from what is there."""
     from metaflowmaps.data.sources import open_source  # brings Pillow
 
-    share, target = parse_worker(worker), pick_device(device)
+    share, target = share_of(worker, None).worker or Worker(0, 1), pick_device(own_device(device))
     if dtype not in DTYPES:
         raise unknown("--dtype", dtype, DTYPES)
     pictures = open_source(source, classes)
@@ -101,11 +101,3 @@ def summary(index: Results) -> Results:
         "mean": index["mean"],
         "std": index["std"],
     }
-
-
-def parse_worker(text: str) -> Worker:
-    """``i/K`` with 0 <= i < K."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise InputError(f"--worker takes i/K with workers counted from 0, as in 0/8 … 7/8, got {text!r}")
-    return Worker(int(found[1]), int(found[2]))

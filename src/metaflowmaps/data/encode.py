@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -29,18 +29,11 @@ from metaflowmaps.data.latents import CLAIM, INDEX, SCHEMA, SIDES, is_whole, rea
 from metaflowmaps.data.sources import BadPicture, Source, picture
 from metaflowmaps.errors import InputError
 from metaflowmaps.randomness import stream
-from metaflowmaps.sharding import write_whole
+from metaflowmaps.sharding import Worker, write_whole
 
 SHARD = re.compile(r"latents-\d{5,}\.safetensors")
 STALE = 3600.0  # seconds after which an unfinished file belongs to nobody: writing one takes a few
 Say = Callable[[str], None]
-
-
-class Worker(NamedTuple):
-    """Worker number ``first`` of ``total`` makes the shards first, first + total, …"""
-
-    first: int = 0
-    total: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,11 @@ class Plan:
 
 
 def encode(
-    plan: Plan, described: dict[str, Any], worker: Worker = Worker(), verify: bool = False, say: Say = lambda line: None
+    plan: Plan,
+    described: dict[str, Any],
+    worker: Worker = Worker(0, 1),
+    verify: bool = False,
+    say: Say = lambda line: None,
 ) -> dict[str, Any] | None:
     """Make this worker's shards that are not there; the index once all are, else None.
 
@@ -90,7 +87,7 @@ def encode(
     _claim(plan.out, vars(plan.settings))
     chosen, each = plan.chosen, plan.settings.shard_size
     parts = [chosen[start : start + each] for start in range(0, len(chosen), each)]
-    mine = [k for k in range(len(parts)) if k % worker.total == worker.first]
+    mine = [k for k in range(len(parts)) if k % worker.count == worker.index]
     before = _entries(plan.out, len(parts))
     wrong = {k for k in mine if k in before and not is_whole(plan.out / before[k]["file"], before[k], verify)}
     _sweep(plan.out)

@@ -80,10 +80,18 @@ def open_source(place: str, classes: str = "auto") -> Source:
 def picture(source: Source, i: int, size: int) -> np.ndarray:
     """Picture i, cropped: (size, size, 3) uint8."""
     try:
-        with Image.open(io.BytesIO(source.read(i))) as opened:
+        data = source.read(i)
+    except OSError as error:  # a disk or a network that fails is no bad picture: leaving it out would be for good
+        raise InputError(
+            f"{source.name(i)} cannot be read ({error.strerror or error}): check the disk, then the same command again"
+        ) from None
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
             if opened.mode.startswith(DEEP):
                 raise ValueError(f"more than 8 bits a channel, mode {opened.mode}")
             return np.array(centre_crop(flat(opened, 3), size))
+    except MemoryError:
+        raise
     except Exception as error:  # decoders meet damaged files with errors of every kind
         reason = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         reason = " ".join(reason.split())
