@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from metaflowmaps.codec import AutoencoderCodec
-from metaflowmaps.commands import encode as command
 from metaflowmaps.data.latents import Shards
 from metaflowmaps.data.synthetic import write_synthetic
 from test_cli import mfm
