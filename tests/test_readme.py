@@ -1,5 +1,6 @@
 """README's section on published weights, command by command: the hub is a stand-in, everything after it is real."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.tiny_codec import tiny_vae
 import metaflowmaps as mfm
 from metaflowmaps import codec
 from metaflowmaps.data.synthetic import draw
+from metaflowmaps.evaluation.tuning import TunedEvalConfig
 from metaflowmaps.metrics import inception
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.embed import positions
@@ -30,10 +32,11 @@ SMALL = {  # what a command is given besides, to take a second: amounts, never n
     "--set precision=float32 --set sample_every=0 --device cpu",
     "mfm encode-latents": "--size 256",
     "mfm run imagenet-fid": "--set samples=8",
-    "mfm run imagenet-steer": "--set samples=64 --set pool=1000 --set best_of=[1,2] --set base_steps=1 --set steps=1 "
+    "mfm run imagenet-steer": "--set samples=64 --set pool=128 --set best_of=[1,2] --set base_steps=1 --set steps=1 "
     "--set 'methods=[\"mfm-g-rescale-1\"]' --set rescales=[1.0] --set pictures=8 --set 'rewards=[\"aesthetic\"]'",
     "mfm run imagenet-xl2-finetune": "--set steps=2 --set distil_steps=2 --set batch_size=4 --set distil_batch_size=4 "
-    "--set states.pool=64 --set distil_pool=64 --set threads=1 --set precision=float32",
+    "--set states.pool=64 --set distil_pool=64 --set distil_pool_steps=1 --set meters.every=0 "
+    "--set threads=1 --set precision=float32",
 }
 
 
@@ -103,6 +106,10 @@ def world(shop, monkeypatch, tmp_path):
     for name in ("PickScore", "HPSv2", "ImageReward", "AestheticScore"):
         monkeypatch.setattr(getattr(mfm.rewards, name), "from_pretrained", reward(name))
     monkeypatch.setitem(SIZES, "XL", XL)
+    monkeypatch.setattr("metaflowmaps.finetuning.run.PROBED", 8)  # samples that a reward is tried on
+    few = TunedEvalConfig(samples=64, seeds=1, ode_steps=1)
+    tuning = importlib.import_module("metaflowmaps.commands.finetune")  # the package has a function of that name
+    monkeypatch.setattr(tuning, "TunedEvalConfig", lambda **settings: few)
     monkeypatch.chdir(tmp_path)
     for label, wnid in enumerate(("n01440764", "n01443537")):
         folder = tmp_path / "imagenet" / "train" / wnid
