@@ -14,7 +14,7 @@ from metaflowmaps.data import imagenet
 from metaflowmaps.errors import InputError
 from metaflowmaps.imaging import from_tensor, to_tensor
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.pipeline import published
+from metaflowmaps.opening import published
 
 LEFT = torch.linspace(1, -1, 32)[None, None, None, :]
 

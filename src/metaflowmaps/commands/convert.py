@@ -17,7 +17,7 @@ from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.pipeline import DOCUMENT, is_latent
+from metaflowmaps.opening import DOCUMENT, is_latent
 from metaflowmaps.runs import finite
 from metaflowmaps.sharding import write_whole
 

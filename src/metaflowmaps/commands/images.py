@@ -19,7 +19,7 @@ from metaflowmaps.evaluation.images.race import RaceConfig, evaluate_race
 from metaflowmaps.evaluation.images.recovery import RecoveryConfig, evaluate_recovery
 from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
 from metaflowmaps.evaluation.images.value import ImageValueConfig, evaluate_image_value
-from metaflowmaps.pipeline import is_latent, stored
+from metaflowmaps.opening import is_latent, stored
 from metaflowmaps.runs import write_results
 from metaflowmaps.sharding import Elsewhere, Share, discard, own_device
 

@@ -14,7 +14,8 @@ from metaflowmaps.commands.shared import Say
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Cond, MetaFlowMap
 from metaflowmaps.imaging import from_tensor, to_tensor
-from metaflowmaps.pipeline import Pipeline, codec_of, is_latent, names_of, stored
+from metaflowmaps.opening import codec_of, is_latent, names_of, stored
+from metaflowmaps.pipeline import Pipeline
 
 EVERY = "all"  # --label: the classes in turn
 PART = 64  # pictures decoded at a time

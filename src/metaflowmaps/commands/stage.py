@@ -18,7 +18,8 @@ from metaflowmaps.evaluation.images.stage import LATENT_BATCH, MOST, Conditions,
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.metrics.frechet import read_statistics
 from metaflowmaps.metrics.inception import Inception
-from metaflowmaps.pipeline import Pipeline, codec_of, is_latent, stored
+from metaflowmaps.opening import codec_of, is_latent, stored
+from metaflowmaps.pipeline import Pipeline
 
 NONE = "none"  # data=none: leave them out
 
