@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ import typer
 from metaflowmaps.cli import train, run, convert, data, draw, array, judge  # isort: skip  # the order in which mfm --help lists them
 from metaflowmaps.cli.options import app, complain, say
 from metaflowmaps.errors import InputError
-from metaflowmaps.ranks import told_elsewhere
+from metaflowmaps.ranks import launched, told_elsewhere
 
 __all__ = ["app", "array", "convert", "data", "draw", "judge", "main", "run", "train"]
 
@@ -39,7 +40,13 @@ def root(
 def main() -> None:
     """Run, and turn what went wrong into one line and an exit code."""
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
-    sys.exit(_run())
+    code = _run()
+    if launched().size > 1:  # what gloo leaves running may abort an interpreter that takes itself apart
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run() -> int:
