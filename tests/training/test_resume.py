@@ -57,6 +57,22 @@ def hidden(out: Path, pattern: str) -> bool:
         return True
 
 
+def await_records(out: Path, count: int, process) -> None:
+    """Until so many records more were written, or the process has ended."""
+    seen, last = 0, recorded(out)
+    deadline = time.monotonic() + 60
+    while seen < count and process.is_alive():
+        assert time.monotonic() < deadline
+        now = recorded(out)
+        seen, last = seen + (now != last), now
+
+
+def recorded(out: Path) -> int:
+    """When the last record was written."""
+    files = [out / "metrics.jsonl", out / "drift" / "metrics.jsonl"]
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
+
+
 def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tuple[int, int]:
     """Start, stop at a random moment, start again, until it is done. Returns (kills, of which while writing)."""
     context = multiprocessing.get_context("forkserver")
@@ -68,14 +84,16 @@ def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tup
         process.start()
         assert started.wait(60)
         if killed < kills:
-            # every second kill waits for a checkpoint in the making, the others for a random moment
+            # every second kill waits for a checkpoint in the making, the others for a random number of records: by
+            # the clock a fast machine would be done before it was killed often
             if killed % 2:
                 deadline = time.monotonic() + 60
                 while not hidden(out, ".tmp-*") and process.is_alive():
                     assert time.monotonic() < deadline
                 time.sleep(rng.uniform(0, 0.004))
             else:
-                time.sleep(rng.uniform(0, 0.15))
+                await_records(out, rng.randint(0, 2), process)
+                time.sleep(rng.uniform(0, 0.004))
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             if process.is_alive():
                 os.kill(process.pid, number)

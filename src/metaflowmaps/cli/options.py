@@ -105,4 +105,5 @@ def emit(results: dict[str, Any], as_json: bool) -> None:
 
 def invocation() -> str:
     """The command as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["mfm" if name == "__main__.py" else name, *sys.argv[1:]])

@@ -148,6 +148,7 @@ def posterior(
             pictures.posterior_grid(both[0], both[1:], t, place / "posteriors.png")
             scene.write(draws, place)
         metrics: dict[str, Any] = {
+            **({"captions": pictures.CAPTIONS["posterior"]} if len(model.event_shape) == 3 else {}),
             "num_draws": num_draws,
             "mean": draws.mean(0).flatten().tolist(),
             "std": (draws.std(0) if num_draws > 1 else torch.zeros_like(draws[0])).flatten().tolist(),

@@ -29,6 +29,15 @@ DRAWS = 8
 GRID = 64  # samples in a picture of samples
 TITLE = 46  # letters over a single panel
 DRAWN = 24  # draws in a picture of draws
+COLOURS = " Latents are shown by their first three channels, as colours."
+RECOVERED = (
+    "A held-out image, noised to time t, and draws of the map for it in one network call each. At t = 0 the noisy "
+    "image says nothing; as t → 1 it decides everything."
+)
+CAPTIONS = {  # of pictures that mixtures have too, under other words
+    "posterior": {"posteriors.png": "A noisy image and what it may be: draws of the map."},
+    "steer": {"samples.png": "Steered samples, the first of them."},
+}
 
 
 def coloured(x: Tensor) -> Tensor:

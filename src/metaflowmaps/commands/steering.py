@@ -150,6 +150,7 @@ def steer(
             figures.save(steering_figures.trajectory({method: _curves(result)}), place / "trajectory.png")
         rewards = result.rewards.double()
         metrics: dict[str, Any] = {
+            **({"captions": pictures.CAPTIONS["steer"]} if len(model.event_shape) == 3 else {}),
             "num": num,
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()) if num > 1 else 0.0,

@@ -108,6 +108,9 @@ def _finish(
         }
     else:
         _last_picture(config, load_model(result.checkpoint), out)
+        if config.data is not None:
+            words = pictures.RECOVERED + pictures.COLOURS * (config.data.name == "latents")
+            metrics["captions"] = {"posteriors.png": words}
     figures.save(figures.training_curve(out / "metrics.jsonl"), out / "training.png")
     results = write_results(
         out,
