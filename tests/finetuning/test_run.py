@@ -179,18 +179,23 @@ def test_killed_at_random_moments(tmp_path):
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
 
 
+def killed_at(step, config, out):
+    """A run that ends when it reports this step."""
+
+    def stop(stage, record):
+        if record.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tune(config, out, report=stop)
+
+
 @pytest.mark.usefixtures("no_sync")
 def test_a_run_in_the_middle_of_its_measurements_is_cut_back(tmp_path):
     """What was measured after the last checkpoint is measured again; a line that a full disk tore apart is dropped."""
     config = small(map="none", checkpoint_every=2, meters={"every": 1, "samples": 8, "steps": 2})
     tune(config, tmp_path / "whole")
-
-    def stop(stage, record):
-        if record.step == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        tune(config, tmp_path / "torn", report=stop)
+    killed_at(4, config, tmp_path / "torn")
     file = tmp_path / "torn" / "meters.jsonl"
     assert [r["step"] for r in records(file.parent)] == [0, 1, 2, 3, 4]
     file.write_text(file.read_text()[:-9])
@@ -203,13 +208,7 @@ def test_measurements_outlive_a_kill_while_they_are_cut_back(tmp_path, monkeypat
     """A full disk, or a kill, at the start of a resumed run: what was measured before must not be lost by it."""
     config = small(map="none", checkpoint_every=2, meters={"every": 1, "samples": 8, "steps": 2})
     tune(config, tmp_path / "whole")
-
-    def stop(stage, record):
-        if record.step == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        tune(config, tmp_path / "killed", report=stop)
+    killed_at(4, config, tmp_path / "killed")
     write = Path.write_text
 
     def torn(path, text, *rest, **options):

@@ -23,7 +23,8 @@ XL2: dict[str, Any] = {
     "mlp_ratio": 4.0,
 }  # fmt: skip
 ROWS = 64  # evaluated at a time without a gradient
-DRAFTS = 3  # evaluations that one costs with its gradient
+PASSES = 3  # forward passes that an evaluation costs with its gradient
+BESIDE = 8.0 * GIB  # assumed for a decoder and a reward of CLIP-H's size, with a micro-batch of each
 
 
 def run_task(
@@ -65,7 +66,10 @@ def _number(key: str, text: str) -> float:
 def plan_task(
     name: str, checkpoint: str | None, settings: Iterable[str], fast: bool, gpu: str, gpus: int, mfu: float = 0.4
 ) -> Results:
-    """Parameters, memory, calls and hours; of MFM-XL/2 where no checkpoint is given."""
+    """Parameters, memory, calls and hours of the map's own calls; of MFM-XL/2 where no checkpoint is given.
+
+    What the autoencoder and the reward take comes on top: their sizes are not known before they are there.
+    """
     known, machine = task(name, fast), gpu_named(gpu)
     spec = XL2 if checkpoint is None else _spec(checkpoint)
     network = DiT.on_meta(spec)
@@ -79,18 +83,17 @@ def plan_task(
         config = override(validated(experiment.config, {}), [*known.settings, *settings])
         assert isinstance(config, ImageEvalConfig)
         dumped, calls = config.model_dump(), float(config.calls())
-        # a decoder and a reward of CLIP-H's size, beside the map and what a batch of it holds at once
         memory = {
             "weights": 4.0 * parameters,
             "batch": kept_bytes(spec, True, True) * ROWS,
-            "decoder_and_reward": 8 * GIB,
+            "decoder_and_reward": BESIDE,
         }
     total = sum(memory.values())
     if total > machine.memory * GIB:
         parts = ", ".join(f"{part.replace('_', ' ')} {size / GIB:.1f}" for part, size in memory.items())
         raise InputError(
             f"{name} needs {total / GIB:.0f} GiB on one GPU ({parts}), and {gpu} has {machine.memory:.0f}: "
-            "take a larger one (--gpu), or smaller batches (--set batch_size=…)"
+            "take a larger one (--gpu)" + ", or --set micro_batches=N" * (known.command == "finetune")
         )
     flops = calls * forward_flops(spec)
     metrics = {
@@ -113,22 +116,23 @@ def _tuning(
     """A fine-tuning's configuration, evaluations and memory.
 
     A row of the first stage is the student with its gradient, the base's drift, and a differentiated draw for each of
-    ``num_draws``; a row of the second the map's two differentiated calls and the tuned drift's, twice by guidance.
+    ``num_draws``; a row of the second the map's two differentiated calls and one of the tuned drift.
     """
     start = {"checkpoint": "MFM-XL/2", "checkpoint_sha256": "", **options}
     config = override(validated(FinetuneConfig, start), [*own, *(s for s in settings if not s.startswith("data="))])
-    first = config.steps * config.batch_size * (DRAFTS + 1 + DRAFTS * config.num_draws)
-    second = config.distil_steps * config.distil_batch_size * (2 * DRAFTS + 1) if config.map == "distil" else 0
-    pools = config.states.pool * config.states.pool_steps + config.distil_pool * config.distil_pool_steps
+    first = config.steps * config.batch_size * (PASSES + 1 + PASSES * config.num_draws)
+    second = config.distil_steps * config.distil_batch_size * (2 * PASSES + 1)
+    second += config.distil_pool * config.distil_pool_steps
+    pool = config.states.pool * config.states.pool_steps
     rows = -(-config.batch_size // config.micro_batches)
     kept = kept_bytes(spec, config.precision == "bf16", config.checkpoint_activations)
     memory = {
         **bytes_of_training(parameters, config.precision == "bf16"),
         "base": 4.0 * parameters,
         "activations": kept * rows * (1 + config.num_draws),
-        "decoder_and_reward": 8.0 * GIB,
+        "decoder_and_reward": BESIDE,
     }
-    return config.model_dump(), float(first + second + pools), memory
+    return config.model_dump(), float(first + pool + (second if config.map == "distil" else 0)), memory
 
 
 def _spec(checkpoint: str) -> dict[str, Any]:

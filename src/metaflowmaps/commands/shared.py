@@ -114,10 +114,6 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_whole(path, save({name: value.contiguous().cpu() for name, value in tensors.items()}))
 
 
-def count_parameters(model: MetaFlowMap) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def digest(found: Checkpoint) -> str:
     """What identifies a checkpoint: the hash of its manifest, which holds the hash of everything else."""
     return hashlib.sha256((found.path / "manifest.json").read_bytes()).hexdigest()
