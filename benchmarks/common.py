@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from metaflowmaps.checkpoint import load_model
-from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, PosteriorResult, evaluate_posterior
+from metaflowmaps.commands.runs import environment
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, PosteriorResult, evaluate_posterior
 from metaflowmaps.recipes.gmm import paper_mixture
-from metaflowmaps.runs import environment
 from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.loop import TrainResult
 from metaflowmaps.training.run import run_training

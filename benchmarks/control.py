@@ -1,7 +1,7 @@
 """Bias and variance of tuned drifts on a navigation task in the plane whose optimal drift is known.
 
 Every method trains runs of several seeds from one base, with the same network, states, batches and optimizer, for the
-same processor time; see :mod:`metaflowmaps.evaluation.control` for the task and for what is measured. A run's raw
+same processor time; see :mod:`benchmarks.control_estimators` for the task and for what is measured. A run's raw
 figures are kept in ``runs/bench/control/parts`` and not made again.
 """
 
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from benchmarks import control_report as said
 from benchmarks.common import RESULTS, RUNS, say, table, trained
-from metaflowmaps.checkpoint import load_model
-from metaflowmaps.config import Config
-from metaflowmaps.evaluation.control import (
+from benchmarks.control_estimators import (
     DATA_STD,
     LAW,
     Exact,
@@ -34,17 +32,19 @@ from metaflowmaps.evaluation.control import (
     make_probes,
     target_errors,
 )
+from metaflowmaps.checkpoint import load_model
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.finetuning.config import FinetuneConfig, MetersConfig
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.finetuning.run import make_objective, make_problem, make_student
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.randomness import randn, stream
-from metaflowmaps.report import figures
-from metaflowmaps.runs import write_results
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.training.config import MLPConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import train
 from metaflowmaps.value import Draws
+from metaflowmaps.work.config import Config
 
 OUT = RUNS / "control"
 COMMAND = "python -m benchmarks control"

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from metaflowmaps.evaluation.control import GOAL, OBSTACLES, Exact
-from metaflowmaps.report.figures import GLASS, MAP, QUIET, new_figure
+from benchmarks.control_estimators import GOAL, OBSTACLES, Exact
+from metaflowmaps.lab.figures.plots import GLASS, MAP, QUIET, new_figure
 
 INK, FAINT, BAND = "#22262b", "#e3e5e8", "#cfd4da"
 FRAME = ((-4.2, 4.2), (-4.2, 4.2))

@@ -1,7 +1,7 @@
 """Benchmark 1: posterior fidelity of the recipes, as ratios to the sampling floor; and 4: map against GLASS."""
 
 from benchmarks.common import judged, keep, say, table, trained
-from metaflowmaps.evaluation.posterior import PosteriorEvalConfig
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.recipes.gmm import gmm, gmm_from_data
 
 # a context: 256 sets in all at 8,192 samples, 128 at 65,536

@@ -12,15 +12,16 @@ from typing import Any
 
 from benchmarks.common import RESULTS, RUNS, machine, say, trained
 from metaflowmaps.commands.finetune import Subject, finetune, judge_of, others_of, resolve_finetuning
+from metaflowmaps.commands.runs import environment
 from metaflowmaps.commands.shared import typed
-from metaflowmaps.evaluation.images.stage import cost_of, table
-from metaflowmaps.evaluation.images.variants import run as steered
-from metaflowmaps.evaluation.images.variants import variant
-from metaflowmaps.evaluation.tuning import Drawn, TunedEvalConfig
-from metaflowmaps.randomness import stream
+from metaflowmaps.lab.evaluate.images.stage import cost_of, table
+from metaflowmaps.lab.evaluate.images.variants import run as steered
+from metaflowmaps.lab.evaluate.images.variants import variant
+from metaflowmaps.lab.evaluate.tuning_error import Drawn, TunedEvalConfig
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.figures import tuning_figures
+from metaflowmaps.random import stream
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.report import figures, tuning_figures
-from metaflowmaps.runs import environment
 
 PLACE = RUNS / "finetune"
 THREADS = "threads=1"

@@ -27,7 +27,7 @@ from torch.nn import functional
 from metaflowmaps import LinearPath, MetaFlowMap, steer
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.flops import forward_flops
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Batch, Objective

@@ -11,9 +11,9 @@ import time
 import torch
 
 from benchmarks.common import RESULTS, judged, keep, say, table, trained
-from metaflowmaps.evaluation.posterior import PosteriorEvalConfig
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
+from metaflowmaps.lab.figures.plots import GLASS, MAP, new_figure, save
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.report.figures import GLASS, MAP, new_figure, save
 from metaflowmaps.training.config import LossConfig, TrainConfig
 from metaflowmaps.training.run import build_map, build_objective, drift_config
 from metaflowmaps.training.state import TrainState

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import keep, say, table, trained
+from metaflowmaps._shapes import expand_time
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.data import DataConfig
 from metaflowmaps.losses import _difference_along
 from metaflowmaps.networks import dit
-from metaflowmaps.shapes import expand_time
 from metaflowmaps.training.config import DiTConfig, LossConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.objective import Batch, _at
 from metaflowmaps.training.run import build_objective

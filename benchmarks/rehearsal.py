@@ -159,9 +159,9 @@ class Rehearsal:
 
 def save_sit(path: Path, size: Size) -> None:
     """Random weights under SiT's keys, for latents of this size."""
+    from metaflowmaps.interop.pretrained.layout import Shape, expected
+    from metaflowmaps.interop.pretrained.sit import SIT
     from metaflowmaps.networks.embed import positions
-    from metaflowmaps.pretrained.layout import Shape, expected
-    from metaflowmaps.pretrained.sit import SIT
 
     g, side = torch.Generator().manual_seed(0), size.side // 8
     shape = Shape(size.width, size.depth, 2, 4, side, CLASSES, 4 * size.width, 256, 0)

@@ -11,20 +11,21 @@ import torch
 
 from benchmarks.common import RESULTS, keep, say, table, trained
 from metaflowmaps.checkpoint import load_model
-from metaflowmaps.evaluation.steering import SteeringEvalConfig, evaluate_steering
-from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
+from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.figures import steering_figures
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
 from metaflowmaps.posterior import ExactModel
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.recipes.mixture16 import mixture_16d
 from metaflowmaps.recipes.tasks import steering_task
-from metaflowmaps.recycling import DrawPool
-from metaflowmaps.report import figures, steering_figures
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.sampling import uniform_grid
+from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.value import ess, free_shift, make_draws
 
 MAIN = (

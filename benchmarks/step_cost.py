@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.common import keep, say, table
 from metaflowmaps import LinearPath, MetaFlowMap
-from metaflowmaps.glass import Drift
 from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.path import Drift
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.objective import Objective

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import keep, table
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.path import LinearPath
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Record, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import GlassTeacher
+from metaflowmaps.work import ranks
 
 STEPS, BATCH = 20, 32
 # (ranks, shard, micro-batches)

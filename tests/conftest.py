@@ -12,7 +12,7 @@ from hypothesis import settings
 from torch import Tensor
 
 import metaflowmaps as mfm
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 
 # the same examples on every machine: a suite must not be green by luck
 settings.register_profile("fixed", derandomize=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import metaflowmaps as mfm
 from conftest import F64, PATHS, normal
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 tried = settings(
     max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None

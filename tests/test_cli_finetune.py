@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 
 from metaflowmaps import cli
 from metaflowmaps.checkpoint import files, load_model
-from metaflowmaps.config import validated
-from metaflowmaps.evaluation.steering import Judge
-from metaflowmaps.evaluation.tuning import TunedEvalConfig
+from metaflowmaps.lab.evaluate.steering_error import Judge
+from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.sliced_w2 import Curves, curves
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.report import figures
 from metaflowmaps.rewards import LinearGaussian
 from metaflowmaps.training.config import LawConfig, TrainConfig
 from metaflowmaps.training.objective import LabelledLaw
 from metaflowmaps.training.run import run_training
+from metaflowmaps.work.config import validated
 from test_cli import mfm
 
 # a map that is hardly trained, steered in a few steps: a single draw may well carry all the weight

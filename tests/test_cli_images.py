@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from metaflowmaps.commands import pictures
-from metaflowmaps.report import figures
+from metaflowmaps.lab.figures import plots as figures
 from test_cli import mfm
 
 # a map that is hardly trained, steered in two steps: a single draw may well carry all the weight

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
-from metaflowmaps.codec import SD_VAE, AutoencoderCodec, Decoded
 from metaflowmaps.errors import InputError
+from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec, Decoded
 from metaflowmaps.networks import make_network
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.rewards import InverseProblem, Tempered, WeightedSum
 from tiny_codec import tiny_codec, tiny_vae
 

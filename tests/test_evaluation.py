@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior, glass_calls_to_match
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior, glass_calls_to_match
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 

@@ -7,9 +7,9 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
-from metaflowmaps.chart import CHARTS
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.parameterization import CHARTS
+from metaflowmaps.random import stream
 
 MU, DELTA = 1.25, 0.75  # exact in float32, so that float64 models know them exactly
 WHITENED = ["gaussian", "residual"]

@@ -159,7 +159,7 @@ def test_drift_only_methods_steer_it_as_they_steer_the_mixture(method):
 
 
 def test_a_map_is_taught_by_it():
-    from metaflowmaps.chart import chart_class
+    from metaflowmaps.parameterization import chart_class
     from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
 
     model = wrapped("data", "exploding", "data-at-0")

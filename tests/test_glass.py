@@ -7,8 +7,8 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, bayes, coefficients, ks_bound, normal, uniform, worst_ks
-from metaflowmaps.glass import glass_drift_general
-from metaflowmaps.randomness import stream
+from metaflowmaps.path import glass_drift_general
+from metaflowmaps.random import stream
 from metaflowmaps.sampling import integrate, uniform_grid
 
 ENDS = [0.0, 1e-9, 1e-6, 1e-3, 0.5, 1 - 1e-3]

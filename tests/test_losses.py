@@ -8,9 +8,9 @@ import torch
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, coefficients, normal, uniform
 from metaflowmaps import losses
-from metaflowmaps.chart import CHARTS
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.parameterization import CHARTS
+from metaflowmaps.random import stream
 
 MU, DELTA = 0.5, 1.25
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import metaflowmaps as mfm
 from conftest import F64, PATHS, normal
-from metaflowmaps.meter import Meter
+from metaflowmaps.cost import Meter
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 K, N, M = 5, 3, 4
 LATE = torch.linspace(0.01, 1, K + 1, dtype=F64)  # the release's start: gradients look where the step begins

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal
 
 import metaflowmaps as mfm
 from conftest import CASES, CUBE, F64, bayes, coefficients, ks_bound, normal, paper_law, uniform, worst_ks
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 TIMES = [0.05, 0.4, 0.9]
 # the sharpest posterior below has standard deviation 0.1 = 2 steps: the trapezoidal rule errs by e^{-2π²·2²} = 1e-34;

@@ -11,10 +11,10 @@ from tests.tiny_codec import tiny_codec, tiny_vae
 import metaflowmaps as mfm
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.data import imagenet
+from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
-from metaflowmaps.imaging import from_tensor, to_tensor
+from metaflowmaps.interop.opening import published
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.opening import published
 
 LEFT = torch.linspace(1, -1, 32)[None, None, None, :]
 

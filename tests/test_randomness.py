@@ -10,7 +10,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, ks_bound, ks_distance
-from metaflowmaps.randomness import (
+from metaflowmaps.random import (
     GOLDEN,
     RowNoise,
     _mix,

@@ -13,14 +13,14 @@ from PIL import Image
 from tests.tiny_codec import tiny_vae
 
 import metaflowmaps as mfm
-from metaflowmaps import codec
 from metaflowmaps.data.synthetic import draw
-from metaflowmaps.evaluation.tuning import TunedEvalConfig
+from metaflowmaps.interop import autoencoder as codec
+from metaflowmaps.interop.pretrained import FAMILIES
+from metaflowmaps.interop.pretrained.layout import Shape, expected
+from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
 from metaflowmaps.metrics import inception
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.embed import positions
-from metaflowmaps.pretrained import FAMILIES
-from metaflowmaps.pretrained.layout import Shape, expected
 
 README = Path(__file__).parent.parent / "README.md"
 XL = {"width": 32, "depth": 2, "heads": 4, "encoder_depth": 1}

@@ -8,8 +8,8 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, bayes, coefficients, normal
-from metaflowmaps.randomness import stream
-from metaflowmaps.recycling import DrawPool
+from metaflowmaps.random import stream
+from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.value import Draws, free_shift
 
 CASE = CASES["per-component-full"]

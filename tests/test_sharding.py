@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from metaflowmaps import runs, sharding
+from metaflowmaps.commands import runs
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images import generation
-from metaflowmaps.sharding import Made, Share, Worker
+from metaflowmaps.lab.evaluate.images import generation
+from metaflowmaps.work import shards as sharding
+from metaflowmaps.work.shards import Made, Share, Worker
 from test_cli import mfm
 from test_cli_images import EXPERIMENTS
 

@@ -10,7 +10,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import CASES, F64, bayes, coefficients, ks_bound, normal
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import noise, stream
+from metaflowmaps.random import noise, stream
 
 T = 0.4
 PATH = mfm.LinearPath()

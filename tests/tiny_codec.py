@@ -2,7 +2,7 @@
 
 import torch
 
-from metaflowmaps.codec import AutoencoderCodec
+from metaflowmaps.interop.autoencoder import AutoencoderCodec
 
 
 def tiny_vae(seed: int = 0):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from metaflowmaps import pretrained, rewards
+from metaflowmaps import rewards
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.foreign import ForeignModel, wrap
-from metaflowmaps.glass import glass_drift
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.path import LinearPath, Path, TrigonometricPath
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.foreign import ForeignModel, wrap
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.path import LinearPath, Path, TrigonometricPath, glass_drift
 from metaflowmaps.posterior import (
     ExactModel,
     ExactPosterior,

@@ -6,7 +6,7 @@ differentiable in x. By construction ``X_{s,s} = id``. Free by-products:
 
     b_t(x) = v_{t,t}(x; 0, ·)        D_t(x) = (v_{0,0}(x̄; t, x) − α̇_0 x̄)/β̇_0        generator X_{0,1}(ε; 0, ·)
 
-What the network predicts, and in which coordinates, is its parameterisation: see :mod:`metaflowmaps.chart`.
+What the network predicts, and in which coordinates, is its parameterisation: see :mod:`metaflowmaps.parameterization`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.chart import Chart, chart_class
-from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.path import Path, as_path
-from metaflowmaps.randomness import RowNoise, Source, check_seeds, randn
-from metaflowmaps.shapes import (
+from metaflowmaps._shapes import (
     Time,
     as_numbers,
     batch_time,
@@ -33,6 +29,10 @@ from metaflowmaps.shapes import (
     expand_time,
     positive,
 )
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.parameterization import Chart, chart_class
+from metaflowmaps.path import Path, as_path
+from metaflowmaps.random import RowNoise, Source, check_seeds, randn
 
 Cond = Mapping[str, Tensor] | None
 CONDITIONS = ("guidance", "label")

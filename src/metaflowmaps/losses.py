@@ -1,7 +1,7 @@
 r"""Losses: regressions that make a network the flow map of the auxiliary process (Eq. 33).
 
 Written for a **flow** ``F_{a,b}(z)`` in chart coordinates, with ``Z_{a,b}(z) = z + (b − a) F_{a,b}(z)``
-(:mod:`metaflowmaps.chart`: in the plain chart these are s, u, x̄, v, X themselves). Z is the flow map of
+(:mod:`metaflowmaps.parameterization`: in the plain chart these are s, u, x̄, v, X themselves). Z is the flow map of
 ``dz/da = c_a(z)`` if and only if ``F_{a,a} = c_a`` and any one of
 
     Eulerian      ∂_a Z_{a,b} + c_a · ∇Z_{a,b} = 0     ⇔   F = c + (b − a)(∂_a + c·∇) F
@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import event_sum, expand_time
 from metaflowmaps.flow_map import Flow
-from metaflowmaps.shapes import event_sum, expand_time
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 

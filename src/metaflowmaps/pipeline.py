@@ -24,20 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_count, check_time
 from metaflowmaps.checkpoint import save_model
-from metaflowmaps.codec import AutoencoderCodec, Decoded
+from metaflowmaps.cost import Meter
 from metaflowmaps.data import imagenet
+from metaflowmaps.data.imaging import check_kind, from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Cond, MetaFlowMap
-from metaflowmaps.imaging import check_kind, from_tensor, to_tensor
-from metaflowmaps.meter import Meter
-from metaflowmaps.opening import DOCUMENT, codec_of, names_of, open_map, stored
-from metaflowmaps.progress_bar import Bar
-from metaflowmaps.randomness import fresh_seeds, randn
+from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
+from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, stored
+from metaflowmaps.random import fresh_seeds, randn
 from metaflowmaps.rewards.micro import EXHAUSTED
-from metaflowmaps.shapes import check_count, check_time
 from metaflowmaps.steering import SteerResult, steer
 from metaflowmaps.steering.run import PARTICLE, Step
+from metaflowmaps.work.progress import Bar
 
 Labels = str | int | Sequence[str | int] | Tensor | np.ndarray[Any, Any] | None
 T = TypeVar("T")

@@ -15,16 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metaflowmaps.chart import GaussianChart
+from metaflowmaps._shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 from metaflowmaps.errors import unknown
 from metaflowmaps.flow_map import Cond, MetaFlowMap
-from metaflowmaps.glass import Drift, call_drift, glass_drift
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.path import Path, as_path
-from metaflowmaps.randomness import randn
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.parameterization import GaussianChart
+from metaflowmaps.path import Drift, Path, as_path, call_drift, glass_drift
+from metaflowmaps.random import randn
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
-from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 
 
 class Posterior(Protocol):
@@ -71,8 +70,9 @@ class MapPosterior:
 class GlassPosterior:
     """The GLASS ODE dx̄/ds = b̄_s(x̄; t, x) from noise at s = 0 to a draw at s = 1.
 
-    Steps are equal in s, or, given the data's ``data_std``, equal in the angle of :mod:`metaflowmaps.chart`: late
-    contexts form their posterior near s = 1, where equal steps in s have nearly nothing left.
+    Steps are equal in s, or, given the data's ``data_std``, equal in the angle of
+    :mod:`metaflowmaps.parameterization`: late contexts form their posterior near s = 1, where
+    equal steps in s have nearly nothing left.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import Time, check_count, expand_time, positive
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.path import Path
-from metaflowmaps.shapes import Time, check_count, expand_time, positive
 
 VelocityField = Callable[[Time, Tensor], Tensor]
 

@@ -27,15 +27,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.path import Path
 from metaflowmaps.posterior import MapPosterior
-from metaflowmaps.randomness import RowNoise, Source
-from metaflowmaps.randomness import noise as draw_noise
+from metaflowmaps.random import RowNoise, Source
+from metaflowmaps.random import noise as draw_noise
 from metaflowmaps.rewards.base import Cond, is_differentiable, rows_of
 from metaflowmaps.rewards.checked import checked_reward
-from metaflowmaps.shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 
 CORRECTIONS = ("none", "jackknife")
 NEGLIGIBLE = 1e-4  # of an equal share: the second pass leaves such draws out

@@ -9,7 +9,7 @@ import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, bayes, coefficients, ks_bound, normal, worst_ks
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.posterior import RolloutPosterior
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 CASE = CASES["per-component-full"]
 POSTERIORS = ["map", "map, 3 steps", "glass", "rollout", "exact", "tweedie", "exact model"]

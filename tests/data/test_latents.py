@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from metaflowmaps.config import validated
 from metaflowmaps.data import DataConfig, describe, load_data
-from metaflowmaps.data import encode as latent_encoding
-from metaflowmaps.data.encode import Encoding, Plan, encode
 from metaflowmaps.data.imagenet import wnids
 from metaflowmaps.data.latents import INDEX, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import stream
-from metaflowmaps.sharding import Worker
+from metaflowmaps.interop import encode_latents as latent_encoding
+from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
+from metaflowmaps.random import stream
+from metaflowmaps.work.config import validated
+from metaflowmaps.work.shards import Worker
 from tiny_codec import tiny_codec
 
 SIZE, SHARD = 32, 4

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from metaflowmaps.config import validated
 from metaflowmaps.data import DataConfig, describe, limits, load_data, pictures
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
+from metaflowmaps.work.config import validated
 
 SHARED = Path(os.environ.get("MFM_SHARED", Path(__file__).parents[3] / "shared")) / "data" / "mnist"
 real_mnist = pytest.mark.skipif(

@@ -4,11 +4,7 @@ import math
 
 import pytest
 import torch
-
-import metaflowmaps as mfm
-from conftest import CASES, F64, PATHS, normal, uniform
-from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.control import (
+from benchmarks.control_estimators import (
     LAW,
     Exact,
     Navigation,
@@ -20,14 +16,18 @@ from metaflowmaps.evaluation.control import (
     make_probes,
     target_errors,
 )
+
+import metaflowmaps as mfm
+from conftest import CASES, F64, PATHS, normal, uniform
+from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.baseline import NoBaseline
 from metaflowmaps.finetuning.objective import MFMFT
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.analytic import LinearGaussian
 
 Z = 4.5  # two-sided level 7e-6: a hundred comparisons together fail by luck for fewer than 1 seed in 1,000

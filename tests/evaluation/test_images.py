@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 import metaflowmaps as mfm
 from conftest import normal
-from metaflowmaps.config import override
 from metaflowmaps.data import ImageSet
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images import inverse, mixture, race, recovery, value, variants
-from metaflowmaps.evaluation.images.generation import GenerationConfig, evaluate_generation, nearest
-from metaflowmaps.evaluation.images.rewards import image_reward, scored, weights
-from metaflowmaps.evaluation.images.stage import Judge, Stage, Timed, per_sample
+from metaflowmaps.lab.evaluate.images import class_mixture as mixture
+from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
+from metaflowmaps.lab.evaluate.images import race, recovery, variants
+from metaflowmaps.lab.evaluate.images import rollout_value as value
+from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation, nearest
+from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
+from metaflowmaps.lab.evaluate.images.stage import Judge, Stage, Timed, per_sample
 from metaflowmaps.posterior import RolloutPosterior
-from metaflowmaps.randomness import RowNoise, randn, stream
+from metaflowmaps.random import RowNoise, randn, stream
 from metaflowmaps.rewards import InverseProblem
 from metaflowmaps.steering import SteerResult
+from metaflowmaps.work.config import override
 
 SHAPE = (1, 8, 8)
 

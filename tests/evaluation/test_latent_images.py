@@ -17,16 +17,18 @@ import metaflowmaps as mfm
 from metaflowmaps.checkpoint import save_model
 from metaflowmaps.commands import images as commands
 from metaflowmaps.commands.encode import encode_latents
-from metaflowmaps.config import override, validated
 from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images import inverse, mixture, race, variants
-from metaflowmaps.evaluation.images.rewards import image_reward, scores_of, short
-from metaflowmaps.evaluation.images.stage import Conditions, ImageEvalConfig, Judge, Stage
+from metaflowmaps.lab.evaluate.images import class_mixture as mixture
+from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
+from metaflowmaps.lab.evaluate.images import race, variants
+from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scores_of, short
+from metaflowmaps.lab.evaluate.images.stage import Conditions, ImageEvalConfig, Judge, Stage
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.randomness import fresh_seeds, stream
+from metaflowmaps.random import fresh_seeds, stream
+from metaflowmaps.work.config import override, validated
 from test_cli import mfm as command
 
 CLASSES, SIDE, SHAPE = 4, 64, (4, 8, 8)

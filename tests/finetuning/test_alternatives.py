@@ -10,10 +10,10 @@ from exact import LEVEL, LOUD, Case, MixtureMap, features, gaussian_map, random_
 
 import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance
+from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.alternatives import AdjointMatching, Draft
-from metaflowmaps.meter import Meter
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 # -- adjoint matching --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from metaflowmaps.checkpoint.states import flatten_state, unflatten_state
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.baseline import IndependentDraws, Learned, NoBaseline, Running, make_baseline
 from metaflowmaps.finetuning.config import BaselineConfig
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.value import equal_log_weights, log_mean
 
 KINDS = ("none", "running", "learned", "draws")

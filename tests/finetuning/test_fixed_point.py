@@ -24,13 +24,13 @@ from exact import (
 
 import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
+from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.baseline import NoBaseline, Running, make_baseline
 from metaflowmaps.finetuning.config import BaselineConfig
 from metaflowmaps.finetuning.objective import BINS, MFMFT, Mixing, TargetBatch
 from metaflowmaps.finetuning.problem import Problem
-from metaflowmaps.meter import Meter
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 
 FORMS = ("gradient", "gradient-free", "blend")
 CASES = ("gaussian-1d", "gaussian-2d", "mixture-1d", "mixture-2d")

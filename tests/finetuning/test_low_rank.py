@@ -16,7 +16,7 @@ from metaflowmaps.checkpoint.models import export_run
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks import make_network
 from metaflowmaps.networks.low_rank import LowRank, add_low_rank, fold, rank_of
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 NETWORKS = {
     "mlp": {"name": "mlp", "dim": 2, "width": 8, "depth": 2, "num_classes": 3},

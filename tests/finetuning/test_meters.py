@@ -13,7 +13,7 @@ from conftest import F64, coefficients
 from metaflowmaps.finetuning.config import MetersConfig
 from metaflowmaps.finetuning.meters import Meters, kept_records
 from metaflowmaps.finetuning.problem import Problem
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 
 def divergence(mean, std, other_mean, other_std):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaflowmaps.config import validated
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig, Rule
+from metaflowmaps.work.config import validated
 
 BASE = {"checkpoint": "base", "checkpoint_sha256": "", "reward": "r"}
 FORM = "a stop rule is NAME>NUMBER, NAME<NUMBER or NAME stalls K"

@@ -17,7 +17,6 @@ from torch import nn
 
 import metaflowmaps as mfm
 from metaflowmaps.checkpoint import CheckpointStore, load_model, resolve_checkpoint
-from metaflowmaps.config import validated
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig
 from metaflowmaps.finetuning.meters import Meters
@@ -26,6 +25,7 @@ from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training.config import OptimizerConfig
 from metaflowmaps.training.loop import Interrupted
 from metaflowmaps.training.state import TrainState
+from metaflowmaps.work.config import validated
 
 REWARD = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8]), -1.0, 1.5)
 CLASSES, SCALE = 3, 2.5

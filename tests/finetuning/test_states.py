@@ -12,7 +12,7 @@ from metaflowmaps.finetuning.config import StatesConfig
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.finetuning.states import States, base_pool, student_samples
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 LINEAR = mfm.LinearPath()
 

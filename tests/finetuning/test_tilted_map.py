@@ -8,11 +8,11 @@ from exact import LEVEL, LOUD, MEAN, STD, Case, Round, gaussian_map, running, z_
 
 import metaflowmaps as mfm
 from conftest import F64, ks_bound, ks_distance
+from metaflowmaps.cost import Meter
 from metaflowmaps.finetuning.config import FinetuneConfig, StatesConfig
 from metaflowmaps.finetuning.problem import Problem, gather
 from metaflowmaps.finetuning.states import States
 from metaflowmaps.finetuning.tilted_map import DirectObjective, distillation, pick
-from metaflowmaps.meter import Meter
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training.config import LossConfig
 

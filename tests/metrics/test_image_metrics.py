@@ -8,7 +8,7 @@ import torch
 from metaflowmaps import metrics
 from metaflowmaps.errors import InputError
 from metaflowmaps.metrics.calibration import _polynomials
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 F64 = torch.float64
 

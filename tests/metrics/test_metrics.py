@@ -9,7 +9,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.metrics import energy_distance, mmd_squared, sliced_w2, two_sample_test
 from metaflowmaps.metrics.kernels import energy_kernel, rbf_kernel
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 
 def normal(n: int, dim: int, *name) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 
 import metaflowmaps as mfm
 from metaflowmaps.networks import make_classifier, make_network
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 
 NETWORKS = {
     "mlp": {"name": "mlp", "dim": 64, "width": 64, "depth": 3, "modulation": True, "shape": [1, 8, 8]},

@@ -9,7 +9,7 @@ from torch import nn
 from conftest import F64, normal
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks import CLASSIFIERS, make_classifier
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 
 def build(name, **options):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from conftest import F64, normal, uniform
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.embed import positions, sinusoid
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 
 def fresh(**options):

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from conftest import F64, normal, uniform
 from metaflowmaps.networks import dit as dit_module
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.training.derivative import COMPILES
 
 

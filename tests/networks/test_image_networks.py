@@ -9,7 +9,7 @@ import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks import NETWORKS, make_network
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 # as they come out of JSON
 SMALL = {

@@ -10,7 +10,7 @@ from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks import make_network
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 OPTIONS = {
     "plain": {},

@@ -3,10 +3,10 @@
 import pytest
 
 import metaflowmaps as mfm
-from metaflowmaps import pretrained
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.errors import InputError
-from metaflowmaps.pretrained.direction import time_direction
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.pretrained.direction import time_direction
 
 LAW = mfm.GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
 

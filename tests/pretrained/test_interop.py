@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import metaflowmaps as mfm
-from metaflowmaps import pretrained
 from metaflowmaps.errors import InputError
-from metaflowmaps.glass import glass_drift
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.pretrained.layout import reverse_time
 from metaflowmaps.networks.embed import sinusoid
-from metaflowmaps.path import LinearPath
-from metaflowmaps.pretrained.layout import reverse_time
+from metaflowmaps.path import LinearPath, glass_drift
 
 CONFIG = {"heads": 4, "encoder_depth": 3}
 FAMILIES = ("mfm", "dmf", "sit")
@@ -209,7 +208,7 @@ def test_the_null_class_is_the_models_own(files):
 @pytest.mark.parametrize("family", ["dmf", "sit"])
 def test_glass_on_a_converted_parent_with_guidance_is_the_formula_by_hand(files, family):
     """b̄ = [t*(1−s)t/den] x + […] x̄ + t* q b_{t*}(x*), b = b_∅ + w (b_y − b_∅), on the linear path (§2, §4)."""
-    from metaflowmaps.chart import chart_class
+    from metaflowmaps.parameterization import chart_class
     from metaflowmaps.training.teachers import GlassTeacher
 
     model = load(files[family]).double()

@@ -5,7 +5,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from metaflowmaps.report.figures import new_figure, save
+from metaflowmaps.lab.figures.plots import new_figure, save
 
 TIMES = ("0.0", "0.4", "0.95")
 LONG = (

@@ -7,7 +7,7 @@ import pytest
 from browser import CHROMIUM, DESK, PHONE, WIDTH, Browser, faults
 from made_runs import everything, picture
 
-from metaflowmaps.report.html import write_report
+from metaflowmaps.lab.report.html import write_report
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium, to see the report in a browser"

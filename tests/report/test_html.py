@@ -10,8 +10,8 @@ from made_runs import LONG, carrying, everything, fidelity, picture, steering, t
 from metaflowmaps import cli
 from metaflowmaps.commands.shared import print_tables
 from metaflowmaps.errors import InputError
-from metaflowmaps.report.html import read_results, tables_of, write_report
-from metaflowmaps.report.sections import duration, number
+from metaflowmaps.lab.report.html import read_results, tables_of, write_report
+from metaflowmaps.lab.report.sections import duration, number
 
 
 class Outline(HTMLParser):

@@ -11,10 +11,10 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import stream
-from metaflowmaps.report import image_figures as f
-from metaflowmaps.report.layout import thinned
-from metaflowmaps.report.steering_figures import STYLE, style
+from metaflowmaps.lab.figures import image_figures as f
+from metaflowmaps.lab.figures.picture_layout import thinned
+from metaflowmaps.lab.figures.steering_figures import STYLE, style
+from metaflowmaps.random import stream
 
 
 def pictures(n, channels=1, size=8, seed="p"):

@@ -7,7 +7,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, normal
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, LinearGaussian, Mask
 
 EVENT = (2, 4, 6)

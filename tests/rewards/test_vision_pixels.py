@@ -14,7 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.rewards import Pixels
 from metaflowmaps.rewards.vision.clip import HPS_PIXELS
 

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from conftest import F64, normal, uniform
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()

@@ -7,7 +7,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, PATHS
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.steering.problem import Problem
 
 LAW = mfm.GaussianMixture(torch.tensor([[0.4]], dtype=F64), 0.6)

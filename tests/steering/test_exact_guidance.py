@@ -10,7 +10,7 @@ from closed_forms import draw, drift_of, gaussian_moment, tilted
 import metaflowmaps as mfm
 from conftest import CASES, CUBE, F64, PATHS, Case, coefficients, normal
 from metaflowmaps.metrics import two_sample_test
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.steering.problem import Problem
 
 ALL = {**CASES, "cube": CUBE}

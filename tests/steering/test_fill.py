@@ -4,7 +4,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, paper_law
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 MODEL = mfm.ExactModel(mfm.LinearPath(), paper_law())
 REWARD = mfm.rewards.LinearGaussian([1.2, -0.8], -1.0, 0.2)

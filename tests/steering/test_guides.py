@@ -9,8 +9,8 @@ from closed_forms import gaussian_map, gaussian_moment, random_map
 
 import metaflowmaps as mfm
 from conftest import F64, PATHS, coefficients, normal
-from metaflowmaps.meter import Meter
-from metaflowmaps.randomness import RowNoise, fresh_seeds, stream
+from metaflowmaps.cost import Meter
+from metaflowmaps.random import RowNoise, fresh_seeds, stream
 from metaflowmaps.steering.dps import DpsGuide
 from metaflowmaps.steering.glass import GlassGuide
 from metaflowmaps.steering.mfm_g import GradientGuide

@@ -8,7 +8,7 @@ from closed_forms import base_chain, random_map
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, ks_bound, ks_distance
-from metaflowmaps.randomness import copy_seeds, stream
+from metaflowmaps.random import copy_seeds, stream
 
 CASE = CASES["per-component-full"]
 # every process, the paths taking turns

@@ -10,7 +10,7 @@ from torch import nn
 
 import metaflowmaps as mfm
 from conftest import F64, PATHS, coefficients
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.steering.run import METHODS
 
 STD, PULL = 0.5, 0.4  # data N(4 label, .25), reward −(x − (4 label + 1))²/(2 · .16): posterior mean 4 label + .25/.41

@@ -18,7 +18,7 @@ from closed_forms import base_chain, gaussian_map, gaussian_moment
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 MEAN, COV = torch.tensor([0.4], dtype=F64), torch.tensor([[0.5]], dtype=F64)
 A, Y, NOISE_STD = torch.ones(1, 1, dtype=F64), torch.tensor([1.3], dtype=F64), 0.7

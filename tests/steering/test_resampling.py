@@ -7,7 +7,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, normal
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.steering.resampling import RESAMPLERS, effective, resample
 
 SYSTEMS = 20_000

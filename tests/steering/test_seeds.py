@@ -7,7 +7,7 @@ from test_own_model import Drawing, Labelled, of_label
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS
-from metaflowmaps.randomness import fresh_seeds, stream
+from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.steering.run import METHODS
 
 PATH = PATHS["linear"]

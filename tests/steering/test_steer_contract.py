@@ -10,7 +10,7 @@ from closed_forms import random_map
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.steering import SteeringFailed
 from metaflowmaps.steering.glass import GlassGuide
 from metaflowmaps.steering.mfm_g import GradientGuide

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import files, resolve_checkpoint, sharded
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
@@ -27,6 +26,7 @@ from metaflowmaps.training.loop import Interrupted, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import starting_point
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
+from metaflowmaps.work import ranks
 
 PRELOADED = ["ranks_worker", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"]
 MEANS = [[-1.0, 0.5, 0.2], [1.0, -0.5, 0.4]]

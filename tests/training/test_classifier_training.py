@@ -11,7 +11,6 @@ from test_resume import fingerprint
 from conftest import normal
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.checkpoint.models import load_classifier
-from metaflowmaps.config import validated
 from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.recipes import recipe
@@ -20,6 +19,7 @@ from metaflowmaps.training.classifier import ClassifierObjective, accuracy, shif
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
 from metaflowmaps.training.loop import Interrupted, NonFiniteLoss
 from metaflowmaps.training.run import build_classifier, run_classifier_training, run_training
+from metaflowmaps.work.config import validated
 
 OPTIMIZER = {"name": "adam", "lr": 5e-3, "betas": (0.9, 0.99), "warmup_steps": 10, "ema": 0.95}
 

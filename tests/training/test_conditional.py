@@ -13,17 +13,17 @@ from test_resume import fingerprint
 import metaflowmaps as mfm
 from conftest import F64, Case, bayes, coefficients, normal, uniform, worst_ks
 from metaflowmaps import losses
-from metaflowmaps.chart import CHARTS
 from metaflowmaps.checkpoint import load_model
-from metaflowmaps.config import validated
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.randomness import stream
+from metaflowmaps.parameterization import CHARTS
+from metaflowmaps.random import stream
 from metaflowmaps.training.config import ConditionConfig, LawConfig, LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Interrupted
 from metaflowmaps.training.objective import LabelledLaw, Objective
 from metaflowmaps.training.run import build_map, build_objective, exact_teacher, run_training
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, guided_drift
+from metaflowmaps.work.config import validated
 
 MEANS, WEIGHTS, LABELS, NULL = [[-1.5, -1.0], [0.5, 1.2], [1.5, -0.7]], [0.5, 0.3, 0.2], [0, 1, 0], 2
 COVARIANCES = [[[0.5, 0.2], [0.2, 0.3]], [[0.4, -0.1], [-0.1, 0.6]], [[0.9, 0.0], [0.0, 0.3]]]

@@ -20,12 +20,12 @@ import pytest
 import torch
 from ranks_worker import FORMS, Looks, build, config_of, go, go_all, launch, outcome
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import CheckpointError, CheckpointStore, load_model, read_checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.training.distributed import check_division, ranks_a_copy, told
 from metaflowmaps.training.run import starting_point
+from metaflowmaps.work import ranks
 
 EXACT = 1e-11
 PARTS = ("weights", "average", "optimizer")

@@ -9,8 +9,8 @@ from test_resume import small
 
 from metaflowmaps.checkpoint import load_model
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture

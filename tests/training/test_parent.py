@@ -5,11 +5,11 @@ import torch
 
 import metaflowmaps as mfm
 from metaflowmaps.checkpoint import load_model
-from metaflowmaps.config import override
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.run import _like_parent, build_map, inherit, run_training, taught_by
+from metaflowmaps.work.config import override
 
 SMALL = ["model.network.width=16", "model.network.depth=2", "batch_size=32", "steps=6", "log_every=1", "threads=1"]
 LAW = mfm.GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)

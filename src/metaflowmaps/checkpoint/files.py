@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import sync_folder
 from metaflowmaps.errors import InputError
-from metaflowmaps.sharding import sync_folder
 
 FORMAT = 1
 CONFIG, MODEL, MANIFEST = "config.json", "model.safetensors", "manifest.json"

@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint.files import (
     EMA,
     INDEX,
@@ -44,6 +43,7 @@ from metaflowmaps.checkpoint.files import (
     verified,
     writing,
 )
+from metaflowmaps.work import ranks
 
 SUFFIX = ".safetensors"
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint.files import (
     POSITION,
     Checkpoint,
@@ -23,6 +22,7 @@ from metaflowmaps.checkpoint.files import (
     write_checkpoint,
 )
 from metaflowmaps.errors import InputError
+from metaflowmaps.work import ranks
 
 
 class CheckpointStore:

@@ -16,7 +16,7 @@ import typer
 from metaflowmaps.cli import train, run, convert, data, draw, array, judge  # isort: skip  # the order in which mfm --help lists them
 from metaflowmaps.cli.options import app, complain, say
 from metaflowmaps.errors import InputError
-from metaflowmaps.ranks import launched, told_elsewhere
+from metaflowmaps.work.ranks import launched, told_elsewhere
 
 __all__ = ["app", "array", "convert", "data", "draw", "judge", "main", "run", "train"]
 

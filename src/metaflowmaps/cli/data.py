@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from metaflowmaps.cli.options import Device, Json, app, emit, say
-from metaflowmaps.codec import SD_VAE
 from metaflowmaps.errors import InputError
+from metaflowmaps.interop.autoencoder import SD_VAE
 
 
 @app.command("encode-latents")

@@ -53,7 +53,7 @@ def sample(
     """Draw samples of the data law; samples.safetensors holds them and their seeds."""
     from metaflowmaps import commands
     from metaflowmaps.commands.scene import Wish
-    from metaflowmaps.sharding import share_of
+    from metaflowmaps.work.shards import share_of
 
     results = commands.sample(
         checkpoint, how_many(num, only), steps, method, out, seed or 0, device, invocation(), only or (),
@@ -88,7 +88,7 @@ def posterior(
     """Draw clean data given a noisy state; writes draws.safetensors with their seeds and a picture."""
     from metaflowmaps import commands
     from metaflowmaps.commands.scene import Wish
-    from metaflowmaps.sharding import share_of
+    from metaflowmaps.work.shards import share_of
 
     results = commands.posterior(
         checkpoint, t, x, how_many(num_draws, only), steps, out, seed or 0, device, invocation(), only or (),
@@ -131,7 +131,7 @@ def steer(
     """Sample with a reward; samples.safetensors holds samples, rewards, seeds. --set gives a method's own options."""
     from metaflowmaps import commands
     from metaflowmaps.commands.scene import Wish
-    from metaflowmaps.sharding import share_of
+    from metaflowmaps.work.shards import share_of
 
     results = commands.steer(
         checkpoint, reward, strength, how_many(num, only), method, num_draws, steps, process, renormalize,

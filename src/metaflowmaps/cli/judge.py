@@ -144,7 +144,7 @@ def on_images(
 ) -> dict[str, Any]:
     """An image experiment; --samples is one of its settings."""
     from metaflowmaps import commands
-    from metaflowmaps.sharding import share_of
+    from metaflowmaps.work.shards import share_of
 
     own = [*([f"samples={samples}"] if samples is not None else []), *(settings or [])]
     share = share_of(worker, shard_size)
@@ -163,7 +163,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Join runs into one self-contained HTML page."""
-    from metaflowmaps.report.html import write_report
+    from metaflowmaps.lab.report.html import write_report
 
     print(write_report(runs, out / "report.html" if out.is_dir() else out))
 
@@ -178,7 +178,7 @@ def demo(
 ) -> None:
     """Noisy digits, what they may be, and steered digits, as report.html: about a minute on a laptop."""
     from metaflowmaps import commands
-    from metaflowmaps.report.html import tables_of
+    from metaflowmaps.lab.report.html import tables_of
 
     page, results = commands.demo(law, out, seed or 0, say)
     commands.print_tables(tables_of(results))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.ranks import launched
+from metaflowmaps.work.ranks import launched
 
 app = typer.Typer(
     name="mfm",
@@ -82,7 +82,7 @@ def how_many(num: int | None, only: list[int] | None) -> int:
 def judged(results: dict[str, Any], as_json: bool) -> None:
     """A measurement's tables, then what every command prints."""
     from metaflowmaps.commands import print_tables
-    from metaflowmaps.report.html import tables_of
+    from metaflowmaps.lab.report.html import tables_of
 
     if not as_json and "command" in results:  # a worker among others has none
         print_tables(tables_of(results))

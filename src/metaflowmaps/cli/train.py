@@ -56,9 +56,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a meta flow map. Run the same command again to go on after an interruption."""
-    from metaflowmaps import commands, ranks
+    from metaflowmaps import commands
     from metaflowmaps.recipes import TASKS
     from metaflowmaps.recipes import recipe as find_recipe
+    from metaflowmaps.work import ranks
 
     if dry_run and recipe in TASKS:
         from metaflowmaps.commands.run import plan_task
@@ -108,7 +109,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Put a reward into the weights: a map that samples p_1 e^{λr} without guidance. Run it again to go on."""
-    from metaflowmaps import commands, ranks
+    from metaflowmaps import commands
+    from metaflowmaps.work import ranks
 
     ranks.alone("mfm finetune")
     given = {"method": method, "guidance": guidance, "stop": stop}

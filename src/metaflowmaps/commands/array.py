@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metaflowmaps.commands.runs import read_json
 from metaflowmaps.commands.shared import Results, Say
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.runs import read_json
-from metaflowmaps.sharding import FOLDERS, LOGS, Worker, read_plan, there
+from metaflowmaps.work.shards import FOLDERS, LOGS, Worker, read_plan, there
 
 CLUSTERS = ("slurm", "local")
 SHARED = ("sample", "posterior", "steer", "eval")  # the commands that know workers

@@ -7,19 +7,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metaflowmaps import pretrained
+from metaflowmaps._files import write_whole
 from metaflowmaps.checkpoint import CheckpointError, load_model, resolve_checkpoint, save_model
-from metaflowmaps.codec import SD_VAE
+from metaflowmaps.commands.runs import finite
 from metaflowmaps.commands.shared import Results, Say, digest
-from metaflowmaps.config import parse_settings
 from metaflowmaps.data import imagenet
 from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.autoencoder import SD_VAE
+from metaflowmaps.interop.opening import DOCUMENT, is_latent
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.opening import DOCUMENT, is_latent
-from metaflowmaps.runs import finite
-from metaflowmaps.sharding import write_whole
+from metaflowmaps.work.config import parse_settings
 
 VAE = "vae"  # the folder of an autoencoder beside its map
 FAMILIES = {  # what the map is, and under whose licence

@@ -10,18 +10,19 @@ import torch
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands.images import evaluate_images
 from metaflowmaps.commands.judge import eval_posterior
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.shared import Results, Say, begun, digest, open_model, typed
 from metaflowmaps.commands.stage import open_stage
 from metaflowmaps.commands.steering import eval_steering
 from metaflowmaps.commands.train import resolve_training, train
 from metaflowmaps.errors import unknown
-from metaflowmaps.evaluation.images.race import RaceConfig, evaluate_race, title
-from metaflowmaps.evaluation.images.stage import table
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.lab.evaluate.images.race import RaceConfig, evaluate_race, title
+from metaflowmaps.lab.evaluate.images.stage import table
+from metaflowmaps.lab.figures import image_figures
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.report.html import write_report
+from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.report import figures, image_figures
-from metaflowmaps.report.html import write_report
-from metaflowmaps.runs import write_results
 
 SHOWN = ["none", "mfm-g", "mfm-gf", "mfm-smc", "dps", "tds", "best-of-n", "exact"]
 STORIES = ("digits", "gmm")

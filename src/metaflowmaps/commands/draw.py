@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from metaflowmaps.commands import pictures
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.scene import Scene, Wish
 from metaflowmaps.commands.shards import draw_in_shards, usual_size
 from metaflowmaps.commands.shared import Results, Say, beside, digest, law_of, open_model, save_tensors
+from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.meter import Meter
-from metaflowmaps.randomness import RowNoise, fresh_seeds, randn, stream
-from metaflowmaps.report import figures
-from metaflowmaps.runs import write_results
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
-from metaflowmaps.sharding import Made, Share, own_device
+from metaflowmaps.work.shards import Made, Share, own_device
 
 
 def sample(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from metaflowmaps.codec import AutoencoderCodec
 from metaflowmaps.commands.shared import Results, Say
-from metaflowmaps.data.encode import Encoding, Plan, encode
 from metaflowmaps.data.latents import read_index, verify
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.runs import pick_device
-from metaflowmaps.sharding import Worker, own_device, share_of
+from metaflowmaps.interop.autoencoder import AutoencoderCodec
+from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
+from metaflowmaps.work.devices import pick_device
+from metaflowmaps.work.shards import Worker, own_device, share_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import CheckpointStore, load_model
 from metaflowmaps.commands import pictures
+from metaflowmaps.commands.progress import training_progress
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.scene import Scene, Wish
 from metaflowmaps.commands.shared import (
     Results,
@@ -27,14 +28,8 @@ from metaflowmaps.commands.shared import (
     tuned,
 )
 from metaflowmaps.commands.stage import open_stage
-from metaflowmaps.config import override, validated
 from metaflowmaps.data import DataConfig, load_data
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation import tuning
-from metaflowmaps.evaluation.images.mixture import wished
-from metaflowmaps.evaluation.images.rewards import RACE, image_reward
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
-from metaflowmaps.evaluation.tuning import TunedEvalConfig, evaluate_tuned
 from metaflowmaps.finetuning.config import FinetuneConfig, usual
 from metaflowmaps.finetuning.meters import kept_records, measurements
 from metaflowmaps.finetuning.run import (
@@ -47,11 +42,17 @@ from metaflowmaps.finetuning.run import (
     run_finetuning,
 )
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.progress import training_progress
-from metaflowmaps.report import figures, tuning_figures
+from metaflowmaps.lab.evaluate import tuning_error as tuning
+from metaflowmaps.lab.evaluate.images.class_mixture import wished
+from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward
+from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Stage
+from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig, evaluate_tuned
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.figures import tuning_figures
 from metaflowmaps.rewards import LinearGaussian, Tempered
-from metaflowmaps.runs import write_results
 from metaflowmaps.training.loop import NonFiniteLoss
+from metaflowmaps.work import ranks
+from metaflowmaps.work.config import override, validated
 
 
 def _on(reward: Any, device: torch.device) -> Any:

@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 from metaflowmaps.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.rewards import JUDGES, judge
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.shards import elsewhere, shared_claim
 from metaflowmaps.commands.shared import Results, Say, beside, digest, open_model
 from metaflowmaps.commands.stage import chosen_features, data_of, equip, open_stage
-from metaflowmaps.config import override, validated
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.evaluation.images.generation import GenerationConfig, evaluate_generation
-from metaflowmaps.evaluation.images.inverse import InverseConfig, evaluate_inverse
-from metaflowmaps.evaluation.images.mixture import MixtureConfig, evaluate_mixture
-from metaflowmaps.evaluation.images.race import RaceConfig, evaluate_race
-from metaflowmaps.evaluation.images.recovery import RecoveryConfig, evaluate_recovery
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig, Stage
-from metaflowmaps.evaluation.images.value import ImageValueConfig, evaluate_image_value
-from metaflowmaps.opening import is_latent, stored
-from metaflowmaps.runs import write_results
-from metaflowmaps.sharding import Elsewhere, Share, discard, own_device
+from metaflowmaps.interop.opening import is_latent, stored
+from metaflowmaps.lab.evaluate.images.class_mixture import MixtureConfig, evaluate_mixture
+from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation
+from metaflowmaps.lab.evaluate.images.inverse_problems import InverseConfig, evaluate_inverse
+from metaflowmaps.lab.evaluate.images.race import RaceConfig, evaluate_race
+from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig, evaluate_recovery
+from metaflowmaps.lab.evaluate.images.rollout_value import ImageValueConfig, evaluate_image_value
+from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Stage
+from metaflowmaps.work.config import override, validated
+from metaflowmaps.work.shards import Elsewhere, Share, discard, own_device
 
 Drawn = tuple[dict[str, Any], Callable[[Path], dict[str, str]]]  # metrics; what writes the figures -> captions
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.shared import (
     Results,
     Say,
@@ -14,13 +15,12 @@ from metaflowmaps.commands.shared import (
     open_model,
     panels,
 )
-from metaflowmaps.config import override, validated
 from metaflowmaps.errors import unknown
-from metaflowmaps.evaluation.posterior import PosteriorEvalConfig, evaluate_posterior
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
+from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.recipes.gmm import LAW
-from metaflowmaps.report import figures
-from metaflowmaps.runs import write_results
 from metaflowmaps.sampling import INTEGRATORS
+from metaflowmaps.work.config import override, validated
 
 SHOWN = ["none", "mfm-g", "mfm-gf", "mfm-smc", "dps", "tds", "best-of-n", "exact"]
 LAWS = {"gmm": LAW}

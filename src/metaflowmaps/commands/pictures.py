@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.data import Examples
-from metaflowmaps.evaluation.images import race as races
-from metaflowmaps.evaluation.images.generation import Generated
-from metaflowmaps.evaluation.images.inverse import PROBLEMS, Solved
-from metaflowmaps.evaluation.images.mixture import Mixed
-from metaflowmaps.evaluation.images.race import Raced
-from metaflowmaps.evaluation.images.recovery import Recovered
-from metaflowmaps.evaluation.images.rewards import short
-from metaflowmaps.evaluation.images.variants import variant
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.randomness import randn, stream
-from metaflowmaps.report import figures, image_figures
+from metaflowmaps.lab.evaluate.images import race as races
+from metaflowmaps.lab.evaluate.images.class_mixture import Mixed
+from metaflowmaps.lab.evaluate.images.generation import Generated
+from metaflowmaps.lab.evaluate.images.image_rewards import short
+from metaflowmaps.lab.evaluate.images.inverse_problems import PROBLEMS, Solved
+from metaflowmaps.lab.evaluate.images.race import Raced
+from metaflowmaps.lab.evaluate.images.recovery import Recovered
+from metaflowmaps.lab.evaluate.images.variants import variant
+from metaflowmaps.lab.figures import image_figures
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.random import randn, stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.stage import open_stage
 from metaflowmaps.data.imagenet import class_names
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images.rewards import PIXELS, REWARDS, image_reward
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.lab.evaluate.images.image_rewards import PIXELS, REWARDS, image_reward
+from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
 from metaflowmaps.recipes.tasks import TASKS, steering_task
 from metaflowmaps.rewards import (
     AestheticScore,

@@ -8,15 +8,15 @@ from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.commands.finetune import Subject, default_place, finetune, resolve_finetuning
 from metaflowmaps.commands.images import EXPERIMENTS, evaluate_images
 from metaflowmaps.commands.shared import Results, Say
-from metaflowmaps.config import override, validated
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images.stage import ImageEvalConfig
 from metaflowmaps.finetuning.config import FinetuneConfig
+from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.flops import forward_flops
 from metaflowmaps.recipes import task
 from metaflowmaps.recipes.imagenet import LATENTS, SCALES
 from metaflowmaps.training.plan import GIB, bytes_of_training, gpu_named, kept_bytes
+from metaflowmaps.work.config import override, validated
 
 XL2: dict[str, Any] = {
     **SIZES["XL"], "channels": LATENTS[0], "size": LATENTS[1], "patch": 2, "num_classes": 1000, "guidance": SCALES,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.shared import Say
+from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Cond, MetaFlowMap
-from metaflowmaps.imaging import from_tensor, to_tensor
-from metaflowmaps.opening import codec_of, is_latent, names_of, stored
+from metaflowmaps.interop.opening import codec_of, is_latent, names_of, stored
 from metaflowmaps.pipeline import Pipeline
 
 EVERY = "all"  # --label: the classes in turn

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from metaflowmaps.commands.runs import claim, read_json, release
 from metaflowmaps.commands.shared import Results, Say
-from metaflowmaps.runs import claim, read_json, release
-from metaflowmaps.sharding import SHARD, Elsewhere, Made, Pieces, Share, discard, ranges, total_cost
+from metaflowmaps.work.shards import SHARD, Elsewhere, Made, Pieces, Share, discard, ranges, total_cost
 
 WHOLE = 4096  # samples at a time where nobody shares the work
 

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
-from metaflowmaps.config import validated
+from metaflowmaps.commands.runs import claim
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.randomness import randn, stream
-from metaflowmaps.report import figures
-from metaflowmaps.runs import claim, pick_device
-from metaflowmaps.sharding import write_whole
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.random import randn, stream
 from metaflowmaps.training.config import LawConfig
+from metaflowmaps.work.config import validated
+from metaflowmaps.work.devices import pick_device
 
 Say = Callable[[str], None]
 Results = dict[str, Any]

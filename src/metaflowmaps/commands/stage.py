@@ -10,16 +10,16 @@ import torch
 from metaflowmaps.checkpoint import Checkpoint, load_classifier, load_model, resolve_checkpoint
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands.shared import digest, run_of
-from metaflowmaps.config import validated
 from metaflowmaps.data import DataConfig, Examples, ImageSet, load_data
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.images.judge import Judge, takes
-from metaflowmaps.evaluation.images.stage import LATENT_BATCH, MOST, Conditions, ImageEvalConfig, Stage
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop.opening import codec_of, is_latent, stored
+from metaflowmaps.lab.evaluate.images.judging import Judge, takes
+from metaflowmaps.lab.evaluate.images.stage import LATENT_BATCH, MOST, Conditions, ImageEvalConfig, Stage
 from metaflowmaps.metrics.frechet import read_statistics
 from metaflowmaps.metrics.inception import Inception
-from metaflowmaps.opening import codec_of, is_latent, stored
 from metaflowmaps.pipeline import Pipeline
+from metaflowmaps.work.config import validated
 
 NONE = "none"  # data=none: leave them out
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.scene import Scene, Wish
 from metaflowmaps.commands.shards import Broken, draw_in_shards, usual_size
 from metaflowmaps.commands.shared import (
@@ -25,24 +26,25 @@ from metaflowmaps.commands.shared import (
     open_model,
     save_tensors,
 )
-from metaflowmaps.config import override, parse_settings, validated
 from metaflowmaps.errors import InputError
-from metaflowmaps.evaluation.steering import VARIANTS, SteeringEvalConfig, evaluate_steering
-from metaflowmaps.evaluation.value import ValueEvalConfig, evaluate_value
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.lab.evaluate.steering_error import VARIANTS, SteeringEvalConfig, evaluate_steering
+from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
+from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.figures import steering_figures
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
 from metaflowmaps.pipeline import in_memory
 from metaflowmaps.posterior import ExactModel
-from metaflowmaps.randomness import fresh_seeds, stream
+from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.recipes.tasks import SteeringTask, steering_task
-from metaflowmaps.report import figures, steering_figures
 from metaflowmaps.rewards.base import rows_of
-from metaflowmaps.runs import pick_device, write_results
-from metaflowmaps.sharding import Made, Share, own_device
 from metaflowmaps.steering import SteeringFailed, SteerResult
 from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.steering.guided import Control
 from metaflowmaps.steering.run import DRAWLESS, PARTICLE, check_steering, log_normaliser
+from metaflowmaps.work.config import override, parse_settings, validated
+from metaflowmaps.work.devices import pick_device
+from metaflowmaps.work.shards import Made, Share, own_device
 
 DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
 PICTURED = 4  # of num_draws, the panels show the one nearest to this

@@ -7,17 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import load_classifier, load_model
 from metaflowmaps.commands import pictures
+from metaflowmaps.commands.progress import training_progress
+from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.shared import Results, Say, begun, panels, sample_picture
-from metaflowmaps.config import override, validated
 from metaflowmaps.data import describe, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.progress import training_progress
-from metaflowmaps.report import figures
-from metaflowmaps.runs import pick_device, write_results
+from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.training.classifier import ClassifierObjective, accuracy
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
 from metaflowmaps.training.derivative import prepare
@@ -35,6 +33,9 @@ from metaflowmaps.training.run import (
 )
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
+from metaflowmaps.work import ranks
+from metaflowmaps.work.config import override, validated
+from metaflowmaps.work.devices import pick_device
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, ClassifierConfig, TrainConfig | ClassifierConfig)
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.config import Config
+from metaflowmaps.work.config import Config
 
 
 class DataConfig(Config):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import randn
+from metaflowmaps.random import randn
 
 SCHEMA = 1
 INDEX, CLAIM = "latents.json", "encoding.json"

@@ -16,7 +16,7 @@ from metaflowmaps.data.idx import read_mnist
 from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.limits import check_memory
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 Parts = tuple[Examples, Examples]
 HELD_OUT_DIGITS = 297

@@ -26,7 +26,7 @@ from torch import Tensor
 from metaflowmaps.data.config import DataConfig
 from metaflowmaps.data.limits import MAX_BYTES, MAX_SIDE
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 LOOKED_AT = 2000  # files whose headers tell size and channels

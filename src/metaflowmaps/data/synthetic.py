@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import check_count
 
 SHAPES = ("disc", "square", "ring", "stripes", "cross", "triangle")
 FORMATS = ("png", "jpeg")

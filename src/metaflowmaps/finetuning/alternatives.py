@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import expand_time
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.objective import Regression, Source, TargetBatch, mean_of_finite
 from metaflowmaps.finetuning.problem import Cond, Problem, evaluating
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.randomness import rand, randn, stream
+from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.rewards.base import is_differentiable
-from metaflowmaps.shapes import expand_time
 from metaflowmaps.steering.problem import FIRST
 from metaflowmaps.value import pull_back
 

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.config import Config
 from metaflowmaps.data import DataConfig
 from metaflowmaps.training.config import LawConfig, LossConfig, OptimizerConfig, RunConfig, TimesConfig
+from metaflowmaps.work.config import Config
 
 Method = Literal["mfm-ft", "self-normalised", "adjoint-matching", "draft"]
 Form = Literal["auto", "blend", "gradient", "gradient-free"]

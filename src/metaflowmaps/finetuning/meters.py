@@ -18,14 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import event_sum
 from metaflowmaps.finetuning.config import MetersConfig
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.finetuning.states import student_samples
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.checked import checked_reward
-from metaflowmaps.shapes import event_sum
 
 
 class Features(Protocol):

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import event_sum, expand_time
 from metaflowmaps.finetuning.baseline import Baseline, bins_of
 from metaflowmaps.finetuning.problem import Cond, Place, Problem, evaluating, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.base import is_differentiable
-from metaflowmaps.shapes import event_sum, expand_time
 from metaflowmaps.steering.problem import FIRST
 from metaflowmaps.value import Draws, equal_log_weights, ess, log_mean, tilted_weights
 

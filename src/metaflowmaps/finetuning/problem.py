@@ -1,7 +1,7 @@
 r"""What every fine-tuning objective works on: a frozen base, a checked reward, conditions, and what it all cost.
 
 Velocities are compared in chart coordinates at context time 0, where the student's drift is its diagonal: there a
-one-draw target has bounded variance at every t (:mod:`metaflowmaps.chart`).
+one-draw target has bounded variance at every t (:mod:`metaflowmaps.parameterization`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.chart import Chart
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.parameterization import Chart
 from metaflowmaps.posterior import MapPosterior
-from metaflowmaps.randomness import rand
+from metaflowmaps.random import rand
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
 from metaflowmaps.value import DrawOptions, Draws, make_draws
 

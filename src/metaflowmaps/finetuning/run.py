@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.checkpoint import CheckpointStore, load_model
-from metaflowmaps.config import differences, merged, override, validated
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.finetuning.alternatives import AdjointMatching, Draft
 from metaflowmaps.finetuning.baseline import make_baseline
@@ -28,10 +27,11 @@ from metaflowmaps.finetuning.states import Data, States, base_pool
 from metaflowmaps.finetuning.tilted_map import DirectObjective, distillation
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.low_rank import add_low_rank
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.rewards.base import describe, is_differentiable
 from metaflowmaps.training.loop import Record, TrainResult, train
 from metaflowmaps.training.run import starting_point
+from metaflowmaps.work.config import differences, merged, override, validated
 
 PROBED = 1024  # samples of the base that a reward is first tried on
 OVERFLOW = 30.0  # of r without a baseline: its e^r is squared in a gradient's norm, and other samples have more

@@ -14,7 +14,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import StatesConfig
 from metaflowmaps.finetuning.problem import Cond, Problem, evaluating, in_parts
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
 
 

@@ -19,7 +19,7 @@ from metaflowmaps.finetuning.objective import Source, figures_of
 from metaflowmaps.finetuning.problem import Cond, Problem, gather
 from metaflowmaps.finetuning.states import student_samples
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
-from metaflowmaps.randomness import rand, randn, stream
+from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig
 from metaflowmaps.training.objective import Batch, Given, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher

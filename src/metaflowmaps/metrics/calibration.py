@@ -28,7 +28,7 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.metrics.frechet import finite_rows
-from metaflowmaps.randomness import rand
+from metaflowmaps.random import rand
 
 FEATURES = ("bias", "spread", "dependence")
 BLOCK = 2**22  # values ranked at a time

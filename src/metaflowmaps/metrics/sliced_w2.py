@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 
 NUM_DIRECTIONS = 64
 

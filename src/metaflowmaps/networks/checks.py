@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import check_count
 
 
 def check_counts(config: Mapping[str, Any], *keys: str) -> None:

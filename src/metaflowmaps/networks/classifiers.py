@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from metaflowmaps._shapes import check_count, check_state
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.checks import check_counts, check_divides, check_dropout
-from metaflowmaps.shapes import check_count, check_state
 
 
 class Classifier(nn.Module, ABC):

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from metaflowmaps._shapes import check_count, positive
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import check_counts, check_divides
 from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
 from metaflowmaps.networks.forward_mode import forward_mode, layer_norm
 from metaflowmaps.networks.precision import unrounded
-from metaflowmaps.shapes import check_count, positive
 
 SIZES: dict[str, dict[str, int]] = {
     "nano": {"width": 64, "depth": 3, "heads": 4, "encoder_depth": 2},

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import positive
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import check_counts, check_dropout
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
-from metaflowmaps.shapes import check_count
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": []},

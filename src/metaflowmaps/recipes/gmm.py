@@ -2,7 +2,7 @@
 
 import math
 
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.training.config import LawConfig, MLPConfig, ModelConfig, TimesConfig, TrainConfig
 
 LAW = LawConfig(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)

@@ -2,7 +2,7 @@
 
 import torch
 
-from metaflowmaps.randomness import stream
+from metaflowmaps.random import stream
 from metaflowmaps.training.config import LawConfig, MLPConfig, ModelConfig, TimesConfig, TrainConfig
 
 DIM, COMPONENTS = 16, 8

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from metaflowmaps.errors import unknown
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.randomness import stream
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.random import stream
 from metaflowmaps.recipes.gmm import LAW as GMM_LAW
 from metaflowmaps.recipes.mixture16 import DIM
 from metaflowmaps.recipes.mixture16 import LAW as LAW_16D

@@ -6,9 +6,9 @@ r"""Rewards whose tilt of a Gaussian mixture is known in closed form.
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import as_numbers, positive
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import Cond
-from metaflowmaps.shapes import as_numbers, positive
 
 
 class LinearGaussian:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from metaflowmaps.shapes import event_sum
+from metaflowmaps._shapes import event_sum
 
 Cond = Mapping[str, Tensor] | None
 

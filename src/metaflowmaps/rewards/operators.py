@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import as_numbers, check_count, check_state, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import as_numbers, check_count, check_state, positive
 
 
 class Mask:

@@ -7,9 +7,9 @@ r"""Rewards measured from pixels in [−1, 1], with p = (x + 1)/2 as the amount 
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import positive
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import Cond
-from metaflowmaps.shapes import positive
 
 
 class Ink:

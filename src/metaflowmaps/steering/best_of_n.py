@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metaflowmaps.shapes import check_count
+from metaflowmaps._shapes import check_count
 from metaflowmaps.steering.guided import Control, Guided
 from metaflowmaps.steering.none import NoGuide
 from metaflowmaps.steering.problem import Info, Problem

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import event_sum
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import event_sum
 from metaflowmaps.steering.problem import FIRST, Info, Problem
 from metaflowmaps.value import pull_back
 

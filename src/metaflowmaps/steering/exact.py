@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import event_sum
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import event_sum
 from metaflowmaps.steering.problem import Info, Problem
 
 FIRST = 1e-6  # D* − D = (α²/β) ∇V is 0/0 at t = 0; in float64 this close to it loses nothing

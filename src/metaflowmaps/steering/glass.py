@@ -6,10 +6,10 @@ from torch import Tensor
 
 from metaflowmaps.errors import unknown
 from metaflowmaps.posterior import GlassPosterior
-from metaflowmaps.recycling import DrawPool
 from metaflowmaps.steering.mfm_g import GradientGuide
 from metaflowmaps.steering.mfm_gf import GradientFreeGuide
 from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.recycling import DrawPool
 
 ESTIMATORS = ("mfm-gf", "mfm-g")
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import event_sum, positive
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.path import Path
 from metaflowmaps.sampling import INTEGRATORS
-from metaflowmaps.shapes import event_sum, positive
 from metaflowmaps.steering.problem import Info, Problem
 
 PROCESSES = ("ode", "sde")

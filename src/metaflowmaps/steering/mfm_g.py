@@ -22,10 +22,10 @@ further than F itself may be wrong.
 import torch
 from torch import Tensor
 
-from metaflowmaps.recycling import DrawPool
-from metaflowmaps.shapes import check_count, event_sum
+from metaflowmaps._shapes import check_count, event_sum
 from metaflowmaps.steering.mfm_gf import draw_info
 from metaflowmaps.steering.problem import FIRST, Info, Problem
+from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.value import (
     NEGLIGIBLE,
     DrawOptions,

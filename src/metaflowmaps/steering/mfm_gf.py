@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from metaflowmaps._shapes import check_count, event_sum
 from metaflowmaps.errors import unknown
-from metaflowmaps.recycling import DrawPool
-from metaflowmaps.shapes import check_count, event_sum
 from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.value import (
     DrawOptions,
     ess,

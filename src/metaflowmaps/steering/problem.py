@@ -2,7 +2,7 @@
 
 A sample, or a particle system that is returned whole, has a seed; rows of state that are copies of it (candidates,
 particles) have seeds derived from that one. All noise is a function of the seed of its row, its purpose and how often
-that was asked for (:class:`metaflowmaps.randomness.RowNoise`): a sample does not depend on the batch it is made in.
+that was asked for (:class:`metaflowmaps.random.RowNoise`): a sample does not depend on the batch it is made in.
 The exception is a model that draws by a ``draw`` of its own, without ``push``: its generator is one for the batch.
 """
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import Time, batch_time
+from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.meter import Meter
 from metaflowmaps.path import Path, as_path
 from metaflowmaps.posterior import MapPosterior
-from metaflowmaps.randomness import RowNoise, copy_seeds, randn
+from metaflowmaps.random import RowNoise, copy_seeds, randn
 from metaflowmaps.rewards.base import Cond, codecs_of
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
-from metaflowmaps.shapes import Time, batch_time
 from metaflowmaps.value import DrawOptions, Draws, make_draws, repeat_cond
 
 Info = dict[str, Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import unknown
-from metaflowmaps.randomness import Source, rand
+from metaflowmaps.random import Source, rand
 
 RESAMPLERS = ("systematic", "stratified", "multinomial", "residual")
 

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_count
+from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.meter import Meter
-from metaflowmaps.progress_bar import Bar
-from metaflowmaps.randomness import check_seeds, fresh_seeds
+from metaflowmaps.random import check_seeds, fresh_seeds
 from metaflowmaps.rewards.base import Cond, rows_of
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.sampling import time_grid
-from metaflowmaps.shapes import check_count
 from metaflowmaps.steering.best_of_n import BestOfN
 from metaflowmaps.steering.dps import DpsGuide
 from metaflowmaps.steering.exact import ExactGuide
@@ -31,6 +30,7 @@ from metaflowmaps.steering.problem import Info, Problem, device_of
 from metaflowmaps.steering.search import Search
 from metaflowmaps.steering.smc import TwistedSmc, ValueTwist
 from metaflowmaps.steering.tds import PointTwist
+from metaflowmaps.work.progress import Bar
 
 
 class Method(Protocol):

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import unknown
-from metaflowmaps.shapes import check_count
 from metaflowmaps.steering.problem import Info, Problem
 from metaflowmaps.value import DrawOptions
 

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_count, event_sum, positive
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.randomness import rand
-from metaflowmaps.recycling import DrawPool
-from metaflowmaps.shapes import check_count, event_sum, positive
+from metaflowmaps.random import rand
 from metaflowmaps.steering.mfm_g import blended
 from metaflowmaps.steering.mfm_gf import draw_info
 from metaflowmaps.steering.problem import FIRST, Info, Problem
+from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.steering.resampling import RESAMPLERS, effective, resample
 from metaflowmaps.value import DrawOptions, equal_log_weights, free_shift, log_mean, tilted_weights
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps.shapes import event_sum
+from metaflowmaps._shapes import event_sum
 from metaflowmaps.steering.dps import DpsGuide, at_posterior_mean
 from metaflowmaps.steering.problem import FIRST, Problem
 from metaflowmaps.steering.smc import Twisted

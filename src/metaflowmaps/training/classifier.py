@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metaflowmaps.data import Examples
-from metaflowmaps.randomness import randn, stream
+from metaflowmaps.random import randn, stream
 from metaflowmaps.training.config import ClassifierConfig
 
 

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.config import Config
 from metaflowmaps.data import DataConfig
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.work.config import Config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Consistency = Literal["none", "eulerian", "mean-flow", "lagrangian", "lagrangian-difference", "semigroup"]

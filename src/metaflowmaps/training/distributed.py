@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from metaflowmaps import ranks
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.config import RunConfig, TrainConfig
 from metaflowmaps.training.objective import diagonal_rows
+from metaflowmaps.work import ranks
 
 BUCKET = 2**25  # numbers that are summed over the ranks in one go
 

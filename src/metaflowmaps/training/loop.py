@@ -27,12 +27,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.config import RunConfig
 from metaflowmaps.training.distributed import check_division, clip, share, spread, sum_gradients
 from metaflowmaps.training.state import TrainState, learning_rate, truncate
+from metaflowmaps.work import ranks
 
 
 class Interrupted(Exception):

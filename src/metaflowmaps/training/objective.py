@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from metaflowmaps import losses
+from metaflowmaps._shapes import expand_time
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
-from metaflowmaps.mixture import GaussianMixture
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.networks.precision import autocasting
-from metaflowmaps.randomness import rand, randn, stream
-from metaflowmaps.shapes import expand_time
+from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig
 from metaflowmaps.training.derivative import Choice, choose
 from metaflowmaps.training.teachers import Teacher

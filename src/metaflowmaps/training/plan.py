@@ -18,7 +18,7 @@ from metaflowmaps.networks.dit import DiT
 from metaflowmaps.networks.flops import forward_flops
 from metaflowmaps.networks.forward_mode import forward_mode
 from metaflowmaps.path import make_path
-from metaflowmaps.randomness import randn
+from metaflowmaps.random import randn
 from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import GlassTeacher

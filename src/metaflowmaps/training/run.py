@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, load_model, resolve_checkpoint
-from metaflowmaps.config import differences, validated
 from metaflowmaps.data import Examples, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -39,6 +37,8 @@ from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import Record, TrainResult, train
 from metaflowmaps.training.objective import DataSource, LabelledLaw, Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
+from metaflowmaps.work import ranks
+from metaflowmaps.work.config import differences, validated
 
 
 def build_map(config: TrainConfig) -> MetaFlowMap:

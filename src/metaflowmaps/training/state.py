@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaflowmaps import ranks
 from metaflowmaps.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -19,6 +18,7 @@ from metaflowmaps.checkpoint import (
 )
 from metaflowmaps.training.config import OptimizerConfig, RunConfig
 from metaflowmaps.training.soap import SOAP
+from metaflowmaps.work import ranks
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 OBJECTIVE = "objective.safetensors"

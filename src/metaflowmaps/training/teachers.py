@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metaflowmaps.chart import Chart
+from metaflowmaps._shapes import expand_time
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Cond
-from metaflowmaps.glass import Drift, glass_drift
+from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.losses import Velocity
-from metaflowmaps.mixture import GaussianMixture
-from metaflowmaps.path import Path
-from metaflowmaps.shapes import expand_time
+from metaflowmaps.parameterization import Chart
+from metaflowmaps.path import Drift, Path, glass_drift
 
 
 class Teacher(Protocol):

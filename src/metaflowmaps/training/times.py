@@ -1,13 +1,13 @@
 r"""Laws of the context time t and of the inner times a ≤ b.
 
-Inner times are chart times (:mod:`metaflowmaps.chart`). A share of the pairs starts at a = 0: these are the jumps that
-one-step draws use, and with a teacher a Lagrangian loss needs no others for them.
+Inner times are chart times (:mod:`metaflowmaps.parameterization`). A share of the pairs starts at a = 0:
+these are the jumps that one-step draws use, and with a teacher a Lagrangian loss needs no others for them.
 """
 
 import torch
 from torch import Tensor
 
-from metaflowmaps.randomness import rand
+from metaflowmaps.random import rand
 from metaflowmaps.training.config import TimesConfig
 
 

@@ -6,11 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import positive
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import Cond, no_reward
 from metaflowmaps.rewards.micro import Parts, PerRow
 from metaflowmaps.rewards.vision.pixels import Pixels
-from metaflowmaps.shapes import positive
 
 
 class Judge(ABC):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from metaflowmaps._shapes import check_state
 from metaflowmaps.errors import InputError
-from metaflowmaps.shapes import check_state
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FITS = ("shortest", "longest", "exact", "none")

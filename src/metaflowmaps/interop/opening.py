@@ -1,0 +1,69 @@
+"""What a path, a name or a hub id means: a map, the autoencoder of its latents, the names of its classes.
+
+A checkpoint may hold ``pipeline.json``: the autoencoder (a hub id, or a folder beside the map), the classes' names, the
+usual guidance.
+"""
+
+from pathlib import Path as FilePath
+from typing import Any
+
+from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
+from metaflowmaps.data import imagenet
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec
+
+DOCUMENT = "pipeline.json"
+
+
+def stored(found: Checkpoint | None) -> dict[str, Any]:
+    """pipeline.json of a checkpoint that has one."""
+    return dict(found.document(DOCUMENT)) if found is not None and found.has(DOCUMENT) else {}
+
+
+def names_of(model: MetaFlowMap, found: Checkpoint | None) -> tuple[str, ...]:
+    """The names of a map's classes: those that its checkpoint holds, ImageNet's for a thousand of them."""
+    names = stored(found).get("class_names")
+    if names == "imagenet" or (not names and int(getattr(model.network, "num_classes", 0)) == 1000):
+        return imagenet.class_names()
+    return tuple(names or ())
+
+
+def codec_of(
+    model: MetaFlowMap, found: Checkpoint | None, vae: str | FilePath | AutoencoderCodec | None = None, **options: Any
+) -> AutoencoderCodec | None:
+    """The autoencoder of a map: as told, as its checkpoint names it, or the usual one of latents; None for pixels."""
+    if isinstance(vae, AutoencoderCodec):
+        return vae
+    known = stored(found)
+    place = vae or known.get("vae") or (SD_VAE if is_latent(model) else None)
+    if place is None:
+        return None
+    if vae is None and found is not None and (found.path / place).is_dir():
+        place = found.path / place
+    return AutoencoderCodec.from_pretrained(place, **options)
+
+
+def is_latent(model: MetaFlowMap) -> bool:
+    """Does the map live on four channels of latents, and not on grey or coloured pixels?"""
+    return len(model.event_shape) == 3 and model.event_shape[0] == 4
+
+
+def open_map(
+    path_or_hub_id: str | FilePath,
+    family: str = "auto",
+    config: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[MetaFlowMap, Checkpoint | None]:
+    """A checkpoint of ours, with what was read, or a published file, converted."""
+    if published(path_or_hub_id) or family != "auto" or config:
+        return pretrained.load(path_or_hub_id, family, config, revision), None
+    return load_model(path_or_hub_id, revision), resolve_checkpoint(path_or_hub_id, revision)
+
+
+def published(path_or_hub_id: str | FilePath) -> bool:
+    """Is this a file of weights (or its folder), here or on the hub, rather than a checkpoint of ours?"""
+    name, local = str(path_or_hub_id), FilePath(path_or_hub_id).expanduser()
+    if local.exists():
+        return local.is_file() or (local.is_dir() and pretrained.holds_weights(local))
+    return name in pretrained.HUB_FILES or FilePath(name.partition("@")[0]).suffix in pretrained.SUFFIXES

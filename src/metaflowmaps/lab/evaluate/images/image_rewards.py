@@ -1,0 +1,134 @@
+r"""The rewards of the image experiments, by name.
+
+``margin``   log-odds of one class under the guide: unlike log p it has no ceiling (``margin:7``: that class)
+``slant``    lean to the right, from pixels          ``ink``   stroke weight, from pixels
+``half``     log-likelihood of the left half of one held-out image
+``mixture``  log Σ w_i p(y_i | x), w ∝ [0,1,0,1,0,2,0,2,0,4] (paper §7.1.2)
+
+They disagree with each other, and none saturates on data but the last. A reward of another name is a judge of
+pictures as ``--reward`` names it, such as ``clip@DIR:a red disc`` (:attr:`Stage.named`).
+
+All are rewards on pictures: on latents they are those of the decoded ones, unless the guide is a classifier of latents.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.flow_map import Cond
+from metaflowmaps.interop.autoencoder import Decoded
+from metaflowmaps.lab.evaluate.images.judging import BATCH, PART, takes
+from metaflowmaps.lab.evaluate.images.stage import Stage
+from metaflowmaps.random import stream
+from metaflowmaps.rewards import ClassifierMixture, Ink, InverseProblem, LogitMargin, Mask, Slant, Tempered
+from metaflowmaps.rewards.base import call_reward
+
+WEIGHTS = (0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 4.0)
+LABEL = 3
+NOISE = 0.3  # of the half that is seen
+GUIDED = 512  # images that a classifier sees at a time
+RACE = ("margin", "slant", "half")
+
+
+def _guide(stage: Stage, name: str) -> tuple[Any, int]:
+    """The classifier, and how many classes it knows: its own number, for a map may be trained without any."""
+    if stage.guide is None:
+        raise InputError(
+            f"reward {name} needs a guiding classifier: mfm train {stage.train.name}-guide makes one beside the run "
+            f"(mfm eval takes another with --set guide=RUN); slant, ink and half need none{_prompts(stage)}"
+        )
+    guide = stage.guide
+
+    def logits(x: Tensor) -> Tensor:
+        # many draws at once leave a processor's cache: in parts it takes half the time
+        return torch.cat([guide(part) for part in x.split(GUIDED)])
+
+    return logits, int(getattr(guide, "num_classes", stage.train.num_classes))
+
+
+def _margin(stage: Stage, label: str) -> Any:
+    guide, classes = _guide(stage, "margin")
+    if label and not (label.isdecimal() and int(label) < classes):
+        raise InputError(f"margin:{label} names no class: give one of 0 … {classes - 1}, as in margin:{LABEL}")
+    return LogitMargin(guide, int(label) if label else min(LABEL, classes - 1))
+
+
+def _mixture(stage: Stage) -> Any:
+    guide, classes = _guide(stage, "mixture")
+    return ClassifierMixture(guide, weights(classes))
+
+
+def _half(stage: Stage) -> Any:
+    x = stage.decode(stage.images(1, "half", 0)[0])
+    mask = torch.zeros(x.shape[1:])
+    mask[..., : mask.shape[-1] // 2] = 1
+    return InverseProblem.observe(Mask(mask), x, NOISE, stream(0, "half"))
+
+
+PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink}  # they need no stage, but a strength
+REWARDS: dict[str, Callable[[Stage, str], Any]] = {  # of a stage, and of what follows the colon
+    "margin": _margin,
+    "slant": lambda stage, label: Slant(),
+    "half": lambda stage, label: _half(stage),
+    "ink": lambda stage, label: Ink(),
+    "mixture": lambda stage, label: _mixture(stage),
+}
+
+
+def image_reward(stage: Stage, name: str, strength: float = 1.0, on_pictures: bool = False) -> Any:
+    """The reward of that name, times its strength, on the map's samples or, if they are latents, on their pictures."""
+    kind, _, label = name.partition(":")
+    made = None if kind in REWARDS else stage.named(name)
+    if made is None:
+        if kind not in REWARDS or (label and kind != "margin"):
+            raise unknown("reward", name, (*REWARDS, *stage.kinds))
+        made = REWARDS[kind](stage, label)
+    by_guide = kind in ("margin", "mixture") and stage.guide is not None
+    if stage.latent and not on_pictures and not (by_guide and takes(stage.guide, tuple(stage.model.event_shape))):
+        made = Decoded(made, stage.codec)
+    return made if strength == 1 else Tempered(made, strength)
+
+
+def _prompts(stage: Stage) -> str:
+    return ", nor do judges of pictures such as clip:PROMPT" if stage.latent else ""
+
+
+def short(names: Iterable[str]) -> dict[str, str]:
+    """Names as figures and files have them: without the place that a judge of pictures is read from."""
+    out: dict[str, str] = {}
+    for name in names:
+        head, colon, words = name.partition(":")
+        brief = head.partition("@")[0] + colon + words
+        out[name] = name if brief in out.values() else brief
+    return out
+
+
+def weights(classes: int) -> list[float]:
+    """The paper's w for ten classes; the same pattern, cut or repeated, for another number."""
+    return [WEIGHTS[i % len(WEIGHTS)] for i in range(max(classes, 2))]
+
+
+@torch.no_grad()
+def scored(reward: Any, x: Tensor, cond: Cond = None) -> Tensor:
+    """r(x) in parts: (n,)."""
+    return scores_of({"": reward}, x, cond)[""]
+
+
+@torch.no_grad()
+def scores_of(rewards: Mapping[str, Any], x: Tensor, cond: Cond = None) -> dict[str, Tensor]:
+    """Several rewards of x (n, *event) in parts, (n,) each; what all look at is decoded once."""
+    codec = next((r.codec for r in rewards.values() if isinstance(r, Decoded)), None)
+    size = BATCH if codec is None else PART
+    parts: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    for begin in range(0, len(x), size):
+        part = x[begin : begin + size]
+        told = None if cond is None else {k: v[begin : begin + size] for k, v in cond.items()}
+        pictures = part if codec is None else codec.decode(part)
+        for name, reward in rewards.items():
+            looks = isinstance(reward, Decoded)
+            one, seen = (reward.reward, pictures) if looks else (reward, part)
+            parts[name].append((one(seen) if told is None else call_reward(one, seen, told)).cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}

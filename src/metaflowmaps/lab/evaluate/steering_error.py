@@ -1,0 +1,273 @@
+r"""How close are steered samples to the exact tilted law, and what did they cost?
+
+For each method and number of draws, ``seeds`` runs of ``samples`` samples. Against exact samples of the tilted mixture:
+
+    sw2      √ mean over seeds and exact sets of SW2²       its floor: the same between two exact sets of that size
+    mmd      √ max(0, mean over the first seeds of the unbiased MMD²)
+    mode_l1  Σ_k |f_k − p_k|: frequencies of the nearest mean of the tilted law, all seeds pooled, against the exact
+             ones of that same rule; its floor: the mean of this for exact samples of the pooled size
+
+The cost is that of all seeds, read off the meter. A cell that would cost more than ``budget`` evaluations a seed runs
+on fewer samples, which the results state together with the floor for that size.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from metaflowmaps.errors import unknown
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.metrics.kernels import mmd_squared
+from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
+from metaflowmaps.posterior import ExactModel
+from metaflowmaps.random import stream
+from metaflowmaps.rewards.analytic import LinearGaussian
+from metaflowmaps.steering import METHODS, SteerResult, steer
+from metaflowmaps.steering.guided import Control
+from metaflowmaps.steering.run import DRAWLESS, GUIDED, check_steering
+from metaflowmaps.work.config import Config
+
+# name: (method, options). "-plain" is a method as published, without what this package adds by default
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "mfm-g-plain": ("mfm-g", {"blend": False}),
+    "mfm-g-plain-clip": ("mfm-g", {"blend": False, "renormalize": "clip"}),
+    "mfm-gf-plain": ("mfm-gf", {"recycle": 1}),
+    "mfm-gf-denoise": ("mfm-gf", {"centre": "denoise"}),
+    "mfm-smc-plain": ("mfm-smc", {"recycle": 1, "temper": 0.0}),
+    "mfm-smc-unguided": ("mfm-smc", {"guide": "none"}),
+    "mfm-search-particle": ("mfm-search", {"selection": "particle"}),
+}
+for _particles in (64, 512):
+    for _returns in ("all", "one"):
+        VARIANTS[f"tds-{_particles}-{_returns}"] = ("tds", {"particles": _particles, "returns": _returns})
+DEFAULT_METHODS = (
+    "none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n",
+    "glass", "exact",
+)  # fmt: skip
+PARTICLES_RETURNED_ONE = 8  # a search returns one of so many
+
+
+class SteeringEvalConfig(Config):
+    """What to steer, how often, and how far."""
+
+    samples: int = Field(4096, ge=2)
+    seeds: int = Field(2, ge=1)
+    steps: int = Field(250, ge=1)
+    process: Literal["ode", "sde"] = "ode"
+    integrator: str = "euler"
+    renormalize: str = "none"
+    methods: tuple[str, ...] = Field(DEFAULT_METHODS, min_length=1)
+    num_draws: tuple[int, ...] = Field((1, 4), min_length=1)
+    reward: str = ""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of a method or variant, beyond its defaults
+    glass_steps: int = Field(4, ge=1)  # midpoint steps, equal in the chart's angle
+    budget: float = Field(1e7, gt=0)  # evaluations a cell and seed
+    mmd_seeds: int = Field(1, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SteeringEvalConfig":
+        for name in (*self.methods, *self.options):
+            if name not in VARIANTS:
+                raise ValueError(str(unknown("method", name, VARIANTS)))
+        if min(self.num_draws, default=1) < 1:
+            raise ValueError("num_draws must be at least 1")
+        return self
+
+
+@dataclass
+class Judge:
+    """The exact law and everything known about samples of it."""
+
+    law: GaussianMixture
+    reward: LinearGaussian
+    seed: int = 0
+
+    EXACT_SETS = 16
+    REFERENCE = 2**20
+
+    def __post_init__(self) -> None:
+        self.tilted = self.law.tilt(self.reward)
+        self.along = directions(self.law.dim)
+        reference = self.tilted.sample(self.REFERENCE, stream(self.seed, "reference"))
+        self.probabilities = self.frequencies(reference)
+        self.exact_reward = float(self.reward(reference).mean())
+        self._exact: dict[int, Curves] = {}
+
+    def frequencies(self, x: Tensor) -> Tensor:
+        """Shares of the samples nearest to each mean of the tilted law."""
+        means = self.tilted.means
+        nearest = torch.cat([torch.cdist(part.double(), means).argmin(1) for part in x.split(2**16)])
+        return torch.bincount(nearest, minlength=len(means)).double() / len(x)
+
+    def exact(self, n: int) -> Curves:
+        """Sets of n exact samples."""
+        if n not in self._exact:
+            self._exact[n] = Curves()
+            for i in range(self.EXACT_SETS):
+                self._exact[n].add(curves(self.tilted.sample(n, stream(self.seed, "exact", n, i)), self.along))
+        return self._exact[n]
+
+    def floor_sw2(self, n: int) -> float:
+        """√ mean SW2² between two exact sets of n samples."""
+        return math.sqrt(max(0.0, self.exact(n).floor()))
+
+    def floor_mode_l1(self, n: int) -> float:
+        """Mean of the mode-weight L1 of n exact samples, over 64 sets."""
+        g = stream(self.seed, "multinomial", n)
+        total = 0.0
+        for _ in range(64):
+            drawn = torch.multinomial(self.probabilities, n, replacement=True, generator=g)
+            shares = torch.bincount(drawn, minlength=len(self.probabilities)).double() / n
+            total += float((shares - self.probabilities).abs().sum())
+        return total / 64
+
+
+Report = Callable[[str], None]
+
+
+def evaluate_steering(
+    model: Any,
+    law: GaussianMixture,
+    reward: LinearGaussian,
+    config: SteeringEvalConfig,
+    report: Report = lambda line: None,
+    data_std: float | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
+    for name, num_draws in cells(config):  # an option that does not exist is refused before the first hour, not after
+        check_steering(VARIANTS[name][0], num_draws, Control(), _options(config, name, data_std))
+    judge = Judge(law, reward, config.seed)
+    methods: dict[str, dict[str, Any]] = {}
+    pictures: dict[str, Tensor] = {}
+    for name, num_draws in cells(config):
+        cell, samples = _cell(model, judge, config, name, num_draws, data_std)
+        key = "0" if VARIANTS[name][0] in DRAWLESS else str(num_draws)
+        methods.setdefault(name, {})[key] = cell
+        pictures[f"{name}.{key}"] = samples
+        report(
+            f"{name} N = {key}: {cell['sw2'] / cell['floor_sw2']:.2f} × floor, mode L1 {cell['mode_l1']:.3f}, "
+            f"{cell['cost']['nfe']:,.0f} NFE a sample, {cell['cost']['seconds']:.1f} s"
+        )
+    pooled = config.samples * config.seeds
+    metrics = {
+        "methods": methods,
+        "floor": {"sw2": judge.floor_sw2(config.samples), "mode_l1": judge.floor_mode_l1(pooled)},
+        "mode_weights": judge.probabilities.tolist(),
+        "exact_reward": judge.exact_reward,
+        "log_evidence": float(law.log_evidence(reward)),
+    }
+    return metrics, pictures
+
+
+def cells(config: SteeringEvalConfig) -> Iterator[tuple[str, int]]:
+    """(variant, num_draws), one with 1 for methods that do not draw."""
+    for name in config.methods:
+        yield from ((name, n) for n in ((1,) if VARIANTS[name][0] in DRAWLESS else config.num_draws))
+
+
+def _cell(
+    model: Any, judge: Judge, config: SteeringEvalConfig, name: str, num_draws: int, data_std: float | None
+) -> tuple[dict[str, Any], Tensor]:
+    method, options = VARIANTS[name][0], _options(config, name, data_std)
+    base = ExactModel(model.path, judge.law) if method == "exact" else model
+    samples = _affordable(config, method, num_draws, options)
+    if method in GUIDED:
+        control = {"renormalize": config.renormalize, "process": config.process, "integrator": config.integrator}
+        options = {**control, **options}
+    runs, said = [], set()
+    for seed in range(config.seeds):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = steer(
+                base, judge.reward, samples, method, num_draws, config.steps,
+                generator=stream(config.seed, "steer", seed), **options,
+            )  # fmt: skip
+        if run.interrupted:
+            raise KeyboardInterrupt
+        runs.append(run)
+        said |= {str(w.message) for w in caught}
+    process = {"mfm-search": "search", "mfm-smc": "sde", "tds": "sde"}.get(method, config.process)
+    return {**_judged(judge, config, runs, samples, sorted(said)), "process": process}, runs[0].samples.cpu()
+
+
+def _options(config: SteeringEvalConfig, name: str, data_std: float | None) -> dict[str, Any]:
+    """A variant's own options, with those of the configuration on top."""
+    method, variant = VARIANTS[name]
+    options = {**variant, **config.options.get(method, {}), **config.options.get(name, {})}
+    if method == "glass":
+        spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std}
+        options = {**spacing, **options}
+    return options
+
+
+def _affordable(config: SteeringEvalConfig, method: str, num_draws: int, options: dict[str, Any]) -> int:
+    """As many samples as the budget pays for, by the paper's counts; whole systems of particles."""
+    a_step = {
+        "none": 1, "exact": 1, "dps": 4, "best-of-n": num_draws, "mfm-gf": 1 + 2 * num_draws,
+        "mfm-smc": 1 + 2 * num_draws, "mfm-g": 1 + 4 * num_draws,
+        "mfm-search": 2 * num_draws * options.get("particles", PARTICLES_RETURNED_ONE),
+        "tds": 4 * (options.get("particles") or 1 if options.get("returns") == "one" else 1),
+        "glass": 1 + num_draws * (1 + 2 * config.glass_steps),
+    }[method]  # fmt: skip
+    affordable = min(config.samples, max(64, int(config.budget / (a_step * config.steps))))
+    unit = options.get("particles") if method in ("tds", "mfm-smc") and options.get("returns") != "one" else None
+    return affordable if unit is None else max(unit, affordable // unit * unit)
+
+
+def _judged(
+    judge: Judge, config: SteeringEvalConfig, runs: list[SteerResult], samples: int, said: list[str]
+) -> dict[str, Any]:
+    mine, pooled, lost, mmd = Curves(), [], 0, []
+    for i, run in enumerate(runs):
+        x = run.samples.cpu()
+        finite = x.isfinite().all(1)
+        lost += int((~finite).sum())
+        # for distances, what is not finite counts as being at the origin: left out, it would flatter the method
+        x = torch.where(finite[:, None], x, torch.zeros_like(x)).clamp(-1e6, 1e6)
+        mine.add(curves(x, judge.along))
+        pooled.append(x)
+        if i < config.mmd_seeds:
+            mmd.append(mmd_squared(x, judge.tilted.sample(samples, stream(judge.seed, "mmd", i)).to(x)))
+    everything = torch.cat(pooled)
+    # samples that are lost belong to no mode: the frequencies do not sum to one then
+    whole = torch.cat([run.samples.cpu() for run in runs])
+    kept = whole[whole.isfinite().all(1)]
+    frequencies = judge.frequencies(kept) * (len(kept) / len(whole)) if len(kept) else 0 * judge.probabilities
+    rewards = judge.reward(everything.double())
+    cost = {k: sum(run.cost[k] for run in runs) for k in runs[0].cost if k not in ("nfe", "peak_memory_bytes")}
+    cost["nfe"] = sum(run.cost["nfe"] for run in runs) / len(runs)
+    cost["peak_memory_bytes"] = max(run.cost["peak_memory_bytes"] for run in runs)
+    return {
+        "sw2": math.sqrt(max(0.0, mine.squared_distance(judge.exact(samples)))),
+        "floor_sw2": judge.floor_sw2(samples),
+        "mmd": math.sqrt(max(0.0, sum(mmd) / len(mmd))) if mmd else None,
+        "mode_l1": float((frequencies - judge.probabilities).abs().sum()),
+        "floor_mode_l1": judge.floor_mode_l1(samples * len(runs)),
+        "mode_frequencies": frequencies.tolist(),
+        "reward": float(rewards.mean()),
+        "cost": cost,
+        "steps": config.steps,
+        "samples": samples,
+        "seeds": len(runs),
+        "nonfinite": lost,
+        "warnings": said,
+        "trajectory": _trajectory(runs),
+    }
+
+
+def _trajectory(runs: list[SteerResult]) -> dict[str, list[float]]:
+    """ESS and gradient norm along the way, mean over seeds, at no more than 50 times."""
+    kept: dict[str, list[float]] = {}
+    for name in ("time", "ess", "gradient_norm", "particle_ess"):
+        if name in runs[0].info:
+            mean = torch.stack([run.info[name] for run in runs]).double().mean(0)
+            kept[name] = mean[:: max(1, len(mean) // 50)].tolist()
+    return kept
