@@ -319,7 +319,7 @@ def test_what_judges_is_checked_first(capsys, runs, own, tmp_path):
         (f"judge={runs / 'nowhere'}", "no such file or directory"),
         (f"judge={own / 'images-judge'}", "the judge knows 3 classes, the images have 10"),
         (f"drift={runs / 'digits-judge'}", "a 'meta-flow-map' is needed here"),
-        ("data=/no/such/place", "digits come with scikit-learn"),
+        ("data=/no/such/place", "digits come with the package"),
         ("times=[1.0]", "times must lie in [0, 1)"),
         ("glass_step=[1]", "did you mean 'glass_steps'"),
     ):

@@ -1,6 +1,7 @@
 """Digits, MNIST files and a user's own images: what comes in is what was on disk, and damage is one line."""
 
 import gzip
+import hashlib
 import os
 import shutil
 import struct
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from metaflowmaps.data import DataConfig, describe, limits, load_data, pictures
+from metaflowmaps.data.load import DIGITS_FILE
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import stream
 from metaflowmaps.work.config import validated
@@ -47,19 +49,23 @@ def rows(images: torch.Tensor) -> set[bytes]:
 # -- digits ----------------------------------------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_scikit_learn():
-    from sklearn.datasets import load_digits
-
+def test_digits_are_those_of_the_repository():
+    with np.load(DIGITS_FILE) as arrays:
+        raw, labels = arrays["images"], arrays["labels"]
+    # of scikit-learn 1.9's load_digits, cast to uint8
+    assert hashlib.sha256(raw.tobytes() + labels.tobytes()).hexdigest() == (
+        "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
+    )
     train, held_out = load("digits")
     assert (len(train), len(held_out), train.event_shape, train.num_classes) == (1500, 297, (1, 8, 8), 10)
-    raw = torch.from_numpy(load_digits().images).float()[:, None]
     both = torch.cat([train.tensor(), held_out.tensor()])
     assert both.dtype == torch.float32
-    # every image once, at x/8 − 1 (exact in binary)
-    assert sorted(image.numpy().tobytes() for image in both) == sorted(i.numpy().tobytes() for i in raw / 8 - 1)
-    by_image = {i.numpy().tobytes(): int(c) for i, c in zip(raw / 8 - 1, load_digits().target, strict=True)}
-    assert [by_image[i.numpy().tobytes()] for i in train.tensor()] == train.labels.tolist()
-    assert [by_image[i.numpy().tobytes()] for i in held_out.tensor()] == held_out.labels.tolist()
+    # every image once with its label, at x/8 − 1 (exact in binary)
+    expected = torch.from_numpy(raw).float()[:, None] / 8 - 1
+    assert sorted(image.numpy().tobytes() for image in both) == sorted(i.numpy().tobytes() for i in expected)
+    by_image = {i.numpy().tobytes(): int(c) for i, c in zip(expected, labels, strict=True)}
+    for part in (train, held_out):
+        assert [by_image[i.numpy().tobytes()] for i in part.tensor()] == part.labels.tolist()
 
 
 def test_mean_and_spread():
@@ -128,10 +134,10 @@ def test_impossible_settings(settings, said):
         validated(DataConfig, settings)
 
 
-def test_importing_needs_neither_scikit_learn_nor_pillow():
-    code = "import sys, metaflowmaps, metaflowmaps.data; print('sklearn' in sys.modules, 'PIL' in sys.modules)"
+def test_importing_needs_no_pillow():
+    code = "import sys, metaflowmaps, metaflowmaps.data; print('PIL' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["False"]
 
 
 # -- MNIST -----------------------------------------------------------------------------------------------------------

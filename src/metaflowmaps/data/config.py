@@ -22,7 +22,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _possible(self) -> "DataConfig":
         if self.name == "digits" and self.path is not None:
-            raise ValueError("digits come with scikit-learn and take no path: for your own files set name=images")
+            raise ValueError("digits come with the package and take no path: for your own files set name=images")
         if self.name == "latents" and (self.size is not None or self.channels is not None):
             raise ValueError("latents keep the shape they were encoded with: leave size and channels unset")
         if self.name != "images" and self.channels == 3:

@@ -1,4 +1,4 @@
-"""The 8×8 digits that scikit-learn carries: a map of images that a laptop trains, and its two classifiers."""
+"""The 8×8 digits that come with the package: a map of images that a laptop trains, and its two classifiers."""
 
 from metaflowmaps.data import DataConfig
 from metaflowmaps.recipes.classifiers import guide, judge
