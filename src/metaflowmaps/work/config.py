@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.work.choices import one_line
 
 
 class Config(BaseModel):
@@ -34,10 +35,14 @@ def override(config: C, settings: Iterable[str]) -> C:
             if not isinstance(place.get(parent), dict):
                 raise unknown("setting", key, _keys(data))
             place = place[parent]
-        if last not in place:
+        if last not in place and "name" not in place:  # a choice knows its own options
             raise unknown("setting", key, _keys(data))
-        if isinstance(place[last], dict) and not isinstance(value, dict):
-            raise InputError(f"{key} is a group of settings: set one of {', '.join(place[last])}")
+        if isinstance(place.get(last), dict) and not isinstance(value, dict):
+            if not ("name" in place[last] and isinstance(value, str)):
+                raise InputError(f"{key} is a group of settings: set one of {', '.join(place[last])}")
+            value = {"name": value}  # another choice begins with its own defaults
+        if last == "name" and place.get(last) != value:
+            place.clear()
         place[last] = value
     return validated(type(config), data)
 
@@ -69,10 +74,7 @@ def validated(kind: type[C], data: Any) -> C:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or kind.__name__
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"bad value for {where}: {message} (given {_short(first['input'])})") from None
+        raise InputError(one_line(error, kind.__name__)) from None
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> list[str]:

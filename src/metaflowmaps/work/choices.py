@@ -1,0 +1,197 @@
+"""Choices are objects; their names are resolved here and nowhere else.
+
+A **family** is a base class whose concrete subclasses are the choices: steering methods, processes, losses, networks,
+data sources, fine-tuning objectives. A choice is a frozen dataclass or a frozen configuration whose fields are its
+options and whose class attribute ``name`` is what a user types. What stands outside the package is typed as
+``file.py:Name`` or ``package.module:Name`` and is a choice like any other: no list anywhere knows the names.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
+
+from metaflowmaps.errors import InputError, unknown
+
+T = TypeVar("T")
+PACKAGE = __name__.partition(".")[0]
+_OUTSIDE = "metaflowmaps_outside_"  # modules read from files, by the hash of their path
+
+
+class Choice:
+    """What families have in common: a name to be typed and a title for tables."""
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+
+    @classmethod
+    def titled(cls) -> str:
+        """The title, or else the name."""
+        return cls.title or getattr(cls, "name", cls.__name__)
+
+
+def choices(base: type[T]) -> dict[str, type[T]]:
+    """The choices of a family that come with the package: name -> class."""
+    importlib.import_module(base.__module__.rpartition(".")[0])  # a family's package imports its members
+    members: dict[str, type[T]] = {}
+    waiting = list(base.__subclasses__())
+    while waiting:
+        member = waiting.pop(0)
+        waiting += member.__subclasses__()
+        if member.__module__.startswith(f"{PACKAGE}.") and "name" in vars(member):
+            members[member.name] = member  # type: ignore[attr-defined]
+    return members
+
+
+def choose(base: type[T], text: str) -> type[T]:
+    """The class of a family that ``text`` names.
+
+    Args:
+        base: the family.
+        text: a name of :func:`choices`, ``file.py:Name`` or ``package.module:Name``.
+    """
+    if ":" in text:
+        member = outside(text)
+        if not (isinstance(member, type) and issubclass(member, base)):
+            raise InputError(f"{text} is no {kind_of(base)}: derive it from {base.__module__}.{base.__name__}")
+        return member
+    known = choices(base)
+    if text not in known:
+        raise unknown(kind_of(base), text, [*known, "file.py:Name"])
+    return known[text]
+
+
+def build(base: type[T], text: str, options: Mapping[str, Any]) -> T:
+    """The choice that ``text`` names, with these options; those it does not have are refused with the nearest."""
+    return with_options(choose(base, text), options)
+
+
+def with_options(member: type[T], options: Mapping[str, Any]) -> T:
+    """A choice's class with options, each validated against its field."""
+    fields = options_of(member)
+    for option in options:
+        if option not in fields:
+            raise unknown(f"option of {spelled(member)}", option, fields)
+    try:
+        return TypeAdapter(member).validate_python(dict(options))
+    except ValidationError as error:
+        raise InputError(one_line(error, spelled(member))) from None
+
+
+def options_of(member: type[Any]) -> list[str]:
+    """The names of a choice's options."""
+    if issubclass(member, BaseModel):
+        return [name for name in member.model_fields if name != "name"]
+    return [field.name for field in dataclasses.fields(member) if field.init]
+
+
+def dumped(choice: Any) -> dict[str, Any]:
+    """A choice as JSON can hold it: its name and its options. :func:`built` makes it again."""
+    options = TypeAdapter(type(choice)).dump_python(choice, mode="json", warnings=False)
+    return {"name": spelled(type(choice)), **{k: v for k, v in options.items() if k != "name"}}
+
+
+def built(base: type[T], data: Any) -> T:
+    """A choice from itself, from a name, or from ``{"name": …, option: value, …}``."""
+    if isinstance(data, base):
+        return data
+    if isinstance(data, str):
+        return build(base, data, {})
+    if isinstance(data, Mapping) and isinstance(data.get("name"), str):
+        return build(base, data["name"], {key: value for key, value in data.items() if key != "name"})
+    raise InputError(f"a {kind_of(base)} is one of {', '.join(sorted(choices(base)))} or file.py:Name, got {data!r}")
+
+
+def kind_of(base: type[Any]) -> str:
+    """What a family's members are called in messages."""
+    return str(getattr(base, "kind", base.__name__.lower()))
+
+
+class Pick:
+    """A configuration's field that holds a choice: ``method: Annotated[Method, Pick(Method)]``.
+
+    It accepts the object, its name or ``{"name": …, option: value}``, and is written as the last.
+    """
+
+    def __init__(self, base: type[Any]) -> None:
+        self.base = base
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """How pydantic reads and writes such a field."""
+        return core_schema.no_info_plain_validator_function(
+            functools.partial(built, self.base),
+            serialization=core_schema.plain_serializer_function_ser_schema(dumped),
+        )
+
+
+# -- from outside the package ----------------------------------------------------------------------------------------
+
+
+def outside(text: str) -> Any:
+    """The object that ``file.py:Name`` or ``package.module:Name`` means."""
+    place, _, name = text.rpartition(":")
+    module = _read(Path(place)) if place.endswith(".py") else _imported(place, text)
+    if not hasattr(module, name):
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise unknown(f"name in {place}", name, public)
+    return getattr(module, name)
+
+
+def spelled(member: Any) -> str:
+    """How a choice's class (or a function) is typed: the inverse of :func:`choose`, wherever it is read again."""
+    module = member.__module__
+    if module.startswith(f"{PACKAGE}."):
+        return str(getattr(member, "name", member.__name__))
+    if module.startswith(_OUTSIDE) or module == "__main__":
+        return f"{Path(inspect.getfile(member)).resolve()}:{member.__qualname__}"
+    return f"{module}:{member.__qualname__}"
+
+
+def _read(file: Path) -> ModuleType:
+    path = file.expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"there is no file {file}: give file.py:Name, with the path of the file")
+    name = _OUTSIDE + sha256(str(path).encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while they are made
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        text = " ".join(str(error).split())
+        raise InputError(f"{file} cannot be run ({type(error).__name__}: {text}): mend it") from error
+    return module
+
+
+def _imported(place: str, text: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ImportError as error:
+        raise InputError(f"{text} cannot be imported ({error}): give file.py:Name or package.module:Name") from None
+
+
+def one_line(error: ValidationError, owner: str) -> str:
+    """What pydantic found wrong first, in one line."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):  # it names the fix already
+        return str(cause)
+    where = ".".join(str(part) for part in first["loc"]) or owner
+    given = " ".join(repr(first["input"]).split())
+    message = first["msg"].removeprefix("Value error, ")
+    return f"bad value for {where}: {message} (given {given if len(given) <= 60 else given[:57] + '...'})"
