@@ -1,24 +1,36 @@
 """Every write to disk, whole or not at all, and every lock between processes."""
 
 import errno
+import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+STALE_SECONDS = 3600.0  # after which a file that is half written belongs to nobody: writing one takes a few
 
 
-def write_whole(path: Path, data: bytes, replace: bool = True) -> None:
-    """Write a file whole or not at all, under a name of this process's own until it is on the disk.
+def write_whole(path: Path, data: bytes, *, replace: bool = True, durable: bool = True) -> None:
+    """Write a file whole or not at all: under a name of this process's own first, then renamed.
 
-    Without ``replace`` one that is there stays: of two that come at once, one wins.
+    Args:
+        path: The file.
+        data: What it is to hold.
+        replace: Whether a file that is there gives way; without it, of two processes that come at once one wins.
+        durable: Whether to wait until the disk has it, so that it survives a power cut.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if not replace:
             try:
                 os.link(temporary, path)
@@ -28,14 +40,30 @@ def write_whole(path: Path, data: bytes, replace: bool = True) -> None:
             except OSError:  # no links on this file system
                 pass
         temporary.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(directory: Path) -> None:
-    """Make the names in a directory durable; some network file systems cannot, and say EINVAL."""
-    handle = os.open(directory, os.O_RDONLY)
+def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
+    """Write a JSON file whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode(), replace=replace)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    from safetensors.torch import save
+
+    # to bytes first: writing them here gives an OSError, which callers know how to report
+    write_whole(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can: Windows and some network file systems cannot."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -45,7 +73,15 @@ def sync_folder(directory: Path) -> None:
         os.close(handle)
 
 
-def lock(path: Path, wait: bool = True) -> int | None:
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left half written in a folder."""
+    for file in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another process may be at the same
+            if time.time() - file.stat().st_mtime > STALE_SECONDS:
+                file.unlink()
+
+
+def lock(path: Path, *, wait: bool = True) -> int | None:
     """An advisory lock, held until the number returned is closed; None where another process has it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -64,9 +100,9 @@ def lock(path: Path, wait: bool = True) -> int | None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock; False where another process has it."""
-    file = lock(path, wait)
+    file = lock(path, wait=wait)
     try:
         yield file is not None
     finally:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from metaflowmaps._files import write_tensors
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.scene import Scene, Wish
 from metaflowmaps.commands.shards import draw_in_shards, usual_size
-from metaflowmaps.commands.shared import Results, Say, beside, digest, law_of, open_model, save_tensors
+from metaflowmaps.commands.shared import Results, Say, beside, digest, law_of, open_model
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
@@ -65,7 +66,7 @@ def sample(
 
     def finish(made: Made) -> Results:
         points = made.tensors["samples"]
-        save_tensors(place / "samples.safetensors", made.tensors)
+        write_tensors(place / "samples.safetensors", made.tensors)
         title = f"{num} samples, {steps} network call(s) each"
         if model.event_shape == (2,):
             figures.save(figures.scatter(points, title, law_of(found)), place / "samples.png")
@@ -137,7 +138,7 @@ def posterior(
 
     def finish(made: Made) -> Results:
         draws, law = made.tensors["draws"], law_of(found)
-        save_tensors(place / "draws.safetensors", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
+        write_tensors(place / "draws.safetensors", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
         if model.event_shape == (2,):
             shown = law if t < 1 else None
             title = f"{num_draws} posterior draws"

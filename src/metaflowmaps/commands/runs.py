@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metaflowmaps._files import write_whole
+from metaflowmaps._files import write_json
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.config import differences
 from metaflowmaps.work.shards import FOLDERS, LOGS, nothing_in
@@ -163,11 +163,6 @@ def environment(seed: int, device: torch.device | str) -> dict[str, Any]:
         "commit": _commit(),
         "seed": seed,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the drawing commands know of pictures: classes by name, guidance, an autoencoder, PNG files."""
 
+import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.shared import Say
 from metaflowmaps.data.imaging import from_tensor, to_tensor
@@ -118,6 +120,6 @@ class Scene:
         folder.mkdir(parents=True, exist_ok=True)
         for begin in range(0, len(x), PART):
             for i, picture in enumerate(from_tensor(self.pictures(x[begin : begin + PART])), begin):
-                temporary = folder / f".{i:06d}.tmp"
-                picture.save(temporary, "png")
-                temporary.replace(folder / f"{i:06d}.png")
+                encoded = io.BytesIO()
+                picture.save(encoded, "png")
+                write_whole(folder / f"{i:06d}.png", encoded.getvalue(), durable=False)

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from metaflowmaps._files import write_whole
 from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
 from metaflowmaps.commands.runs import claim
 from metaflowmaps.errors import InputError
@@ -107,12 +105,6 @@ def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> Any:
 
 def sample_picture(model: MetaFlowMap, law: GaussianMixture, step: int, out: Path) -> None:
     figures.save(panels(model, law, 0), out / "samples" / f"step-{step:08d}.png")
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors, whole or not at all."""
-    # to bytes first: writing them here gives an OSError, which the command line knows how to report
-    write_whole(path, save({name: value.contiguous().cpu() for name, value in tensors.items()}))
 
 
 def digest(found: Checkpoint) -> str:

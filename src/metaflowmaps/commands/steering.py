@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import write_tensors
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
 from metaflowmaps.commands.runs import write_results
@@ -24,7 +25,6 @@ from metaflowmaps.commands.shared import (
     judging_law,
     law_of,
     open_model,
-    save_tensors,
 )
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.steering_error import VARIANTS, SteeringEvalConfig, evaluate_steering
@@ -135,7 +135,7 @@ def steer(
         return _as_piece(result)
 
     def keep(drawn: dict[str, Tensor]) -> None:
-        save_tensors(place / "samples.safetensors", {name: drawn[name] for name in ("samples", "rewards", "seeds")})
+        write_tensors(place / "samples.safetensors", {name: drawn[name] for name in ("samples", "rewards", "seeds")})
 
     def finish(drawn: Made) -> Results:
         keep(drawn.tensors)

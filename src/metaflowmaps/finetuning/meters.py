@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import write_whole
 from metaflowmaps._shapes import event_sum
 from metaflowmaps.finetuning.config import MetersConfig
 from metaflowmaps.finetuning.problem import Problem
@@ -150,7 +151,5 @@ def kept_records(out: Path, step: int) -> list[dict[str, Any]]:
             break
         if record.get("step", step + 1) <= step:
             kept.append(record)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(file)
+    write_whole(file, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return kept

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.config import RunConfig
@@ -269,7 +270,7 @@ class _Log:
                 f"{self.metrics} is shorter than its checkpoint recorded: restore it, or start in another --out"
             )
         kept = [line for line in _records(self.timings) if line["step"] <= state.step]
-        self.timings.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self.timings, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
 
     def write(self, record: Record) -> None:

@@ -193,7 +193,7 @@ class Pieces:
 
     def _make(self, name: str, make: Callable[[str], Made], wait: bool) -> bool:
         """Make a piece unless it is there by now; False where another process is at it."""
-        with locked(self.folder / f"{name}.lock", wait) as held:
+        with locked(self.folder / f"{name}.lock", wait=wait) as held:
             if not held:
                 return False
             if self.finished() or (there(self.folder, name) and self.read(name) is not None):

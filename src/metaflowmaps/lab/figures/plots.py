@@ -1,5 +1,6 @@
 """Figures. Each function takes results and returns a matplotlib figure; labels and units are on the picture itself."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import Path as InterpolantPath
 
@@ -36,9 +38,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 def save(figure: "Figure", path: Path) -> Path:
     """Write a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue(), durable=False)
     return path
 
 

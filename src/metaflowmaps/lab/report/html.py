@@ -9,10 +9,10 @@ import base64
 import html
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.report.sections import (
     Tables,
@@ -97,16 +97,11 @@ def write_report(runs: list[Path], out: Path) -> Path:
         + (f'<nav aria-label="Contents"><ol>{contents}</ol></nav>' if len(titles) > 1 else "")
         + f"<main>{''.join(sections)}</main></body></html>\n"
     )
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
+        write_whole(out, page.encode())
     except OSError as error:
         raise InputError(f"cannot write --out {out}: {error.strerror}; choose another file") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return out
 
 
