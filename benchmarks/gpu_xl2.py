@@ -26,16 +26,18 @@ from torch.nn import functional
 
 from metaflowmaps import LinearPath, MetaFlowMap, steer
 from metaflowmaps.networks.dit import SIZES, DiT
-from metaflowmaps.networks.flops import forward_flops
+from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.random import stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Batch, Objective
-from metaflowmaps.training.plan import GPUS, Noise
+from metaflowmaps.training.plan import Noise
 from metaflowmaps.training.state import make_optimizer
 from metaflowmaps.training.teachers import GlassTeacher
 
 CLASSES = 1000
+# dense bfloat16 TFLOP/s by the makers' data sheets, of what a device calls itself
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
 
 
 class Decoder(nn.Module):
@@ -88,9 +90,9 @@ class Bench:
         self.teacher.requires_grad_(False)
         self.network, self.frozen = student, frozen
         self.optimizer = make_optimizer(self.model, OptimizerConfig(name="adam", lr=1e-6))
-        self.flops = forward_flops(student.config)
+        self.flops = forward_flops(on_meta({"name": "dit", **student.config}))
         name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
-        self.peak = next((1e12 * gpu.tflops for part, gpu in GPUS.items() if part.upper() in name), None)
+        self.peak = next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
         self.figures: dict[str, Any] = {"device": name, "model_tflops": self.flops / 1e12, "torch": torch.__version__}
 
     # -- measuring ---------------------------------------------------------------------------------------------------

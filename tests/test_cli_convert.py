@@ -138,9 +138,5 @@ def test_a_thousand_other_classes_keep_their_names():
 
 
 def test_run_refuses_what_tuning_cannot_use(command, tmp_path):
-    for arguments, words in (
-        (("imagenet-xl2-finetune", "digits", "--set", "strength=abc"), "give a number"),
-        (("imagenet-xl2-finetune", "--dry-run", "--gpus", "8"), "leave --gpus out"),
-    ):
-        code, _, err = command("run", *arguments)
-        assert (code, words in err, err.count("\n")) == (2, True, 1), err
+    code, _, err = command("run", "imagenet-xl2-finetune", "digits", "--set", "strength=abc")
+    assert (code, "give a number" in err, err.count("\n")) == (2, True, 1), err

@@ -51,8 +51,6 @@ CheckpointArgument = Annotated[
 ]
 
 
-Gpu = Annotated[str, typer.Option("--gpu", help="--dry-run of a run at scale: h200, h100, a100, l40s, rtx4090 …")]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="How many of them.")]
 Label = Annotated[str | None, typer.Option("--label", help="Class, by number or name; all: the classes in turn.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Scale w of class guidance, of maps that know it.")]
 Vae = Annotated[str | None, typer.Option("--vae", help="Autoencoder of latents: a folder or hub id, where not known.")]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from metaflowmaps.cli.options import Device, Gpu, Gpus, Json, Out, Seed, Set, app, emit, invocation, judged, say
+from metaflowmaps.cli.options import Device, Json, Out, Seed, Set, app, emit, invocation, judged, say
 from metaflowmaps.errors import InputError
 
 
@@ -20,18 +20,14 @@ def run(
     seed: Seed = None,
     device: Device = "auto",
     resume: Annotated[str, typer.Option("--resume", help="Of tuning: auto, none, or a run to start from.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count parameters, memory, calls and hours, exit.")
-    ] = False,
-    gpu: Gpu = "h200",
-    gpus: Gpus = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count parameters, memory and calls, exit.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe on a map: steering, posterior, value, FID, fine-tuning at ImageNet scale."""
     from metaflowmaps.commands.run import plan_task, run_task
 
     if dry_run:
-        emit(plan_task(recipe, checkpoint, settings or [], fast, gpu, gpus), as_json)
+        emit(plan_task(recipe, checkpoint, settings or [], fast), as_json)
         return
     if checkpoint is None:
         raise InputError(f"which map? mfm run {recipe} CHECKPOINT, or --dry-run to count without one")

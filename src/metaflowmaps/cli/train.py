@@ -9,8 +9,6 @@ from metaflowmaps.cli.options import (
     REWARD,
     CheckpointArgument,
     Device,
-    Gpu,
-    Gpus,
     Json,
     Out,
     Seed,
@@ -51,8 +49,6 @@ def train(
     ] = None,
     resume: Annotated[str, typer.Option("--resume", help="auto, none, or a run or checkpoint to start from.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, count, try one step, exit.")] = False,
-    gpu: Gpu = "h200",
-    gpus: Gpus = 1,
     as_json: Json = False,
 ) -> None:
     """Train a meta flow map. Run the same command again to go on after an interruption."""
@@ -64,7 +60,7 @@ def train(
     if dry_run and recipe in TASKS:
         from metaflowmaps.commands.run import plan_task
 
-        emit(plan_task(recipe, None, settings or [], fast, gpu, gpus), as_json)
+        emit(plan_task(recipe, None, settings or [], fast), as_json)
         return
 
     def resolve() -> Any:
@@ -75,7 +71,7 @@ def train(
     with ranks.session():
         config = ranks.together(resolve)
         if dry_run:
-            emit(ranks.first(lambda: commands.dry_run(config, device, gpu, gpus)), as_json)
+            emit(ranks.first(lambda: commands.dry_run(config, device)), as_json)
             return
         results = commands.train(config, out or Path("runs") / recipe, device, resume, invocation(), say)
         emit(results, as_json)

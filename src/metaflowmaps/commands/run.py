@@ -12,19 +12,17 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
 from metaflowmaps.networks.dit import SIZES, DiT
-from metaflowmaps.networks.flops import forward_flops
+from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.recipes import task
 from metaflowmaps.recipes.imagenet import LATENTS, SCALES
-from metaflowmaps.training.plan import GIB, bytes_of_training, gpu_named, kept_bytes
+from metaflowmaps.training.plan import bytes_of_training, count
 from metaflowmaps.work.config import override, validated
 
 XL2: dict[str, Any] = {
-    **SIZES["XL"], "channels": LATENTS[0], "size": LATENTS[1], "patch": 2, "num_classes": 1000, "guidance": SCALES,
-    "mlp_ratio": 4.0,
+    "name": "dit", **SIZES["XL"], "channels": LATENTS[0], "size": LATENTS[1], "patch": 2,
+    "num_classes": 1000, "guidance": SCALES, "mlp_ratio": 4.0,
 }  # fmt: skip
-ROWS = 64  # evaluated at a time without a gradient
 PASSES = 3  # forward passes that an evaluation costs with its gradient
-BESIDE = 8.0 * GIB  # assumed for a decoder and a reward of CLIP-H's size, with a micro-batch of each
 
 
 def run_task(
@@ -63,57 +61,39 @@ def _number(key: str, text: str) -> float:
         raise InputError(f"--set {key}={text}: give a number") from None
 
 
-def plan_task(
-    name: str, checkpoint: str | None, settings: Iterable[str], fast: bool, gpu: str, gpus: int, mfu: float = 0.4
-) -> Results:
-    """Parameters, memory, calls and hours of the map's own calls; of MFM-XL/2 where no checkpoint is given.
+def plan_task(name: str, checkpoint: str | None, settings: Iterable[str], fast: bool) -> Results:
+    """Parameters, bytes of weights and calls of the map's own; of MFM-XL/2 where no checkpoint is given.
 
-    What the autoencoder and the reward take comes on top: their sizes are not known before they are there.
+    Nothing is run, and the autoencoder and the reward come on top: their sizes are not known before they are there.
     """
-    known, machine = task(name, fast), gpu_named(gpu)
-    spec = XL2 if checkpoint is None else _spec(checkpoint)
-    network = DiT.on_meta(spec)
-    parameters = sum(p.numel() for p in network.parameters())
+    known, network = task(name, fast), on_meta(XL2 if checkpoint is None else _spec(checkpoint))
+    assert isinstance(network, DiT)
     if known.command == "finetune":
-        if gpus != 1:
-            raise InputError(f"{name} runs on one GPU, as mfm finetune does: leave --gpus out")
-        dumped, calls, memory = _tuning(known.settings, settings, known.options, spec, parameters)
+        tuning, calls = _tuning(known.settings, settings, known.options)
+        memory = bytes_of_training(network, tuning)
+        memory["base"] = memory["weights"]
+        dumped = tuning.model_dump()
     else:
         experiment = EXPERIMENTS[known.command]
         config = override(validated(experiment.config, {}), [*known.settings, *settings])
         assert isinstance(config, ImageEvalConfig)
-        dumped, calls = config.model_dump(), float(config.calls())
-        memory = {
-            "weights": 4.0 * parameters,
-            "batch": kept_bytes(spec, True, True) * ROWS,
-            "decoder_and_reward": BESIDE,
-        }
-    total = sum(memory.values())
-    if total > machine.memory * GIB:
-        parts = ", ".join(f"{part.replace('_', ' ')} {size / GIB:.1f}" for part, size in memory.items())
-        raise InputError(
-            f"{name} needs {total / GIB:.0f} GiB on one GPU ({parts}), and {gpu} has {machine.memory:.0f}: "
-            "take a larger one (--gpu)" + ", or --set micro_batches=N" * (known.command == "finetune")
-        )
-    flops = calls * forward_flops(spec)
+        dumped, calls, memory = config.model_dump(), float(config.calls()), {"weights": 4 * count(network)}
+    flops = forward_flops(network)
     metrics = {
-        "parameters": parameters,
+        "parameters": count(network),
         "parameters_of_parent": network.parameters_of_parent(),
-        "gpu": f"{gpus} × {gpu}",
-        **{f"memory_{part}_gib": size / GIB for part, size in memory.items()},
-        "memory_gib": total / GIB,
+        "memory_bytes": sum(memory.values()),
+        **{f"memory_{part}_bytes": size for part, size in memory.items()},
         "calls": calls,
-        "gflops_per_call": forward_flops(spec) / 1e9,
-        "assumed_mfu": mfu,
-        "expected_hours": flops / (machine.tflops * 1e12 * mfu * gpus) / 3600,
+        "gflops_per_call": flops / 1e9,
+        "pflops": calls * flops / 1e15,
+        "not_measured": "a map, a decoder and a reward are needed to time it: run it with --fast",
     }
     return {"schema": 1, "command": name, "dry_run": True, "config": dumped, "metrics": metrics, "cost": {}}
 
 
-def _tuning(
-    own: tuple[str, ...], settings: Iterable[str], options: dict[str, Any], spec: dict[str, Any], parameters: int
-) -> tuple[dict[str, Any], float, dict[str, float]]:
-    """A fine-tuning's configuration, evaluations and memory.
+def _tuning(own: tuple[str, ...], settings: Iterable[str], options: dict[str, Any]) -> tuple[FinetuneConfig, float]:
+    """A fine-tuning's configuration and evaluations.
 
     A row of the first stage is the student with its gradient, the base's drift, and a differentiated draw for each of
     ``num_draws``; a row of the second the map's two differentiated calls and one of the tuned drift.
@@ -124,19 +104,11 @@ def _tuning(
     second = config.distil_steps * config.distil_batch_size * (2 * PASSES + 1)
     second += config.distil_pool * config.distil_pool_steps
     pool = config.states.pool * config.states.pool_steps
-    rows = -(-config.batch_size // config.micro_batches)
-    kept = kept_bytes(spec, config.precision == "bf16", config.checkpoint_activations)
-    memory = {
-        **bytes_of_training(parameters, config.precision == "bf16"),
-        "base": 4.0 * parameters,
-        "activations": kept * rows * (1 + config.num_draws),
-        "decoder_and_reward": BESIDE,
-    }
-    return config.model_dump(), float(first + pool + (second if config.map == "distil" else 0)), memory
+    return config, float(first + pool + (second if config.map == "distil" else 0))
 
 
 def _spec(checkpoint: str) -> dict[str, Any]:
     network = resolve_checkpoint(checkpoint).config.get("network", {})
     if network.get("name") != "dit":
         raise InputError(f"{checkpoint} is no map of the ImageNet family: give one that mfm convert made")
-    return {key: value for key, value in network.items() if key != "name"}
+    return dict(network)

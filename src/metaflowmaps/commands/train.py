@@ -1,6 +1,5 @@
 """mfm train."""
 
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,26 +12,20 @@ from metaflowmaps.commands.progress import training_progress
 from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.shared import Results, Say, begun, panels, sample_picture
 from metaflowmaps.data import describe, load_data
-from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots as figures
-from metaflowmaps.training.classifier import ClassifierObjective, accuracy
+from metaflowmaps.training.classifier import accuracy
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
-from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.distributed import check_division, told
 from metaflowmaps.training.loop import TrainResult
 from metaflowmaps.training.plan import plan
 from metaflowmaps.training.run import (
     build_classifier,
     build_map,
-    build_objective,
-    exact_teacher,
     fitted,
     run_classifier_training,
     run_training,
 )
-from metaflowmaps.training.state import TrainState
-from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import override, validated
 from metaflowmaps.work.devices import pick_device
@@ -146,75 +139,10 @@ def _last_picture(config: TrainConfig, model: MetaFlowMap, out: Path) -> None:
         figures.save(panels(model, law, config.seed), out / "posteriors.png")
 
 
-def dry_run(
-    config: TrainConfig | ClassifierConfig, device: str, gpu: str = "h200", gpus: int = 1, mfu: float = 0.4
-) -> Results:
-    """Resolve the configuration, count parameters and memory on the meta device, time one step, write nothing.
-
-    Of a run that says the shape of its samples, planned for GPUs, the step is counted and not timed: neither data nor
-    parent need be there.
-    """
-    if isinstance(config, TrainConfig) and config.model.event_shape is not None:
-        return _dry(config, plan(config, gpu, gpus, mfu))
+def dry_run(config: TrainConfig | ClassifierConfig, device: str) -> Results:
+    """Resolve the configuration, plan it, write nothing."""
     target = pick_device(device)
     torch.set_num_threads(config.threads)
-    shapes = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
-    parameters = sum(p.numel() for p in shapes.parameters())
-    # Adam keeps two copies of the weights; SOAP two more square factors, with their eigenvectors, for each matrix
-    state = 2 * parameters
-    if config.optimizer.name == "soap":
-        state += sum(2 * (p.shape[0] ** 2 + p[0].numel() ** 2) for p in shapes.parameters() if p.ndim > 1)
-    memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "ema": 4 * parameters,
-        "optimizer": 4 * state,
-    }
-    model: Any = shapes.to(target)
-    objective: Any
-    if isinstance(config, TrainConfig):
-        # a learned teacher costs what the map itself costs; the exact one is a stand-in where the law is known
-        teacher: Any = None
-        if config.teacher == "exact":
-            teacher = exact_teacher(config)
-        elif config.teacher in ("learned", "pretrained"):
-            teacher = GlassTeacher(model.path, model.drift, config.num_classes)
-        objective = build_objective(config, teacher)
-    else:
-        objective = ClassifierObjective(load_data(config.data)[0], config)
-    prepare(model, config, target, objective)
-    low = config.precision == "bf16"
-    optimizer = TrainState(model, config.optimizer).optimizer
-    seconds = 0.0
-    for step in range(3):  # the first ones allocate and warm up
-        began = time.perf_counter()
-        batch = objective.batch(model, step).to(target)
-        with torch.autocast(target.type, torch.bfloat16, enabled=low):
-            loss = objective(model, batch).float().mean()
-        if not bool(loss.isfinite()):
-            value = float(loss.detach())
-            raise InputError(f"the loss of a first step is {value}: check optimizer.lr, model.data_std and the law")
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-    metrics = {
-        "parameters": parameters,
-        "memory_bytes": sum(memory.values()),
-        **{f"memory_{part}_bytes": size for part, size in memory.items()},
-        "steps": config.steps,
-        "seconds_per_step": seconds,
-        "expected_seconds": seconds * config.steps,
-    }
-    return _dry(config, metrics)
-
-
-def _dry(config: TrainConfig | ClassifierConfig, metrics: dict[str, Any]) -> Results:
-    return {
-        "schema": 1,
-        "command": "train",
-        "dry_run": True,
-        "config": config.model_dump(),
-        "metrics": metrics,
-        "cost": {},
-    }
+    metrics = plan(config, target)
+    dumped = config.model_dump()
+    return {"schema": 1, "command": "train", "dry_run": True, "config": dumped, "metrics": metrics, "cost": {}}

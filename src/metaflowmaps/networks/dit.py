@@ -146,12 +146,6 @@ class DiT(nn.Module):
             block.attention.fused_tangents = fused_tangents
         return self
 
-    @classmethod
-    def on_meta(cls, config: dict[str, Any]) -> "DiT":
-        """The network of a configuration, of which only shapes exist."""
-        with torch.device("meta"):
-            return cls(**config)
-
     def parameters_of_parent(self) -> int:
         """Parameters of the flow map without context, one embedder of times for both: what DMF and SiT have."""
         own = ("context_", "early_b.", "late_a.", "late_b.", "guidance.")

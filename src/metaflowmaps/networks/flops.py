@@ -1,30 +1,40 @@
-r"""What a transformer's forward pass costs, counted from its configuration: multiply-adds of matrix products, twice.
+r"""What a network's forward pass costs, read off torch's own counter on the meta device: nothing is computed.
 
-A sample of N tokens of width W through one block: 2 N W (3W + W + 2H) for projections and perceptron of hidden width H,
-4 N² W for attention, 12 W² for the modulation; what embeds times and scales is counted once. A training step is three
-forward passes: one, and two of their size for the gradients of inputs and weights. A call that is differentiated in
-forward mode counts three as well.
+A multiply-add counts two. A training step is three forward passes: one, and two of its size for the gradients of
+inputs and weights; a call that is differentiated in forward mode counts three as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from metaflowmaps.networks.embed import TimeFeatures
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from metaflowmaps.networks import make_network
+from metaflowmaps.networks.classifiers import Classifier
 
 
-def forward_flops(config: Mapping[str, Any]) -> float:
-    """FLOPs of one sample through a DiT of this configuration."""
-    width, depth, patch = (int(config[key]) for key in ("width", "depth", "patch"))
-    tokens, pixels = (int(config["size"]) // patch) ** 2, patch * patch * int(config["channels"])
-    hidden: int = round(config.get("mlp_ratio", 4.0) * width)
-    block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width + 6 * width**2
-    ends = 3 * tokens * pixels * width + 2 * width**2  # patches of the state and the context in, patches out
-    times = 5 * (256 * width + width**2) + 2 * width**2  # five embeddings, the gate of the context
-    return 2.0 * (depth * block + ends + times + _guidance(config.get("guidance", False), width))
+def on_meta(spec: Mapping[str, Any]) -> nn.Module:
+    """The network of ``{"name": …, **network.config}``, of which only shapes exist."""
+    with torch.device("meta"):
+        return make_network(spec)
 
 
-def _guidance(guidance: bool | Sequence[float], width: int) -> int:
-    """Multiply-adds of the embedding of a scale: features of it through two layers, or a row of a table."""
-    if isinstance(guidance, bool):
-        return (TimeFeatures(1).features + width) * width if guidance else 0
-    return len(guidance) * width
+def forward_flops(network: nn.Module) -> float:
+    """FLOPs of one sample through a network: its matrix products and convolutions.
+
+    Args:
+        network: one that :func:`on_meta` made, or any other (which is then run once).
+    """
+    first, shape = next(network.parameters()), tuple(network.event_shape)  # type: ignore[arg-type]
+    x, t = first.new_empty(1, *shape), first.new_zeros(1)
+    if isinstance(network, Classifier):
+        inputs: tuple[Tensor, ...] = (x,)
+    else:
+        inputs = (x, t, t, x, t, *([t.long()] if network.num_classes else []))
+    # the fused attention of a processor is not among what torch counts, the composed one is
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(*inputs)
+    return float(counter.get_total_flops())

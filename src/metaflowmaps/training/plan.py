@@ -1,131 +1,148 @@
-r"""What a run at scale will take, before it is begun: parameters, memory by part, calls, hours on a named GPU.
+r"""What a training run will take, before it is begun: parameters, the memory of its state, calls and seconds a step.
 
-Nothing here needs the data or the parent's weights, and the network itself is built on the meta device. What is
-counted is counted on the real code: one step of the same losses on a network of the same kind three blocks deep tells
-how many rows are evaluated with a gradient, without and in forward mode; one row through two and through three blocks
-of full width tells the bytes that a block keeps for the backward pass. Hours are those calls' FLOPs over the GPU's
-bfloat16 rate, times the share of it (``mfu``) that one assumes.
+The network is built on the meta device: parameters, bytes and FLOPs of a call are read off shapes. Two steps are then
+run and the meter read, on the same losses: with the network itself, for the time and the peak of memory, where it is
+small enough for this device; else with a small network of the same kind, for the calls alone. A run that says the
+shape of its samples needs neither its data nor its parent: noise and an untrained copy stand in for them. A call that
+is differentiated in forward mode counts as one, and a backward pass through it is not seen.
 """
 
+import copy
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.cost import Meter
+from metaflowmaps.data import load_data
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.networks import make_network
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.networks.flops import forward_flops
-from metaflowmaps.networks.forward_mode import forward_mode
+from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.path import make_path
 from metaflowmaps.random import randn
-from metaflowmaps.training.config import TrainConfig
+from metaflowmaps.training.classifier import ClassifierObjective
+from metaflowmaps.training.config import ClassifierConfig, RunConfig, TrainConfig
+from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.run import (
+    build_classifier,
+    build_map,
+    build_objective,
+    exact_teacher,
+    network_spec,
+)
+from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
+from metaflowmaps.work import ranks
 
-GIB = 2**30
-
-
-class Gpu(NamedTuple):
-    """Dense bfloat16 TFLOP/s by the makers' data sheets, and memory in GiB as the driver tells it, less one."""
-
-    tflops: float
-    memory: float
-
-
-GPUS = {
-    "h200": Gpu(989, 139),
-    "h100": Gpu(989, 78),
-    "a100": Gpu(312, 78),
-    "a100-40": Gpu(312, 38),
-    "l40s": Gpu(362, 44),
-    "rtx4090": Gpu(165, 22),
-}
+CPU_STEP_FLOPS = 1e12  # a step of more is not run on a processor: about a minute of one core
+CPU_STATE_BYTES = 2**30
 ROWS = 64  # of the small network's step
 
 
-class Calls(NamedTuple):
-    """Evaluations of a step, for each row of its batch."""
+class Trial(NamedTuple):
+    """Two steps' worth of meters: calls a row, and of the second step its seconds."""
 
-    with_gradient: float
-    without: float
-    forward_mode: float
-    teacher: float
+    forwards: float
+    backwards: float
+    teacher_forwards: float
+    seconds: float
+    peak_memory_bytes: int
 
 
-def plan(config: TrainConfig, gpu: str = "h200", gpus: int = 1, mfu: float = 0.4) -> dict[str, Any]:
-    """The figures of ``mfm train --dry-run`` for transformers; InputError where memory does not suffice."""
-    machine, spec = gpu_named(gpu), spec_of(config)
-    network = DiT.on_meta(spec)
-    parameters = sum(p.numel() for p in network.parameters())
-    calls = count_calls(config, spec)
-    rows = -(-config.batch_size // (config.micro_batches * gpus))
-    kept = kept_bytes(spec, config.precision == "bf16", config.checkpoint_activations)
-    share = gpus if config.shard == 0 else config.shard
-    teacher = 0 if config.teacher == "none" else parameters
-    memory = {
-        **bytes_of_training(parameters, config.precision == "bf16", share),
-        "teacher": 4 * teacher,
-        "activations": kept * calls.with_gradient * rows,
-    }
-    total, room = sum(memory.values()), machine.memory * GIB
-    flops = forward_flops(spec)
-    back = 4 if config.checkpoint_activations else 3
-    weight = back * calls.with_gradient + calls.without + 3 * calls.forward_mode + calls.teacher
-    per_step = flops * weight * config.batch_size
-    seconds = per_step / (machine.tflops * 1e12 * mfu * gpus)
-    if total > room:
-        raise InputError(
-            f"{config.recipe} needs {total / GIB:.0f} GiB a GPU with {rows} rows at a time ("
-            + ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in memory.items())
-            + f"), and {gpu} has {room / GIB:.0f}: {_fix(config, total - memory['activations'] > room)}"
-        )
+class Subject(NamedTuple):
+    """What is tried: a model, its objective and, where it has one, the network that teaches."""
+
+    model: Any
+    objective: Any
+    teacher: nn.Module | None = None
+
+
+def plan(config: TrainConfig | ClassifierConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The figures of ``mfm train --dry-run``; ``not_measured`` says why a run is too large to be tried here."""
+    device = torch.device(device)
+    shapes = on_meta(spec_of(config)) if isinstance(config, TrainConfig) else build_classifier(config)
+    memory, flops = bytes_of_training(shapes, config, ranks.size()), forward_flops(shapes)
+    if isinstance(config, TrainConfig) and config.teacher in ("learned", "pretrained"):
+        memory["teacher"] = memory["weights"]
+    too_large = _too_large(sum(memory.values()), 4 * flops * config.batch_size, device)
+    if too_large is None:
+        trial = try_steps(_prepared(config, device), config, device)
+        measured: dict[str, Any] = {
+            "peak_memory_bytes": trial.peak_memory_bytes,
+            "seconds_per_step": trial.seconds,
+            "expected_seconds": trial.seconds * config.steps,
+        }
+    else:
+        assert isinstance(config, TrainConfig), "classifiers are small"
+        trial, measured = count_calls(config, shapes, device), {"not_measured": too_large}
+    parent = {"parameters_of_parent": shapes.parameters_of_parent()} if isinstance(shapes, DiT) else {}
+    # a backward pass is two forward passes; a block that is computed again is one more
+    weight = trial.forwards + (2 + config.checkpoint_activations) * trial.backwards + trial.teacher_forwards
     return {
-        "parameters": parameters,
-        "parameters_of_parent": network.parameters_of_parent(),
-        "gpu": f"{gpus} × {gpu}",
-        **{f"memory_{name}_gib": size / GIB for name, size in memory.items()},
-        "memory_gib": total / GIB,
-        **{f"calls_{name}": value for name, value in calls._asdict().items()},
-        "steps": config.steps,
+        "parameters": count(shapes),
+        **parent,
+        "memory_bytes": sum(memory.values()),
+        **{f"memory_{part}_bytes": size for part, size in memory.items()},
         "gflops_per_call": flops / 1e9,
-        "pflops_per_step": per_step / 1e15,
-        "assumed_mfu": mfu,
-        "expected_seconds_per_step": seconds,
-        "expected_hours": seconds * config.steps / 3600,
+        "forwards_per_row": trial.forwards,
+        "backwards_per_row": trial.backwards,
+        "teacher_forwards_per_row": trial.teacher_forwards,
+        "tflops_per_step": weight * flops * config.batch_size / 1e12,
+        "steps": config.steps,
+        **measured,
     }
 
 
-def gpu_named(name: str) -> Gpu:
-    """The GPU of that name."""
-    if name not in GPUS:
-        raise unknown("GPU", name, GPUS)
-    return GPUS[name]
+def count(network: nn.Module) -> int:
+    """How many weights it has."""
+    return sum(p.numel() for p in network.parameters())
 
 
-def bytes_of_training(parameters: int, low: bool, share: int = 1) -> dict[str, float]:
-    """What Adam's kind of optimiser holds for so many parameters, spread over ``share`` ranks."""
-    each = 4.0 * parameters / share
-    held = {"weights": each, "gradients": each, "ema": each, "optimizer": 2 * each}
-    return {**held, **({"low_precision_copy": 2.0 * parameters} if low else {})}
+def bytes_of_training(shapes: nn.Module, config: Any, size: int = 1) -> dict[str, int]:
+    """What a rank holds of weights, gradients, their average and the optimiser, activations aside.
 
-
-def _fix(config: TrainConfig, weights_alone: bool) -> str:
-    if weights_alone:
-        return "the weights alone do not fit, take more GPUs (--gpus, shard=0) or larger ones (--gpu)"
-    more = next(m for m in range(config.micro_batches + 1, config.batch_size + 1) if config.batch_size % m == 0)
-    return f"--set micro_batches={more} or more, --set checkpoint_activations=true, or more GPUs (--gpus)"
+    Args:
+        shapes: the network, on any device.
+        config: a :class:`RunConfig` or what else has ``optimizer`` and ``precision``.
+        size: how many ranks there are; ``config.shard`` of them share one copy (0: all).
+    """
+    parameters = count(shapes)
+    # Adam keeps two copies of the weights; SOAP two more square factors, with their eigenvectors, for each matrix
+    state = 2 * parameters
+    if config.optimizer.name == "soap":
+        state += sum(2 * (p.shape[0] ** 2 + p[0].numel() ** 2) for p in shapes.parameters() if p.ndim > 1)
+    share = size if getattr(config, "shard", 1) == 0 else min(getattr(config, "shard", 1), size)
+    held = {"weights": parameters, "gradients": parameters, "ema": parameters, "optimizer": state}
+    memory = {part: -(-4 * numbers // share) for part, numbers in held.items()}
+    return {**memory, **({"low_precision_copy": 2 * parameters} if config.precision == "bf16" else {})}
 
 
 def spec_of(config: TrainConfig) -> dict[str, Any]:
-    """The DiT of a configuration that says the shape of its samples."""
+    """The network's configuration; where the shape of its samples is said, without a look at the data."""
     network, shape = config.model.network, config.model.event_shape
-    if network is None or network.name != "dit" or shape is None:
-        raise InputError("a plan without data is for transformers: set model.event_shape and model.network")
-    return {"channels": shape[0], "size": shape[1], **network.model_dump(exclude={"name"})}
+    if network is None or shape is None or network.name == "mlp":
+        return network_spec(config)
+    return {"channels": shape[0], "size": shape[1], **network.model_dump(mode="json")}
 
 
-# -- counted on the real code ------------------------------------------------------------------------------------------
+def _too_large(state_bytes: float, step_flops: float, device: torch.device) -> str | None:
+    """Why a run is not tried on this device, None if it is."""
+    gib, needed = 2**30, f"its state alone takes {state_bytes / 2**30:.1f} GiB"
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return f"{needed} and {device} has {free / gib:.1f} free" if state_bytes > free else None
+    if state_bytes > CPU_STATE_BYTES:
+        return f"{needed}: try it with --device cuda"
+    if step_flops > CPU_STEP_FLOPS:
+        return f"a step of about {step_flops / 1e12:.1f} TFLOP takes minutes here: try it with --device cuda"
+    return None
+
+
+# -- two steps ---------------------------------------------------------------------------------------------------------
 
 
 class Noise:
@@ -141,76 +158,109 @@ class Noise:
         return self.sample(n, generator), torch.randint(max(self.num_classes, 1), (n,), generator=generator)
 
 
-def count_calls(config: TrainConfig, spec: dict[str, Any]) -> Calls:
-    """Evaluations a row, from one step of the same losses on a small network, its teacher another such."""
-    small = {**spec, "size": 2 * spec["patch"], "width": 16, "depth": 3, "heads": 2, "encoder_depth": 2}
-    shape = (spec["channels"], small["size"], small["size"])
-    path, counts = make_path(config.model.path), dict.fromkeys(Calls._fields, 0)
+def subject(config: TrainConfig | ClassifierConfig) -> Subject:
+    """What trains as configured, from data where their shape is not said."""
+    if isinstance(config, ClassifierConfig):
+        return Subject(build_classifier(config), ClassifierObjective(load_data(config.data)[0], config))
+    if config.model.event_shape is not None:
+        return _stand_in(config, spec_of(config))
+    model = build_map(config)
+    teacher, network = _teacher(config, model)
+    return Subject(model, build_objective(config, teacher), network)
+
+
+def _prepared(config: TrainConfig | ClassifierConfig, device: torch.device) -> Subject:
+    tried = subject(config)
+    prepare(tried.model.to(device), config, device, tried.objective)
+    return tried
+
+
+def count_calls(config: TrainConfig, shapes: nn.Module, device: torch.device | str = "cpu") -> Trial:
+    """Calls a row of a step, from the same losses on a small network, its teacher another such.
+
+    Args:
+        config: of the run.
+        shapes: its network; how derivatives are taken depends on its size.
+        device: where it will run.
+    """
+    spec = spec_of(config)
+    channels, size, classes, guidance = (spec[key] for key in ("channels", "size", "num_classes", "guidance"))
+    if spec["name"] == "dit":
+        small = {**spec, "size": 2 * spec["patch"], "width": 16, "depth": 3, "heads": 2, "encoder_depth": 2}
+    else:
+        shape = [channels, size, size]
+        small = {"name": "mlp", "dim": channels * size * size, "shape": shape, "width": 8, "num_classes": classes}
+        small["guidance"] = bool(guidance)
+    plain = {"compile": False, "micro_batches": 1, "precision": "float32", "checkpoint_activations": False}
+    changed = config.model_copy(update={**plain, "batch_size": ROWS})
+    tried = _stand_in(changed, small)
+    prepare(shapes, config, device, tried.objective)
+    return try_steps(tried, changed)
+
+
+def _stand_in(config: TrainConfig, spec: dict[str, Any]) -> Subject:
+    """An untrained map that learns noise; past its warm-up, when every loss is taken."""
+    mean = config.model.data_mean
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, parent = (
-            MetaFlowMap(DiT(**small), path, config.model.parameterization, 0.0, config.model.data_std or 1.0)
-            for _ in range(2)
+        torch.manual_seed(config.seed)
+        model = MetaFlowMap(
+            make_network(spec),
+            make_path(config.model.path),
+            config.model.parameterization,
+            0.0 if mean == "image" else mean,
+            config.model.data_std or 1.0,
         )
-    parent.requires_grad_(False)
-
-    def counted(name: str | None) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            kind = name or (
-                "forward_mode" if forward_mode() else "with_gradient" if torch.is_grad_enabled() else "without"
-            )
-            counts[kind] += out.shape[0]
-
-        return hook
-
-    model.network.register_forward_hook(counted(None))
-    parent.network.register_forward_hook(counted("teacher"))
-    teacher = GlassTeacher(path, parent.drift, spec["num_classes"]) if config.teacher != "none" else None
-    condition = config.condition if spec["num_classes"] else None
+    data = Noise(tuple(model.network.event_shape), spec["num_classes"])  # type: ignore[arg-type]
+    teacher, network = _teacher(config, model)
     loss = config.loss.model_copy(update={"warmup_steps": 0, "anneal_steps": 0})
-    objective = Objective(Noise(shape, spec["num_classes"]), loss, config.times, teacher, ROWS, config.seed, condition)
-    objective(model, objective.batch(model, 0)).sum().backward()
-    if loss.consistency == "lagrangian":  # its gradient goes through the derivative: primal and tangent are kept
-        counts["with_gradient"] += 2 * counts["forward_mode"]
-    return Calls(**{name: count / ROWS for name, count in counts.items()})
+    condition = config.condition if spec["num_classes"] else None
+    objective = Objective(data, loss, config.times, teacher, config.batch_size, config.seed, condition)
+    return Subject(model, objective, network)
 
 
-def kept_bytes(spec: dict[str, Any], low: bool, recompute: bool) -> float:
-    """Bytes that one row keeps for the backward pass, from two and three blocks of full width."""
-    tokens = (int(spec["size"]) // int(spec["patch"])) ** 2
-    if recompute:  # a block keeps what came in and is computed again; one block at a time is whole
-        inside = (_kept(spec, 3, low) - _kept(spec, 2, low)) if spec["depth"] > 1 else 0.0
-        return 4.0 * tokens * int(spec["width"]) * int(spec["depth"]) + inside
-    two, three = _kept(spec, 2, low), _kept(spec, 3, low)
-    return two + (int(spec["depth"]) - 2) * (three - two)
+def _teacher(config: TrainConfig, model: MetaFlowMap) -> tuple[Any, nn.Module | None]:
+    """The teacher and its network; a learned one, or a parent, costs what the map itself costs."""
+    if config.teacher == "none":
+        return None, None
+    if config.teacher == "exact":
+        return exact_teacher(config), None
+    parent = copy.deepcopy(model).requires_grad_(False)
+    return GlassTeacher(parent.path, parent.drift, model.network.num_classes), parent  # type: ignore[arg-type]
 
 
-def _kept(spec: dict[str, Any], depth: int, low: bool) -> float:
-    """Bytes that a second row adds: weights cast down, tables and frequencies are kept once for all."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = DiT(**{**spec, "depth": depth, "encoder_depth": 1})
-    one, two = (_saved_by(network, spec, rows, low) for rows in (1, 2))
-    return float(two - one)
+def try_steps(tried: Subject, config: RunConfig, device: torch.device | str = "cpu") -> Trial:
+    """Two updates as the loop makes them, read off the meter."""
+    device, model, objective = torch.device(device), tried.model.to(device), tried.objective
+    parent = None if tried.teacher is None else tried.teacher.to(device)
+    optimizer = TrainState(model, config.optimizer).optimizer
+    meter, taught = Meter(getattr(model, "network", model)), Meter(getattr(parent, "network", None), device)
+    rows, seconds = 0, 0.0
+    for step in range(2):  # the first allocates and warms up
+        before = meter.seconds
+        with taught, meter:
+            batch = objective.batch(model, step)
+            _update(model, objective, batch, config, device)
+            optimizer.step()
+            optimizer.zero_grad()
+        rows, seconds = rows + len(batch), meter.seconds - before
+    return Trial(
+        meter.forwards / rows, meter.backwards / rows, taught.forwards / rows, seconds, meter.peak_memory_bytes
+    )
 
 
-def _saved_by(network: nn.Module, spec: dict[str, Any], rows: int, low: bool) -> int:
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    x, t = torch.zeros(rows, spec["channels"], spec["size"], spec["size"]), torch.full((rows,), 0.5)
-    label = {"label": torch.zeros(rows, dtype=torch.int64)} if spec["num_classes"] else {}
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no storage is counted under another's address
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in own:
-            alive.append(saved)
-            found[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
-        torch.autocast("cpu", torch.bfloat16, enabled=low),
-    ):
-        network(x, t, t, x, t, **label)
-    return sum(found.values())
+def _update(model: nn.Module, objective: Any, batch: Any, config: RunConfig, device: torch.device) -> None:
+    """The gradient of a step, in micro-batches."""
+    width = -(-len(batch) // config.micro_batches)
+    try:
+        for first in range(0, len(batch), width):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = objective(model, batch.rows(first, first + width).to(device)).float().sum() / len(batch)
+            loss.backward()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise InputError(f"the loss of a first step is {value}: check optimizer.lr, model.data_std and the law")
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{width} rows at a time do not fit in the memory of {device}: --set "
+            f"micro_batches={2 * config.micro_batches} or more, or --set checkpoint_activations=true"
+        ) from None
