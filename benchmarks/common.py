@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.commands.runs import environment
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, PosteriorResult, evaluate_posterior
 from metaflowmaps.recipes.gmm import paper_mixture
 from metaflowmaps.training.config import TrainConfig
@@ -58,7 +58,7 @@ def trained(config: TrainConfig, name: str) -> TrainResult:
 
 def judged(result: TrainResult, config: PosteriorEvalConfig) -> PosteriorResult:
     """Posterior fidelity of a run's averaged weights on the paper's mixture."""
-    return evaluate_posterior(load_model(result.checkpoint), paper_mixture(), config)
+    return evaluate_posterior(MetaFlowMap.from_pretrained(result.checkpoint), paper_mixture(), config)
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

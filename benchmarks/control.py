@@ -32,7 +32,6 @@ from benchmarks.control_estimators import (
     make_probes,
     target_errors,
 )
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.commands.runs import write_results
 from metaflowmaps.finetuning.config import FinetuneConfig, MetersConfig
 from metaflowmaps.finetuning.problem import Problem
@@ -102,7 +101,7 @@ def base_config(config: ControlConfig) -> TrainConfig:
 def main(**settings: Any) -> None:
     """benchmarks/results/control.json and control-*.png."""
     config, began = ControlConfig(**settings), time.perf_counter()
-    base = load_model(trained(base_config(config), f"control-base-{config.base_steps}").checkpoint)
+    base = MetaFlowMap.from_pretrained(trained(base_config(config), f"control-base-{config.base_steps}").checkpoint)
     torch.set_num_threads(1)
     exact = Exact(LAW.build(), base.path, Navigation())
     probes = make_probes(exact, base, config.probes, config.last)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.common import keep, say, table, trained
 from metaflowmaps._shapes import expand_time
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.data import DataConfig
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import _difference_along
 from metaflowmaps.networks import dit
 from metaflowmaps.training.config import DiTConfig, LossConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
@@ -45,7 +45,7 @@ def config() -> TrainConfig:
 def main() -> None:
     """Train, measure, print and keep the table."""
     run = trained(config(), "precision")
-    model = load_model(run.checkpoint).requires_grad_(False)
+    model = MetaFlowMap.from_pretrained(run.checkpoint).requires_grad_(False)
     objective = build_objective(config(), None)
     batch = objective.batch(model, 10**6)
     batch = batch.rows(batch.diagonal_rows, len(batch))

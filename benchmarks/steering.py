@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, keep, say, table, trained
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
@@ -71,7 +70,7 @@ def gmm_inverse() -> None:
     """Benchmark 1 and 4: the paper's inverse problem."""
     task = steering_task("gmm-inverse")
     run = trained(gmm(), "fidelity-default")
-    model = load_model(run.checkpoint)
+    model = MetaFlowMap.from_pretrained(run.checkpoint)
     measured = _parts("steering", model, task.law, task.reward(""), PARTS)
     main = measured["ode, 50 steps"]
     figures.save(steering_figures.error_against_cost(main), RESULTS / "steering-error.png")
@@ -81,14 +80,14 @@ def gmm_inverse() -> None:
 def gmm_inverse_seeds() -> None:
     """Benchmark 1 again where one seed says little: N = 4, particle methods with 20 seeds."""
     task = steering_task("gmm-inverse")
-    model = load_model(trained(gmm(), "fidelity-default").checkpoint)
+    model = MetaFlowMap.from_pretrained(trained(gmm(), "fidelity-default").checkpoint)
     _parts("steering-seeds", model, task.law, task.reward(""), SEEDS)
 
 
 def in_16d() -> None:
     """Benchmark 2: 16 dimensions, three sharpnesses."""
     task = steering_task("mixture-16d")
-    model = load_model(trained(mixture_16d(), "mixture-16d").checkpoint)
+    model = MetaFlowMap.from_pretrained(trained(mixture_16d(), "mixture-16d").checkpoint)
     for name, reward in task.rewards.items():
         part = {"steps": 50, "seeds": 1, "methods": IN_16D, "num_draws": (1, 4, 16), "budget": 2e6}
         _parts(f"steering-16d-{name}", model, task.law, reward, {"ode, 50 steps": part})
@@ -151,7 +150,7 @@ def summary(metrics: dict[str, Any]) -> str:
 def value() -> None:
     """Benchmark 3: V̂ of map and GLASS against the exact value."""
     task = steering_task("gmm-inverse")
-    model = load_model(trained(gmm(), "fidelity-default").checkpoint)
+    model = MetaFlowMap.from_pretrained(trained(gmm(), "fidelity-default").checkpoint)
     out = {}
     for label, settings in (
         ("euler", {}),

@@ -24,20 +24,18 @@ import metaflowmaps as mfm
 from metaflowmaps.checkpoint import (
     CheckpointError,
     CheckpointStore,
-    build_model,
-    files,
     flatten_state,
-    load_model,
     model_config,
-    push_model,
     read_checkpoint,
     recover,
     resolve_checkpoint,
     save_model,
     unflatten_state,
     write_checkpoint,
+    writing,
 )
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import NETWORKS, make_network
 from metaflowmaps.networks.mlp import MLP
 
@@ -249,7 +247,7 @@ def faults(action, at, onwards=False, deleting=False):
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(os, name, faulty(getattr(os, name)))
-        patch.setattr(files, "open", lambda *a: File(builtins.open(*a)), raising=False)  # noqa: SIM115
+        patch.setattr(writing, "open", lambda *a: File(builtins.open(*a)), raising=False)  # noqa: SIM115
         yield count
 
 
@@ -469,7 +467,7 @@ def test_pickles_with_a_matching_manifest_are_not_unpickled(saved, name):
 def test_pickled_files_are_sent_to_convert(tmp_path, suffix):
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(pickle.dumps(Bomb(tmp_path / "unpickled")))
-    for reader in (read_checkpoint, resolve_checkpoint, load_model):
+    for reader in (read_checkpoint, resolve_checkpoint, MetaFlowMap.from_pretrained):
         line = refusal(lambda reader=reader: reader(file))
         assert str(file) in line
         assert "pickled files are never read: save the weights as safetensors" in line
@@ -607,7 +605,7 @@ def test_a_model_comes_back(tmp_path, mean, dtype):
     model = make_model(data_mean=mean).to(dtype)
     save_model(model, tmp_path / "m")
     before = torch.random.get_rng_state()
-    loaded = load_model(tmp_path / "m")
+    loaded = MetaFlowMap.from_pretrained(tmp_path / "m")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not loaded.training
     assert loaded.dtype == dtype
@@ -631,19 +629,19 @@ def test_tied_weights_stay_tied(tmp_path, monkeypatch):
     monkeypatch.setitem(NETWORKS, "tied", Tied)
     model = mfm.MetaFlowMap(Tied(dim=2, width=4, depth=1), mfm.LinearPath()).double()
     save_model(model, tmp_path / "m")
-    loaded = load_model(tmp_path / "m")
+    loaded = MetaFlowMap.from_pretrained(tmp_path / "m")
     assert loaded.network.again.weight is loaded.network.output.weight
     assert loaded.dtype == torch.float64
 
 
 def test_the_average_is_preferred(saved):
     for weights, sign in (("ema", -1), ("raw", 1)):
-        loaded = load_model(saved, weights=weights).state_dict()
+        loaded = MetaFlowMap.from_pretrained(saved, weights=weights).state_dict()
         assert all(same(loaded[k], STATE[k] + sign) for k in STATE)
     with pytest.raises(InputError, match="allowed are ema, raw"):
-        load_model(saved, weights="best")
+        MetaFlowMap.from_pretrained(saved, weights="best")
     save_model(make_model(), saved.parent / "plain")
-    assert same(load_model(saved.parent / "plain").state_dict()["data_mean"], STATE["data_mean"])
+    assert same(MetaFlowMap.from_pretrained(saved.parent / "plain").state_dict()["data_mean"], STATE["data_mean"])
 
 
 def edit_config(saved, **changes):
@@ -673,7 +671,7 @@ def edit_config(saved, **changes):
 )
 def test_a_config_that_is_no_model_is_refused(saved, changes, says):
     edit_config(saved, **changes)
-    line = refusal(lambda: load_model(saved))
+    line = refusal(lambda: MetaFlowMap.from_pretrained(saved))
     assert str(saved / "config.json") in line
     assert says in line
 
@@ -684,7 +682,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         state = model.state_dict()
         edit(state)
         write_checkpoint(tmp_path / "m", {"model.safetensors": state}, {"config.json": model_config(model)})
-        line = refusal(lambda: load_model(tmp_path / "m"))
+        line = refusal(lambda: MetaFlowMap.from_pretrained(tmp_path / "m"))
         assert str(tmp_path / "m" / "model.safetensors") in line
         return line
 
@@ -711,8 +709,6 @@ def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="did you mean 'mlp'"):
         make_network({"name": "mlpp"})
-    with pytest.raises(InputError, match="kind"):
-        build_model({})
 
 
 def test_a_run_directory_means_its_newest_valid_checkpoint(tmp_path):
@@ -729,7 +725,7 @@ def test_a_run_directory_means_its_newest_valid_checkpoint(tmp_path):
         assert resolve_checkpoint(store.path(1)).document("position.json")["step"] == 1
     (store.path(2) / "model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"step-00000002/model\.safetensors") as caught:
-        loaded = load_model(run, weights="raw")
+        loaded = MetaFlowMap.from_pretrained(run, weights="raw")
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert same(loaded.data_mean, make_model().data_mean + 1)
@@ -748,19 +744,19 @@ def test_hub_checkpoints_are_verified_too(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert same(load_model("someone/gmm", revision="v1").data_mean, make_model().data_mean)
+    assert same(MetaFlowMap.from_pretrained("someone/gmm", revision="v1").data_mean, make_model().data_mean)
     assert asked == [("someone/gmm", "v1")]
     (tmp_path / "snapshot" / "model.safetensors").write_bytes(b"")
-    assert "model.safetensors" in refusal(lambda: load_model("someone/gmm"))
-    refusal(lambda: load_model("./someone/gmm"))
-    refusal(lambda: load_model("gmm"))
+    assert "model.safetensors" in refusal(lambda: MetaFlowMap.from_pretrained("someone/gmm"))
+    refusal(lambda: MetaFlowMap.from_pretrained("./someone/gmm"))
+    refusal(lambda: MetaFlowMap.from_pretrained("gmm"))
     assert len(asked) == 2  # what cannot be a hub id is not asked for
 
     def offline(*args, **options):
         raise OSError("no network\nhere")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    line = refusal(lambda: load_model("someone/gmm"))
+    line = refusal(lambda: MetaFlowMap.from_pretrained("someone/gmm"))
     assert line.startswith("someone/gmm: no such directory")
     assert "no network" in line
 
@@ -783,9 +779,9 @@ def test_push_uploads_a_verified_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = make_model()
     options = {"private": True, "token": "secret"}
-    assert push_model(model, "me/gmm", revision="main", **options) == "https://hub/me/gmm"
-    assert same(load_model(tmp_path / "main").data_mean, model.data_mean)
-    assert "403" in refusal(lambda: push_model(model, "me/gmm", revision="closed", **options))
+    assert model.push_to_hub("me/gmm", revision="main", **options) == "https://hub/me/gmm"
+    assert same(MetaFlowMap.from_pretrained(tmp_path / "main").data_mean, model.data_mean)
+    assert "403" in refusal(lambda: model.push_to_hub("me/gmm", revision="closed", **options))
 
 
 # -- optimizer states ----------------------------------------------------------------------------------------
@@ -809,8 +805,8 @@ def same(a, b):
 
 def through_files(state):
     tensors, document = flatten_state(state)
-    data = safetensors.torch.save(files._storable(tensors))
-    return unflatten_state(safetensors.torch.load(data), json.loads(files._json(document)))
+    data = safetensors.torch.save(writing._storable(tensors))
+    return unflatten_state(safetensors.torch.load(data), json.loads(writing._json(document)))
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from metaflowmaps import cli
-from metaflowmaps.checkpoint import files, load_model
+from metaflowmaps.checkpoint import writing
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import Judge
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
 from metaflowmaps.lab.figures import plots as figures
@@ -655,7 +656,7 @@ def undisturbed(quick_judgement, place, tmp_path_factory):
     """The weights of a run on a disk with room, and its arguments."""
     arguments, out = [*sets("meters.every=2"), "--map", "none"], tmp_path_factory.mktemp("room") / "run"
     finished(command(place, *arguments, out=out))
-    return load_model(out).state_dict(), arguments
+    return MetaFlowMap.from_pretrained(out).state_dict(), arguments
 
 
 @pytest.mark.parametrize("where", ["the checkpoint", "the measurements", "a picture", "results.json"])
@@ -676,7 +677,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_ends_the_run(
 
     with monkeypatch.context() as patched:
         if where == "the checkpoint":
-            patched.setattr(files, "_write", fails)
+            patched.setattr(writing, "_write", fails)
         elif where == "a picture":
             patched.setattr(figures, "save", fails)
         else:
@@ -686,5 +687,5 @@ def test_a_full_disk_is_one_line_and_the_same_command_ends_the_run(
     assert "Traceback" not in err
     assert "no space left" in err.splitlines()[-1].lower()
     assert mfm(capsys, *command(place, *arguments, out=tmp_path / "full"))[0] == 0
-    again = load_model(tmp_path / "full").state_dict()
+    again = MetaFlowMap.from_pretrained(tmp_path / "full").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())

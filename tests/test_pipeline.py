@@ -9,10 +9,10 @@ from PIL import Image
 from tests.tiny_codec import tiny_codec, tiny_vae
 
 import metaflowmaps as mfm
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.data import imagenet
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import published
 from metaflowmaps.networks.dit import DiT
 
@@ -239,7 +239,7 @@ def test_published_files_open_as_pipelines(shared, tmp_path):
     again = local(3, steps=2, guidance=2.5, num_images=2, seeds=out.seeds, **QUIET)
     torch.testing.assert_close(again.images, out.images, rtol=0, atol=0)
     with pytest.raises(InputError, match=r"has latents \(4, h, w\)"):
-        mfm.Pipeline(load_model("digits"), tiny_codec())
+        mfm.Pipeline(MetaFlowMap.from_pretrained("digits"), tiny_codec())
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from conftest import normal
-from metaflowmaps.checkpoint import load_classifier, load_model, resolve_checkpoint, save_model
-from metaflowmaps.checkpoint.files import CheckpointError, write_checkpoint
-from metaflowmaps.checkpoint.models import export_run
+from metaflowmaps.checkpoint import (
+    CheckpointError,
+    export_run,
+    load_classifier,
+    resolve_checkpoint,
+    save_model,
+    write_checkpoint,
+)
 from metaflowmaps.checkpoint.shipped import FOLDER, names, shipped
 from metaflowmaps.commands.train import resolve_training
 from metaflowmaps.data import ImageSet
@@ -21,6 +26,8 @@ from metaflowmaps.training import run as training
 from metaflowmaps.training.classifier import accuracy
 from metaflowmaps.training.config import ClassifierConfig, DataConfig, ModelConfig, TrainConfig
 from metaflowmaps.training.run import build_classifier, build_map, drift_config, fitted, network_spec, sized
+
+load_map = MetaFlowMap.from_pretrained
 
 MLP = {"name": "mlp", "dim": 64, "shape": [1, 8, 8], "width": 16, "depth": 2}
 
@@ -38,7 +45,7 @@ def a_map(seed: str = "map") -> MetaFlowMap:
 
 def a_run(folder, model: torch.nn.Module, averaged: torch.nn.Module) -> None:
     """A checkpoint as training leaves it: raw and averaged weights, an optimiser's state, its configuration."""
-    from metaflowmaps.checkpoint.models import model_config
+    from metaflowmaps.checkpoint import model_config
 
     tensors = {"model.safetensors": model.state_dict(), "ema.safetensors": averaged.state_dict()}
     tensors["optimizer.safetensors"] = {"step": torch.tensor(3)}
@@ -58,7 +65,7 @@ def test_an_exported_run_is_its_averaged_map_in_half_the_bytes(tmp_path):
     assert {t.dtype for t in kept.tensors("model.safetensors").values()} == {torch.float16}
     assert kept.config["training"] == {"recipe": "digits", "seed": 5}
     assert kept.config["command"] == "mfm train digits --seed 5"
-    loaded = load_model(tmp_path / "out")
+    loaded = load_map(tmp_path / "out")
     assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
     for name, weight in averaged.state_dict().items():
         # float16 has 11 bits: half a unit is 2^-11 of the number; below 6e-5 the unit is fixed
@@ -67,7 +74,7 @@ def test_an_exported_run_is_its_averaged_map_in_half_the_bytes(tmp_path):
     torch.testing.assert_close(loaded.push(x, 0.3, x), averaged.push(x, 0.3, x), rtol=0.01, atol=0.01)
     # it is float32 from then on: kept again, nothing is rounded twice
     save_model(loaded, tmp_path / "again")
-    torch.testing.assert_close(load_model(tmp_path / "again").state_dict(), loaded.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(load_map(tmp_path / "again").state_dict(), loaded.state_dict(), rtol=0, atol=0)
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     whole = sum(f.stat().st_size for f in (tmp_path / "again").glob("*.safetensors"))
     assert size < 0.6 * whole
@@ -83,7 +90,7 @@ def test_an_exported_classifier_and_a_run_without_averages(tmp_path):
     assert next(loaded.parameters()).dtype == torch.float32
     assert not any(p.requires_grad for p in loaded.parameters())
     with pytest.raises(CheckpointError, match="classifier"):
-        load_model(tmp_path / "out")
+        load_map(tmp_path / "out")
 
 
 def test_counters_are_not_rounded(tmp_path):
@@ -112,7 +119,7 @@ def carried(tmp_path, monkeypatch):
 def test_a_shipped_name_resolves_from_anywhere(carried):
     assert names() == ["ours"]
     assert resolve_checkpoint("ours").path == carried / "package" / "ours"
-    assert load_model("ours").event_shape == (1, 8, 8)
+    assert load_map("ours").event_shape == (1, 8, 8)
     assert shipped("other") is None
     assert shipped("../package/ours") is None
     assert shipped("") is None
@@ -124,14 +131,14 @@ def test_a_local_directory_of_that_name_wins(carried):
     other = a_map("other")
     save_model(other, "ours")
     assert resolve_checkpoint("ours").path.resolve() == carried / "work" / "ours"
-    torch.testing.assert_close(load_model("ours").state_dict(), other.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(load_map("ours").state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_a_damaged_shipped_model_is_refused(carried):
     file = carried / "package" / "ours" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load_model("ours")
+        load_map("ours")
 
 
 DIGITS = ("digits", "digits-drift", "digits-guide", "digits-judge")
@@ -148,7 +155,7 @@ def test_the_package_carries_the_digits():
         config = resolve_checkpoint(FOLDER / name).config
         assert config["training"]["recipe"] in ("digits", name)
         assert isinstance(config["training"]["seed"], int)
-    assert load_model("digits").event_shape == load_model("digits-drift").event_shape == (1, 8, 8)
+    assert load_map("digits").event_shape == load_map("digits-drift").event_shape == (1, 8, 8)
     guide, judge = load_classifier("digits-guide"), load_classifier("digits-judge")
     assert type(guide) is not type(judge)
     _, held_out = training.load_data(DataConfig(name="digits"))

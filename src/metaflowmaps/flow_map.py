@@ -11,7 +11,6 @@ What the network predicts, and in which coordinates, is its parameterisation: se
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -29,9 +28,12 @@ from metaflowmaps._shapes import (
     expand_time,
     positive,
 )
+from metaflowmaps.checkpoint import Pretrained
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.networks import describe_network, make_network
+from metaflowmaps.networks.low_rank import add_low_rank, rank_of
 from metaflowmaps.parameterization import Chart, chart_class
-from metaflowmaps.path import Path, as_path
+from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.random import RowNoise, Source, check_seeds, randn
 
 Cond = Mapping[str, Tensor] | None
@@ -66,13 +68,14 @@ class Anchored:
         return z + expand_time(b - a, z) * self(a, b, z)
 
 
-class MetaFlowMap(nn.Module):
+class MetaFlowMap(Pretrained):
     """A network on a path, in a parameterisation; see the module for what it computes.
 
     ``network(z, a, b, context, context_time, **cond)`` has ``event_shape``; ``data_mean`` (a number or an event-shaped
     tensor) and ``data_std`` (a number) describe the data for the gaussian parameterisation.
     """
 
+    kind = "meta-flow-map"
     data_mean: Tensor
 
     def __init__(
@@ -220,24 +223,26 @@ class MetaFlowMap(nn.Module):
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | FilePath) -> None:
-        """Write config.json, model.safetensors and manifest.json into a directory, all or nothing."""
-        from metaflowmaps.checkpoint import save_model
-
-        save_model(self, path)
+    def describe(self) -> dict[str, Any]:
+        """Path, parameterization, network and spread of the data, as a checkpoint keeps them."""
+        rank = rank_of(self.network)
+        return {
+            "path": self.path.name,
+            "parameterization": self.parameterization,
+            "data_std": self.data_std,
+            "network": describe_network(self.network),
+            **({"low_rank": rank} if rank else {}),
+        }
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | FilePath, **hub_options: Any) -> "MetaFlowMap":
-        """Load a checkpoint directory, a training run, or a hub repository; anything damaged is refused."""
-        from metaflowmaps.checkpoint import load_model
-
-        return load_model(path_or_hub_id, **hub_options)
-
-    def push_to_hub(self, repo_id: str, **hub_options: Any) -> str:
-        """Upload what save_pretrained writes; returns the address."""
-        from metaflowmaps.checkpoint import push_model
-
-        return push_model(self, repo_id, **hub_options)
+    def from_description(cls, described: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> "MetaFlowMap":
+        """The map of what ``describe`` says, freshly initialised."""
+        network, path = make_network(described["network"]), make_path(described["path"])
+        if described.get("low_rank"):
+            add_low_rank(network, described["low_rank"])
+        model = cls(network, path, described["parameterization"], data_std=described["data_std"])
+        model.data_mean = torch.zeros(shapes.get("data_mean", ()))  # a number or a tensor
+        return model
 
     def _check(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor) -> None:
         check_state(x_s, "x_s", self.event_shape)

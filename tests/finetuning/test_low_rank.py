@@ -11,9 +11,10 @@ from torch import nn
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps import losses
-from metaflowmaps.checkpoint import load_model, resolve_checkpoint
+from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.checkpoint.models import export_run
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_network
 from metaflowmaps.networks.low_rank import LowRank, add_low_rank, fold, rank_of
 from metaflowmaps.random import stream
@@ -186,7 +187,7 @@ def test_its_checkpoint_loads_as_an_ordinary_map_of_the_same_answers(run):
     add_low_rank(factored.network, 1)
     factored.load_state_dict(checkpoint.tensors("ema.safetensors"))
     state = torch.random.get_rng_state()
-    loaded = load_model(run)
+    loaded = MetaFlowMap.from_pretrained(run)
     assert torch.equal(torch.random.get_rng_state(), state)  # loading draws nothing from the caller's numbers
     assert loaded.state_dict().keys() == base(3).state_dict().keys()
     assert type(loaded.network.input) is nn.Linear
@@ -198,12 +199,12 @@ def test_its_checkpoint_loads_as_an_ordinary_map_of_the_same_answers(run):
 
 
 def test_what_was_loaded_can_be_saved_and_trained_like_any_map(run, tmp_path):
-    loaded = load_model(run)
+    loaded = MetaFlowMap.from_pretrained(run)
     assert all(p.requires_grad for p in loaded.parameters())
     loaded.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert "low_rank" not in config
-    again = load_model(tmp_path / "saved")
+    again = MetaFlowMap.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
@@ -214,7 +215,7 @@ def test_exported_in_half_precision_the_sum_is_not_rounded_once_more(run, tmp_pa
     key = "network.input.parametrizations.weight"
     assert stored[f"{key}.original"].dtype == torch.float16
     original, a, b = (stored[f"{key}.{part}"].float() for part in ("original", "0.a", "0.b"))
-    weight = load_model(tmp_path / "exported").network.input.weight
+    weight = MetaFlowMap.from_pretrained(tmp_path / "exported").network.input.weight
     # float32; in float16 the sum would be off by 2^-11 of a weight
     torch.testing.assert_close(weight.detach(), original + b @ a, rtol=1e-6, atol=1e-7)
 
@@ -234,7 +235,7 @@ def test_tuning_can_go_on_from_what_was_tuned_at_low_rank(run, tmp_path):
     """Another factor on top: again only factors move, now beside the folded weights."""
     from metaflowmaps.finetuning.run import run_finetuning
 
-    model = load_model(run)
+    model = MetaFlowMap.from_pretrained(run)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     run_finetuning(small(low_rank=1, guidance=2.5, map="none"), model, lambda x: x[:, 0], tmp_path)
     after = resolve_checkpoint(tmp_path).tensors("model.safetensors")

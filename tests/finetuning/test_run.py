@@ -16,16 +16,19 @@ import torch
 from torch import nn
 
 import metaflowmaps as mfm
-from metaflowmaps.checkpoint import CheckpointStore, load_model, resolve_checkpoint
+from metaflowmaps.checkpoint import CheckpointStore, resolve_checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig
 from metaflowmaps.finetuning.meters import Meters
 from metaflowmaps.finetuning.run import make_problem, run_finetuning
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training.config import OptimizerConfig
 from metaflowmaps.training.loop import Interrupted
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.work.config import validated
+
+load_map = MetaFlowMap.from_pretrained
 
 REWARD = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8]), -1.0, 1.5)
 CLASSES, SCALE = 3, 2.5
@@ -233,8 +236,8 @@ def test_the_averaged_weights_are_measured(tmp_path):
     meters = Meters(make_problem(config, base(), REWARD), config.meters, config.seed, tmp_path / "elsewhere")
     last = records(tmp_path)[-1]
     assert last.pop("step") == config.steps
-    assert meters.measure(load_model(tmp_path)) == last
-    assert meters.measure(load_model(tmp_path, weights="raw")) != last
+    assert meters.measure(load_map(tmp_path)) == last
+    assert meters.measure(load_map(tmp_path, weights="raw")) != last
 
 
 def test_averaged_weights_are_there_while_they_are_looked_at():
@@ -280,7 +283,7 @@ def test_eigenvectors_that_float32_does_not_find_do_not_end_a_run(tmp_path, monk
 
     monkeypatch.setattr(torch.linalg, "eigh", gives_up)
     tuned = tune(small(map="none"), tmp_path)
-    assert all(bool(value.isfinite().all()) for value in load_model(tuned.result.checkpoint).state_dict().values())
+    assert all(bool(value.isfinite().all()) for value in load_map(tuned.result.checkpoint).state_dict().values())
 
 
 # -- ended early -------------------------------------------------------------------------------------------------------
@@ -486,7 +489,7 @@ def test_a_drift_on_its_way_to_a_map_says_so(tmp_path):
     held = resolve_checkpoint(tmp_path / "drift").config["training"]
     assert (held["recipe"], held["map"]) == ("finetune", "none")
     assert resolve_checkpoint(tmp_path).config["training"]["map"] == "distil"
-    assert load_model(tmp_path / "drift").event_shape == (2,)
+    assert load_map(tmp_path / "drift").event_shape == (2,)
 
 
 def test_a_run_may_begin_where_another_ended(tmp_path):

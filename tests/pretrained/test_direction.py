@@ -3,8 +3,8 @@
 import pytest
 
 import metaflowmaps as mfm
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
 from metaflowmaps.interop.pretrained.direction import time_direction
 
@@ -17,7 +17,7 @@ def backwards(drift):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_trained_map_of_images_is_told_from_its_reverse(seed):
-    digits = load_model("digits")
+    digits = MetaFlowMap.from_pretrained("digits")
     for drift, verdict in ((digits.drift, "forward"), (backwards(digits.drift), "backward")):
         assert time_direction(drift, digits.event_shape, seed=seed).verdict == verdict
 
@@ -46,7 +46,7 @@ def test_untrained_networks_are_not_decided(shared):
 
 def test_weights_whose_time_runs_backwards_are_refused_on_loading(monkeypatch, shared):
     """A file whose drift is a trained one, each channel a digit; then the same drift in the opposite convention."""
-    digits, trained = load_model("digits"), mfm.MetaFlowMap.drift
+    digits, trained = MetaFlowMap.from_pretrained("digits"), mfm.MetaFlowMap.drift
     path = shared / "data/interop/sit_weights.safetensors"
 
     def each_channel(t, x):

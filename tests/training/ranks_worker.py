@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import files, resolve_checkpoint, sharded
+from metaflowmaps.checkpoint import resolve_checkpoint, sharded, writing
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.dit import DiT
@@ -138,7 +138,7 @@ class At:
             elif self.event == "killed while writing":  # its own part is there, the directory is not yet in place
                 sharded.entry_of = lambda file: os.kill(os.getpid(), signal.SIGKILL)
             elif self.event == "killed before the rename":
-                files._swap = lambda staging, target: os.kill(os.getpid(), signal.SIGKILL)
+                writing._swap = lambda staging, target: os.kill(os.getpid(), signal.SIGKILL)
             elif self.event == "disk full":
                 os.fsync = _no_space
         return self.objective.batch(model, step)

@@ -9,10 +9,10 @@ import torch
 from test_resume import fingerprint
 
 from conftest import normal
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.checkpoint.models import load_classifier
 from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.recipes import recipe
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.classifier import ClassifierObjective, accuracy, shifted
@@ -215,7 +215,7 @@ def test_maps_and_classifiers_are_not_mistaken_for_one_another(tmp_path):
     a_map = run_training(validated(TrainConfig, data), tmp_path / "map").checkpoint
     classifier = run_classifier_training(small(steps=1), tmp_path / "classifier").checkpoint
     for load, given, has, needs in (
-        (load_model, classifier, "classifier", "meta-flow-map"),
+        (MetaFlowMap.from_pretrained, classifier, "classifier", "meta-flow-map"),
         (load_classifier, a_map, "meta-flow-map", "classifier"),
     ):
         with pytest.raises(InputError, match=f"'{has}', and a '{needs}' is needed here") as error:

@@ -13,8 +13,8 @@ from test_resume import fingerprint
 import metaflowmaps as mfm
 from conftest import F64, Case, bayes, coefficients, normal, uniform, worst_ks
 from metaflowmaps import losses
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
@@ -453,7 +453,7 @@ def test_a_short_training_learns_every_label_and_scale(tmp_path):
     torch.set_num_threads(1)
     made = config(steps=1000, times={"context_at_zero": 0.3}, optimizer={"lr": 5e-3, "warmup_steps": 20, "ema": 0.98})
     before = drift_errors(build_map(made))
-    model = load_model(run_training(made, tmp_path).checkpoint)
+    model = MetaFlowMap.from_pretrained(run_training(made, tmp_path).checkpoint)
     after = drift_errors(model)
     assert all(after[key] < before[key] / 4 for key in before), (before, after)
     for y in (0, 1, NULL):
@@ -498,7 +498,7 @@ def test_a_learned_teacher_and_a_run_resumed(tmp_path, monkeypatch):
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
     assert {teacher.null_class for teacher in built} == {NULL}
     # the drift knows labels and no guidance; the map learned from it that there is some
-    drift, model = (load_model(tmp_path / "whole" / name, weights="raw") for name in ("drift", "."))
+    drift, model = (MetaFlowMap.from_pretrained(tmp_path / "whole" / name, weights="raw") for name in ("drift", "."))
     assert not drift.network.guidance.any()
     assert drift.network.labels.weight.any(1).all()
     assert model.network.guidance.any()

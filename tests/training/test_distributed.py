@@ -20,12 +20,14 @@ import pytest
 import torch
 from ranks_worker import FORMS, Looks, build, config_of, go, go_all, launch, outcome
 
-from metaflowmaps.checkpoint import CheckpointError, CheckpointStore, load_model, read_checkpoint
+from metaflowmaps.checkpoint import CheckpointError, CheckpointStore, read_checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.training.distributed import check_division, ranks_a_copy, told
 from metaflowmaps.training.run import starting_point
 from metaflowmaps.work import ranks
+
+load_map = MetaFlowMap.from_pretrained
 
 EXACT = 1e-11
 PARTS = ("weights", "average", "optimizer")
@@ -237,7 +239,10 @@ def test_a_full_disk_of_one_rank_is_everybodys(tmp_path):
 def test_a_sharded_checkpoint_loads_like_any_other(tmp_path, whole_runs):
     shutil.copytree(whole_runs(4), tmp_path / "run")
     run = outcome(tmp_path / "run")
-    averaged, raw = MetaFlowMap.from_pretrained(tmp_path / "run"), load_model(tmp_path / "run", weights="raw")
+    averaged, raw = (
+        load_map(tmp_path / "run"),
+        load_map(tmp_path / "run", weights="raw"),
+    )
     for name, value in averaged.state_dict().items():
         torch.testing.assert_close(value, run["average"][name], rtol=0, atol=0)
         torch.testing.assert_close(raw.state_dict()[name], run["weights"][name], rtol=0, atol=0)
@@ -404,7 +409,7 @@ def test_mfm_train_in_two_ranks(tmp_path):
     assert json.loads((out / "results.json").read_text())["metrics"]["loss"] > 0
     assert done.stderr.count("2 ranks, 1 copy of the weights") == 1
     assert done.stderr.count("step 4/4") == 1
-    drawn = MetaFlowMap.from_pretrained(out).generate(4, generator=torch.Generator().manual_seed(0))
+    drawn = load_map(out).generate(4, generator=torch.Generator().manual_seed(0))
     assert bool(drawn.isfinite().all())
 
 

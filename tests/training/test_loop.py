@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_resume import small
 
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
@@ -20,6 +19,8 @@ from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import learning_rate, make_optimizer
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
+
+load_map = MetaFlowMap.from_pretrained
 
 OPTIMIZER = gmm().optimizer.model_dump()
 
@@ -76,7 +77,7 @@ def test_micro_batches_train_alike(tmp_path):
         config = small(steps=20, micro_batches=pieces, optimizer={**OPTIMIZER, "name": "adam"})
         result = run_training(config, tmp_path / str(pieces))
         weights.append(
-            torch.cat([p.detach().flatten() for p in load_model(result.checkpoint, weights="raw").parameters()])
+            torch.cat([p.detach().flatten() for p in load_map(result.checkpoint, weights="raw").parameters()])
         )
     assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 1e-5
 
@@ -209,7 +210,7 @@ def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
     assert "gradient norm" in message
     assert "context times in [0.9" in message
     assert "checkpoint of step 7 is untouched" in message
-    kept = load_model(tmp_path)
+    kept = load_map(tmp_path)
     assert all(p.isfinite().all() for p in kept.parameters())
 
 
@@ -288,7 +289,7 @@ def test_twenty_seconds_of_training_beat_the_start(tmp_path):
     config = TrainConfig.model_validate({**gmm().model_dump(), "steps": 1500, "batch_size": 256, "threads": 1})
     before = error(build_map(config))
     result = run_training(config, tmp_path)
-    after = error(load_model(result.checkpoint))
+    after = error(load_map(result.checkpoint))
     assert after < before / 5
     assert after < 0.12
     assert build_objective(config, None).batch_size == 256

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
-from metaflowmaps.checkpoint import load_model
 from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.run import _like_parent, build_map, inherit, run_training, taught_by
 from metaflowmaps.work.config import override
+
+load_map = MetaFlowMap.from_pretrained
 
 SMALL = ["model.network.width=16", "model.network.depth=2", "batch_size=32", "steps=6", "log_every=1", "threads=1"]
 LAW = mfm.GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
@@ -40,22 +42,22 @@ def test_a_wrapped_exact_drift_teaches_as_the_exact_teacher_does(tmp_path):
     taught = run_training(both("the mixture itself"), tmp_path / "taught", parent=wrapped)
     # one auxiliary drift in closed form and by GLASS: float32 through six steps
     assert taught.loss == pytest.approx(exact.loss, rel=1e-3)
-    one, two = (load_model(run.checkpoint).state_dict() for run in (exact, taught))
+    one, two = (load_map(run.checkpoint).state_dict() for run in (exact, taught))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=2e-3, msg=key)  # steps of 3e-3 each
 
 
 def test_it_begins_with_the_parents_weights(parent, tmp_path):
     still = both(parent, "start_from_drift=true", "optimizer.lr=1e-12", "steps=1")
-    child = load_model(run_training(still, tmp_path / "child").checkpoint)
-    for key, value in load_model(parent).state_dict().items():
+    child = load_map(run_training(still, tmp_path / "child").checkpoint)
+    for key, value in load_map(parent).state_dict().items():
         torch.testing.assert_close(child.state_dict()[key], value, rtol=0, atol=1e-9)
-    fresh = load_model(run_training(both(parent, "optimizer.lr=1e-12", "steps=1"), tmp_path / "fresh").checkpoint)
+    fresh = load_map(run_training(both(parent, "optimizer.lr=1e-12", "steps=1"), tmp_path / "fresh").checkpoint)
     assert any(not torch.allclose(fresh.state_dict()[k], v, atol=1e-3) for k, v in child.state_dict().items())
 
 
 def test_an_interrupted_run_goes_on_with_its_parent(parent, tmp_path):
-    whole = load_model(run_training(both(parent, "start_from_drift=true"), tmp_path / "whole").checkpoint)
+    whole = load_map(run_training(both(parent, "start_from_drift=true"), tmp_path / "whole").checkpoint)
     cut = both(parent, "start_from_drift=true", "checkpoint_every=2")
 
     class Stop(Exception):
@@ -67,7 +69,7 @@ def test_an_interrupted_run_goes_on_with_its_parent(parent, tmp_path):
 
     with pytest.raises(Stop):
         run_training(cut, tmp_path / "cut", report=stop)
-    again = load_model(run_training(cut, tmp_path / "cut").checkpoint)
+    again = load_map(run_training(cut, tmp_path / "cut").checkpoint)
     assert all(torch.equal(again.state_dict()[k], v) for k, v in whole.state_dict().items())
 
 

@@ -23,31 +23,29 @@ itself, so what is pruned depends on the directories alone, not on what a proces
 prunes like one never stopped.
 """
 
-from metaflowmaps.checkpoint.files import Checkpoint, CheckpointError, read_checkpoint, recover, write_checkpoint
+from metaflowmaps.checkpoint.flatten import flatten_state, unflatten_state
+from metaflowmaps.checkpoint.manifest import CheckpointError
 from metaflowmaps.checkpoint.models import (
-    build_model,
+    Pretrained,
     export_run,
     load_classifier,
-    load_model,
     model_config,
-    push_model,
     resolve_checkpoint,
     save_model,
 )
-from metaflowmaps.checkpoint.states import flatten_state, unflatten_state
+from metaflowmaps.checkpoint.reading import Checkpoint, read_checkpoint
 from metaflowmaps.checkpoint.store import CheckpointStore
+from metaflowmaps.checkpoint.writing import recover, write_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointStore",
-    "build_model",
+    "Pretrained",
     "export_run",
     "flatten_state",
     "load_classifier",
-    "load_model",
     "model_config",
-    "push_model",
     "read_checkpoint",
     "recover",
     "resolve_checkpoint",

@@ -1,93 +1,117 @@
-"""Models as checkpoints, maps and classifiers: save, load, resolve a path, a shipped name or a hub id."""
+"""Models as checkpoints: save, load, resolve a path, a shipped name or a hub id."""
 
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.checkpoint.files import (
+from metaflowmaps.checkpoint.manifest import (
     CONFIG,
     EMA,
     FORMAT,
     INSTEAD,
     MANIFEST,
     MODEL,
-    Checkpoint,
     CheckpointError,
-    old_name,
-    read_checkpoint,
     reading,
-    some,
-    write_checkpoint,
+    shortened,
     wrong_format,
 )
+from metaflowmaps.checkpoint.reading import Checkpoint, read_checkpoint
 from metaflowmaps.checkpoint.shipped import names, shipped
 from metaflowmaps.checkpoint.store import CheckpointStore
+from metaflowmaps.checkpoint.writing import old_name, write_checkpoint
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks import CLASSIFIERS, NETWORKS, make_classifier, make_network
-from metaflowmaps.networks.low_rank import add_low_rank, fold, rank_of
-from metaflowmaps.path import make_path
+from metaflowmaps.networks import CLASSIFIERS, describe_network, make_classifier
+from metaflowmaps.networks.low_rank import fold, rank_of
 
-KIND, CLASSIFIER = "meta-flow-map", "classifier"
+CLASSIFIER = "classifier"
+Built = TypeVar("Built", bound=nn.Module)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
+class Pretrained(nn.Module):
+    """A model that saves itself as a checkpoint, and is loaded from one or from the hub.
+
+    A subclass says its ``kind``, describes itself (:meth:`describe`) and is made from that description
+    (:meth:`from_description`); weights and files are seen to here.
+    """
+
+    kind: ClassVar[str]
+
+    def describe(self) -> dict[str, Any]:
+        """What ``from_description`` needs, as JSON."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Self:
+        """The model, freshly initialised; ``shapes`` are those of the tensors that it will hold."""
+        raise NotImplementedError
+
+    def save_pretrained(self, path: str | FilePath) -> None:
+        """Write config.json, model.safetensors and manifest.json into a directory, all or nothing.
+
+        Args:
+            path: The directory; a checkpoint that is there is replaced, anything else is refused.
+        """
+        save_model(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | FilePath, revision: str | None = None, weights: str = "ema") -> Self:
+        """Load a model; anything damaged is refused.
+
+        Args:
+            path_or_hub_id: A checkpoint directory, a training run (its newest valid checkpoint), the name of a model
+                that comes with the package, or a hub repository ``owner/name``.
+            revision: Of a hub repository: a branch, tag or commit.
+            weights: "ema" for the averaged ones where there are any, "raw" for the last iterate.
+
+        Returns:
+            The model, on CPU and in evaluation mode.
+        """
+        return _load(path_or_hub_id, revision, weights, cls.kind, cls.from_description)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any) -> str:
+        """Upload what ``save_pretrained`` writes.
+
+        Args:
+            repo_id: ``owner/name``, made if need be.
+            private: Whether a new repository is private.
+            token: Of the hub; by default the one that ``hf auth login`` keeps.
+            options: As for ``huggingface_hub.HfApi.upload_folder`` (revision, commit_message, …).
+
+        Returns:
+            The repository's address.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(self, FilePath(folder) / "model")
+            try:
+                from huggingface_hub import HfApi
+
+                api = HfApi(token=token)
+                address = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=FilePath(folder) / "model", **options)
+            except Exception as error:
+                fix = "check the name, the network and `hf auth login`"
+                problem = f"not uploaded to the hub ({_first_line(error)}): {fix}"
+                raise CheckpointError(repo_id, problem) from error
+        return str(address)
+
+
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """What build_model needs."""
-    if not isinstance(model, MetaFlowMap):
-        return {"format": FORMAT, "kind": CLASSIFIER, "network": _network(model, CLASSIFIERS), **_version()}
-    return {
-        "format": FORMAT,
-        "kind": KIND,
-        "path": model.path.name,
-        "parameterization": model.parameterization,
-        "data_std": model.data_std,
-        "network": _network(model.network, NETWORKS),
-        **({"low_rank": rank_of(model.network)} if rank_of(model.network) else {}),
-        **_version(),
-    }
-
-
-def _network(network: nn.Module, registry: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
-    name, config, kind = getattr(network, "name", None), getattr(network, "config", None), type(network)
-    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):  # sharded: of a class derived for it
-        kind = kind.__mro__[2]
-    if registry.get(str(name)) is not kind or not isinstance(config, dict):
-        where = "NETWORKS" if registry is NETWORKS else "CLASSIFIERS"
-        raise InputError(
-            f"a network of type {type(network).__name__} cannot be saved: "
-            f"give it a name and a config and add it to metaflowmaps.networks.{where}"
-        )
-    return {"name": name, **config}
-
-
-def _version() -> dict[str, str]:
-    return {"version": version("metaflowmaps")}
-
-
-def build_model(config: Mapping[str, Any], kind: str = KIND) -> nn.Module:
-    """The model a config describes, freshly initialised; keys it does not need are ignored."""
-    if config.get("kind") != kind:
-        raise InputError(f"is of kind {config.get('kind')!r}, and a {kind!r} is needed here: give a checkpoint of one")
-    if config.get("format") != FORMAT:
-        raise InputError(wrong_format(config.get("format")))
-    needed = ("network",) if kind == CLASSIFIER else ("path", "parameterization", "data_std", "network")
-    for key in needed:
-        if key not in config:
-            raise InputError(f"does not say {key!r}, without which there is no model")
-    if kind == CLASSIFIER:
-        return make_classifier(config["network"])
-    network, path = make_network(config["network"]), make_path(config["path"])
-    if config.get("low_rank"):
-        add_low_rank(network, config["low_rank"])
-    return MetaFlowMap(network, path, config["parameterization"], data_std=config["data_std"])
+    """config.json of a model or a classifier."""
+    kind, described = CLASSIFIER, {}
+    if isinstance(model, Pretrained):
+        kind, described = model.kind, model.describe()
+    else:
+        described = {"network": describe_network(model, CLASSIFIERS)}
+    return {"format": FORMAT, "kind": kind, **described, "version": version("metaflowmaps")}
 
 
 def save_model(
@@ -96,45 +120,52 @@ def save_model(
     notes: Mapping[str, Any] | None = None,
     documents: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model as a checkpoint, all or nothing, with ``notes`` in its configuration and documents of its own."""
+    """Write a model or a classifier as a checkpoint, all or nothing.
+
+    Args:
+        model: A :class:`Pretrained` model, or a classifier of ours.
+        path: The directory.
+        notes: More for its configuration.
+        documents: JSON files of its own beside it: name -> content.
+    """
     config = {**model_config(model), **(notes or {})}
     write_checkpoint(path, {MODEL: model.state_dict()}, {CONFIG: config, **(documents or {})})
 
 
-def load_model(path_or_hub_id: str | FilePath, revision: str | None = None, weights: str = "ema") -> MetaFlowMap:
-    """The model of a checkpoint, a run's newest valid checkpoint or a hub repository: on CPU, in eval mode.
-
-    ``weights``: "ema" for the averaged ones where there are any, "raw" for the last iterate.
-    """
-    model = _load(path_or_hub_id, revision, weights, KIND)
-    assert isinstance(model, MetaFlowMap)
-    return model
-
-
 def load_classifier(path_or_hub_id: str | FilePath, revision: str | None = None, weights: str = "ema") -> nn.Module:
-    """The classifier of a checkpoint or run, likewise: (B, *event) -> logits, frozen."""
-    return _load(path_or_hub_id, revision, weights, CLASSIFIER).requires_grad_(False)
+    """The classifier of a checkpoint or run, as ``from_pretrained`` has it: (B, *event) -> logits, frozen."""
+
+    def build(described: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> nn.Module:
+        return make_classifier(described["network"])
+
+    return _load(path_or_hub_id, revision, weights, CLASSIFIER, build).requires_grad_(False)
 
 
-def _load(path_or_hub_id: str | FilePath, revision: str | None, weights: str, kind: str) -> nn.Module:
+def _load(
+    path_or_hub_id: str | FilePath,
+    revision: str | None,
+    weights: str,
+    kind: str,
+    build: Callable[[Mapping[str, Any], Mapping[str, torch.Size]], Built],
+) -> Built:
     if weights not in ("ema", "raw"):
         raise unknown("weights", weights, ("ema", "raw"))
     checkpoint = resolve_checkpoint(path_or_hub_id, revision)
     name = EMA if weights == "ema" and checkpoint.has(EMA) else MODEL
     stored = checkpoint.tensors(name)
+    file, config = checkpoint.path / CONFIG, checkpoint.config
     try:
+        _check_kind(config, kind)
         # loading a model must not disturb the caller's random numbers, nor obey their default device
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            model = build_model(checkpoint.config, kind)
-            if (
-                isinstance(model, MetaFlowMap) and "data_mean" in stored
-            ):  # a number or a tensor: only the checkpoint knows
-                model.data_mean = torch.zeros_like(stored["data_mean"])
+            model = build(config, {key: value.shape for key, value in stored.items()})
+    except KeyError as error:
+        raise CheckpointError(file, f"does not say {error}, without which there is no model") from error
     except InputError as error:
-        raise CheckpointError(checkpoint.path / CONFIG, str(error)) from error
+        raise CheckpointError(file, str(error)) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"does not describe a model ({type(error).__name__}: {error}): {INSTEAD}"
-        raise CheckpointError(checkpoint.path / CONFIG, reason) from error
+        problem = f"does not describe a model ({type(error).__name__}: {error}): {INSTEAD}"
+        raise CheckpointError(file, problem) from error
     problem = _misfit(model, stored)
     if problem:
         raise CheckpointError(checkpoint.path / name, f"does not fit {CONFIG}, {problem}: {INSTEAD}")
@@ -142,12 +173,19 @@ def _load(path_or_hub_id: str | FilePath, revision: str | None, weights: str, ki
         if key in stored:  # a tied weight is listed under one of its names only
             slot.data = slot.data.to(stored[key].dtype)
     model.load_state_dict(stored)
-    if checkpoint.config.get("dtype") == "float32":  # stored in fewer bits than it works in
+    if config.get("dtype") == "float32":  # stored in fewer bits than it works in
         model.float()
     if rank_of(model):  # tuned at low rank, it is an ordinary map from here on
         fold(model)
         model.requires_grad_(True)
     return model.eval()
+
+
+def _check_kind(config: Mapping[str, Any], kind: str) -> None:
+    if config.get("kind") != kind:
+        raise InputError(f"is of kind {config.get('kind')!r}, and a {kind!r} is needed here: give a checkpoint of one")
+    if config.get("format") != FORMAT:
+        raise InputError(wrong_format(config.get("format")))
 
 
 def resolve_checkpoint(path: str | FilePath, revision: str | None = None) -> Checkpoint:
@@ -182,28 +220,6 @@ def export_run(path_or_hub_id: str | FilePath, out: str | FilePath, notes: Mappi
     write_checkpoint(out, {MODEL: weights}, {CONFIG: {**found.config, **notes, "dtype": "float32"}})
 
 
-def push_model(
-    model: MetaFlowMap, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any
-) -> str:
-    """Upload what save_model writes to a hub repository, made if need be; returns its address.
-
-    ``options`` go to ``huggingface_hub.HfApi.upload_folder`` (revision, commit_message, …).
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, FilePath(folder) / "model")
-        try:
-            from huggingface_hub import HfApi
-
-            api = HfApi(token=token)
-            address = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=FilePath(folder) / "model", **options)
-        except Exception as error:
-            fix = "check the name, the network and `hf auth login`"
-            problem = f"not uploaded to the hub ({_first_line(error)}): {fix}"
-            raise CheckpointError(repo_id, problem) from error
-    return str(address)
-
-
 def _misfit(model: nn.Module, stored: Mapping[str, Tensor]) -> str:
     """How stored tensors differ from what the model needs; empty where they fit."""
     needed = model.state_dict()
@@ -223,7 +239,7 @@ def _misfit(model: nn.Module, stored: Mapping[str, Tensor]) -> str:
         "unexpected": sorted(stored.keys() - needed.keys()),
         "wrong shape or type": wrong,
     }
-    return "; ".join(f"{what}: {some(keys)}" for what, keys in parts.items() if keys)
+    return "; ".join(f"{what}: {shortened(keys)}" for what, keys in parts.items() if keys)
 
 
 def _newest(root: FilePath) -> Checkpoint:

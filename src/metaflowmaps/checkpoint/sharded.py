@@ -30,19 +30,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from metaflowmaps.checkpoint.files import (
+from metaflowmaps.checkpoint.manifest import (
     EMA,
     INDEX,
     INSTEAD,
     CheckpointError,
     entry_of,
-    finish_staging,
-    make_staging,
-    name_staging,
     parse_tensors,
     verified,
     writing,
 )
+from metaflowmaps.checkpoint.writing import finish_staging, make_staging, name_staging
 from metaflowmaps.work import ranks
 
 SUFFIX = ".safetensors"
@@ -115,8 +113,9 @@ class OnDisk(Mapping[str, dict[str, Tensor]]):
     def __init__(self, directory: FilePath, manifest: Mapping[str, dict[str, Any]]) -> None:
         self.directory, self.manifest = directory, manifest
         self.files = [name for name in manifest if name.endswith(SUFFIX)]
+        self.sharded = INDEX in manifest
         self.index: dict[str, Any] = {}
-        if INDEX in manifest:
+        if self.sharded:
             self.index = _Reader(directory, manifest).read_metadata().state_dict_metadata
         parts = dict.fromkeys(key.partition("/")[0] + SUFFIX for key in self.index)
         self.names = [*self.files, *(name for name in parts if name not in self.files)]
@@ -138,7 +137,9 @@ class OnDisk(Mapping[str, dict[str, Tensor]]):
         return len(self.names)
 
     def forms(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and type of the tensors of a sharded file."""
+        """Shape and type of the tensors of a file."""
+        if not self.sharded:
+            return {key: (value.shape, value.dtype) for key, value in self[name].items()}
         prefix = name.removesuffix(SUFFIX) + "/"
         return {
             key.removeprefix(prefix): (held.size, held.properties.dtype)
@@ -147,7 +148,13 @@ class OnDisk(Mapping[str, dict[str, Tensor]]):
         }
 
     def fill(self, wanted: Mapping[str, Mapping[str, Tensor]], alone: bool = False) -> None:
-        """Read shards into tensors, sharded in whatever way or not; all ranks together, or one alone."""
+        """Copy the tensors of files into those given, sharded in whatever way or not: all ranks, or one alone."""
+        if not self.sharded:
+            for file, named in wanted.items():
+                stored = self[file]
+                for name, value in named.items():
+                    ranks.copy_into(value, stored[name])
+            return
         flat = _flat(wanted)
         for key, value in flat.items():
             if key not in self.index or self.index[key].size != value.shape:

@@ -8,19 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps.checkpoint.files import (
-    POSITION,
-    Checkpoint,
-    CheckpointError,
-    discard,
-    parse_json,
-    read_checkpoint,
-    read_manifest,
-    reading,
-    recover,
-    verified,
-    write_checkpoint,
-)
+from metaflowmaps.checkpoint.manifest import POSITION, CheckpointError, parse_json, read_manifest, reading, verified
+from metaflowmaps.checkpoint.reading import Checkpoint, read_checkpoint
+from metaflowmaps.checkpoint.writing import discard, recover, write_checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.work import ranks
 

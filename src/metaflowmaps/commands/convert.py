@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaflowmaps._files import write_whole
-from metaflowmaps.checkpoint import CheckpointError, load_model, resolve_checkpoint, save_model
+from metaflowmaps.checkpoint import CheckpointError, resolve_checkpoint, save_model
 from metaflowmaps.commands.runs import finite
 from metaflowmaps.commands.shared import Results, Say, digest
 from metaflowmaps.data import imagenet
@@ -135,7 +135,7 @@ def _of_file(
 def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
     """A run of ours: its averaged weights, and what its data say of the autoencoder and the classes."""
     found = resolve_checkpoint(run)
-    model, training = load_model(run), found.config.get("training", {})
+    model, training = MetaFlowMap.from_pretrained(run), found.config.get("training", {})
     stored = found.document(DOCUMENT) if found.has(DOCUMENT) else {}
     data, names = training.get("data") or {}, stored.get("class_names") or ()
     if data.get("name") == "latents" and (Path(data["path"]).expanduser() / INDEX).exists():

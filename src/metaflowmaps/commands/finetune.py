@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import CheckpointStore, load_model
+from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.progress import training_progress
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
@@ -229,7 +229,7 @@ def finetune(
         _forget(out)
         raise
     began = time.perf_counter()
-    model = load_model(run.result.checkpoint).to(subject.device)
+    model = MetaFlowMap.from_pretrained(run.result.checkpoint).to(subject.device)
     problem = make_problem(config, subject.base, subject.reward)
     metrics = evaluate_tuned(
         model, subject.base, judge_of(subject, stage, others), judged, config.seed,

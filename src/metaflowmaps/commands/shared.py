@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
+from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
 from metaflowmaps.commands.runs import claim
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -33,7 +33,7 @@ def open_model(checkpoint: str, device: str, needs_map: bool = True) -> tuple[Me
             f"only the drift of {checkpoint} was tuned, its map belongs to no model: sample it with --method ode, "
             "steer it with none, dps or tds, or tune again with --map distil"
         )
-    return load_model(checkpoint).to(target), found, target
+    return MetaFlowMap.from_pretrained(checkpoint).to(target), found, target
 
 
 def training_of(found: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.checkpoint import Checkpoint, load_classifier, load_model, resolve_checkpoint
+from metaflowmaps.checkpoint import Checkpoint, load_classifier, resolve_checkpoint
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands.shared import digest, run_of
 from metaflowmaps.data import DataConfig, Examples, ImageSet, load_data
@@ -61,7 +61,7 @@ def open_stage(
     guide, judge = part("guide", config.guide, load_classifier), part("judge", config.judge, load_classifier)
     if judge is not None and "guide" in sources and sources["guide"] == sources["judge"]:
         raise InputError("guide and judge are one and the same classifier: a reward must not be judged by itself")
-    drift = part("drift", config.drift, load_model)
+    drift = part("drift", config.drift, MetaFlowMap.from_pretrained)
     stage.guide, stage.drift = guide, None if drift is None else drift.drift
     if data is not None:
         stage.train, stage.held_out = _parts(data, guide is not None or judge is not None)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from metaflowmaps.checkpoint import load_classifier, load_model
+from metaflowmaps.checkpoint import load_classifier
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.progress import training_progress
 from metaflowmaps.commands.runs import write_results
@@ -101,7 +101,7 @@ def _finish(
             "accuracy_on_training_images": accuracy(classifier, parts[0]),
         }
     else:
-        _last_picture(config, load_model(result.checkpoint), out)
+        _last_picture(config, MetaFlowMap.from_pretrained(result.checkpoint), out)
         if config.data is not None:
             words = pictures.RECOVERED + pictures.COLOURS * (config.data.name == "latents")
             metrics["captions"] = {"posteriors.png": words}

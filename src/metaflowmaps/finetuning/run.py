@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import CheckpointStore, load_model
+from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.finetuning.alternatives import AdjointMatching, Draft
 from metaflowmaps.finetuning.baseline import make_baseline
@@ -128,7 +128,7 @@ def run_finetuning(
     )  # fmt: skip
     seconds[name] = tuned.seconds
     if two_stages:
-        student = load_model(tuned.checkpoint).to(device).requires_grad_(False)
+        student = MetaFlowMap.from_pretrained(tuned.checkpoint).to(device).requires_grad_(False)
         objective = distillation(config, problem, student)
         tuned = _stage(
             second_stage(config), make_student(config, base), objective, out, device, "auto" if elsewhere else resume,
@@ -162,7 +162,7 @@ def tune(
     config = config.model_copy(update={"reward_sha256": said})
     _check_place(config, Path(out))
     tuned = run_finetuning(config, base, reward, Path(out), device=device, report=report)
-    return load_model(tuned.result.checkpoint).to(device)
+    return MetaFlowMap.from_pretrained(tuned.result.checkpoint).to(device)
 
 
 def _check_place(config: FinetuneConfig, out: Path) -> None:

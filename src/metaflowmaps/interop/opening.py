@@ -7,7 +7,7 @@ usual guidance.
 from pathlib import Path as FilePath
 from typing import Any
 
-from metaflowmaps.checkpoint import Checkpoint, load_model, resolve_checkpoint
+from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
 from metaflowmaps.data import imagenet
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
@@ -58,7 +58,7 @@ def open_map(
     """A checkpoint of ours, with what was read, or a published file, converted."""
     if published(path_or_hub_id) or family != "auto" or config:
         return pretrained.load(path_or_hub_id, family, config, revision), None
-    return load_model(path_or_hub_id, revision), resolve_checkpoint(path_or_hub_id, revision)
+    return MetaFlowMap.from_pretrained(path_or_hub_id, revision), resolve_checkpoint(path_or_hub_id, revision)
 
 
 def published(path_or_hub_id: str | FilePath) -> bool:

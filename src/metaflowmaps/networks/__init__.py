@@ -28,6 +28,20 @@ def make_classifier(config: Mapping[str, Any]) -> Classifier:
     return _make("classifier", CLASSIFIERS, config)
 
 
+def describe_network(network: nn.Module, registry: Mapping[str, type[nn.Module]] = NETWORKS) -> dict[str, Any]:
+    """What ``make_network`` or ``make_classifier`` makes a network of: ``{"name": …, **network.config}``."""
+    name, config, kind = getattr(network, "name", None), getattr(network, "config", None), type(network)
+    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):  # sharded: of a class derived for it
+        kind = kind.__mro__[2]
+    if registry.get(str(name)) is not kind or not isinstance(config, dict):
+        where = "NETWORKS" if registry is NETWORKS else "CLASSIFIERS"
+        raise InputError(
+            f"a network of type {type(network).__name__} cannot be saved: "
+            f"give it a name and a config and add it to metaflowmaps.networks.{where}"
+        )
+    return {"name": name, **config}
+
+
 def _make(kind: str, registry: Mapping[str, type[Built]], config: Mapping[str, Any]) -> Built:
     options = dict(config)
     name = str(options.pop("name", None))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, load_model, resolve_checkpoint
+from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, resolve_checkpoint
 from metaflowmaps.data import Examples, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -224,7 +224,7 @@ def run_training(
         assert config.parent is not None, "TrainConfig refuses teacher=pretrained without a parent"
         name, source = config.parent, parent
         if source is None:
-            source = ranks.together(lambda: load_model(name)).to(device).requires_grad_(False)
+            source = ranks.together(lambda: MetaFlowMap.from_pretrained(name)).to(device).requires_grad_(False)
         teacher = ranks.together(lambda: taught_by(source, config))
         if config.compile and isinstance(getattr(source, "network", None), DiT):
             source.network.configure(compiled=True)
@@ -238,7 +238,7 @@ def run_training(
             report=lambda _, record: report("drift", record),
         )
         seconds_before = stage.seconds
-        drift = load_model(stage.checkpoint).to(device).requires_grad_(False)
+        drift = MetaFlowMap.from_pretrained(stage.checkpoint).to(device).requires_grad_(False)
         teacher = GlassTeacher(path, drift.drift, config.num_classes)
         if config.start_from_drift:
             model.load_state_dict(drift.state_dict())

@@ -151,6 +151,18 @@ def local(value: Tensor) -> Tensor:
     return part
 
 
+@torch.no_grad()
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, which every rank has, into a tensor or into this rank's part of a sharded one."""
+    if hasattr(target, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor  # takes long to import
+
+        assert isinstance(target, DTensor)
+        placed = source.to(target.device)
+        source = distribute_tensor(placed, target.device_mesh, target.placements, src_data_rank=None)  # sends nothing
+    target.copy_(source)
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps.checkpoint.files import INSTEAD
+from metaflowmaps.checkpoint.manifest import INSTEAD
 from metaflowmaps.errors import InputError
 
 

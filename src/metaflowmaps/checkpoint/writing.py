@@ -1,0 +1,195 @@
+"""Writing checkpoints: everything into a folder beside the target, which one rename then puts in its place."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path as FilePath
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from metaflowmaps._files import sync_folder
+from metaflowmaps.checkpoint.manifest import (
+    CONFIG,
+    EMA,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    PART,
+    POSITION,
+    CheckpointError,
+    Entry,
+    entry_of_bytes,
+    shortened,
+    writing,
+)
+from metaflowmaps.errors import InputError
+
+
+def write_checkpoint(
+    path: str | FilePath, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint, all or nothing: file name -> named tensors, file name -> JSON-able object.
+
+    One that is already there is replaced. Where this raises, what was there before is still there.
+    """
+    _check_names(tensors, documents)
+    target = FilePath(path).resolve()
+    staging = name_staging(target)
+    try:
+        with writing(path):
+            make_staging(staging, target, {*tensors, *documents})
+            finish_staging(staging, target, tensors, documents)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def name_staging(target: FilePath) -> FilePath:
+    """A new name beside a checkpoint's, for the directory that is to become it."""
+    return _sibling(target, ".tmp-")
+
+
+def make_staging(staging: FilePath, target: FilePath, names: set[str]) -> None:
+    """Make it, unless what is to be replaced holds more than a checkpoint."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _settle(old_name(target))
+    _check_replaceable(target, names)
+    staging.mkdir()
+
+
+def finish_staging(
+    staging: FilePath,
+    target: FilePath,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    there: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all files, then the manifest, which also lists what is ``there`` already; put the directory in place."""
+    _fill(staging, tensors, documents, there or {})
+    _swap(staging, target)
+
+
+def recover(parent: str | FilePath) -> None:
+    """Finish what a crash interrupted in a directory of checkpoints that no other process is writing to."""
+    parent = FilePath(parent)
+    if not parent.is_dir():
+        return
+    for entry in sorted(parent.iterdir()):
+        if entry.name.startswith(".old-"):
+            _settle(entry)
+        elif entry.name.startswith((".tmp-", ".del-")) and entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _check_names(tensors: Mapping[str, Any], documents: Mapping[str, Any]) -> None:
+    for names, suffix in ((tensors, ".safetensors"), (documents, ".json")):
+        for name in names:
+            if FilePath(name).name != name or not name.endswith(suffix) or name == MANIFEST:
+                raise InputError(f"a file of a checkpoint cannot be called {name!r}: give a plain *{suffix} name")
+    if CONFIG not in documents or MODEL not in tensors:
+        raise InputError(f"a checkpoint needs {CONFIG} among its documents and {MODEL} among its tensors")
+
+
+def _check_replaceable(target: FilePath, names: set[str]) -> None:
+    # replacing deletes: never a directory with anything in it that a checkpoint would not hold
+    if target.is_file():
+        raise CheckpointError(target, "is a file; a checkpoint is a directory: write to another name")
+    known = {CONFIG, MODEL, MANIFEST, EMA, OPTIMIZER, POSITION, INDEX, *names}
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    others = sorted(name for name in held - known if not PART.fullmatch(name))
+    if others:
+        problem = f"holds other files ({shortened(others)}): move them or write to another name"
+        raise CheckpointError(target, problem)
+
+
+def _fill(
+    directory: FilePath,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    there: Mapping[str, Any],
+) -> None:
+    listed = dict(there)
+    for name, named in tensors.items():
+        listed[name] = _write(directory / name, safetensors.torch.save(_storable(named)))
+    for name, document in documents.items():
+        listed[name] = _write(directory / name, _json(document))
+    _write(directory / MANIFEST, _json({"format": FORMAT, "files": listed}))
+    sync_folder(directory)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors takes neither strided views nor shared memory (tied weights)
+    seen: set[int] = set()
+    storable = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        storable[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return storable
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _write(file: FilePath, data: bytes) -> Entry:
+    """Write to the disk itself; returns the file's entry in the manifest."""
+    with open(file, "xb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return entry_of_bytes(data)
+
+
+def _swap(staging: FilePath, target: FilePath) -> None:
+    """Put a complete directory in place; on failure put back the one that was there."""
+    old, placed = old_name(target), False
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+        placed = True
+        sync_folder(target.parent)
+    except BaseException:
+        if placed:
+            os.rename(target, staging)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    if old.exists():
+        discard(old)
+
+
+def _sibling(target: FilePath, prefix: str) -> FilePath:
+    return target.parent / f"{prefix}{target.name}-{secrets.token_hex(4)}"
+
+
+def old_name(target: FilePath) -> FilePath:
+    """Where a checkpoint steps aside to while it is replaced."""
+    return target.parent / f".old-{target.name}"
+
+
+def _settle(old: FilePath) -> None:
+    """After a crash between the two renames: the old one comes back, unless the new one is in place."""
+    target = old.parent / old.name.removeprefix(".old-")
+    if not old.is_dir():
+        return
+    if target.exists():
+        discard(old)
+    else:
+        os.rename(old, target)
+
+
+def discard(directory: FilePath) -> None:
+    # what cannot be deleted now is tried again by the next save: no reason to stop a run
+    gone = _sibling(directory, ".del-")
+    with suppress(OSError):
+        os.rename(directory, gone)
+        shutil.rmtree(gone, ignore_errors=True)
