@@ -208,7 +208,7 @@ class Bench:
             checkpoint_activations=self.args.checkpoint,
         )  # fmt: skip
         told = prepare(self.model, config, self.device, made)
-        self.notes = list(dict.fromkeys([str(made.choice), *told]))
+        self.notes = list(dict.fromkeys([str(made.differentiation), *told]))
         self.frozen.configure(compiled=self.args.compile)
         return made, made.batch(self.model, 0).to(self.device)
 
@@ -287,8 +287,9 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """All of it, in the order of what matters; what the budget does not reach is left out by name."""
-        plain = {"diagonal": "data", "consistency": "none", "velocity": "self"}
-        mfm = {"diagonal_share": 0.75, "consistency": self.args.loss, "derivative": self.args.derivative}
+        plain = {"diagonal": "data", "consistency": "none"}
+        form = {} if self.args.derivative == "auto" else {"derivative": self.args.derivative}
+        mfm = {"diagonal_share": 0.75, "consistency": {"name": self.args.loss, **form}}
         powers = {"adaptive_power_diagonal": 0.5, "adaptive_power_consistency": 1.0}
         parts: dict[str, Callable[[], None]] = {
             "forward": self.forward,

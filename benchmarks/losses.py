@@ -13,6 +13,7 @@ import torch
 from benchmarks.common import RESULTS, judged, keep, say, table, trained
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.figures.plots import GLASS, MAP, new_figure, save
+from metaflowmaps.losses import Eulerian, Lagrangian, LagrangianDifference, MeanFlow, Semigroup
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.config import LossConfig, TrainConfig
 from metaflowmaps.training.run import build_map, build_objective, drift_config
@@ -23,15 +24,15 @@ BUDGET, DRIFT_SHARE, SEEDS = 8.0, 0.4, (0, 1, 2)
 JUDGE = PosteriorEvalConfig(samples=4096, contexts=8, sets=2, map_steps=(1,), glass_steps=())
 
 LOSSES: dict[str, LossConfig] = {
-    "MeanFlow, data": LossConfig(diagonal="data", consistency="mean-flow", velocity="data"),
-    "Eulerian, self": LossConfig(diagonal="data", consistency="eulerian", velocity="self"),
-    "Lagrangian JVP, self": LossConfig(diagonal="data", consistency="lagrangian", velocity="self"),
-    "Lagrangian difference, self": LossConfig(diagonal="data", consistency="lagrangian-difference", velocity="self"),
-    "semigroup, data diagonal": LossConfig(diagonal="data", consistency="semigroup", velocity="self"),
-    "Eulerian, learned teacher": LossConfig(consistency="eulerian"),
-    "Lagrangian JVP, learned teacher": LossConfig(consistency="lagrangian"),
-    "Lagrangian difference, learned teacher": LossConfig(consistency="lagrangian-difference"),
-    "semigroup, learned teacher diagonal": LossConfig(consistency="semigroup", velocity="self"),
+    "MeanFlow, data": LossConfig(diagonal="data", consistency=MeanFlow()),
+    "Eulerian, self": LossConfig(diagonal="data", consistency=Eulerian(velocity="self")),
+    "Lagrangian JVP, self": LossConfig(diagonal="data", consistency=Lagrangian(velocity="self")),
+    "Lagrangian difference, self": LossConfig(diagonal="data", consistency=LagrangianDifference(velocity="self")),
+    "semigroup, data diagonal": LossConfig(diagonal="data", consistency=Semigroup()),
+    "Eulerian, learned teacher": LossConfig(consistency=Eulerian()),
+    "Lagrangian JVP, learned teacher": LossConfig(consistency=Lagrangian()),
+    "Lagrangian difference, learned teacher": LossConfig(consistency=LagrangianDifference()),
+    "semigroup, learned teacher diagonal": LossConfig(consistency=Semigroup()),
 }
 PARAMETERIZATIONS = ("gaussian", "residual", "plain")
 EDGE = 2.0  # of the picture: an error of two posterior standard deviations says no more than that
@@ -111,12 +112,11 @@ def picture(figures: dict[str, dict[str, object]]) -> None:
 
 def _config(loss: LossConfig, parameterization: str, seed: int) -> TrainConfig:
     base = gmm()
-    learned = loss.diagonal == "teacher" or loss.velocity == "teacher"
     return base.model_copy(
         update={
             "loss": loss,
             "model": base.model.model_copy(update={"parameterization": parameterization}),
-            "teacher": "learned" if learned else "none",
+            "teacher": "learned" if loss.taught else "none",
             "seed": seed,
             "checkpoint_every": 10**6,
             "threads": 1,

@@ -31,7 +31,7 @@ def config() -> TrainConfig:
         recipe="precision",
         data=DataConfig(name="digits"),
         model=ModelConfig(data_std=0.75, network=DiTConfig(width=64, depth=4, heads=4, encoder_depth=3)),
-        loss=LossConfig(diagonal="data", consistency="mean-flow", velocity="data", diagonal_share=0.5),
+        loss=LossConfig(diagonal="data", consistency="mean-flow", diagonal_share=0.5),
         times=TimesConfig(from_noise=0.3),
         teacher="none",
         optimizer=OptimizerConfig(name="adam", lr=1e-3, betas=(0.9, 0.99)),

@@ -35,13 +35,13 @@ def cases() -> dict[str, tuple[TrainConfig, str]]:
         return base.model_copy(update={"loss": LossConfig(**options)})  # type: ignore[arg-type]
 
     return {
-        "flow matching": (with_loss(diagonal="data", consistency="none", velocity="self"), "none"),
+        "flow matching": (with_loss(diagonal="data", consistency="none"), "none"),
         "default recipe": (base, "exact"),
         "Lagrangian difference, network teacher": (base, "network"),
         "Lagrangian JVP, network teacher": (with_loss(consistency="lagrangian"), "network"),
         "Eulerian, network teacher": (with_loss(consistency="eulerian"), "network"),
-        "MeanFlow": (with_loss(diagonal="data", consistency="mean-flow", velocity="data"), "none"),
-        "semigroup": (with_loss(diagonal="data", consistency="semigroup", velocity="self"), "none"),
+        "MeanFlow": (with_loss(diagonal="data", consistency="mean-flow"), "none"),
+        "semigroup": (with_loss(diagonal="data", consistency="semigroup"), "none"),
     }
 
 
@@ -104,20 +104,23 @@ ALL, SOME = (2.5,), (1.0, 2.5)  # guidance: of every row with a label, of every 
 def transformer_cases() -> dict[str, tuple[dict[str, Any], tuple[float, ...], int]]:
     """Name -> (loss, guidance scales, rows)."""
     split: dict[str, Any] = {"diagonal_share": 0.75, "adaptive_power_diagonal": 0.5, "adaptive_power_consistency": 1.0}
-    data: dict[str, Any] = {"diagonal": "data", "consistency": "mean-flow", "velocity": "data"}
+
+    def by(name: str, derivative: str) -> dict[str, Any]:
+        return {**split, "consistency": {"name": name, "derivative": derivative}}
+
     return {
-        "flow matching": ({"diagonal": "data", "consistency": "none", "velocity": "self"}, (1.0,), BATCH),
+        "flow matching": ({"diagonal": "data", "consistency": "none"}, (1.0,), BATCH),
         "Lagrangian difference": ({**split}, ALL, BATCH),
         "Lagrangian difference, half of the rows guided": ({**split}, SOME, BATCH),
-        "Lagrangian JVP (forward)": ({**split, "consistency": "lagrangian", "derivative": "forward"}, ALL, BATCH),
-        "Eulerian, forward": ({**split, "consistency": "eulerian", "derivative": "forward"}, ALL, BATCH),
-        "Eulerian, difference": ({**split, "consistency": "eulerian", "derivative": "difference"}, ALL, BATCH),
+        "Lagrangian JVP (forward)": (by("lagrangian", "forward"), ALL, BATCH),
+        "Eulerian, forward": (by("eulerian", "forward"), ALL, BATCH),
+        "Eulerian, difference": (by("eulerian", "difference"), ALL, BATCH),
         "semigroup": ({**split, "consistency": "semigroup"}, ALL, BATCH),
-        "MeanFlow, forward, no teacher": ({**split, **data, "derivative": "forward"}, (1.0,), BATCH),
-        "MeanFlow, difference, no teacher": ({**split, **data, "derivative": "difference"}, (1.0,), BATCH),
+        "MeanFlow, forward, no teacher": ({**by("mean-flow", "forward"), "diagonal": "data"}, (1.0,), BATCH),
+        "MeanFlow, difference, no teacher": ({**by("mean-flow", "difference"), "diagonal": "data"}, (1.0,), BATCH),
         "both terms on every row, Lagrangian difference": ({**split, "diagonal_share": 0.5}, ALL, 2 * BATCH),
         "both terms on every row, Eulerian, forward": (
-            {**split, "diagonal_share": 0.5, "consistency": "eulerian", "derivative": "forward"},
+            {**by("eulerian", "forward"), "diagonal_share": 0.5},
             ALL,
             2 * BATCH,
         ),

@@ -58,7 +58,7 @@ BAD = {
     "out of range": (["train", "gmm", "--set", "optimizer.lr=-1"], "greater than 0"),
     "no batch": (["train", "gmm", "--set", "batch_size=0"], "batch_size"),
     "no threads": (["train", "gmm", "--set", "threads=0"], "threads"),
-    "impossible pair": (["train", "gmm", "--set", "loss.velocity=data"], "mean-flow"),
+    "impossible pair": (["train", "gmm", "--set", "loss.consistency.velocity=data"], "bad value for velocity"),
     "no teacher": (["train", "gmm", "--set", "teacher=none"], "teacher=exact"),
     "zero steps": (["train", "gmm", "--max-steps", "0"], "at least 1"),
     "negative seed": (["train", "gmm", "--seed", "-1"], "--seed"),

@@ -12,20 +12,31 @@ Each function returns ``‖prediction − sg[target]‖²`` per sample, (B,). Wh
 a tensor of values at the sampled points (data targets ``α̇ ε + β̇ x̂``; a teacher; the flow itself), or, where the loss
 needs it at a point that depends on the flow, a callable ``velocity(a, z)``.
 
+A :class:`Consistency` is one of them as an object, its options its fields; a loss of your own derives from it.
+
 Forward-mode AD: Eulerian takes its JVP under no_grad and regresses with an ordinary forward; Lagrangian must keep the
 gradient through its JVP (with a stop-gradient there it is less accurate and can diverge). Both have a form by
 differences that needs no JVP at all; its step h weighs h² of truncation against rounding/h (measured: docs/scale.md).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._shapes import event_sum, expand_time
 from metaflowmaps.flow_map import Flow
+from metaflowmaps.work.choices import Choice
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Source = Literal["data", "teacher", "self"]  # of a velocity: data targets, a frozen teacher, the flow's own diagonal
+Derivative = Literal["auto", "forward", "fused", "difference"]
+Differentiates = Literal["no", "detached", "through", "differences"]
+DifferenceStep = Annotated[float, Field(gt=0, lt=0.5)]
 
 
 def diagonal(flow: Flow, a: Tensor, z: Tensor, target: Tensor) -> Tensor:
@@ -120,3 +131,163 @@ def _jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, 
 def adaptive_weight(loss: Tensor, c: float = 0.01, p: float = 0.5) -> Tensor:
     """sg[1/(‖Δ‖² + c)^p] (Eq. 73), for a (B,) tensor of squared errors."""
     return (loss.detach() + c) ** -p
+
+
+# -- as objects ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """Where a consistency loss looks: jumps from (a, z) to b.
+
+    a, b and gamma (uniform on [0, 1], for losses that stop on the way) are (B,), z is (B, *event). ``h`` is the step of
+    differences, None where derivatives are taken in forward mode.
+    """
+
+    a: Tensor
+    b: Tensor
+    z: Tensor
+    gamma: Tensor
+    h: float | None = None
+
+
+class Consistency(Choice, ABC):
+    """One of the identities that make a flow a flow map: a frozen dataclass whose fields are its options."""
+
+    kind: ClassVar[str] = "consistency loss"
+    # how it differentiates the network: not at all, by a JVP without or with a gradient through it, by differences
+    differentiates: ClassVar[Differentiates] = "no"
+    moves: ClassVar[bool] = False  # asks for the velocity at points that depend on the flow: no data target is one
+    holds_diagonal: ClassVar[bool] = False  # at b = a it is the diagonal loss itself
+    trains: ClassVar[bool] = True  # False: the diagonal alone is trained
+
+    @property
+    def source(self) -> Source | None:
+        """Which velocity it asks for; None asks for none."""
+        return None
+
+    @abstractmethod
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """The loss of each row.
+
+        Args:
+            flow: ``flow(a, b, z) -> F_{a,b}(z)``.
+            jumps: where to look.
+            velocity: ``velocity(a, z) -> c_a(z)`` from :attr:`source`; of data it is known at the jumps' start alone.
+
+        Returns:
+            (B,) squared errors, summed over a sample.
+        """
+
+
+@dataclass(frozen=True)
+class NoConsistency(Consistency):
+    """The diagonal alone: flow matching."""
+
+    name = "none"
+    trains = False
+
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """Zero, (B,)."""
+        return torch.zeros_like(jumps.a)
+
+
+@dataclass(frozen=True)
+class Eulerian(Consistency):
+    """:func:`eulerian` on a teacher's velocity or on the flow's own."""
+
+    name = "eulerian"
+    differentiates = "detached"
+
+    velocity: Literal["teacher", "self"] = "teacher"
+    derivative: Derivative = "auto"
+    h: DifferenceStep | None = None  # None: 5e-3 in float32, 5e-2 in bf16
+
+    @property
+    def source(self) -> Source:
+        """Its option ``velocity``."""
+        return self.velocity
+
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """‖F_{a,b}(z) − sg[c + (b−a)(∂_a + c·∇)F_{a,b}]‖², (B,)."""
+        with torch.no_grad():
+            target = velocity(jumps.a, jumps.z)
+        return eulerian(flow, jumps.a, jumps.b, jumps.z, target, jumps.h)
+
+
+@dataclass(frozen=True)
+class MeanFlow(Consistency):
+    """:func:`eulerian` on data targets, in which it is linear: unbiased."""
+
+    name = "mean-flow"
+    differentiates = "detached"
+
+    derivative: Derivative = "auto"
+    h: DifferenceStep | None = None
+
+    @property
+    def source(self) -> Source:
+        """Data."""
+        return "data"
+
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """‖F_{a,b}(z) − sg[c + (b−a)(∂_a + c·∇)F_{a,b}]‖², c = data, (B,)."""
+        return eulerian(flow, jumps.a, jumps.b, jumps.z, velocity(jumps.a, jumps.z), jumps.h)
+
+
+@dataclass(frozen=True)
+class Lagrangian(Consistency):
+    """:func:`lagrangian`: by a JVP with a gradient through it, or by differences where that cannot be."""
+
+    name = "lagrangian"
+    differentiates = "through"
+    moves = True
+
+    velocity: Literal["teacher", "self"] = "teacher"
+    derivative: Derivative = "auto"
+    h: DifferenceStep | None = None
+
+    @property
+    def source(self) -> Source:
+        """Its option ``velocity``."""
+        return self.velocity
+
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """‖∂_b Z_{a,b}(z) − sg c_b(sg Z_{a,b}(z))‖², (B,)."""
+        if jumps.h is None:
+            return lagrangian(flow, jumps.a, jumps.b, jumps.z, velocity)
+        return lagrangian_difference(flow, jumps.a, jumps.b, jumps.z, velocity, jumps.h)
+
+
+@dataclass(frozen=True)
+class LagrangianDifference(Consistency):
+    """:func:`lagrangian_difference`: two ordinary calls, no forward-mode AD."""
+
+    name = "lagrangian-difference"
+    differentiates = "differences"
+    moves = True
+    holds_diagonal = True
+
+    velocity: Literal["teacher", "self"] = "teacher"
+    h: DifferenceStep | None = None
+
+    @property
+    def source(self) -> Source:
+        """Its option ``velocity``."""
+        return self.velocity
+
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """‖(Z_{a,b+h} − Z_{a,b−h})/2h − sg c_b(sg Z_{a,b}(z))‖², (B,)."""
+        assert jumps.h is not None, "its derivative is a difference by definition"
+        return lagrangian_difference(flow, jumps.a, jumps.b, jumps.z, velocity, jumps.h)
+
+
+@dataclass(frozen=True)
+class Semigroup(Consistency):
+    """:func:`semigroup`: one jump is two; no velocity, no derivative."""
+
+    name = "semigroup"
+
+    def __call__(self, flow: Flow, jumps: Jumps, velocity: Velocity) -> Tensor:
+        """‖F_{a,b}(z) − sg[γ F_{a,w}(z) + (1−γ) F_{w,b}(Z_{a,w}(z))]‖², (B,)."""
+        return semigroup(flow, jumps.a, jumps.b, jumps.z, jumps.gamma)

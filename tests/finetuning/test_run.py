@@ -369,7 +369,7 @@ GUIDED = {
     "gradient-free": {"form": "gradient-free"},
     "direct": {"map": "direct"},
     "direct, its own velocity": {
-        "map": "direct", "loss": {"diagonal": "data", "consistency": "semigroup", "velocity": "self"}
+        "map": "direct", "loss": {"diagonal": "data", "consistency": "semigroup"}
     },
     "distilled by the Eulerian loss": {"loss": {"consistency": "eulerian"}},
     "adjoint-matching": {"method": "adjoint-matching"},

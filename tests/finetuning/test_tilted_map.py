@@ -22,7 +22,7 @@ def config(**options):
 
 
 def direct(problem, source, size, num_draws, diagonal_share=0.5, **options):
-    loss = LossConfig(diagonal="data", consistency="mean-flow", velocity="data", diagonal_share=diagonal_share)
+    loss = LossConfig(diagonal="data", consistency="mean-flow", diagonal_share=diagonal_share)
     settings = config(map="direct", batch_size=size, num_draws=num_draws, loss=loss, **options)
     return DirectObjective(settings, problem, source, running())
 

@@ -34,11 +34,11 @@ MEANS = [[-1.0, 0.5, 0.2], [1.0, -0.5, 0.4]]
 FORMS: dict[str, dict[str, Any]] = {
     "diagonal": {"consistency": "none", "diagonal": "data"},
     "eulerian": {"consistency": "eulerian"},
-    "mean-flow": {"consistency": "mean-flow", "diagonal": "data", "velocity": "data"},
+    "mean-flow": {"consistency": "mean-flow", "diagonal": "data"},
     "lagrangian": {"consistency": "lagrangian"},
     "lagrangian-difference": {"consistency": "lagrangian-difference"},
-    "semigroup": {"consistency": "semigroup", "diagonal": "data", "velocity": "self"},
-    "eulerian-self": {"consistency": "eulerian", "diagonal": "data", "velocity": "self"},
+    "semigroup": {"consistency": "semigroup", "diagonal": "data"},
+    "eulerian-self": {"consistency": {"name": "eulerian", "velocity": "self"}, "diagonal": "data"},
 }
 
 

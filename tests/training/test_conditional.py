@@ -114,7 +114,7 @@ def test_labels_leave_no_class_out(labels):
 
 # -- batches ---------------------------------------------------------------------------------------------------------
 
-DATA = LossConfig(diagonal="data", consistency="none", velocity="self")
+DATA = LossConfig(diagonal="data", consistency="none")
 
 
 def plain_map(path=None, **options):
@@ -206,10 +206,10 @@ def test_conditions_travel_with_their_rows():
 
 
 CONDITIONAL = {
-    "data": LossConfig(diagonal="data", consistency="semigroup", velocity="self"),
-    "mean-flow": LossConfig(diagonal="data", consistency="mean-flow", velocity="data"),
+    "data": LossConfig(diagonal="data", consistency="semigroup"),
+    "mean-flow": LossConfig(diagonal="data", consistency="mean-flow"),
     "teacher": LossConfig(),
-    "self": LossConfig(diagonal="data", consistency="lagrangian", velocity="self"),
+    "self": LossConfig(diagonal="data", consistency={"name": "lagrangian", "velocity": "self"}),
 }
 
 
@@ -360,7 +360,7 @@ class Field(torch.nn.Module):
         return out
 
 
-MEAN_FLOW = LossConfig(diagonal="data", consistency="mean-flow", velocity="data", diagonal_share=0.0)
+MEAN_FLOW = LossConfig(diagonal="data", consistency="mean-flow", diagonal_share=0.0)
 
 
 def worst_gradient(path, loss, obeys_guidance, n=12_000):
@@ -516,7 +516,7 @@ def test_the_run_builds_what_the_configuration_says():
 
 
 NETWORK = {"name": "mlp", "num_classes": 2, "guidance": True}
-DIGITS = {"law": None, "teacher": "none", "loss": {"diagonal": "data", "consistency": "semigroup", "velocity": "self"}}
+DIGITS = {"law": None, "teacher": "none", "loss": {"diagonal": "data", "consistency": "semigroup"}}
 REFUSED = {
     "labels of another length": ({"law": {**LAW.model_dump(), "labels": [0, 1]}}, "one class a component: 3 of them"),
     "a negative label": ({"law": {**LAW.model_dump(), "labels": [0, 1, -1]}}, "greater than or equal to 0"),

@@ -8,20 +8,22 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
+from metaflowmaps.losses import Consistency, Eulerian, Lagrangian, MeanFlow
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training import derivative
 from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.derivative import Choice, choose, prepare
+from metaflowmaps.training.derivative import Differentiation, choose, prepare
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.run import run_training
 from metaflowmaps.training.teachers import GlassTeacher, guided_drift
+from metaflowmaps.work.choices import build
 
 ROWS = 6
 LOSSES = {
-    "mean-flow": {"diagonal": "data", "consistency": "mean-flow", "velocity": "data"},
-    "eulerian": {"consistency": "eulerian"},
-    "lagrangian": {"consistency": "lagrangian"},
+    "mean-flow": MeanFlow,
+    "eulerian": Eulerian,
+    "lagrangian": Lagrangian,
 }
 
 
@@ -55,7 +57,8 @@ def losses_and_gradient(model, loss, dtype, inside=False):
     model.to(dtype)
     frozen = mfm.MetaFlowMap(network(), mfm.LinearPath(), "plain").to(dtype).requires_grad_(False)
     teacher = GlassTeacher(model.path, frozen.drift, 3)
-    objective = Objective(None, LossConfig(**loss), TimesConfig(), teacher, ROWS, 0)
+    loss = LossConfig(diagonal="data" if loss.source == "data" else "teacher", consistency=loss)
+    objective = Objective(None, loss, TimesConfig(), teacher, ROWS, 0)
     rows = batch(dtype)
     value = objective(model, rows.rows(0, 4) if inside else rows)
     gradient = torch.autograd.grad(value.mean(), model.network.blocks[1].mlp[0].weight)[0]
@@ -70,11 +73,11 @@ def error(got, exact):
 def test_differences_converge_to_the_jvp_through_a_transformer(model, name):
     """Value and gradient at second order in the step, which the Lagrangian has where b need not move."""
     inside = name == "lagrangian"
-    exact = losses_and_gradient(model, {**LOSSES[name], "derivative": "forward"}, F64, inside)
+    exact = losses_and_gradient(model, LOSSES[name](derivative="forward"), F64, inside)
     steps = (8e-3, 4e-3)
     first, last = (
         error(
-            losses_and_gradient(model, {**LOSSES[name], "derivative": "difference", "difference_step": h}, F64, inside),
+            losses_and_gradient(model, LOSSES[name](derivative="difference", h=h), F64, inside),
             exact,
         )
         for h in steps
@@ -91,25 +94,26 @@ def test_every_form_is_near_the_exact_one(model, name, form, precision):
     """Against float64, at the step of the precision; benchmarks/precision.py measures a trained network.
 
     Units of rounding u (2⁻²⁴, 2⁻⁹) of a dozen products in a row add up to √12 u in F, twice that in a square and its
-    gradient: 8 u, with half as much on top. A difference divides √2·√12 u/2 by h: 2.5 u/h; truncation is of order h².
+    gradient: 8 u, with half as much on top. A difference divides √2·√12 u/2 by h: 2.5 u/h, with as much on top again
+    for machines that add up in another order; truncation is of order h².
     """
     u, h = {"float32": (2**-24, 5e-3), "bf16": (2**-9, 5e-2)}[precision]
     inside = name == "lagrangian"
-    exact = losses_and_gradient(model, {**LOSSES[name], "derivative": "forward"}, F64, inside)
+    exact = losses_and_gradient(model, LOSSES[name](derivative="forward"), F64, inside)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        got = losses_and_gradient(model, {**LOSSES[name], "derivative": form}, torch.float32, inside)
-    bound = 12 * u if form == "forward" else 2.5 * u / h + h**2
+        got = losses_and_gradient(model, LOSSES[name](derivative=form), torch.float32, inside)
+    bound = 12 * u if form == "forward" else 4 * u / h + h**2
     for part in error(got, exact):
         assert u / 100 < part < bound  # and something was rounded
 
 
 def test_a_wrong_step_for_bf16_would_show(model):
     """The step of float32 in bf16: several times the error, which is why the step goes by precision."""
-    exact = losses_and_gradient(model, {**LOSSES["eulerian"], "derivative": "forward"}, F64)
+    exact = losses_and_gradient(model, Eulerian(derivative="forward"), F64)
     with torch.autocast("cpu", torch.bfloat16):
         ours, small = (
-            error(losses_and_gradient(model, {**LOSSES["eulerian"], **extra}, torch.float32), exact)[0]
-            for extra in ({"derivative": "difference"}, {"derivative": "difference", "difference_step": 5e-3})
+            error(losses_and_gradient(model, Eulerian(derivative="difference", **extra), torch.float32), exact)[0]
+            for extra in ({}, {"h": 5e-3})
         )
     assert small > 2 * ours
 
@@ -126,8 +130,7 @@ XL, NANO = meta("XL"), network()
 
 
 def pick(network, consistency="eulerian", asked="auto", device="cpu", precision="float32", rows=4, recompute=False):
-    velocity = {"velocity": "data", "diagonal": "data"} if consistency == "mean-flow" else {}
-    loss = LossConfig(consistency=consistency, derivative=asked, **velocity)
+    loss = build(Consistency, consistency, {} if asked == "auto" else {"derivative": asked})
     return choose(loss, network, device, precision, rows, recompute)
 
 
@@ -176,11 +179,17 @@ def test_auto_fuses_where_it_can(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"asked": "fused"}, "is for CUDA, not cpu: set loss.derivative=auto"),
+        ({"asked": "fused"}, "is for CUDA, not cpu: set loss.consistency.derivative=auto"),
         ({"asked": "fused", "device": "cuda"}, "is for precision=bf16"),
         ({"asked": "fused", "consistency": "lagrangian"}, "has no gradient"),
-        ({"asked": "forward", "consistency": "lagrangian", "recompute": True}, "set loss.derivative=difference, or"),
-        ({"asked": "forward", "consistency": "lagrangian-difference"}, "set loss.consistency=lagrangian"),
+        (
+            {"asked": "forward", "consistency": "lagrangian", "recompute": True},
+            "loss.consistency.derivative=difference, or",
+        ),
+        (
+            {"asked": "forward", "consistency": "lagrangian-difference"},
+            "option of lagrangian-difference 'derivative'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(given, message):
@@ -198,7 +207,7 @@ def config(**options):
         "recipe": "test",
         "data": {"name": "digits"},
         "model": {"network": network, "data_std": 0.5},
-        "loss": {**LOSSES["mean-flow"], "diagonal_share": 0.5},
+        "loss": {"diagonal": "data", "consistency": "mean-flow", "diagonal_share": 0.5},
         "teacher": "none",
         "optimizer": {"name": "adam", "lr": 1e-3},
         "steps": 3,
@@ -229,14 +238,14 @@ def test_preparing_sets_the_objective_and_the_network_up():
 
     def remembered(loss, network, device, precision, rows, recompute):
         asked.append((precision, rows, recompute))
-        return Choice("difference", "", 0.1)
+        return Differentiation("difference", "", 0.1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(derivative, "choose", remembered)
         made = made.model_copy(update={"precision": "bf16", "checkpoint_activations": True})
         prepare(model, made, "cpu", objective, ranks=2)
     assert asked == [("bf16", 4, True)]  # half of 64 rows, in 4 pieces, on 2 ranks
-    assert objective.choice == Choice("difference", "", 0.1)
+    assert objective.differentiation == Differentiation("difference", "", 0.1)
     assert model.network.recompute
 
 

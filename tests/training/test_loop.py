@@ -10,6 +10,7 @@ from test_resume import small
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
+from metaflowmaps.losses import Consistency
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture
@@ -19,6 +20,7 @@ from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import learning_rate, make_optimizer
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
+from metaflowmaps.work.choices import choices, options_of
 
 load_map = MetaFlowMap.from_pretrained
 
@@ -26,16 +28,16 @@ OPTIMIZER = gmm().optimizer.model_dump()
 
 
 def every_loss():
-    """All admissible (diagonal, consistency, velocity) triples."""
+    """All diagonals with all consistency losses at all of their sources."""
     for diagonal in ("data", "teacher"):
-        for consistency in ("none", "eulerian", "mean-flow", "lagrangian", "lagrangian-difference", "semigroup"):
-            for velocity in ("data", "teacher", "self"):
-                if (consistency == "mean-flow") == (velocity == "data" and consistency != "none"):
-                    yield LossConfig(diagonal=diagonal, consistency=consistency, velocity=velocity)
+        for name, loss in choices(Consistency).items():
+            sources = ({"velocity": "teacher"}, {"velocity": "self"}) if "velocity" in options_of(loss) else ({},)
+            for source in sources:
+                yield LossConfig(diagonal=diagonal, consistency={"name": name, **source})
 
 
 def name_of(loss: LossConfig) -> str:
-    return f"{loss.diagonal}-{loss.consistency}-{loss.velocity}"
+    return f"{loss.diagonal}-{loss.consistency.name}-{loss.consistency.source}"
 
 
 @pytest.mark.parametrize("parameterization", ["gaussian", "plain", "residual"])

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from metaflowmaps.data import DataConfig
+from metaflowmaps.losses import MeanFlow
 from metaflowmaps.training.config import LawConfig, LossConfig, OptimizerConfig, RunConfig, TimesConfig
 from metaflowmaps.work.config import Config
 
@@ -102,9 +103,9 @@ class FinetuneConfig(RunConfig):
             raise ValueError("map=direct learns from draws and their weights alone: leave form out")
         if self.sigma_squared is not None and self.form != "gradient":
             raise ValueError("sigma_squared belongs to form=gradient, the only one in which σ² stands")
-        taught = self.map_loss.diagonal == "teacher" or self.map_loss.velocity == "teacher"
+        taught = self.map_loss.taught
         if self.map == "direct" and taught:
-            raise ValueError("map=direct has no teacher: its loss takes diagonal=data, and velocity=data or self")
+            raise ValueError("map=direct has no teacher: its loss takes diagonal=data, and no velocity of a teacher's")
         if self.map == "distil" and self.map_loss.diagonal == "data":
             raise ValueError("map=distil is taught by the tuned drift: its loss takes diagonal=teacher")
         if self.distil_batch_size % self.micro_batches:
@@ -119,7 +120,7 @@ class FinetuneConfig(RunConfig):
         if self.loss is not None:
             return self.loss
         if self.map == "direct":
-            return LossConfig(diagonal="data", consistency="mean-flow", velocity="data", diagonal_share=0.5)
+            return LossConfig(diagonal="data", consistency=MeanFlow(), diagonal_share=0.5)
         return LossConfig(diagonal_share=0.25)
 
 

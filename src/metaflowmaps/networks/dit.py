@@ -54,6 +54,7 @@ class DiT(nn.Module):
     """
 
     name = "dit"
+    rows_cost = True  # more than calls do
     positions: Tensor
 
     def __init__(

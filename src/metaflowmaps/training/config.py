@@ -6,13 +6,11 @@ from pydantic import Field, model_validator
 
 from metaflowmaps.data import DataConfig
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.losses import Consistency, LagrangianDifference
+from metaflowmaps.work.choices import Pick
 from metaflowmaps.work.config import Config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Consistency = Literal["none", "eulerian", "mean-flow", "lagrangian", "lagrangian-difference", "semigroup"]
-
-
-Derivative = Literal["auto", "forward", "fused", "difference"]
 
 
 class LawConfig(Config):
@@ -107,14 +105,11 @@ class TimesConfig(Config):
 
 
 class LossConfig(Config):
-    """Which regressions, and where their velocities come from (method: losses.py)."""
+    """Which regressions, and where their velocities come from: the objects of losses.py."""
 
     diagonal: Literal["data", "teacher"] = "teacher"
-    consistency: Consistency = "lagrangian-difference"
-    velocity: Literal["data", "teacher", "self"] = "teacher"
+    consistency: Annotated[Consistency, Pick(Consistency)] = LagrangianDifference()
     diagonal_share: float = Field(0.25, ge=0, le=1)  # of the batch; the rest is consistency
-    difference_step: float | None = Field(None, gt=0, lt=0.5)  # None: 5e-3 in float32, 5e-2 in bf16
-    derivative: Derivative = "auto"  # of the network in its times and state, where a loss takes one
     adaptive_power_diagonal: float = Field(0.0, ge=0)
     adaptive_power_consistency: float = Field(0.0, ge=0)
     adaptive_constant: float = Field(0.01, gt=0)
@@ -123,12 +118,17 @@ class LossConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> "LossConfig":
-        if (self.consistency == "mean-flow") != (self.velocity == "data" and self.consistency != "none"):
+        if self.consistency.source == "data" and self.consistency.moves:
             raise ValueError(
-                "mean-flow takes velocity=data, and it is the only consistency loss that does: "
-                "a data target is unbiased only where the loss is linear in it"
+                f"{self.consistency.titled()} asks for the velocity at points of the flow's own, and data targets are "
+                "known at sampled points alone: give it another source"
             )
         return self
+
+    @property
+    def taught(self) -> bool:
+        """Whether it asks for a teacher."""
+        return "teacher" in (self.diagonal, self.consistency.source)
 
 
 class OptimizerConfig(Config):
@@ -202,10 +202,7 @@ class TrainConfig(RunConfig):
     def _possible(self) -> "TrainConfig":
         if (self.law is None) == (self.data is None):
             raise ValueError("a run learns either a law or data: give one of them")
-        wanted = self.loss.diagonal == "teacher" or (
-            self.loss.velocity == "teacher" and self.loss.consistency not in ("none", "semigroup")
-        )
-        if wanted and self.teacher == "none":
+        if self.loss.taught and self.teacher == "none":
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
         if self.law is None and self.teacher == "exact":
             raise ValueError("nobody knows the exact drift of images: set teacher=learned, pretrained or none")

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.losses import Consistency, Derivative
 from metaflowmaps.networks.attention import attend
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.training.config import LossConfig, RunConfig, TrainConfig
+from metaflowmaps.training.config import RunConfig, TrainConfig
 
 Form = Literal["none", "forward", "fused", "difference"]
+Precision = Literal["float32", "bf16"]
 
 ROOM = 8 * 2**30  # bytes that N × N maps may take
 MAPS = 6  # of them at a time: scores, their softmax, their tangents, what becomes of them
@@ -32,7 +34,7 @@ COMPILES = ("2.13",)  # versions of torch for which tests/networks/test_dit.py h
 
 
 @dataclass(frozen=True)
-class Choice:
+class Differentiation:
     """What a run does and, in a line, why."""
 
     form: Form
@@ -45,38 +47,33 @@ class Choice:
 
 
 def choose(
-    loss: LossConfig,
+    loss: Consistency,
     network: nn.Module,
     device: torch.device | str = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Precision = "float32",
     rows: int = 1,
     recompute: bool = False,
-) -> Choice:
+) -> Differentiation:
     """The form for ``rows`` samples at a time; ``recompute``: with activation checkpointing."""
-    step = STEPS[precision] if loss.difference_step is None else loss.difference_step
-    asked, device = loss.derivative, torch.device(device)
-    if loss.consistency in ("none", "semigroup"):
-        return Choice("none", "this loss takes none", step)
-    if loss.consistency == "lagrangian-difference":
-        if asked in ("forward", "fused"):
-            raise InputError(
-                f"loss.derivative={asked} contradicts loss.consistency=lagrangian-difference: leave it at auto, or set "
-                "loss.consistency=lagrangian"
-            )
-        return Choice("difference", "by the loss's own definition", step)
-    through = loss.consistency == "lagrangian"
+    step = getattr(loss, "h", None) or STEPS[precision]
+    if loss.differentiates == "no":
+        return Differentiation("none", "this loss takes none", step)
+    if loss.differentiates == "differences":
+        return Differentiation("difference", "by the loss's own definition", step)
+    through, device = loss.differentiates == "through", torch.device(device)
+    asked: Derivative = getattr(loss, "derivative", "auto")
     if asked == "auto":
         form, why = _best(network, device, precision, rows, recompute, through)
-        return Choice(form, why, step)
+        return Differentiation(form, why, step)
     if asked == "forward" and through and recompute:
         raise InputError(
-            "checkpoint_activations=true cannot go with a gradient through the JVP: set loss.derivative=difference, or "
-            "checkpoint_activations=false"
+            "checkpoint_activations=true cannot go with a gradient through the JVP: set "
+            "loss.consistency.derivative=difference, or checkpoint_activations=false"
         )
     missing = _fused_needs(network, device, precision, through) if asked == "fused" else None
     if missing:
-        raise InputError(f"loss.derivative=fused {missing}: set loss.derivative=auto")
-    return Choice(asked, "as asked", step)
+        raise InputError(f"loss.consistency.derivative=fused {missing}: set loss.consistency.derivative=auto")
+    return Differentiation(asked, "as asked", step)
 
 
 def _best(
@@ -101,7 +98,7 @@ def _best(
 def _fused_needs(network: nn.Module, device: torch.device, precision: str, through: bool) -> str | None:
     """What keeps the fused kernel from being used, None if nothing does."""
     if through:
-        return "has no gradient, which loss.consistency=lagrangian takes"
+        return "has no gradient, which this loss takes"
     if not isinstance(network, DiT):
         return "is for model.network.name=dit"
     if device.type != "cuda":
@@ -144,10 +141,11 @@ def prepare(
     if isinstance(config, TrainConfig):
         on_diagonal = round(config.loss.diagonal_share * config.batch_size)
         rows = -(-(config.batch_size - on_diagonal) // (config.micro_batches * ranks))
-        choice = choose(config.loss, network, device, config.precision, rows, config.checkpoint_activations)
-        objective.choice, fused = choice, choice.form == "fused"
-        if choice.form != "none" and config.loss.consistency != "lagrangian-difference":  # which leaves no choice
-            lines.append(str(choice))
+        loss = config.loss.consistency
+        way = choose(loss, network, device, config.precision, rows, config.checkpoint_activations)
+        objective.differentiation, fused = way, way.form == "fused"
+        if loss.differentiates in ("detached", "through"):  # there was a choice
+            lines.append(str(way))
     if isinstance(network, DiT):
         if config.compile:
             check_compiler(torch.device(device))

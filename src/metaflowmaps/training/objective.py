@@ -15,20 +15,20 @@ depend on the data, so each sample is trained by both terms in turn.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from metaflowmaps import losses
 from metaflowmaps._shapes import expand_time
+from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
-from metaflowmaps.networks.dit import DiT
 from metaflowmaps.networks.precision import autocasting
 from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig
-from metaflowmaps.training.derivative import Choice, choose
+from metaflowmaps.training.derivative import Differentiation, Precision, choose
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
 
@@ -130,7 +130,7 @@ class Objective:
         """``condition`` makes it conditional: the data must have labels then."""
         self.data, self.loss, self.times, self.teacher = data, loss, times, teacher
         self.batch_size, self.seed, self.condition = batch_size, seed, condition
-        self.choice: Choice | None = None  # of derivatives, where a run has made one; else each call's own
+        self.differentiation: Differentiation | None = None  # where a run has chosen one; else each call's own
 
     def batch(self, model: MetaFlowMap, step: int) -> Batch:
         """The inputs of a step, the same whoever asks and whenever."""
@@ -196,60 +196,48 @@ class Objective:
         return min(1.0, since / self.loss.anneal_steps) if self.loss.anneal_steps else 1.0
 
     def _fused(self, model: MetaFlowMap) -> bool:
-        # the diagonal is the Lagrangian identity at b = a: with one teacher for both, one network call serves them.
-        # It has two rows for each row of the diagonal: worth it where calls cost more than rows
+        # where the diagonal is the consistency identity at b = a, one network call serves both with one teacher. It
+        # has two rows for each row of the diagonal: worth it where calls cost more than rows
         c = self.loss
-        if isinstance(model.network, DiT):
-            return False
-        same = c.diagonal == c.velocity == "teacher" and c.adaptive_power_diagonal == c.adaptive_power_consistency
-        return c.consistency == "lagrangian-difference" and same
+        same = c.diagonal == c.consistency.source and c.adaptive_power_diagonal == c.adaptive_power_consistency
+        return c.consistency.holds_diagonal and same and not getattr(model.network, "rows_cost", False)
 
     # -- the two terms -----------------------------------------------------------------------------------------------
 
     def _diagonal(self, model: MetaFlowMap, batch: Batch) -> Tensor:
-        flow, z, data_velocity = _at(model, batch)
-        if self.loss.diagonal == "data":
-            target = self._guided(model, flow, batch, z, data_velocity)
-        else:
-            with torch.no_grad():
-                target = self._teach(flow, batch)(batch.a, z)
+        flow, z, data = _at(model, batch)
+        velocity = self._velocity(self.loss.diagonal, model, flow, batch, data)
+        with torch.no_grad():
+            target = velocity(batch.a, z)
         return self._weighted(losses.diagonal(flow, batch.a, z, target), flow, self.loss.adaptive_power_diagonal)
 
     def _consistency(self, model: MetaFlowMap, batch: Batch) -> Tensor:
-        flow, z, data_velocity = _at(model, batch)
-        a, b, kind = batch.a, batch.b, self.loss.consistency
-        choice = self.choice or self._choose(model, z)
-        h = choice.step if choice.form == "difference" else None
-        if kind == "semigroup":
-            loss = losses.semigroup(flow, a, b, z, batch.gamma)
-        elif kind == "mean-flow":
-            loss = losses.eulerian(flow, a, b, z, self._guided(model, flow, batch, z, data_velocity), h)
-        else:
-            velocity = self._velocity(flow, batch)
-            if kind == "eulerian":
-                with torch.no_grad():
-                    target = velocity(a, z)
-                loss = losses.eulerian(flow, a, b, z, target, h)
-            elif h is None:
-                loss = losses.lagrangian(flow, a, b, z, velocity)
-            else:
-                loss = losses.lagrangian_difference(flow, a, b, z, velocity, h)
+        flow, z, data = _at(model, batch)
+        way = self.differentiation or self._differentiation(model, z)
+        jumps = losses.Jumps(batch.a, batch.b, z, batch.gamma, way.step if way.form == "difference" else None)
+        velocity = self._velocity(self.loss.consistency.source, model, flow, batch, data)
+        loss = self.loss.consistency(flow, jumps, velocity)
         return self._weighted(loss, flow, self.loss.adaptive_power_consistency)
 
-    def _choose(self, model: MetaFlowMap, z: Tensor) -> Choice:
+    def _differentiation(self, model: MetaFlowMap, z: Tensor) -> Differentiation:
         recompute = getattr(model.network, "recompute", False)
-        return choose(
-            self.loss, model.network, z.device, "bf16" if autocasting(z.device) else "float32", len(z), recompute
-        )
+        precision: Precision = "bf16" if autocasting(z.device) else "float32"
+        return choose(self.loss.consistency, model.network, z.device, precision, len(z), recompute)
 
-    def _velocity(self, flow: Anchored, batch: Batch) -> losses.Velocity:
-        if self.loss.velocity == "self":
+    def _velocity(
+        self, source: losses.Source | None, model: MetaFlowMap, flow: Anchored, batch: Batch, data: Tensor
+    ) -> losses.Velocity:
+        """The velocity of a source at the batch's contexts."""
+        if source == "data":
+            return lambda a, z: self._guided(model, flow, batch, z, data)
+        if source == "self":
             return lambda a, z: flow(a, a, z)
-        return self._teach(flow, batch)
-
-    def _teach(self, flow: Anchored, batch: Batch) -> losses.Velocity:
-        assert self.teacher is not None, "TrainConfig refuses a teacher loss without a teacher"
-        return self.teacher.at(flow.chart, batch.t, batch.x_t, batch.cond)
+        if source == "teacher":
+            assert self.teacher is not None, "TrainConfig refuses a teacher loss without a teacher"
+            return self.teacher.at(flow.chart, batch.t, batch.x_t, batch.cond)
+        if source is None:
+            return _no_velocity
+        raise unknown("velocity source", source, get_args(losses.Source))
 
     @torch.no_grad()
     def _guided(self, model: MetaFlowMap, flow: Anchored, batch: Batch, z: Tensor, target: Tensor) -> Tensor:
@@ -271,9 +259,13 @@ class Objective:
 
 def diagonal_rows(loss: LossConfig, batch_size: int, step: int) -> int:
     """How many rows of a step's batch train the diagonal."""
-    if loss.consistency == "none" or step < loss.warmup_steps:
+    if not loss.consistency.trains or step < loss.warmup_steps:
         return batch_size
     return round(loss.diagonal_share * batch_size)
+
+
+def _no_velocity(a: Tensor, z: Tensor) -> Tensor:
+    raise InputError("this loss asks for a velocity and names no source: let its property `source` return one")
 
 
 def _at(model: MetaFlowMap, batch: Batch) -> tuple[Anchored, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, resolve_checkpo
 from metaflowmaps.data import Examples, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.losses import NoConsistency
 from metaflowmaps.networks import make_classifier, make_network
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.path import make_path
@@ -305,7 +306,7 @@ def drift_config(config: TrainConfig) -> TrainConfig:
             "drift_steps": 0,
             "seed": config.seed + 1_000_003,
             "condition": config.condition.model_copy(update={"guidance": (1.0,)}),
-            "loss": config.loss.model_copy(update={"diagonal": "data", "consistency": "none", "velocity": "self"}),
+            "loss": config.loss.model_copy(update={"diagonal": "data", "consistency": NoConsistency()}),
             # GLASS at a late context asks for the drift later still, in a sliver of a: half of the rows go there
             "times": TimesConfig(context_at_zero=1.0, from_noise=0.0, last=1.0, late_share=0.5),
             "sample_every": 0,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.work.choices import one_line
+from metaflowmaps.work.choices import Choice, one_line
 
 
 class Config(BaseModel):
@@ -30,18 +30,19 @@ def override(config: C, settings: Iterable[str]) -> C:
         if not equals:
             raise InputError(f"--set takes key=value, got {setting!r}")
         place, value = data, _parse(text)
+        owner: Any = config
         *parents, last = key.strip().split(".")
         for parent in parents:
             if not isinstance(place.get(parent), dict):
                 raise unknown("setting", key, _keys(data))
-            place = place[parent]
-        if last not in place and "name" not in place:  # a choice knows its own options
+            place, owner = place[parent], getattr(owner, parent, None)
+        if last not in place and not isinstance(owner, Choice):  # which knows its own options
             raise unknown("setting", key, _keys(data))
         if isinstance(place.get(last), dict) and not isinstance(value, dict):
-            if not ("name" in place[last] and isinstance(value, str)):
+            if not (isinstance(getattr(owner, last, None), Choice) and isinstance(value, str)):
                 raise InputError(f"{key} is a group of settings: set one of {', '.join(place[last])}")
             value = {"name": value}  # another choice begins with its own defaults
-        if last == "name" and place.get(last) != value:
+        if last == "name" and isinstance(owner, Choice) and place.get(last) != value:
             place.clear()
         place[last] = value
     return validated(type(config), data)
