@@ -32,6 +32,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def interop_files() -> Path:
+    """Tiny files in the layouts of published weights: ``FAMILY_weights.safetensors`` and ``FAMILY_io.safetensors``."""
+    return Path(__file__).parent / "interop" / "fixtures"
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """``command("sample", "digits", …)``, in this process: exit code, stdout, stderr."""

@@ -11,8 +11,8 @@ from metaflowmaps.networks.dit import SIZES, DiT
 
 
 @pytest.fixture
-def files(shared):
-    return {family: shared / f"data/interop/{family}_weights.safetensors" for family in ("mfm", "dmf", "sit")}
+def files(interop_files):
+    return {family: interop_files / f"{family}_weights.safetensors" for family in ("mfm", "dmf", "sit")}
 
 
 @pytest.mark.parametrize("family", ["mfm", "dmf", "sit"])

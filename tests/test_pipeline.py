@@ -228,9 +228,9 @@ def test_pixel_models_need_no_autoencoder():
         digits.posterior(Image.new("L", (9, 9)), 0.5)
 
 
-def test_published_files_open_as_pipelines(shared, tmp_path):
+def test_published_files_open_as_pipelines(interop_files, tmp_path):
     config = {"heads": 4, "encoder_depth": 3}
-    path = shared / "data/interop/mfm_weights.safetensors"
+    path = interop_files / "mfm_weights.safetensors"
     pipe = mfm.Pipeline.from_pretrained(path, config=config, vae=tiny_codec())
     out = pipe(3, steps=2, guidance=2.5, num_images=2, generator=generator(), **QUIET)
     assert out.images.shape == (2, 3, 64, 64)
@@ -348,8 +348,8 @@ def test_a_list_of_tensors_is_their_stack():
     assert torch.equal(to_tensor([x[:1], x[1:]]), x)
 
 
-def test_a_folder_with_a_published_file_opens(shared, tmp_path):
-    (tmp_path / "mfm_weights.safetensors").symlink_to((shared / "data/interop/mfm_weights.safetensors").resolve())
+def test_a_folder_with_a_published_file_opens(interop_files, tmp_path):
+    (tmp_path / "mfm_weights.safetensors").symlink_to((interop_files / "mfm_weights.safetensors").resolve())
     pipe = mfm.Pipeline.from_pretrained(tmp_path, config={"heads": 4, "encoder_depth": 3}, vae=tiny_codec())
     assert pipe.num_classes == 10
     assert published(tmp_path)  # where no config says so: the released sizes need none

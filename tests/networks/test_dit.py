@@ -148,9 +148,9 @@ RENAMED = [
 ]
 
 
-def test_the_released_layout_loads_by_renaming(shared):
+def test_the_released_layout_loads_by_renaming(interop_files):
     """The tiny public checkpoint, its time reversed and its sign turned as it was trained, gives its stored outputs."""
-    stored, io = (load_file(shared / f"data/interop/mfm_{part}.safetensors") for part in ("weights", "io"))
+    stored, io = (load_file(interop_files / f"mfm_{part}.safetensors") for part in ("weights", "io"))
     network = DiT(4, 8, 2, 48, 4, 4, 3, num_classes=10, guidance=[1.0, 2.5])
     weights = {}
     for key, value in stored.items():

@@ -73,8 +73,8 @@ def test_an_interrupted_run_goes_on_with_its_parent(parent, tmp_path):
     assert all(torch.equal(again.state_dict()[k], v) for k, v in whole.state_dict().items())
 
 
-def test_the_network_may_be_taken_from_the_parent(shared, tmp_path):
-    model = mfm.pretrained.load(shared / "data/interop/sit_weights.safetensors", config={"heads": 4})
+def test_the_network_may_be_taken_from_the_parent(interop_files, tmp_path):
+    model = mfm.pretrained.load(interop_files / "sit_weights.safetensors", config={"heads": 4})
     model.save_pretrained(tmp_path / "sit")
     asked = recipe("latents")
     taken = _like_parent(asked.model_copy(update={"parent": str(tmp_path / "sit")}))
@@ -86,8 +86,8 @@ def test_the_network_may_be_taken_from_the_parent(shared, tmp_path):
     assert teacher.null_class == 10
 
 
-def test_an_embedding_of_guidance_is_added_and_nothing_else_may_differ(shared):
-    path = shared / "data/interop/sit_weights.safetensors"
+def test_an_embedding_of_guidance_is_added_and_nothing_else_may_differ(interop_files):
+    path = interop_files / "sit_weights.safetensors"
     plain = mfm.pretrained.load(path, config={"heads": 4})
     guided = mfm.pretrained.load(path, config={"heads": 4, "guidance": [1.0, 2.5]})
     for p in guided.parameters():
@@ -95,9 +95,7 @@ def test_an_embedding_of_guidance_is_added_and_nothing_else_may_differ(shared):
     inherit(guided, plain)
     for key, value in plain.state_dict().items():
         assert torch.equal(guided.state_dict()[key], value), key
-    other = mfm.pretrained.load(
-        shared / "data/interop/dmf_weights.safetensors", config={"heads": 4, "encoder_depth": 3}
-    )
+    other = mfm.pretrained.load(interop_files / "dmf_weights.safetensors", config={"heads": 4, "encoder_depth": 3})
     with pytest.raises(InputError, match="the parent's network is another one"):
         inherit(build_map(config()), build_map(config("model.network.width=9")))
     inherit(guided, other)  # DMF and SiT of one size have one form

@@ -37,17 +37,17 @@ def test_white_noise_as_data_has_no_direction():
     assert abs(found.given - found.reversed) < 1e-4  # the same law both ways; float32 through twelve steps
 
 
-def test_untrained_networks_are_not_decided(shared):
+def test_untrained_networks_are_not_decided(interop_files):
     for family in ("mfm", "dmf", "sit"):
-        path = shared / f"data/interop/{family}_weights.safetensors"
+        path = interop_files / f"{family}_weights.safetensors"
         *_, found = pretrained.load_with_source(path, config={"heads": 4, "encoder_depth": 3})
         assert found.verdict == "undecided"
 
 
-def test_weights_whose_time_runs_backwards_are_refused_on_loading(monkeypatch, shared):
+def test_weights_whose_time_runs_backwards_are_refused_on_loading(monkeypatch, interop_files):
     """A file whose drift is a trained one, each channel a digit; then the same drift in the opposite convention."""
     digits, trained = MetaFlowMap.from_pretrained("digits"), mfm.MetaFlowMap.drift
-    path = shared / "data/interop/sit_weights.safetensors"
+    path = interop_files / "sit_weights.safetensors"
 
     def each_channel(t, x):
         return trained(digits, t, x.flatten(0, 1)[:, None]).reshape(x.shape)

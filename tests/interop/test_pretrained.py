@@ -21,13 +21,13 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture
-def files(shared):
-    return {family: shared / f"data/interop/{family}_weights.safetensors" for family in FAMILIES}
+def files(interop_files):
+    return {family: interop_files / f"{family}_weights.safetensors" for family in FAMILIES}
 
 
 @pytest.fixture
-def io(shared):
-    return {family: load_file(shared / f"data/interop/{family}_io.safetensors") for family in FAMILIES}
+def io(interop_files):
+    return {family: load_file(interop_files / f"{family}_io.safetensors") for family in FAMILIES}
 
 
 def load(path, family="auto", **config):
