@@ -14,6 +14,7 @@ from torch import Tensor
 import metaflowmaps as mfm
 from metaflowmaps.random import randn, stream
 
+pytest_plugins = ["suite"]
 # the same examples on every machine: a suite must not be green by luck
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")

@@ -206,7 +206,7 @@ def test_interruption_saves_and_the_same_command_goes_on(tmp_path):
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     assert "state saved" in err.splitlines()[-1]
     assert "Traceback" not in err

@@ -140,7 +140,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_activations():
 
 PEAKS = """
 import torch
-from metaflowmaps.meter import Meter
+from metaflowmaps.cost import Meter
 from tests.tiny_codec import tiny_codec
 
 torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def test_two_processes_at_once(capsys, tmp_path):
     out = tmp_path / "s"
     command = [sys.executable, "-m", "metaflowmaps.cli", case[0], "digits", *case[1:], "--out", str(out)]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum(err.count("is made") for _, err in said) == 20  # each once
     done(capsys, tmp_path / "alone", case)

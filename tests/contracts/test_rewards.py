@@ -102,6 +102,7 @@ def test_nothing_stays_behind_on_the_cpu(name):
     assert REWARDS[name](1.3)(torch.zeros(5, *EVENT, device="meta")).device.type == "meta"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", sorted(set(REWARDS) - WITHOUT_GRADIENT))
 def test_the_same_on_a_gpu(name):

@@ -16,7 +16,7 @@ CLASSIFIERS = {
     name: {"name": name, "channels": 1, "size": 8, "num_classes": 10}
     for name in ("conv-classifier", "patch-classifier")
 }
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator on this machine")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def seeded(make, config):
@@ -28,7 +28,6 @@ def seeded(make, config):
     return module
 
 
-@needs_gpu
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_draw_is_the_same_on_the_accelerator(name):
     model = mfm.MetaFlowMap(seeded(make_network, NETWORKS[name]), mfm.LinearPath()).eval()
@@ -40,7 +39,6 @@ def test_a_draw_is_the_same_on_the_accelerator(name):
     torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4)
 
 
-@needs_gpu
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_is_the_same_on_the_accelerator(name):
     classifier, x = seeded(make_classifier, CLASSIFIERS[name]), randn((4, 1, 8, 8), stream(0, "x"))

@@ -72,7 +72,8 @@ def test_the_kernel_by_the_interpreter():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator on this machine")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("width", [64, 72])
 def test_the_kernel_on_the_accelerator(width):
     assert fused_error("cuda", width) < 0.03

@@ -208,7 +208,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def launch(
-    size: int, job: Callable[..., None], *given: Any, said: Path | None = None, seconds: float = 90, **named: Any
+    size: int, job: Callable[..., None], *given: Any, said: Path | None = None, seconds: float = 300, **named: Any
 ) -> list[int]:
     """Run ``job`` on so many ranks; their exit codes. A rank that hangs is killed, and its code is -9.
 

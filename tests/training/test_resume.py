@@ -60,7 +60,7 @@ def hidden(out: Path, pattern: str) -> bool:
 def await_records(out: Path, count: int, process) -> None:
     """Until so many records more were written, or the process has ended."""
     seen, last = 0, recorded(out)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while seen < count and process.is_alive():
         assert time.monotonic() < deadline
         now = recorded(out)
@@ -82,12 +82,12 @@ def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tup
         started = context.Event()
         process = context.Process(target=worker, args=(config.model_dump(), str(out), started))
         process.start()
-        assert started.wait(60)
+        assert started.wait(300)
         if killed < kills:
             # every second kill waits for a checkpoint in the making, the others for a random number of records: by
             # the clock a fast machine would be done before it was killed often
             if killed % 2:
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + 300
                 while not hidden(out, ".tmp-*") and process.is_alive():
                     assert time.monotonic() < deadline
                 time.sleep(rng.uniform(0, 0.004))

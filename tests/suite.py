@@ -1,0 +1,110 @@
+"""What holds for a run of the suite as a whole, on any machine: no GPU where none is asked for, at most 2 GiB a worker.
+
+Its last lines say how much memory each worker took, and what was skipped and why.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+MAX_BYTES = 2 * 2**30
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+_memory: dict[str, str] = {}  # of each worker: its line
+_has_gpu, _given = torch.cuda.is_available, os.environ.get(DEVICES)
+
+
+# -- a GPU is there for the tests that are marked gpu ------------------------------------------------------------------
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Show the GPU to tests marked ``gpu`` alone: elsewhere ``--device auto`` is the processor, as in a subprocess."""
+    shown = item.get_closest_marker("gpu") is not None
+    torch.cuda.is_available = _has_gpu if shown else (lambda: False)
+    if not shown:
+        os.environ[DEVICES] = ""
+    elif _given is None:
+        os.environ.pop(DEVICES, None)
+    else:
+        os.environ[DEVICES] = _given
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+class Peak:
+    """The largest resident size of this process, or of a process that a test started, and the test that reached it.
+
+    Sampled after every test: a meter may have set the process's own peak back on its way.
+    """
+
+    size, where = 0, "nowhere"
+
+    def sample(self, test: str) -> bool:
+        """Whether this test is the one that passed the limit."""
+        before = self.size
+        if resident() > before:
+            self.size, self.where = resident(), test
+        return before <= MAX_BYTES < self.size
+
+    def __str__(self) -> str:
+        return f"{self.size / 2**30:.2f} GiB, in {self.where}"
+
+
+def resident() -> int:
+    """The peak of this process or of a child of its, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+_peak = Peak()
+
+
+@pytest.fixture(autouse=True)
+def _at_most_two_gigabytes(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if _peak.sample(request.node.nodeid):
+        pytest.fail(f"a worker takes at most {MAX_BYTES / 2**30:g} GiB, and this is {_peak}", pytrace=False)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells its peak."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is None:
+        _memory.setdefault("main", str(_peak))
+    else:
+        output["memory"] = str(_peak)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The main process hears it."""
+    _memory[node.gateway.id] = getattr(node, "workeroutput", {}).get("memory", "unknown: it died")
+
+
+# -- the last lines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Memory, and what was skipped and why."""
+    workers = [name for name in sorted(_memory) if name != "main"] or ["main"]
+    for name in workers:
+        terminalreporter.write_line(f"peak memory of {name}: {_memory[name]}")
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
+def _reason(report: Any) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
