@@ -8,7 +8,7 @@ from exact import LEVEL, Case, regression
 
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
-from metaflowmaps.checkpoint.states import flatten_state, unflatten_state
+from metaflowmaps.checkpoint.flatten import flatten_state, unflatten_state
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.baseline import IndependentDraws, Learned, NoBaseline, Running, make_baseline
 from metaflowmaps.finetuning.config import BaselineConfig

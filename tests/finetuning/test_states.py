@@ -6,7 +6,7 @@ from exact import LEVEL, Case, MixtureMap
 
 import metaflowmaps as mfm
 from conftest import F64, ks_bound, ks_distance
-from metaflowmaps.checkpoint.states import flatten_state, unflatten_state
+from metaflowmaps.checkpoint.flatten import flatten_state, unflatten_state
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import StatesConfig
 from metaflowmaps.finetuning.problem import Problem
