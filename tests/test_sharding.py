@@ -196,6 +196,19 @@ def test_a_shard_in_other_hands_is_left_or_waited_for(capsys, tmp_path, short, d
     assert drawn(out) == drawn(tmp_path / "whole")
 
 
+def test_one_process_reads_nothing_back_that_it_made(capsys, tmp_path, short, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("read from disk")
+
+    done(capsys, tmp_path / "whole", short)
+    monkeypatch.setattr(sharding, "load", refuse)
+    done(capsys, tmp_path / "shards", short, *BY)
+    monkeypatch.setattr(sharding, "save", refuse)
+    monkeypatch.setattr(sharding, "write_json", refuse)
+    done(capsys, tmp_path / "memory", short)  # one shard: nothing to go on from, so nothing is written before the end
+    assert drawn(tmp_path / "memory") == drawn(tmp_path / "whole")
+
+
 def test_other_settings_are_refused(capsys, tmp_path, short):
     out = tmp_path / "s"
     done(capsys, out, short, *BY, "--worker", "0/2")
@@ -307,7 +320,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     pieces = sharding.Pieces(tmp_path / "shards", None, lambda: False, lambda line: None)
-    pieces.begin(["00000"], 4)
+    pieces.begin(["00000", "00001"], 4)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         pieces.work(lambda name: Made({"samples": torch.ones(4)}, {}))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from metaflowmaps.commands.runs import read_json
 from metaflowmaps.commands.shared import Results, Say
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.work.shards import FOLDERS, LOGS, Worker, read_plan, there
+from metaflowmaps.work.shards import FOLDERS, LOGS, Worker, missing_in
 
 CLUSTERS = ("slurm", "local")
 SHARED = ("sample", "posterior", "steer", "eval")  # the commands that know workers
@@ -81,9 +81,8 @@ def missing_workers(out: Path, tasks: int) -> list[Worker]:
     """The workers of whom a shard is missing; one, where all are there and only have to be put together."""
     every = [Worker(i, tasks) for i in range(tasks)]
     for folder in FOLDERS:
-        plan = read_plan(out / folder)
-        if plan is not None:
-            missing = [i for i, name in enumerate(plan["names"]) if not there(out / folder, name)]
+        missing = missing_in(out / folder)
+        if missing is not None:
             owners = {i % tasks for i in missing}
             return [worker for worker in every if worker.index in owners] or every[:1]
     return every

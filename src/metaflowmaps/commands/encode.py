@@ -12,7 +12,7 @@ from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.interop.autoencoder import AutoencoderCodec
 from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
 from metaflowmaps.work.devices import pick_device
-from metaflowmaps.work.shards import Worker, own_device, share_of
+from metaflowmaps.work.shards import own_device, share_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +40,7 @@ def encode_latents(
     """Encode the pictures of a source into ``out``, going on from what is there."""
     from metaflowmaps.data.sources import open_source  # brings Pillow
 
-    share, target = share_of(worker, None).worker or Worker(0, 1), pick_device(own_device(device))
+    share, target = share_of(worker, None).worker, pick_device(own_device(device))
     if dtype not in DTYPES:
         raise unknown("--dtype", dtype, DTYPES)
     pictures = open_source(source, classes)

@@ -9,7 +9,7 @@ import torch
 
 from metaflowmaps.commands.runs import claim, read_json, release
 from metaflowmaps.commands.shared import Results, Say
-from metaflowmaps.work.shards import SHARD, Elsewhere, Made, Pieces, Share, discard, ranges, total_cost
+from metaflowmaps.work.shards import SHARD, Elsewhere, Made, Pieces, Share, discard, ranges, read_plan, total_cost
 
 WHOLE = 4096  # samples at a time where nobody shares the work
 
@@ -31,6 +31,7 @@ def shared_claim(
     share: Share,
     say: Say,
     complete: Callable[[Results], bool] = lambda results: True,
+    shared: bool = True,
 ) -> Iterator[tuple[Results | None, Pieces]]:
     """The results, if ``out`` is complete, and its pieces; other processes may claim it for the very same."""
 
@@ -38,7 +39,7 @@ def shared_claim(
         return (out / "results.json").exists() and complete(read_json(out / "results.json"))
 
     pieces = Pieces(out / folder, share.worker, finished, lambda line: say(f"{command}: {line}"))
-    done = claim(out, command, config, shared=True)
+    done = claim(out, command, config, shared=shared)
     try:
         if done is not None and complete(done):
             discard(pieces.folder)
@@ -87,7 +88,8 @@ def draw_in_shards(
     ``size``: samples a shard, unless told otherwise. ``keep``: writes what there is where work that nobody shares
     breaks off.
     """
-    with shared_claim(out, command, config, "shards", share, say) as (done, pieces):
+    alone = share.worker is None and count <= (share.size or size) and read_plan(out / "shards") is None
+    with shared_claim(out, command, config, "shards", share, say, shared=not alone) as (done, pieces):
         if done is not None:
             return done
         size = pieces.size(share, size)

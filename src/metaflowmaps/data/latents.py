@@ -16,6 +16,7 @@ Sizes of all shards are checked each time; their hashes when asked for (:func:`v
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,8 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.random import randn
 
 SCHEMA = 1
-INDEX, CLAIM = "latents.json", "encoding.json"
+INDEX, ENCODING = "latents.json", "encoding"  # the latter: a folder that is there while shards are made
+SHARD = re.compile(r"latents-\d{5,}\.safetensors")
 NEEDED, ENTRY = {"settings", "event_shape", "classes"}, {"file", "examples", "bytes"}
 SIDES = (("mean", "std"), ("mean_flipped", "std_flipped"))
 AGAIN = "run the mfm encode-latents command that made it again, which makes what is missing"
@@ -192,7 +194,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"there is no directory {folder.absolute()}: --set data.path=DIR, as mfm encode-latents wrote it"
         )
     if not file.is_file():
-        begun = " (it was begun and is not finished)" if (folder / CLAIM).exists() else ""
+        begun = " (it was begun and is not finished)" if (folder / ENCODING).exists() else ""
         raise InputError(
             f"no {INDEX} in {folder.absolute()}{begun}: mfm encode-latents SOURCE --out {folder} makes one"
         )

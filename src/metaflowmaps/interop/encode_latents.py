@@ -1,40 +1,34 @@
 r"""Pictures in, latent shards out: resumable, shared among workers, the same bytes whoever does what.
 
 Shard k holds pictures [k S, (k+1) S) of the source less those that cannot be read, so it depends on the source and the
-settings alone. It is written under another name, synced and renamed; an entry with its hash, ``latents-00000.json``,
-goes first, so a shard that is there is whole. Whoever finds all shards there joins the entries into ``latents.json``
-and removes them. Until then ``encoding.json`` holds the settings, and other settings are refused.
+settings alone. The shards are those of :mod:`metaflowmaps.work.shards`, with their plan, entries and locks in a folder
+``encoding`` of the directory; the plan holds the settings, and other settings are refused. Whoever finds all shards
+there joins the entries into ``latents.json`` and removes that folder.
 """
 
-import hashlib
-import json
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
-from metaflowmaps._files import write_whole
-from metaflowmaps.data.latents import CLAIM, INDEX, SCHEMA, SIDES, is_whole, read_index
+from metaflowmaps._files import sweep, write_json
+from metaflowmaps.data.latents import ENCODING, INDEX, SCHEMA, SHARD, SIDES, is_whole, read_index
 from metaflowmaps.data.sources import BadPicture, Source, picture
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import Codec
 from metaflowmaps.random import stream
 from metaflowmaps.work.config import differences
-from metaflowmaps.work.shards import Worker
+from metaflowmaps.work.shards import PLAN, Elsewhere, Made, Pieces, Say, Worker, discard, ranges, read_plan
 
-SHARD = re.compile(r"latents-\d{5,}\.safetensors")
-STALE = 3600.0  # seconds after which an unfinished file belongs to nobody: writing one takes a few
-Say = Callable[[str], None]
+PREFIX = "latents-"
 
 
 @dataclass(frozen=True)
@@ -77,65 +71,70 @@ class Plan:
 def encode(
     plan: Plan,
     described: dict[str, Any],
-    worker: Worker = Worker(0, 1),
+    worker: Worker | None = None,
     verify: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any] | None:
-    """Make this worker's shards that are not there; the index once all are, else None.
+    """Make what is missing of the shards, or this worker's part of it.
 
-    ``described`` goes into the index as it is. ``verify``: shards whose hash is wrong are made again.
+    Args:
+        plan: Which pictures, encoded how, to where.
+        described: Goes into the index as it is.
+        worker: Which of several this process is; None makes all that is missing.
+        verify: Whether to hash every shard that is there; one that is damaged is made again.
+        say: Takes a line of progress.
+
+    Returns:
+        The index once all shards are there, else None.
     """
-    _claim(plan.out, vars(plan.settings))
-    chosen, each = plan.chosen, plan.settings.shard_size
-    parts = [chosen[start : start + each] for start in range(0, len(chosen), each)]
-    mine = [k for k in range(len(parts)) if k % worker.count == worker.index]
-    before = _entries(plan.out, len(parts))
-    wrong = {k for k in mine if k in before and not is_whole(plan.out / before[k]["file"], before[k], verify)}
-    _sweep(plan.out)
-    for k in sorted(wrong):
-        say(f"{before[k]['file']} is missing or damaged: it is made again")
-        (plan.out / before[k]["file"]).unlink(missing_ok=True)  # else its new entry could come to vouch for it
-    todo = [k for k in mine if k not in before or k in wrong]
-    began, done = time.perf_counter(), 0
-    with ThreadPoolExecutor(plan.threads) as pool, _repeatable():
-        for number, k in enumerate(todo, 1):
-            entry = _write_shard(plan, k, parts[k], pool)
-            done += len(parts[k])
-            seconds = time.perf_counter() - began
-            left = sum(len(parts[j]) for j in todo[number:]) * seconds / done
-            bad = f", {len(entry['skipped'])} cannot be read" if entry["skipped"] else ""
-            say(
-                f"shard {number}/{len(todo)}: {done:,} images{bad}, {done / seconds:.0f} images/s, "
-                f"{left / 60:.1f} min left" if left else f"shard {number}/{len(todo)}: {done:,} images{bad}"
-            )  # fmt: skip
-    return _finish(plan, len(parts), described)
+    chosen, size = plan.chosen, plan.settings.shard_size
+    parts = ranges(len(chosen), size, PREFIX)
+    _check_place(plan)
+    sweep(plan.out)
+    if (plan.out / INDEX).exists() and not _reopen(plan, verify):
+        return read_index(plan.out)
+    folder = plan.out / ENCODING
+    shards = Pieces(folder, worker, (plan.out / INDEX).exists, say, product=plan.out)
+    shards.begin(list(parts), size, vars(plan.settings))
+    if verify:
+        _drop_damaged(shards)
+    rate = _Rate(say)
+    with ThreadPoolExecutor(plan.threads) as pool, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        try:
+            shards.work(lambda name: rate.of(_encoded(plan, chosen[parts[name]], pool), name))
+        except Elsewhere:
+            return read_index(plan.out) if shards.finished() else None
+    try:
+        index = _index(plan, shards, described)
+        write_json(plan.out / INDEX, index)
+    finally:
+        shards.close()
+    discard(folder)
+    return index
+
+
+class _Rate:
+    """How fast pictures are encoded."""
+
+    def __init__(self, say: Say) -> None:
+        self.say, self.began, self.done = say, time.perf_counter(), 0
+
+    def of(self, shard: Made, name: str) -> Made:
+        count, bad = shard.facts["rows"], len(shard.facts["skipped"])
+        self.done += count + bad
+        rate = self.done / (time.perf_counter() - self.began)
+        skipped = f", {bad} cannot be read" if bad else ""
+        self.say(f"{name}: {count:,} images{skipped}, {rate:.0f} images/s")
+        return shard
 
 
 # -- one shard -------------------------------------------------------------------------------------------------------
 
 
-def _write_shard(plan: Plan, k: int, items: list[int], pool: ThreadPoolExecutor) -> dict[str, Any]:
-    skipped: list[str] = []
-    tensors, count = _encoded(plan, items, skipped, pool)
-    data = safetensors.torch.save(tensors)
-    file = f"{_stem(k)}.safetensors"
-    entry = {
-        "file": file,
-        "examples": count,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "skipped": skipped,
-    }
-    write_whole(plan.out / f"{_stem(k)}.json", _json(entry))
-    write_whole(plan.out / file, data)
-    return entry
-
-
-def _encoded(
-    plan: Plan, items: list[int], skipped: list[str], pool: ThreadPoolExecutor
-) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a shard; what cannot be read is appended to ``skipped``."""
+def _encoded(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Made:
+    """The tensors of a shard, and the names of what cannot be read."""
     labels: list[int] = []
+    skipped: list[str] = []
     sides: list[list[tuple[Tensor, Tensor]]] = [[] for _ in SIDES[: 1 + plan.settings.flip]]
     batch: list[tuple[int, np.ndarray]] = []
 
@@ -174,7 +173,7 @@ def _encoded(
         mean, std = (tensors[name].double() for name in names)
         tensors["sum"] += mean.sum(0) / len(sides)
         tensors["square"] += (mean.square() + std.square()).sum(0) / len(sides)
-    return tensors, len(labels)
+    return Made(tensors, {"rows": len(labels), "skipped": skipped})
 
 
 def _read(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray | BadPicture]]:
@@ -201,34 +200,31 @@ def _read(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Iterator[tu
             future.cancel()
 
 
-def _repeatable() -> Any:
-    """The same kernels each time, on CUDA too."""
-    return torch.backends.cudnn.flags(benchmark=False, deterministic=True)
-
-
 # -- the directory ---------------------------------------------------------------------------------------------------
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Take the directory for these settings, or refuse one that holds others."""
+def _check_place(plan: Plan) -> None:
+    """Make the directory, or refuse one that holds something else."""
+    out, folder = plan.out, plan.out / ENCODING
     try:
         if out.exists() and not out.is_dir():
             raise InputError(f"--out {out} is a file: give a directory")
         out.mkdir(parents=True, exist_ok=True)
+        begun = read_plan(folder)
         if (out / INDEX).exists():
             held = read_index(out)["settings"]
-        elif (out / CLAIM).exists():
-            held = _read_json(out / CLAIM)
-        else:
-            # shards whose index was damaged and deleted are made again
-            others = [p.name for p in out.iterdir() if not p.name.startswith(".") and not SHARD.fullmatch(p.name)]
+        elif begun is not None:
+            held = begun.get("settings", {})
+        else:  # shards whose index was damaged and deleted are made again
+            held = vars(plan.settings)
+            own = (p.name for p in out.iterdir() if not p.name.startswith(".") and not SHARD.fullmatch(p.name))
+            others = sorted(name for name in own if name != ENCODING)
             if others:
                 raise InputError(f"--out {out} holds other files ({others[0]}): give an empty directory")
-            write_whole(out / CLAIM, _json(settings), replace=False)
-            held = _read_json(out / CLAIM)  # of two who come at once, one wins
+            folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to --out {out}: {error.strerror}; choose another directory") from error
-    lines = [_named(line) for line in differences(held, settings)]
+    lines = [_named(line) for line in differences(held, vars(plan.settings))]
     if lines:
         raise InputError(
             f"{out} holds latents made otherwise ({'; '.join(lines[:3])}): repeat its settings, or choose another --out"
@@ -241,52 +237,55 @@ def _named(difference: str) -> str:
     return {"source": "other pictures or classes", "vae": "another autoencoder"}.get(kind, difference)
 
 
-def _entries(out: Path, shards: int) -> dict[int, dict[str, Any]]:
-    """Of each shard that was finished, its entry: its own file's, or that of the index."""
-    found: dict[int, dict[str, Any]] = {}
-    for k in range(shards):
-        with suppress(FileNotFoundError):
-            if (out / f"{_stem(k)}.safetensors").exists():
-                found[k] = _read_json(out / f"{_stem(k)}.json")
-    if (out / INDEX).exists():  # looked at last: whoever writes it removes the others
-        found = {**dict(enumerate(read_index(out)["shards"])), **found}
-    return found
+def _reopen(plan: Plan, verify: bool) -> bool:
+    """Where a shard of a finished directory is missing or damaged, take the index apart into entries again."""
+    entries = read_index(plan.out)["shards"]
+    if all(is_whole(plan.out / entry["file"], entry, verify) for entry in entries):
+        discard(plan.out / ENCODING)  # of a process that was killed after it wrote the index
+        return False
+    folder = plan.out / ENCODING
+    folder.mkdir(exist_ok=True)
+    names = [entry["file"].removesuffix(".safetensors") for entry in entries]
+    for name, entry in zip(names, entries, strict=True):
+        facts = {"rows": entry["examples"], "skipped": entry["skipped"], "span": [0.0, 0.0]}
+        write_json(folder / f"{name}.json", {"sha256": entry["sha256"], "bytes": entry["bytes"], "facts": facts})
+    size = plan.settings.shard_size
+    write_json(folder / PLAN, {"size": size, "names": names, "settings": vars(plan.settings)})
+    (plan.out / INDEX).unlink(missing_ok=True)
+    return True
 
 
-def _finish(plan: Plan, shards: int, described: dict[str, Any]) -> dict[str, Any] | None:
-    """The index, written if all shards are there."""
-    out = plan.out
-    if (out / INDEX).exists() and not any(out.glob("latents-*.json")):
-        return read_index(out)
-    entries = _entries(out, shards)
-    if len(entries) < shards or not all(is_whole(out / entry["file"], entry) for entry in entries.values()):
-        return None
-    if not any(entry["examples"] for entry in entries.values()):
-        raise InputError(f"none of the pictures could be read: see {out / _stem(0)}.json for their names")
-    index: dict[str, Any] = {
+def _drop_damaged(shards: Pieces) -> None:
+    """Withdraw the entries of shards whose hash is wrong."""
+    for name in shards.names:
+        entry = shards.entry(name)
+        if entry is not None and not is_whole(shards.tensors_of(name), entry, by_hash=True):
+            (shards.folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _index(plan: Plan, shards: Pieces, described: dict[str, Any]) -> dict[str, Any]:
+    """latents.json."""
+    entries = []
+    for name in shards.names:
+        entry = shards.entry(name)
+        assert entry is not None, "work returns where all shards are there"
+        facts = entry["facts"]
+        held = {"file": f"{name}.safetensors", "examples": facts["rows"]}
+        entries.append({**held, "bytes": entry["bytes"], "sha256": entry["sha256"], "skipped": facts["skipped"]})
+    if not any(entry["examples"] for entry in entries):
+        first = shards.folder / f"{shards.names[0]}.json"
+        raise InputError(f"none of the pictures could be read: see {first} for their names")
+    return {
         "schema": SCHEMA,
         **described,
         "settings": vars(plan.settings),
         "event_shape": list(plan.codec.latent_shape(plan.settings.size)),
-        "examples": sum(entries[k]["examples"] for k in range(shards)),
+        "examples": sum(entry["examples"] for entry in entries),
         "classes": list(plan.source.class_names),
-        "skipped": sum(len(entries[k]["skipped"]) for k in range(shards)),
-        **_moments([out / entries[k]["file"] for k in range(shards)]),
-        "shards": [entries[k] for k in range(shards)],
+        "skipped": sum(len(entry["skipped"]) for entry in entries),
+        **_moments([shards.tensors_of(name) for name in shards.names]),
+        "shards": entries,
     }
-    write_whole(out / INDEX, _json(index))
-    for k in range(shards):
-        (out / f"{_stem(k)}.json").unlink(missing_ok=True)
-    (out / CLAIM).unlink(missing_ok=True)
-    return index
-
-
-def _sweep(out: Path) -> None:
-    """Remove what processes that were killed have left half written."""
-    for file in out.glob(".*.tmp"):
-        with suppress(OSError):  # another worker may be at the same
-            if time.time() - file.stat().st_mtime > STALE:
-                file.unlink()
 
 
 def _moments(files: list[Path]) -> dict[str, float]:
@@ -300,21 +299,3 @@ def _moments(files: list[Path]) -> dict[str, float]:
             count += opened.get_slice("label").get_shape()[0] * opened.get_tensor("sum").numel()
     mean = total / count if count else 0.0
     return {"mean": mean, "std": max(0.0, square / count - mean**2) ** 0.5 if count else 0.0}
-
-
-def _stem(k: int) -> str:
-    return f"latents-{k:05d}"
-
-
-def _json(document: Any) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        held: Any = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        held = None
-    if not isinstance(held, dict):
-        raise InputError(f"{file} is damaged: delete it and run the same command again")
-    return held

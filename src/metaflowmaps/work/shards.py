@@ -1,18 +1,21 @@
-r"""Work cut into pieces that any process may make, kept on disk; processes know of each other by files alone.
+r"""Work cut into shards that any process may make, kept on disk; processes know of each other by files alone.
 
-A piece is a function of its name and of what the directory was claimed for: every sample has its own seed
-(:mod:`metaflowmaps.random`), so a range of sample indices is a piece, and whoever makes it makes the same. How
-pieces are cut does not depend on how many workers there are. Worker i of K takes pieces i, i + K, …; one that is
+A shard is a function of its name and of what the directory was claimed for: every sample has its own seed
+(:mod:`metaflowmaps.random`), so a range of sample indices is a shard, and whoever makes it makes the same. How
+shards are cut does not depend on how many workers there are. Worker i of K takes shards i, i + K, …; one that is
 nobody's takes all that are missing. In the folder:
 
-    plan.json           the size of a shard and the name of every piece, in order; written once
-    NAME.safetensors    tensors of a piece
-    NAME.json           their sha256 and size, and facts such as what they cost: without it a piece is not there
-    NAME.lock           held (flock) while the piece is made
+    plan.json           the size of a shard and the name of every one, in order; written once
+    NAME.safetensors    the tensors of a shard
+    NAME.json           their sha256 and size, and facts such as what they cost: without it a shard is not there
+    NAME.lock           held (flock) while the shard is made
 
-Files are written under another name and renamed, the tensors before the entry that vouches for them. So a process may
-be killed at any moment, and no reader ever sees half of a piece; one that does not match its hash is made again. Locks
-only save work: where a file system has none, two processes may make a piece twice, and write the same.
+The tensors are written before the entry that vouches for them, each whole or not at all. So a process may be killed at
+any moment, and no reader ever sees half of a shard; one that does not match its hash is made again. Locks only save
+work: where a file system has none, two processes may make a shard twice, and write the same.
+
+What a process has made it keeps in memory and does not read again. Work of one shard that nobody shares touches no
+disk: there is nothing to go on from before it is done.
 """
 
 import json
@@ -30,7 +33,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from metaflowmaps._files import lock, locked, write_whole
+from metaflowmaps._files import lock, locked, sweep, write_json, write_whole
 from metaflowmaps.errors import InputError
 
 FOLDERS = ("shards", "cells")  # of samples, of an evaluation
@@ -90,28 +93,47 @@ def own_device(name: str) -> str:
     return f"cuda:{rank}"
 
 
-def ranges(count: int, size: int) -> dict[str, slice]:
+def ranges(count: int, size: int, prefix: str = "") -> dict[str, slice]:
     """Shards of ``size`` samples, the last one as many as are left: name -> indices."""
-    return {f"{i:05d}": slice(begin, min(count, begin + size)) for i, begin in enumerate(range(0, count, size))}
+    return {f"{prefix}{i:05d}": slice(begin, min(count, begin + size)) for i, begin in enumerate(range(0, count, size))}
 
 
 class Elsewhere(Exception):
-    """Not this worker's to go on: ``missing`` pieces are for others to make, or (0) another puts them together."""
+    """Not this worker's to go on: ``missing`` shards are for others to make, or (0) another puts them together."""
 
     def __init__(self, pieces: int, missing: int) -> None:
-        super().__init__(f"{missing} of {pieces} pieces are missing")
+        super().__init__(f"{missing} of {pieces} shards are missing")
         self.pieces, self.missing = pieces, missing
 
 
 class Pieces:
-    """The pieces of one directory. ``finished``: has somebody put them together already?"""
+    """The shards of one directory.
 
-    def __init__(self, folder: Path, worker: Worker | None, finished: Callable[[], bool], say: Say) -> None:
+    Args:
+        folder: Where the plan, the entries and the locks are.
+        worker: Which worker this process is; None makes all that is missing.
+        finished: Has somebody put the shards together already?
+        say: Takes a line of progress.
+        product: Where the tensors are to stay, if the shards themselves are what is wanted; else they lie in the
+            folder, and this process remembers those it made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        worker: Worker | None,
+        finished: Callable[[], bool],
+        say: Say,
+        product: Path | None = None,
+    ) -> None:
         self.folder, self.worker, self.finished, self.say = folder, worker, finished, say
         self.names: list[str] = []
+        self._product = product
+        self._made: dict[str, Made] = {}
+        self._in_memory = False  # one shard that nobody shares
         self._merging: int | None = None
         self._began = time.perf_counter()
-        self._ready = self._began  # when all pieces were there
+        self._ready = self._began  # when all shards were there
 
     def size(self, share: Share, default: int) -> int:
         """Samples a shard: as planned already, as told, or by default; what contradicts the plan is refused."""
@@ -124,27 +146,38 @@ class Pieces:
             )
         return int(plan["size"])
 
-    def begin(self, names: Sequence[str], size: int) -> None:
-        """Write the plan, or find it written."""
-        self.folder.mkdir(exist_ok=True)
+    def begin(self, names: Sequence[str], size: int, settings: Mapping[str, Any] | None = None) -> None:
+        """Write the plan, with the settings that it is for, or find it written."""
         self.names = list(names)
-        wanted = {"size": size, "names": self.names}
+        wanted = {"size": size, "names": self.names, **({"settings": dict(settings)} if settings else {})}
+        alone = self.worker is None and len(self.names) == 1 and self._product is None
+        self._in_memory = alone and read_plan(self.folder) is None
+        if self._in_memory:
+            return
+        self.folder.mkdir(exist_ok=True)
+        sweep(self.folder)
         with locked(self.folder / "plan.lock"):
-            if read_plan(self.folder) is None:
-                write_whole(self.folder / PLAN, _json(wanted))
-            elif read_plan(self.folder) != wanted:
+            held = read_plan(self.folder)
+            if held is None:
+                write_json(self.folder / PLAN, wanted)
+            elif held != wanted:
                 raise InputError(
                     f"{self.folder} is cut in another way: leave --shard-size out, or choose another --out"
                 )
 
     def work(self, make: Callable[[str], Made]) -> None:
         """Make what is missing, and return where it is for this process to put all together; else ``Elsewhere``."""
+        if self._in_memory:
+            if self.names[0] not in self._made:
+                self._make_one(self.names[0], make)
+            self._ready = time.perf_counter()
+            return
         own = self.names if self.worker is None else self.names[self.worker.index :: self.worker.count]
         try:
-            others = [name for name in own if self.read(name) is None and not self._make(name, make, wait=False)]
+            others = [name for name in own if not self.has(name) and not self._make(name, make, wait=False)]
             for name in others if self.worker is None else []:  # another process is at it: it may yet be killed
                 self._make(name, make, wait=True)
-            missing = sum(not there(self.folder, name) for name in self.names)
+            missing = sum(not self.has(name) for name in self.names)
             if missing and not self.finished():
                 raise Elsewhere(len(self.names), missing)
             self._merging = lock(self.folder / "merge.lock", wait=self.worker is None)
@@ -156,30 +189,50 @@ class Pieces:
         self._ready = time.perf_counter()
 
     def get(self, name: str, make: Callable[[str], Made]) -> Made:
-        """A piece; one that was damaged since is made again."""
+        """A shard; one that was damaged since is made again."""
         found = self.read(name)
         if found is None:
             self._make(name, make, wait=True)
             found = self.read(name)
         if found is None:
-            raise InputError(f"{self.folder / name}.safetensors does not keep what is written: check the disk")
+            raise InputError(f"{self.tensors_of(name)} does not keep what is written: check the disk")
         return found
 
-    def read(self, name: str) -> Made | None:
-        """A piece as it was written; None where it is missing or damaged."""
+    def has(self, name: str) -> bool:
+        """Is a shard there, by its entry and its size? Its hash is looked at when it is read."""
+        entry = self.entry(name)
         with suppress(FileNotFoundError):
-            entry = entry_of(self.folder, name)
-            data = (self.folder / f"{name}.safetensors").read_bytes()
-            if entry is not None and sha256(data).hexdigest() == entry["sha256"]:
-                return Made(load(data), entry["facts"])
-            self.say(f"{self.folder / name}.safetensors is damaged: making it again")
+            return entry is not None and self.tensors_of(name).stat().st_size == entry["bytes"]
+        return False
+
+    def read(self, name: str) -> Made | None:
+        """A shard as it was made; None where it is missing or damaged."""
+        if name in self._made:
+            return self._made[name]
+        entry = self.entry(name)
+        if entry is not None:
+            with suppress(FileNotFoundError):
+                data = self.tensors_of(name).read_bytes()
+                if sha256(data).hexdigest() == entry["sha256"]:
+                    return Made(load(data), entry["facts"])
         return None
 
+    def entry(self, name: str) -> dict[str, Any] | None:
+        """What is known of a shard on disk: {"sha256", "bytes", "facts"}; None where it is not there."""
+        with suppress(FileNotFoundError, ValueError):
+            entry = json.loads((self.folder / f"{name}.json").read_bytes())
+            if isinstance(entry, dict) and {"sha256", "bytes", "facts"} <= entry.keys():
+                return entry
+        return None
+
+    def tensors_of(self, name: str) -> Path:
+        """Where its tensors are."""
+        return (self._product or self.folder) / f"{name}.safetensors"
+
     def cost(self) -> dict[str, float]:
-        """Seconds that the pieces took, whoever made them, and since; where others had a part in them, by the clock."""
+        """Seconds that the shards took, whoever made them, and since; where others had a part in them, by the clock."""
         since = time.perf_counter() - self._ready
-        entries = [entry_of(self.folder, name) for name in self.names]
-        spans = [entry["facts"]["span"] for entry in entries if entry is not None]
+        spans = [facts["span"] for facts in map(self._facts, self.names) if facts is not None]
         wall = wall_seconds(spans)
         seconds = {"seconds": sum(ended - began for began, ended in spans) + since}
         shared = self.worker is not None or wall > self._ready - self._began
@@ -191,24 +244,39 @@ class Pieces:
             os.close(self._merging)
             self._merging = None
 
+    def _facts(self, name: str) -> dict[str, Any] | None:
+        if name in self._made:
+            return self._made[name].facts
+        entry = self.entry(name)
+        return None if entry is None else entry["facts"]
+
     def _make(self, name: str, make: Callable[[str], Made], wait: bool) -> bool:
-        """Make a piece unless it is there by now; False where another process is at it."""
+        """Make a shard unless it is there by now; False where another process is at it."""
         with locked(self.folder / f"{name}.lock", wait=wait) as held:
             if not held:
                 return False
-            if self.finished() or (there(self.folder, name) and self.read(name) is not None):
+            if self.finished() or (self.has(name) and self.read(name) is not None):
                 return True
-            began = time.time()
-            made = make(name)
-            data = save({key: value.detach().cpu().contiguous() for key, value in made.tensors.items()})
-            facts = {**made.facts, "span": [began, time.time()]}
-            write_whole(self.folder / f"{name}.safetensors", data)
-            entry = {"sha256": sha256(data).hexdigest(), "bytes": len(data), "facts": facts}
-            write_whole(self.folder / f"{name}.json", _json(entry))
+            if self.tensors_of(name).exists():
+                self.say(f"{self.tensors_of(name)} is damaged: making it again")
+                (self.folder / f"{name}.json").unlink(missing_ok=True)  # it must not come to vouch for other bytes
+            made = self._make_one(name, make)
+            data = save(made.tensors)
+            write_whole(self.tensors_of(name), data)
+            entry = {"sha256": sha256(data).hexdigest(), "bytes": len(data), "facts": made.facts}
+            write_json(self.folder / f"{name}.json", entry)
             if len(self.names) > 1:
-                there_now = sum(path.name != PLAN for path in self.folder.glob("*.json"))
-                self.say(f"{name} is made: {there_now} of {len(self.names)} are there")
+                self.say(f"{name} is made: {sum(map(self.has, self.names))} of {len(self.names)} are there")
         return True
+
+    def _make_one(self, name: str, make: Callable[[str], Made]) -> Made:
+        began = time.time()
+        tensors, facts = make(name)
+        here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        made = Made(here, {**facts, "span": [began, time.time()]})
+        if self._product is None:
+            self._made[name] = made
+        return made
 
 
 # -- cost ------------------------------------------------------------------------------------------------------------
@@ -240,22 +308,21 @@ def wall_seconds(spans: Sequence[Sequence[float]]) -> float:
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """{"size", "names"}; None where nothing was begun."""
+    """{"size", "names", "settings"}; None where nothing was begun."""
     with suppress(FileNotFoundError):
         try:
-            plan = json.loads((folder / PLAN).read_bytes())
-            return {"size": int(plan["size"]), "names": [str(name) for name in plan["names"]]}
+            plan: dict[str, Any] = json.loads((folder / PLAN).read_bytes())
+            return {**plan, "size": int(plan["size"]), "names": [str(name) for name in plan["names"]]}
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{folder / PLAN} is damaged: remove {folder} and run the command again") from None
     return None
 
 
-def there(folder: Path, name: str) -> bool:
-    """Is a piece there, by its entry and its size? Its hash is looked at when it is read."""
-    entry = entry_of(folder, name)
-    with suppress(FileNotFoundError):
-        return entry is not None and (folder / f"{name}.safetensors").stat().st_size == entry["bytes"]
-    return False
+def missing_in(folder: Path) -> list[int] | None:
+    """The numbers of the shards of a plan that are not there; None where nothing was begun."""
+    plan = read_plan(folder)
+    shards = Pieces(folder, None, lambda: False, lambda line: None)
+    return None if plan is None else [i for i, name in enumerate(plan["names"]) if not shards.has(name)]
 
 
 def nothing_in(folder: Path) -> bool:
@@ -266,16 +333,3 @@ def nothing_in(folder: Path) -> bool:
 def discard(folder: Path) -> None:
     """What was put together is not needed in pieces any more; what cannot be removed now is removed another time."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def entry_of(folder: Path, name: str) -> dict[str, Any] | None:
-    """What is known of a piece; None where it is not there."""
-    with suppress(FileNotFoundError, ValueError):
-        entry = json.loads((folder / f"{name}.json").read_bytes())
-        if isinstance(entry, dict) and {"sha256", "bytes", "facts"} <= entry.keys():
-            return entry
-    return None
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value) + "\n").encode()
