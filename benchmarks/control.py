@@ -38,9 +38,10 @@ from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.finetuning.run import make_objective, make_problem, make_student
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.networks import MLPConfig
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
-from metaflowmaps.training.config import MLPConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.config import ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import train
 from metaflowmaps.value import Draws
 from metaflowmaps.work.config import Config

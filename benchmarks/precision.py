@@ -17,8 +17,8 @@ from metaflowmaps._shapes import expand_time
 from metaflowmaps.data import DataConfig
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import _difference_along
-from metaflowmaps.networks import dit
-from metaflowmaps.training.config import DiTConfig, LossConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
+from metaflowmaps.networks import DiTConfig, dit
+from metaflowmaps.training.config import LossConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.objective import Batch, _at
 from metaflowmaps.training.run import build_objective
 

@@ -36,8 +36,9 @@ from metaflowmaps.checkpoint import (
 )
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks import NETWORKS, make_network
+from metaflowmaps.networks import NetworkConfig, make_network
 from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.work.choices import build
 
 FILES = ["config.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors", "position.json"]
 
@@ -618,16 +619,24 @@ def test_a_model_comes_back(tmp_path, mean, dtype):
     assert same(mfm.MetaFlowMap.from_pretrained(tmp_path / "m").data_mean, model.data_mean)
 
 
-def test_tied_weights_stay_tied(tmp_path, monkeypatch):
-    class Tied(MLP):
-        name = "tied"
+TIED = """
+from metaflowmaps.networks import MLP, MLPConfig
 
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.again = self.output
 
-    monkeypatch.setitem(NETWORKS, "tied", Tied)
-    model = mfm.MetaFlowMap(Tied(dim=2, width=4, depth=1), mfm.LinearPath()).double()
+class TiedConfig(MLPConfig):
+    name = "tied"
+
+    def build(self, event_shape):
+        network = MLP(*event_shape, **dict(self))
+        network.again = network.output
+        return network
+"""
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    (tmp_path / "tied.py").write_text(TIED)
+    config = build(NetworkConfig, f"{tmp_path / 'tied.py'}:TiedConfig", {"width": 4, "depth": 1})
+    model = mfm.MetaFlowMap(config.network((2,)), mfm.LinearPath()).double()
     save_model(model, tmp_path / "m")
     loaded = MetaFlowMap.from_pretrained(tmp_path / "m")
     assert loaded.network.again.weight is loaded.network.output.weight
@@ -663,7 +672,7 @@ def edit_config(saved, **changes):
         ({"data_std": "wide"}, "data_std must be a positive number"),
         ({"network": {"name": "mpl"}}, "did you mean 'mlp'"),
         ({"network": {"name": "mlp", "dim": 2, "heads": 3}}, "heads"),
-        ({"network": {"name": "mlp", "dim": "2"}}, "mlp needs dim"),
+        ({"network": {"name": "mlp", "dim": "2"}}, "event_shape must list whole numbers"),
         ({"network": {"name": "mlp", "dim": 2, "activation": "step"}}, "step"),
         ({"network": 7}, "does not describe a model"),
         ({"data_std": ...}, "'data_std'"),
@@ -704,8 +713,13 @@ def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path):
     class Other(torch.nn.Linear):
         event_shape = (2,)
 
-    with pytest.raises(InputError, match=r"Other cannot be saved.*NETWORKS"):
-        save_model(mfm.MetaFlowMap(Other(2, 2), mfm.LinearPath()), tmp_path / "m")
+    class Deeper(MLP):
+        """It inherits the configuration of another network."""
+
+    for network in (Other(2, 2), Deeper(2)):
+        name = type(network).__name__
+        with pytest.raises(InputError, match=rf"{name} cannot be saved.*NetworkConfig"):
+            save_model(mfm.MetaFlowMap(network, mfm.LinearPath()), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="did you mean 'mlp'"):
         make_network({"name": "mlpp"})

@@ -25,7 +25,7 @@ from metaflowmaps.recipes import RECIPES, recipe
 from metaflowmaps.training import run as training
 from metaflowmaps.training.classifier import accuracy
 from metaflowmaps.training.config import ClassifierConfig, DataConfig, ModelConfig, TrainConfig
-from metaflowmaps.training.run import build_classifier, build_map, drift_config, fitted, network_spec, sized
+from metaflowmaps.training.run import build_classifier, build_map, drift_config, fitted, network_of, sized
 
 load_map = MetaFlowMap.from_pretrained
 
@@ -279,7 +279,7 @@ def test_networks_sized_to_images(own, size, kind):
         assert found.model.network.name == kind
         assert found.model.network.num_classes == 0
         with torch.device("meta"):
-            network = make_network(network_spec(found))
+            network = network_of(found)
         assert tuple(network.event_shape) == (channels, size, size)
     own(size, labels=True)
     assert fitted(images_config(labels=True)).model.network.num_classes == 3
@@ -288,17 +288,15 @@ def test_networks_sized_to_images(own, size, kind):
 
 def test_every_size_has_a_network():
     for size in [*range(1, 70), 97, 100, 127, 128, 256]:
-        spec = sized(1, size).model_dump(mode="json")
-        shape = {"dim": size**2, "shape": [1, size, size]} if spec["name"] == "mlp" else {"channels": 1, "size": size}
         with torch.device("meta"):
-            assert make_network({**shape, **spec}) is not None, size
+            assert sized(1, size).network((1, size, size)).event_shape == (1, size, size)
 
 
 def test_a_mixture_has_no_pictures():
     config = recipe("gmm")
     network = sized(1, 28)
-    with pytest.raises(InputError, match=r"set model\.network\.name=mlp"):
-        network_spec(config.model_copy(update={"model": config.model.model_copy(update={"network": network})}))
+    with pytest.raises(InputError, match=r"set model\.network=mlp"):
+        network_of(config.model_copy(update={"model": config.model.model_copy(update={"network": network})}))
 
 
 def test_exported_configurations_are_json(tmp_path):

@@ -8,8 +8,11 @@ from torch import nn
 
 from conftest import F64, normal
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks import CLASSIFIERS, make_classifier
+from metaflowmaps.networks import ClassifierNetworkConfig, describe_network, make_classifier
 from metaflowmaps.random import stream
+from metaflowmaps.work.choices import choices
+
+CLASSIFIERS = choices(ClassifierNetworkConfig)
 
 
 def build(name, **options):
@@ -25,11 +28,10 @@ def name(request):
 
 def test_described(name):
     network = build(name)
-    assert CLASSIFIERS[name] is type(network)
-    assert network.name == name
+    assert CLASSIFIERS[name] is type(network.config)
     assert network.event_shape == (1, 8, 8)
     assert network.num_classes == 10
-    again = make_classifier({"name": name, **json.loads(json.dumps(network.config))})
+    again = make_classifier(json.loads(json.dumps(describe_network(network))))
     assert again.config == network.config
 
 
@@ -101,19 +103,19 @@ def test_learns_where_a_bar_is(name):
 BAD = {
     "conv-classifier": [
         ({"width": 12}, "width must be a multiple of 8"),
-        ({"features": 0}, "features must be at least 1"),
+        ({"features": 0}, "bad value for features"),
     ],
     "patch-classifier": [
         ({"patch": 3}, "patch must divide size, got 3 and 8"),
-        ({"depth": 0}, "depth must be at least 1"),
-        ({"size": "8"}, "size must be at least 1"),
+        ({"depth": 0}, "bad value for depth"),
+        ({"size": "8"}, "event_shape must list whole numbers"),
     ],
 }
 BOTH = [
     ({"num_classes": 1}, "at least 2 classes"),
-    ({"channels": 0}, "channels must be at least 1"),
-    ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\)"),
-    ({"widht": 8}, "unexpected keyword argument 'widht'"),
+    ({"channels": 0}, "event_shape must list whole numbers"),
+    ({"dropout": -0.1}, "bad value for dropout"),
+    ({"widht": 8}, "unknown option of .* 'widht': did you mean 'width'"),
     ({"name": "conv-clasifier"}, "unknown classifier 'conv-clasifier': did you mean 'conv-classifier'"),
 ]
 

@@ -8,8 +8,9 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks import NETWORKS, make_network
+from metaflowmaps.networks import NetworkConfig, describe_network, make_network
 from metaflowmaps.random import stream
+from metaflowmaps.work.choices import choices
 
 # as they come out of JSON
 SMALL = {
@@ -44,10 +45,10 @@ def name(request):
 
 def test_registered_and_described(name):
     network = build(name, num_classes=3)
-    assert NETWORKS[name] is type(network)
+    assert choices(NetworkConfig)[name] is type(network.config)
     assert network.event_shape == (2, 6, 6)
     assert network.num_classes == 3
-    again = make_network({"name": name, **json.loads(json.dumps(network.config))})
+    again = make_network(json.loads(json.dumps(describe_network(network))))
     assert again.config == network.config
     assert [p.shape for p in again.parameters()] == [p.shape for p in network.parameters()]
 
@@ -211,32 +212,32 @@ def test_training_learns_what_every_input_is_for(name):
 BAD = {
     "unet": [
         ({"size": 6, "multipliers": [1, 2, 2]}, r"size 6 can be halved 1 times: give at most 2 multipliers, got 3"),
-        ({"multipliers": []}, "multipliers must be a list"),
-        ({"multipliers": 2}, "multipliers must be a list"),
-        ({"multipliers": [1, 0]}, "a multiplier must be at least 1"),
+        ({"multipliers": []}, "bad value for multipliers"),
+        ({"multipliers": 2}, "bad value for multipliers"),
+        ({"multipliers": [1, 0]}, "bad value for multipliers.1"),
         ({"attention": [4]}, r"attention must list sizes of levels, which are \[6, 3\]; got \[4\]"),
-        ({"attention": 3}, "attention must list sizes"),
-        ({"width": 0}, "width must be at least 1"),
-        ({"blocks": 1.5}, "blocks must be at least 1"),
-        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
+        ({"attention": 3}, "bad value for attention"),
+        ({"width": 0}, "bad value for width: Input should be greater than or equal to 1"),
+        ({"blocks": 1.5}, "bad value for blocks"),
+        ({"dropout": 1.0}, "bad value for dropout"),
     ],
     "dit": [
         ({"patch": 4}, "patch must divide size, got 4 and 6"),
         ({"heads": 3}, "heads must divide width, got 3 and 16"),
         ({"width": 6, "heads": 2}, "width must be a multiple of 4"),
         ({"encoder_depth": 4}, "encoder_depth must be at most the depth, 3, got 4"),
-        ({"encoder_depth": 0}, "encoder_depth must be at least 1"),
-        ({"depth": "3", "encoder_depth": None}, "depth must be at least 1"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio must be a positive number"),
+        ({"encoder_depth": 0}, "bad value for encoder_depth"),
+        ({"depth": "three", "encoder_depth": None}, "bad value for depth"),
+        ({"mlp_ratio": 0.0}, "bad value for mlp_ratio"),
     ],
 }
 BOTH = [
-    ({"channels": 0}, "channels must be at least 1"),
-    ({"num_classes": -1}, "num_classes must be a whole number >= 0"),
+    ({"channels": 0}, "channels|event_shape must list whole numbers"),
+    ({"num_classes": -1}, "bad value for num_classes"),
     ({"guidance": [2.5]}, r"with 1\.0 among them"),
     ({"guidance": [1.0, -1.0]}, "a guidance scale must be a finite number >= 0"),
-    ({"guidance": 2}, "guidance must be true, false or a list"),
-    ({"widht": 8}, "unexpected keyword argument 'widht'"),
+    ({"guidance": 2}, "bad value for guidance"),
+    ({"widht": 8}, "unknown option of .* 'widht': did you mean 'width'"),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks import make_network
+from metaflowmaps.networks import describe_network, make_network
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.random import stream
 
@@ -55,7 +55,7 @@ def options(request):
 def by_hand(network, z, a, b, context, t, label=None, w=None):
     """The docstring's words as arithmetic on the weights."""
     p, act = dict(network.named_parameters()), {"silu": torch.nn.functional.silu, "tanh": torch.tanh}
-    act = act[network.config["activation"]]
+    act = act[network.config.activation]
     times = torch.stack([a, b, t], 1)
     phases = [times * f * torch.pi / 2 for f in (1, 2, 4)]
     times = torch.cat([times, *(x.sin() for x in phases), *(x.cos() for x in phases)], 1)
@@ -63,7 +63,7 @@ def by_hand(network, z, a, b, context, t, label=None, w=None):
     if label is not None:
         h = h + p["labels.weight"][label] + ((w - 1) / (w + 1))[:, None] * p["guidance"]
     h = act(h)
-    for i in range(network.config["depth"] - 1):
+    for i in range(network.config.depth - 1):
         g = h @ p[f"hidden.{2 * i + 1}.weight"].T + p[f"hidden.{2 * i + 1}.bias"]
         if network.modulation is None:
             h = act(g)
@@ -184,7 +184,7 @@ def test_shape_lays_images_flat():
 @pytest.mark.parametrize("extra", [{}, {"dim": 4, "shape": (1, 2, 2)}])
 def test_saved_and_loaded(options, extra, tmp_path):
     network = build(dtype=torch.float32, **options, **extra)
-    again = make_network({"name": "mlp", **json.loads(json.dumps(network.config))})
+    again = make_network(json.loads(json.dumps(describe_network(network))))
     assert again.config == network.config
     model = mfm.MetaFlowMap(network, mfm.LinearPath(), data_mean=0.3, data_std=0.5).eval()
     model.save_pretrained(tmp_path / "model")
@@ -196,23 +196,28 @@ def test_saved_and_loaded(options, extra, tmp_path):
     assert torch.equal(loaded(a, b, z, t, context, cond), model(a, b, z, t, context, cond))
 
 
-def test_options_left_alone_are_not_written():
-    """So that a configuration from before they existed describes the same network."""
-    assert set(build().config) == {"dim", "width", "depth", "activation", "num_classes"}
-    assert build(guidance=True, num_classes=1, shape=[3]).config["shape"] == [3]
+def test_what_version_0_1_wrote_describes_the_same_network():
+    """It kept the shape among the options, and left guidance and modulation out where they were off."""
+    old = {"name": "mlp", "dim": 3, "width": 32, "depth": 2, "activation": "silu", "num_classes": 0}
+    assert describe_network(make_network(old)) == {
+        **{key: value for key, value in old.items() if key != "dim"},
+        "event_shape": [3], "guidance": False, "modulation": False,
+    }  # fmt: skip
+    flat = make_network({**old, "dim": 12, "shape": [3, 2, 2]})
+    assert flat.event_shape == (3, 2, 2)
+    assert describe_network(build(guidance=True, num_classes=1, shape=[3]))["event_shape"] == [3]
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"dim": 0}, "mlp needs dim, width and depth >= 1"),
-        ({"width": 0}, "mlp needs dim, width and depth >= 1"),
-        ({"depth": 1.5}, "mlp needs dim, width and depth >= 1"),
-        ({"num_classes": -1}, "num_classes >= 0"),
-        ({"activation": "sliu"}, "did you mean 'silu'"),
-        ({"dim": 12, "shape": [3, 2]}, r"shape \[3, 2\] needs dim=6, got 12"),
-        ({"dim": 6, "shape": [-3, -2]}, r"mlp with shape \[-3, -2\]"),
-        ({"widht": 8}, "unexpected keyword argument 'widht'"),
+        ({"dim": 0}, "event_shape must list whole numbers >= 1"),
+        ({"width": 0}, "bad value for width"),
+        ({"depth": 1.5}, "bad value for depth"),
+        ({"num_classes": -1}, "bad value for num_classes"),
+        ({"activation": "sliu"}, "bad value for activation: Input should be 'silu'"),
+        ({"dim": 6, "shape": [-3, -2]}, "event_shape must list whole numbers >= 1"),
+        ({"widht": 8}, "unknown option of mlp 'widht': did you mean 'width'"),
     ],
 )
 def test_bad_arguments(options, match):

@@ -21,7 +21,7 @@ def count(network):
 def test_any_size_that_halves(size):
     multipliers = {7: [1], 8: [1, 1, 1], 28: [1, 2, 2], 12: [1, 2]}[size]
     network = seeded(lambda: UNet(1, size, width=8, multipliers=multipliers, blocks=1))
-    assert network.config["attention"] == [{7: 7, 8: 2, 28: 7, 12: 6}[size]]  # the smallest, if not said
+    assert network.config.attention == ({7: 7, 8: 2, 28: 7, 12: 6}[size],)  # the smallest, if not said
     x, t = torch.zeros(2, 1, size, size), torch.zeros(2)
     assert network(x, t, t, x, t).shape == x.shape
 

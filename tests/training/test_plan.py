@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks import make_network
+from metaflowmaps.networks import DiTConfig, MLPConfig, UNetConfig
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training import plan as plans
 from metaflowmaps.training.config import LossConfig
-from metaflowmaps.training.plan import bytes_of_training, count_calls, plan, spec_of
+from metaflowmaps.training.plan import bytes_of_training, count_calls, plan
 from metaflowmaps.training.state import TrainState
 
-TINY = {"name": "dit", "channels": 4, "size": 8, "patch": 2, "width": 32, "depth": 4, "heads": 4, "encoder_depth": 2,
-        "num_classes": 10, "guidance": [1.0, 2.5], "mlp_ratio": 4.0}  # fmt: skip
+LATENTS = (4, 8, 8)
+TINY = DiTConfig(width=32, depth=4, heads=4, encoder_depth=2, num_classes=10, guidance=[1.0, 2.5])
 
 
 def changed(loss=None, **update):
@@ -35,23 +35,23 @@ def small(loss=None, **update):
 
 def test_flops_of_a_transformer_are_those_of_its_products():
     """Of N tokens of width W: 3W² + W² + 8W² and 2 N W a token and block, 6 W² of its modulation; and the ends."""
-    spec = {**TINY, "guidance": False}
+    config = TINY.model_copy(update={"guidance": False})
     tokens, width, pixels = 16, 32, 16
     block = tokens * 12 * width**2 + 2 * tokens**2 * width + 6 * width**2
     ends = 3 * tokens * pixels * width + 2 * width**2  # patches of the state and the context in, patches out
     times = 5 * (256 * width + width**2) + 2 * width**2  # five embeddings, the gate of the context
-    assert forward_flops(on_meta(spec)) == 2 * (4 * block + ends + times)
+    assert forward_flops(on_meta(config, LATENTS)) == 2 * (4 * block + ends + times)
 
 
 def test_flops_on_the_meta_device_are_those_of_the_network_itself():
-    for spec in (TINY, {"name": "unet", "channels": 1, "size": 8, "width": 8}, {"name": "mlp", "dim": 3}):
-        assert forward_flops(on_meta(spec)) == forward_flops(make_network(spec)) > 0
+    for config, shape in ((TINY, LATENTS), (UNetConfig(width=8), (1, 8, 8)), (MLPConfig(), (3,))):
+        assert forward_flops(on_meta(config, shape)) == forward_flops(config.network(shape)) > 0
 
 
 def test_known_sizes():
     """119 GFLOP multiply-adds of DiT-XL/2 and 23 of B/2 (Peebles and Xie), twice."""
     for size, macs in (("XL", 118.6), ("B", 23.0)):
-        flops = forward_flops(on_meta({**TINY, **SIZES[size], "size": 32}))
+        flops = forward_flops(on_meta(TINY.model_copy(update=SIZES[size]), (4, 32, 32)))
         assert flops / 2e9 == pytest.approx(macs, rel=0.01)  # theirs leave out the context
 
 
@@ -70,7 +70,7 @@ def test_known_sizes():
 )
 def test_calls_of_every_loss(loss, forwards, backwards, teacher):
     config = changed(loss)
-    trial = count_calls(config, on_meta(spec_of(config)))
+    trial = count_calls(config, on_meta(config.model.network, config.model.event_shape))
     assert (trial.forwards, trial.backwards) == (forwards, backwards)
     # 128 rows: the guided ones are drawn
     assert trial.teacher_forwards == pytest.approx(teacher * (1 + 0.4), abs=0.15)
@@ -79,8 +79,8 @@ def test_calls_of_every_loss(loss, forwards, backwards, teacher):
 @pytest.mark.parametrize("name", ["radam", "soap"])
 def test_bytes_are_those_that_a_state_holds(name):
     config = changed(precision="float32", optimizer=recipe("imagenet-b2").optimizer.model_copy(update={"name": name}))
-    memory = bytes_of_training(on_meta(TINY), config)
-    network = make_network(TINY)
+    memory = bytes_of_training(on_meta(TINY, LATENTS), config)
+    network = TINY.network(LATENTS)
     state = TrainState(network, config.optimizer)
     for p in network.parameters():
         p.grad = torch.ones_like(p)
@@ -92,7 +92,7 @@ def test_bytes_are_those_that_a_state_holds(name):
 
 
 def test_a_share_of_ranks_and_a_copy_in_half_precision():
-    shapes, config = on_meta(TINY), changed(shard=0)
+    shapes, config = on_meta(TINY, LATENTS), changed(shard=0)
     one, four = bytes_of_training(shapes, config), bytes_of_training(shapes, config, 4)
     assert four["optimizer"] == one["optimizer"] / 4
     assert bytes_of_training(shapes, changed(shard=2), 4)["optimizer"] == one["optimizer"] / 2
@@ -103,7 +103,14 @@ def test_a_share_of_ranks_and_a_copy_in_half_precision():
 
 def test_a_plan_at_scale_allocates_nothing_and_needs_neither_data_nor_parent(monkeypatch):
     made = []
-    monkeypatch.setattr(plans, "make_network", lambda spec: made.append(spec) or make_network(spec))
+    real = DiTConfig.build
+
+    def build(self, event_shape):
+        if torch.empty(0).device.type != "meta":
+            made.append(self.width)
+        return real(self, event_shape)
+
+    monkeypatch.setattr(DiTConfig, "build", build)
     for name, parameters, parent in (("imagenet-b2", 135, 130), ("imagenet-xl2", 684, 675)):
         figures = plan(recipe(name))
         assert round(figures["parameters"] / 1e6) == parameters
@@ -111,7 +118,7 @@ def test_a_plan_at_scale_allocates_nothing_and_needs_neither_data_nor_parent(mon
         assert "seconds_per_step" not in figures
         assert "--device cuda" in figures["not_measured"]
         assert figures["forwards_per_row"] == 1.25
-    assert [spec["width"] for spec in made] == [16, 16]
+    assert made == [16, 16]
 
 
 def test_a_small_run_is_tried_as_it_is():

@@ -28,7 +28,7 @@ from metaflowmaps.checkpoint.shipped import names, shipped
 from metaflowmaps.checkpoint.store import CheckpointStore
 from metaflowmaps.checkpoint.writing import old_name, write_checkpoint
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.networks import CLASSIFIERS, describe_network, make_classifier
+from metaflowmaps.networks import describe_network, make_classifier
 from metaflowmaps.networks.low_rank import fold, rank_of
 
 CLASSIFIER = "classifier"
@@ -110,7 +110,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, Pretrained):
         kind, described = model.kind, model.describe()
     else:
-        described = {"network": describe_network(model, CLASSIFIERS)}
+        described = {"network": describe_network(model)}
     return {"format": FORMAT, "kind": kind, **described, "version": version("metaflowmaps")}
 
 

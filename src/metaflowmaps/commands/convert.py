@@ -109,7 +109,8 @@ def _of_file(
 ) -> Origin:
     """A published file."""
     model, kind, source, direction = pretrained.load_with_source(file, family, config, revision, check)
-    scales = model.network.config["guidance"]  # type: ignore[index]
+    network: Any = model.network
+    scales = network.config.guidance
     _check_guidance(guidance, scales)
     usual = max(scales) if guidance is None and kind.guidance else guidance
     folder, vae = _autoencoder(vae)
@@ -237,12 +238,12 @@ def _named(vae: str) -> str:
 
 def card(name: str, what: str, how: str, model: MetaFlowMap, document: dict[str, Any], more: dict[str, str]) -> str:
     """README.md of a checkpoint to share."""
-    network: dict[str, Any] = model.network.config  # type: ignore[assignment]
-    classes, guidance = network.get("num_classes", 0), network.get("guidance")
-    parts = [f"{network['depth']} blocks of width {network['width']}"] if "depth" in network else []
+    network: Any = model.network.config
+    classes, guidance = network.num_classes, network.guidance
+    parts = [f"{network.depth} blocks of width {network.width}"] if hasattr(network, "depth") else []
     shape = " × ".join(map(str, model.event_shape))
     rows = {
-        "network": ", ".join([str(model.network.name), *parts]),
+        "network": ", ".join([network.name, *parts]),
         "samples": shape + (f", latents of {_named(document['vae'])}" if "vae" in document else ""),
         "classes": f"{classes} (number {classes} is the null class)" if classes else "none",
         "guidance": ("scales " + ", ".join(f"{w:g}" for w in guidance)) if isinstance(guidance, list)

@@ -11,17 +11,15 @@ from metaflowmaps.commands.shared import Results, Say
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
-from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks import DiT, DiTConfig, NetworkConfig, read_network
+from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.recipes import task
 from metaflowmaps.recipes.imagenet import LATENTS, SCALES
 from metaflowmaps.training.plan import bytes_of_training, count
 from metaflowmaps.work.config import override, validated
 
-XL2: dict[str, Any] = {
-    "name": "dit", **SIZES["XL"], "channels": LATENTS[0], "size": LATENTS[1], "patch": 2,
-    "num_classes": 1000, "guidance": SCALES, "mlp_ratio": 4.0,
-}  # fmt: skip
+XL2 = DiTConfig(**SIZES["XL"], num_classes=1000, guidance=SCALES), LATENTS
 PASSES = 3  # forward passes that an evaluation costs with its gradient
 
 
@@ -66,7 +64,7 @@ def plan_task(name: str, checkpoint: str | None, settings: Iterable[str], fast: 
 
     Nothing is run, and the autoencoder and the reward come on top: their sizes are not known before they are there.
     """
-    known, network = task(name, fast), on_meta(XL2 if checkpoint is None else _spec(checkpoint))
+    known, network = task(name, fast), on_meta(*(XL2 if checkpoint is None else _network(checkpoint)))
     assert isinstance(network, DiT)
     if known.command == "finetune":
         tuning, calls = _tuning(known.settings, settings, known.options)
@@ -107,8 +105,8 @@ def _tuning(own: tuple[str, ...], settings: Iterable[str], options: dict[str, An
     return config, float(first + pool + (second if config.map == "distil" else 0))
 
 
-def _spec(checkpoint: str) -> dict[str, Any]:
-    network = resolve_checkpoint(checkpoint).config.get("network", {})
-    if network.get("name") != "dit":
+def _network(checkpoint: str) -> tuple[NetworkConfig, tuple[int, ...]]:
+    config, shape = read_network(resolve_checkpoint(checkpoint).config["network"])
+    if not isinstance(config, DiTConfig):
         raise InputError(f"{checkpoint} is no map of the ImageNet family: give one that mfm convert made")
-    return dict(network)
+    return config, shape

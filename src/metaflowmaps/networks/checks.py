@@ -19,7 +19,10 @@ def check_divides(part: int, whole: int, names: tuple[str, str]) -> None:
         raise InputError(f"{names[0]} must divide {names[1]}, got {part} and {whole}; change one of them")
 
 
-def check_dropout(dropout: float) -> None:
-    """Refuse a share that is no number in [0, 1)."""
-    if not isinstance(dropout, float | int) or not 0 <= dropout < 1:
-        raise InputError(f"dropout must be a number in [0, 1), got {dropout!r}")
+def image_shape(event_shape: tuple[int, ...], name: str) -> tuple[int, int]:
+    """Channels and side of square images; any other shape is refused."""
+    if len(event_shape) != 3 or event_shape[1] != event_shape[2]:
+        raise InputError(
+            f"{name} is for square images, and samples have the shape {event_shape}: set model.network=mlp"
+        )
+    return event_shape[0], event_shape[1]

@@ -10,14 +10,17 @@ a batch.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaflowmaps._shapes import check_count, check_state
+from metaflowmaps._shapes import check_state
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks.checks import check_counts, check_divides, check_dropout
+from metaflowmaps.networks.checks import check_counts, check_divides, image_shape
+from metaflowmaps.networks.family import ClassifierNetworkConfig
+from metaflowmaps.work.choices import with_options
 
 
 class Classifier(nn.Module, ABC):
@@ -37,24 +40,47 @@ class Classifier(nn.Module, ABC):
         """(B, C, H, W) -> (B, d)."""
 
 
+class ConvClassifierConfig(ClassifierNetworkConfig):
+    """The convolutional classifier."""
+
+    name: ClassVar[str] = "conv-classifier"
+
+    width: int = Field(32, ge=1)
+    features: int = Field(96, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def build(self, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """A :class:`ConvClassifier` of square images."""
+        channels, size = image_shape(event_shape, self.name)
+        return ConvClassifier(channels, size, num_classes, **dict(self))
+
+
+class PatchClassifierConfig(ClassifierNetworkConfig):
+    """The mixer on patches."""
+
+    name: ClassVar[str] = "patch-classifier"
+
+    patch: int | None = Field(None, ge=1)  # None: the least that leaves at most 7 a side
+    width: int = Field(80, ge=1)
+    depth: int = Field(5, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def build(self, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """A :class:`PatchClassifier` of square images."""
+        channels, size = image_shape(event_shape, self.name)
+        return PatchClassifier(channels, size, num_classes, **dict(self))
+
+
 class ConvClassifier(Classifier):
     """Residual convolutions; dropout acts on the features, in training only."""
-
-    name = "conv-classifier"
 
     def __init__(
         self, channels: int, size: int, num_classes: int, width: int = 32, features: int = 96, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {
-            "channels": channels,
-            "size": size,
-            "num_classes": num_classes,
-            "width": width,
-            "features": features,
-            "dropout": dropout,
-        }
-        _check(self.config)
+        _check(channels, size, num_classes)
+        options = {"width": width, "features": features, "dropout": dropout}
+        self.config = with_options(ConvClassifierConfig, options)
         if width % 8:
             raise InputError(f"width must be a multiple of 8 (the groups of a group norm), got {width}")
         self.event_shape, self.num_classes = (channels, size, size), num_classes
@@ -94,8 +120,6 @@ class ConvBlock(nn.Module):
 class PatchClassifier(Classifier):
     """A perceptron mixer on patches of ``patch`` pixels (by default the least that leaves at most 7 a side)."""
 
-    name = "patch-classifier"
-
     def __init__(
         self,
         channels: int,
@@ -107,19 +131,11 @@ class PatchClassifier(Classifier):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        _check(channels, size, num_classes)
+        options = {"width": width, "depth": depth, "dropout": dropout}
         if patch is None:
-            check_count(size, "size")
             patch = next((p for p in range(1, size) if size % p == 0 and size // p <= 7), size)
-        self.config: dict[str, Any] = {
-            "channels": channels,
-            "size": size,
-            "num_classes": num_classes,
-            "patch": patch,
-            "width": width,
-            "depth": depth,
-            "dropout": dropout,
-        }
-        _check(self.config)
+        self.config = with_options(PatchClassifierConfig, {**options, "patch": patch})
         check_divides(patch, size, ("patch", "size"))
         self.event_shape, self.num_classes = (channels, size, size), num_classes
         tokens = (size // patch) ** 2
@@ -156,8 +172,7 @@ def _perceptron(n: int, hidden: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, n))
 
 
-def _check(config: dict[str, Any]) -> None:
-    check_counts(config, *(key for key in config if key != "dropout"))
-    if config["num_classes"] < 2:
-        raise InputError(f"a classifier needs at least 2 classes, got num_classes {config['num_classes']}")
-    check_dropout(config["dropout"])
+def _check(channels: int, size: int, num_classes: int) -> None:
+    check_counts({"channels": channels, "size": size, "num_classes": num_classes}, "channels", "size", "num_classes")
+    if num_classes < 2:
+        raise InputError(f"a classifier needs at least 2 classes, got num_classes {num_classes}")

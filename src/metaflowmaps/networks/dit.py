@@ -22,19 +22,21 @@ named.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from metaflowmaps._shapes import check_count, positive
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
-from metaflowmaps.networks.checks import check_counts, check_divides
+from metaflowmaps.networks.checks import check_counts, check_divides, image_shape
 from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
+from metaflowmaps.networks.family import NetworkConfig
 from metaflowmaps.networks.forward_mode import forward_mode, layer_norm
 from metaflowmaps.networks.precision import unrounded
+from metaflowmaps.work.choices import with_options
 
 SIZES: dict[str, dict[str, int]] = {
     "nano": {"width": 64, "depth": 3, "heads": 4, "encoder_depth": 2},
@@ -46,6 +48,24 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+class DiTConfig(NetworkConfig):
+    """The transformer of the ImageNet family, for images and latents; :data:`SIZES` has the usual ones."""
+
+    name: ClassVar[str] = "dit"
+
+    patch: int = Field(2, ge=1)
+    width: int = Field(384, ge=1)
+    depth: int = Field(12, ge=1)
+    heads: int = Field(6, ge=1)
+    encoder_depth: int | None = Field(None, ge=1)  # None: two thirds of the depth
+    mlp_ratio: float = Field(4.0, gt=0)  # hidden width of the perceptrons over the width
+
+    def build(self, event_shape: tuple[int, ...]) -> nn.Module:
+        """A :class:`DiT` on square images or latents of this shape."""
+        channels, size = image_shape(event_shape, self.name)
+        return DiT(channels, size, **dict(self))
+
+
 class DiT(nn.Module):
     """Zero output at initialisation; ``DiT(channels, size, patch, **SIZES["B"])`` for the usual widths and depths.
 
@@ -53,7 +73,6 @@ class DiT(nn.Module):
     and no label means the null class; no guidance scale means 1.
     """
 
-    name = "dit"
     rows_cost = True  # more than calls do
     positions: Tensor
 
@@ -71,22 +90,13 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        if encoder_depth is None:
-            check_count(depth, "depth")
-            encoder_depth = max(2 * depth // 3, 1)
-        self.config: dict[str, Any] = {
-            "channels": channels,
-            "size": size,
-            "patch": patch,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "encoder_depth": encoder_depth,
-            "num_classes": num_classes,
-            "guidance": guidance,
-            "mlp_ratio": mlp_ratio,
-        }
-        _check(self.config)
+        check_counts({"channels": channels, "size": size}, "channels", "size")
+        sizes = {"patch": patch, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
+        conditions = {"num_classes": num_classes, "guidance": guidance}
+        given = with_options(DiTConfig, {**sizes, **conditions, "encoder_depth": encoder_depth})
+        encoder_depth = given.encoder_depth or max(2 * depth // 3, 1)
+        self.config = given.model_copy(update={"encoder_depth": encoder_depth})
+        _check(self.config, size)
         self.event_shape = (channels, size, size)
         self.num_classes = num_classes
         self.patch, self.encoder_depth = patch, encoder_depth
@@ -136,7 +146,7 @@ class DiT(nn.Module):
     @property
     def map_entries(self) -> int:
         """Numbers in a block's attention maps for one sample, heads · N²."""
-        return int(self.config["heads"]) * self.positions.shape[1] ** 2
+        return self.config.heads * self.positions.shape[1] ** 2
 
     def configure(self, recompute: bool = False, compiled: bool = False, fused_tangents: bool = False) -> "DiT":
         """How blocks are computed: see the module. ``compiled`` and ``fused_tangents`` have needs of their own."""
@@ -228,12 +238,9 @@ def _tokens(patches: Tensor) -> Tensor:
     return patches.flatten(2).mT
 
 
-def _check(config: dict[str, Any]) -> None:
-    check_counts(config, "channels", "size", "patch", "width", "depth", "heads", "encoder_depth")
-    check_divides(config["patch"], config["size"], ("patch", "size"))
-    width, depth, early = (config[k] for k in ("width", "depth", "encoder_depth"))
-    if width % 4:
-        raise InputError(f"width must be a multiple of 4 (for the positions), got {width}")
-    if early > depth:
-        raise InputError(f"encoder_depth must be at most the depth, {depth}, got {early}")
-    positive(config["mlp_ratio"], "mlp_ratio")
+def _check(config: DiTConfig, size: int) -> None:
+    check_divides(config.patch, size, ("patch", "size"))
+    if config.width % 4:
+        raise InputError(f"width must be a multiple of 4 (for the positions), got {config.width}")
+    if config.encoder_depth is not None and config.encoder_depth > config.depth:
+        raise InputError(f"encoder_depth must be at most the depth, {config.depth}, got {config.encoder_depth}")

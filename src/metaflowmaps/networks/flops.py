@@ -4,22 +4,19 @@ A multiply-add counts two. A training step is three forward passes: one, and two
 inputs and weights; a call that is differentiated in forward mode counts three as well.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from metaflowmaps.networks import make_network
+from metaflowmaps.networks import NetworkConfig
 from metaflowmaps.networks.classifiers import Classifier
 
 
-def on_meta(spec: Mapping[str, Any]) -> nn.Module:
-    """The network of ``{"name": …, **network.config}``, of which only shapes exist."""
+def on_meta(config: NetworkConfig, event_shape: tuple[int, ...]) -> nn.Module:
+    """A network of which only shapes exist."""
     with torch.device("meta"):
-        return make_network(spec)
+        return config.network(event_shape)
 
 
 def forward_flops(network: nn.Module) -> float:

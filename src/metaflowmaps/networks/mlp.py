@@ -2,16 +2,36 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps._shapes import check_count
+from metaflowmaps.errors import InputError
 from metaflowmaps.networks.embed import TimeFeatures
 from metaflowmaps.networks.embed import _refuse as refuse_scales
+from metaflowmaps.networks.family import NetworkConfig
+from metaflowmaps.work.choices import with_options
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+class MLPConfig(NetworkConfig):
+    """The multilayer perceptron; images go in flat."""
+
+    name: ClassVar[str] = "mlp"
+
+    width: int = Field(128, ge=1)
+    depth: int = Field(4, ge=1)
+    activation: Literal["silu", "gelu", "tanh"] = "silu"
+    guidance: bool = False
+    modulation: bool = False
+
+    def build(self, event_shape: tuple[int, ...]) -> nn.Module:
+        """An :class:`MLP` on samples of this shape."""
+        return MLP(math.prod(event_shape), **dict(self), shape=event_shape)
 
 
 class MLP(nn.Module):
@@ -23,8 +43,6 @@ class MLP(nn.Module):
     adds nothing. ``modulation`` makes the hidden layers residual, each scaled and shifted by the times: better where
     one network must serve every time, as for images. ``shape`` is that of one sample, where it is not (dim,).
     """
-
-    name = "mlp"
 
     def __init__(
         self,
@@ -38,31 +56,15 @@ class MLP(nn.Module):
         shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if activation not in list(ACTIVATIONS):
-            raise unknown("activation", activation, ACTIVATIONS)
-        sizes = (dim, width, depth, num_classes)
-        if not all(isinstance(n, int) for n in sizes) or min(dim, width, depth) < 1 or num_classes < 0:
-            raise InputError(
-                f"mlp needs dim, width and depth >= 1 and num_classes >= 0, got {dim}, {width}, {depth}, {num_classes}"
-            )
+        options = {"width": width, "depth": depth, "activation": activation, "num_classes": num_classes}
+        self.config = with_options(MLPConfig, {**options, "guidance": guidance, "modulation": modulation})
+        check_count(dim, "dim")
         self.event_shape = (dim,) if shape is None else tuple(shape)
         if math.prod(self.event_shape) != dim or min(self.event_shape) < 1:
             raise InputError(
                 f"mlp with shape {list(self.event_shape)} needs dim={math.prod(self.event_shape)}, got {dim}"
             )
         self.num_classes = num_classes
-        self.config: dict[str, Any] = {
-            "dim": dim,
-            "width": width,
-            "depth": depth,
-            "activation": activation,
-            "num_classes": num_classes,
-        }
-        for name, given in (("guidance", guidance), ("modulation", modulation)):
-            if given:
-                self.config[name] = True
-        if shape is not None:
-            self.config["shape"] = list(shape)
         self.time_features = TimeFeatures()
         self.input = nn.Linear(2 * dim + self.time_features.features, width)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None

@@ -14,22 +14,42 @@ place of biases; times enter through smooth low-frequency features.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
-from metaflowmaps.networks.checks import check_counts, check_dropout
+from metaflowmaps.networks.checks import check_counts, image_shape
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
+from metaflowmaps.networks.family import NetworkConfig
+from metaflowmaps.work.choices import with_options
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": []},
     "mnist": {"width": 64, "multipliers": [1, 3, 4], "blocks": 2, "attention": [7]},
 }
+
+
+class UNetConfig(NetworkConfig):
+    """The U-Net, for images."""
+
+    name: ClassVar[str] = "unet"
+
+    width: int = Field(64, ge=1)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 2), min_length=1)  # of the width, one a level
+    blocks: int = Field(2, ge=1)
+    attention: tuple[int, ...] | None = None  # sides of the feature maps that attend; None: the smallest
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def build(self, event_shape: tuple[int, ...]) -> nn.Module:
+        """A :class:`UNet` on square images of this shape."""
+        channels, size = image_shape(event_shape, self.name)
+        return UNet(channels, size, **dict(self))
 
 
 class UNet(nn.Module):
@@ -40,34 +60,27 @@ class UNet(nn.Module):
     torch's global generator.
     """
 
-    name = "unet"
-
     def __init__(
         self,
         channels: int,
         size: int,
         width: int = 64,
-        multipliers: list[int] | None = None,
+        multipliers: Sequence[int] = (1, 2, 2),
         blocks: int = 2,
-        attention: list[int] | None = None,
+        attention: Sequence[int] | None = None,
         num_classes: int = 0,
         guidance: bool | list[float] = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        multipliers = [1, 2, 2] if multipliers is None else multipliers
-        self.config: dict[str, Any] = {
-            "channels": channels,
-            "size": size,
-            "width": width,
-            "multipliers": multipliers,
-            "blocks": blocks,
-            "attention": attention,
-            "num_classes": num_classes,
-            "guidance": guidance,
-            "dropout": dropout,
-        }
-        sizes = _levels(self.config)
+        check_counts({"channels": channels, "size": size}, "channels", "size")
+        options = {"multipliers": multipliers, "blocks": blocks, "attention": attention, "dropout": dropout}
+        given = with_options(UNetConfig, {**options, "width": width, "num_classes": num_classes, "guidance": guidance})
+        sizes = _levels(given.multipliers, size)
+        attention = sizes[-1:] if attention is None else given.attention or ()
+        if any(s not in sizes for s in attention):
+            raise InputError(f"attention must list sizes of levels, which are {sizes}; got {list(attention)}")
+        self.config = given.model_copy(update={"attention": tuple(attention)})
         self.event_shape = (channels, size, size)
         self.num_classes = num_classes
         embedding = 4 * width
@@ -78,7 +91,7 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
         def level(i: int, first: int) -> "Level":
-            n, attends = width * multipliers[i], sizes[i] in self.config["attention"]
+            n, attends = width * multipliers[i], sizes[i] in attention
             inputs = [first] + [n] * (blocks - 1)
             return Level(Block(c, n, embedding, attends, dropout) for c in inputs)
 
@@ -174,23 +187,12 @@ def pixel_norm(x: Tensor) -> Tensor:
     return x * (x.square().mean(1, keepdim=True) + 1e-4).rsqrt()
 
 
-def _levels(config: dict[str, Any]) -> list[int]:
-    """The sizes of the levels, after a look at every argument; fills in where attention is."""
-    check_counts(config, "channels", "size", "width", "blocks")
-    multipliers, size = config["multipliers"], config["size"]
-    if not isinstance(multipliers, list | tuple) or not multipliers:
-        raise InputError(f"multipliers must be a list of whole numbers, one a level, got {multipliers!r}")
-    for m in multipliers:
-        check_count(m, "a multiplier")
+def _levels(multipliers: Sequence[int], size: int) -> list[int]:
+    """The sizes of the levels."""
     halvings = len(multipliers) - 1
     if size % 2**halvings:
         most = (size & -size).bit_length()
         raise InputError(
             f"size {size} can be halved {most - 1} times: give at most {most} multipliers, got {halvings + 1}"
         )
-    sizes = [size >> i for i in range(len(multipliers))]
-    attention = config["attention"] = sizes[-1:] if config["attention"] is None else config["attention"]
-    if not isinstance(attention, list | tuple) or any(s not in sizes for s in attention):
-        raise InputError(f"attention must list sizes of levels, which are {sizes}; got {attention!r}")
-    check_dropout(config["dropout"])
-    return sizes
+    return [size >> i for i in range(len(multipliers))]

@@ -1,13 +1,8 @@
 """The two classifiers of a data set. They share nothing but the images: neither architecture nor seed nor order."""
 
 from metaflowmaps.data import DataConfig
-from metaflowmaps.training.config import (
-    ClassifierConfig,
-    ClassifierNetworkConfig,
-    ConvClassifierConfig,
-    OptimizerConfig,
-    PatchClassifierConfig,
-)
+from metaflowmaps.networks import ClassifierNetworkConfig, ConvClassifierConfig, PatchClassifierConfig
+from metaflowmaps.training.config import ClassifierConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(name="adam", lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
 

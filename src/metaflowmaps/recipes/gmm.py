@@ -3,7 +3,8 @@
 import math
 
 from metaflowmaps.laws.mixture import GaussianMixture
-from metaflowmaps.training.config import LawConfig, MLPConfig, ModelConfig, TimesConfig, TrainConfig
+from metaflowmaps.networks import MLPConfig
+from metaflowmaps.training.config import LawConfig, ModelConfig, TimesConfig, TrainConfig
 
 LAW = LawConfig(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)
 DATA_STD = math.sqrt(6.5)  # of a coordinate: 0.5 within a mode, 6 between them

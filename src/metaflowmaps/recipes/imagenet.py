@@ -13,10 +13,10 @@ losses those that docs/scale.md measures.
 from typing import Any, NamedTuple
 
 from metaflowmaps.data import DataConfig
+from metaflowmaps.networks import DiTConfig
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.training.config import (
     ConditionConfig,
-    DiTConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,

@@ -2,8 +2,9 @@
 
 import torch
 
+from metaflowmaps.networks import MLPConfig
 from metaflowmaps.random import stream
-from metaflowmaps.training.config import LawConfig, MLPConfig, ModelConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.config import LawConfig, ModelConfig, TimesConfig, TrainConfig
 
 DIM, COMPONENTS = 16, 8
 

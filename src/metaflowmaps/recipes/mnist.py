@@ -1,16 +1,10 @@
 """MNIST from its IDX files (``--data-dir``): the map, and its two classifiers."""
 
 from metaflowmaps.data import DataConfig
+from metaflowmaps.networks import MLPConfig, UNetConfig
 from metaflowmaps.recipes.classifiers import guide, judge
 from metaflowmaps.recipes.images import TAUGHT
-from metaflowmaps.training.config import (
-    ClassifierConfig,
-    MLPConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    UNetConfig,
-)
+from metaflowmaps.training.config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 DATA = DataConfig(name="mnist")
 DATA_STD = 0.518  # of a pixel about the mean image

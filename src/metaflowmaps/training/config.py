@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from metaflowmaps.data import DataConfig
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.losses import Consistency, LagrangianDifference
+from metaflowmaps.networks import ClassifierNetworkConfig, ConvClassifierConfig, MLPConfig, NetworkConfig
 from metaflowmaps.work.choices import Pick
 from metaflowmaps.work.config import Config
 
@@ -34,47 +35,6 @@ class LawConfig(Config):
         return GaussianMixture(self.means, self.covariances, self.weights)
 
 
-class MLPConfig(Config):
-    """The multilayer perceptron; images go in flat."""
-
-    name: Literal["mlp"] = "mlp"
-    width: int = Field(128, ge=1)
-    depth: int = Field(4, ge=1)
-    activation: Literal["silu", "gelu", "tanh"] = "silu"
-    num_classes: int = Field(0, ge=0)
-    guidance: bool = False
-    modulation: bool = False
-
-
-class UNetConfig(Config):
-    """The U-Net, for images."""
-
-    name: Literal["unet"] = "unet"
-    width: int = Field(64, ge=1)
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    blocks: int = Field(2, ge=1)
-    attention: tuple[int, ...] = (7,)  # sides of the feature maps that attend
-    num_classes: int = Field(0, ge=0)
-    guidance: bool = False
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-class DiTConfig(Config):
-    """The transformer of the ImageNet family, for images and latents."""
-
-    name: Literal["dit"] = "dit"
-    patch: int = Field(2, ge=1)
-    width: int = Field(384, ge=1)
-    depth: int = Field(12, ge=1)
-    heads: int = Field(6, ge=1)
-    encoder_depth: int | None = None
-    num_classes: int = Field(0, ge=0)
-    guidance: bool | list[float] = False  # a list: a table of scales, as the released map has
-
-
-NetworkConfig = Annotated[MLPConfig | UNetConfig | DiTConfig, Field(discriminator="name")]
-
-
 class ModelConfig(Config):
     """Path and parameterisation of the map."""
 
@@ -82,7 +42,7 @@ class ModelConfig(Config):
     parameterization: Literal["gaussian", "plain", "residual"] = "gaussian"
     data_mean: float | Literal["image"] = 0.0  # image: the mean of the images trained on
     data_std: float | None = Field(1.0, gt=0)  # of a coordinate about that mean; None: measured
-    network: NetworkConfig | None = MLPConfig()  # None: sized to the images
+    network: Annotated[NetworkConfig, Pick(NetworkConfig)] | None = MLPConfig()  # None: sized to the images
     event_shape: tuple[int, int, int] | None = None  # of images or latents, where it is known before they are read
 
 
@@ -242,33 +202,11 @@ class TrainConfig(RunConfig):
         return self.model.network.num_classes if self.model.network is not None else 0
 
 
-class ConvClassifierConfig(Config):
-    """The convolutional classifier."""
-
-    name: Literal["conv-classifier"] = "conv-classifier"
-    width: int = Field(32, ge=1)
-    features: int = Field(96, ge=1)
-
-
-class PatchClassifierConfig(Config):
-    """The mixer on patches."""
-
-    name: Literal["patch-classifier"] = "patch-classifier"
-    patch: int | None = Field(None, ge=1)
-    width: int = Field(80, ge=1)
-    depth: int = Field(5, ge=1)
-
-
-ClassifierNetworkConfig = Annotated[ConvClassifierConfig | PatchClassifierConfig, Field(discriminator="name")]
-
-
 class ClassifierConfig(RunConfig):
     """A classifier's whole run, on labelled images."""
 
     data: DataConfig
-    network: Annotated[ConvClassifierConfig | PatchClassifierConfig, Field(discriminator="name")] = (
-        ConvClassifierConfig()
-    )
+    network: Annotated[ClassifierNetworkConfig, Pick(ClassifierNetworkConfig)] = ConvClassifierConfig()
     shift: int = Field(1, ge=0)  # pixels: images move by up to so many, at random
     noise: float = Field(0.2, ge=0)  # standard deviation of noise added to pixels
     smoothing: float = Field(0.0, ge=0, lt=1)  # of labels: it leaks probability to all classes, which a reward feels

@@ -107,7 +107,7 @@ def _fused_needs(network: nn.Module, device: torch.device, precision: str, throu
         return "is for precision=bf16"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton (pip install triton)"
-    error = fused_error(device, network.config["width"] // network.config["heads"])
+    error = fused_error(device, network.config.width // network.config.heads)
     return None if error < 0.03 else f"is wrong on this device (relative error {error:.2g})"
 
 

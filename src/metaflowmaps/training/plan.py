@@ -18,8 +18,7 @@ from metaflowmaps.cost import Meter
 from metaflowmaps.data import load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks import make_network
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks import DiT, DiTConfig, MLPConfig, NetworkConfig
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.path import make_path
 from metaflowmaps.random import randn
@@ -31,8 +30,8 @@ from metaflowmaps.training.run import (
     build_classifier,
     build_map,
     build_objective,
+    event_shape,
     exact_teacher,
-    network_spec,
 )
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
@@ -64,7 +63,9 @@ class Subject(NamedTuple):
 def plan(config: TrainConfig | ClassifierConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The figures of ``mfm train --dry-run``; ``not_measured`` says why a run is too large to be tried here."""
     device = torch.device(device)
-    shapes = on_meta(spec_of(config)) if isinstance(config, TrainConfig) else build_classifier(config)
+    shapes = (
+        on_meta(_network(config), shape_of(config)) if isinstance(config, TrainConfig) else build_classifier(config)
+    )
     memory, flops = bytes_of_training(shapes, config, ranks.size()), forward_flops(shapes)
     if isinstance(config, TrainConfig) and config.teacher in ("learned", "pretrained"):
         memory["teacher"] = memory["weights"]
@@ -121,12 +122,14 @@ def bytes_of_training(shapes: nn.Module, config: Any, size: int = 1) -> dict[str
     return {**memory, **({"low_precision_copy": 2 * parameters} if config.precision == "bf16" else {})}
 
 
-def spec_of(config: TrainConfig) -> dict[str, Any]:
-    """The network's configuration; where the shape of its samples is said, without a look at the data."""
-    network, shape = config.model.network, config.model.event_shape
-    if network is None or shape is None or network.name == "mlp":
-        return network_spec(config)
-    return {"channels": shape[0], "size": shape[1], **network.model_dump(mode="json")}
+def shape_of(config: TrainConfig) -> tuple[int, ...]:
+    """The shape of a sample; where it is said, without a look at the data."""
+    return config.model.event_shape or event_shape(config)
+
+
+def _network(config: TrainConfig) -> NetworkConfig:
+    assert config.model.network is not None, "fitted() sizes it"
+    return config.model.network
 
 
 def _too_large(state_bytes: float, step_flops: float, device: torch.device) -> str | None:
@@ -163,7 +166,7 @@ def subject(config: TrainConfig | ClassifierConfig) -> Subject:
     if isinstance(config, ClassifierConfig):
         return Subject(build_classifier(config), ClassifierObjective(load_data(config.data)[0], config))
     if config.model.event_shape is not None:
-        return _stand_in(config, spec_of(config))
+        return _stand_in(config, _network(config), config.model.event_shape)
     model = build_map(config)
     teacher, network = _teacher(config, model)
     return Subject(model, build_objective(config, teacher), network)
@@ -183,39 +186,38 @@ def count_calls(config: TrainConfig, shapes: nn.Module, device: torch.device | s
         shapes: its network; how derivatives are taken depends on its size.
         device: where it will run.
     """
-    spec = spec_of(config)
-    channels, size, classes, guidance = (spec[key] for key in ("channels", "size", "num_classes", "guidance"))
-    if spec["name"] == "dit":
-        small = {**spec, "size": 2 * spec["patch"], "width": 16, "depth": 3, "heads": 2, "encoder_depth": 2}
+    network, shape = _network(config), shape_of(config)
+    small: NetworkConfig
+    if isinstance(network, DiTConfig):  # whose calls may be in forward mode: of the same kind
+        small = network.model_copy(update={"width": 16, "depth": 3, "heads": 2, "encoder_depth": 2})
+        shape = (shape[0], 2 * network.patch, 2 * network.patch)
     else:
-        shape = [channels, size, size]
-        small = {"name": "mlp", "dim": channels * size * size, "shape": shape, "width": 8, "num_classes": classes}
-        small["guidance"] = bool(guidance)
+        small = MLPConfig(width=8, num_classes=network.num_classes, guidance=bool(network.guidance))
     plain = {"compile": False, "micro_batches": 1, "precision": "float32", "checkpoint_activations": False}
     changed = config.model_copy(update={**plain, "batch_size": ROWS})
-    tried = _stand_in(changed, small)
+    tried = _stand_in(changed, small, shape)
     prepare(shapes, config, device, tried.objective)
     return try_steps(tried, changed)
 
 
-def _stand_in(config: TrainConfig, spec: dict[str, Any]) -> Subject:
+def _stand_in(config: TrainConfig, network: NetworkConfig, shape: tuple[int, ...]) -> Subject:
     """An untrained map that learns noise; past its warm-up, when every loss is taken."""
     mean = config.model.data_mean
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = MetaFlowMap(
-            make_network(spec),
+            network.network(shape),
             make_path(config.model.path),
             config.model.parameterization,
             0.0 if mean == "image" else mean,
             config.model.data_std or 1.0,
         )
-    data = Noise(tuple(model.network.event_shape), spec["num_classes"])  # type: ignore[arg-type]
-    teacher, network = _teacher(config, model)
+    data = Noise(shape, network.num_classes)
+    teacher, parent = _teacher(config, model)
     loss = config.loss.model_copy(update={"warmup_steps": 0, "anneal_steps": 0})
-    condition = config.condition if spec["num_classes"] else None
+    condition = config.condition if network.num_classes else None
     objective = Objective(data, loss, config.times, teacher, config.batch_size, config.seed, condition)
-    return Subject(model, objective, network)
+    return Subject(model, objective, parent)
 
 
 def _teacher(config: TrainConfig, model: MetaFlowMap) -> tuple[Any, nn.Module | None]:

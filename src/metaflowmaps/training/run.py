@@ -20,19 +20,15 @@ from metaflowmaps.data import Examples, load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import NoConsistency
-from metaflowmaps.networks import make_classifier, make_network
+from metaflowmaps.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, read_network
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.path import make_path
 from metaflowmaps.training.classifier import ClassifierObjective
 from metaflowmaps.training.config import (
     ClassifierConfig,
-    DiTConfig,
-    MLPConfig,
-    NetworkConfig,
     RunConfig,
     TimesConfig,
     TrainConfig,
-    UNetConfig,
 )
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import Record, TrainResult, train
@@ -53,7 +49,7 @@ def build_map(config: TrainConfig) -> MetaFlowMap:
         mean = config.model.data_mean
     with _seeded(config.seed):
         return MetaFlowMap(
-            make_network(network_spec(config)),
+            network_of(config),
             make_path(config.model.path),
             config.model.parameterization,
             mean,
@@ -97,19 +93,14 @@ def _like_parent(config: TrainConfig) -> TrainConfig:
     """The configuration with the parent's path, parameterisation and network, and guidance where it is asked for."""
     assert config.parent is not None
     found = resolve_checkpoint(config.parent).config
-    spec = {k: v for k, v in found["network"].items() if k not in ("channels", "size", "dim", "shape", "mlp_ratio")}
-    if found["network"].get("mlp_ratio", 4.0) != 4:
-        raise InputError(
-            f"{config.parent} has perceptrons of {found['network']['mlp_ratio']:g} widths, and networks trained here "
-            "have 4: it teaches with --set start_from_drift=false and a model.network of your own"
-        )
-    spec["guidance"] = spec.get("guidance") or config.condition.guided
+    network = read_network(found["network"])[0]
+    network = network.model_copy(update={"guidance": network.guidance or config.condition.guided})
     model = {
         **config.model.model_dump(),
         "path": found["path"],
         "parameterization": found["parameterization"],
         "data_std": found["data_std"],
-        "network": spec,
+        "network": network,
     }
     return validated(TrainConfig, {**config.model_dump(), "model": model})
 
@@ -139,35 +130,33 @@ def mean_image(images: Examples) -> Tensor:
     return (total / len(images)).float()
 
 
-def network_spec(config: TrainConfig) -> dict[str, Any]:
-    """The network's configuration with the shape of its samples, which the law or the data decide."""
-    assert config.model.network is not None, "fitted() sizes it"
-    spec = config.model.network.model_dump(mode="json")
+def event_shape(config: TrainConfig) -> tuple[int, ...]:
+    """The shape of a sample, as the law or the data have it."""
     if config.law is not None:
-        if spec["name"] != "mlp":
-            raise InputError(f"a mixture has vectors, and {spec['name']} is for images: set model.network.name=mlp")
-        return {"dim": len(config.law.means[0]), **spec}
+        return (len(config.law.means[0]),)
     assert config.data is not None
-    channels, size, _ = event_shape = load_data(config.data)[0].event_shape
-    if config.model.event_shape not in (None, event_shape):
+    shape = tuple(load_data(config.data)[0].event_shape)
+    if config.model.event_shape not in (None, shape):
         raise InputError(
-            f"{config.recipe} is for samples of shape {config.model.event_shape}, the data have {event_shape}: "
-            f"--set model.event_shape={list(event_shape)}"
+            f"{config.recipe} is for samples of shape {config.model.event_shape}, the data have {shape}: "
+            f"--set model.event_shape={list(shape)}"
         )
-    if spec["name"] == "mlp":
-        return {"dim": channels * size * size, "shape": [channels, size, size], **spec}
-    return {"channels": channels, "size": size, **spec}
+    return shape
+
+
+def network_of(config: TrainConfig) -> nn.Module:
+    """The untrained network, for samples of the law or the data."""
+    assert config.model.network is not None, "fitted() sizes it"
+    return config.model.network.network(event_shape(config))
 
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
     """The untrained classifier."""
     train_set, _ = load_data(config.data)
-    channels, size, _ = train_set.event_shape
     if train_set.labels is None:
         raise InputError(f"{config.data.path} has no labels to train a classifier with: --set data.labels=true")
-    spec = {**config.network.model_dump(mode="json"), "channels": channels, "size": size}
     with _seeded(config.seed):
-        return make_classifier({**spec, "num_classes": train_set.num_classes})
+        return config.network.network(train_set.event_shape, train_set.num_classes)
 
 
 @contextmanager
@@ -350,13 +339,21 @@ def _source(config: RunConfig, resume: str) -> Checkpoint:
     for part in ("model", "network", "optimizer"):
         if part not in ours:
             continue
-        lines = differences(theirs.get(part), ours[part])
+        lines = differences(_as_read(config, part, theirs.get(part)), ours[part])
         if lines:
             raise InputError(f"--resume {resume} has another {part} ({'; '.join(lines[:3])}): repeat its settings")
     step = checkpoint.document("position.json")["step"]
     if step >= config.steps:
         raise InputError(f"--resume {resume} stands at step {step}, this run ends at {config.steps}: raise steps")
     return checkpoint
+
+
+def _as_read(config: RunConfig, part: str, stored: Any) -> Any:
+    """A part of a checkpoint's configuration with what versions before this one did not write."""
+    try:
+        return validated(type(config), {**config.model_dump(), part: stored}).model_dump(mode="json")[part]
+    except InputError:  # it differs, and the two do not go together
+        return stored
 
 
 def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
