@@ -13,12 +13,12 @@ from typing import Annotated
 
 import typer
 
-from metaflowmaps.cli import train, run, convert, data, draw, array, judge  # isort: skip  # the order in which mfm --help lists them
+from metaflowmaps.cli import train, run, convert, data, draw, judge  # isort: skip  # the order in which mfm --help lists them
 from metaflowmaps.cli.options import app, complain, say
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.ranks import launched, told_elsewhere
 
-__all__ = ["app", "array", "convert", "data", "draw", "judge", "main", "run", "train"]
+__all__ = ["app", "convert", "data", "draw", "judge", "main", "run", "train"]
 
 
 @app.callback(invoke_without_command=True)
