@@ -19,10 +19,11 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -35,24 +36,41 @@ NUMBERINGS = ("auto", "own", "imagenet")
 PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 NO_CLASS = -1
 MAX_CLASSES = 1_000_000
-MOST = 2**27  # pixels of a picture whose shorter side is the size: half a gigabyte
+MAX_PIXELS = 2**27  # of a picture whose shorter side is the size: half a gigabyte
 LOOKED_AT = 16  # pictures whose bytes tell one source from another with the same names
 
 
-class Source(Protocol):
-    """Pictures in a fixed order, as the bytes of their files, with their classes (NO_CLASS where there are none)."""
+@dataclass(frozen=True)
+class Classes:
+    """The class of each picture, by number (NO_CLASS where there are none), and the names of all classes."""
 
-    class_names: tuple[str, ...]
     labels: list[int]
-    fingerprint: str  # of names, classes and some pictures: the same set again?
+    names: tuple[str, ...] = ()
 
-    def __len__(self) -> int: ...
 
-    def name(self, i: int) -> str:
-        """What a message calls picture i."""
+class Source:
+    """Pictures in a fixed order, as the bytes of their files, with their classes.
 
-    def read(self, i: int) -> bytes:
-        """The bytes of picture i; safe to call from several threads."""
+    Args:
+        names: What the pictures are called inside the set, which no place on a disk enters.
+        shown: What a message calls picture i.
+        read: The bytes of picture i; called from several threads.
+        classes: Their classes.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        shown: Callable[[int], str],
+        read: Callable[[int], bytes],
+        classes: Classes,
+    ) -> None:
+        self.name, self.read = shown, read
+        self.labels, self.class_names = classes.labels, classes.names
+        self.fingerprint = _fingerprint(names, self.labels, read)  # the same set again?
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class BadPicture(InputError):
@@ -60,25 +78,40 @@ class BadPicture(InputError):
 
 
 def open_source(place: str, classes: str = "auto") -> Source:
-    """The pictures at a folder, a tar, ``hf:owner/name[:split]`` or a dataset saved to disk."""
+    """The pictures at a folder, a tar, ``hf:owner/name[:split]`` or a dataset saved to disk.
+
+    Args:
+        place: Where they are.
+        classes: How classes are numbered: "own" in the order of their names, "imagenet" as ImageNet is, "auto" as
+            ImageNet where all of them are its WordNet ids.
+    """
     if classes not in NUMBERINGS:
         raise unknown("numbering of classes", classes, NUMBERINGS)
     if place.startswith("hf:"):
-        return Dataset(_from_hub(place), place, classes)
+        return _dataset(_from_hub(place), place, classes)
     path = Path(place).expanduser()
     if path.is_file():
-        return Tars(path, [path], classes)
+        return _tars(path, [path], classes)
     if not path.is_dir():
         raise InputError(f"there is no {path.absolute()}: give a folder of pictures, a tar, or hf:owner/name[:split]")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return Dataset(_from_disk(path), place, classes)
+        return _dataset(_from_disk(path), place, classes)
     tars = sorted(path.glob("*.tar"))
     folders = any(inside.is_dir() and not inside.name.startswith(".") for inside in path.iterdir())
-    return Tars(path, tars, classes) if tars and not folders else Folder(path, classes)
+    return _tars(path, tars, classes) if tars and not folders else _folder(path, classes)
 
 
 def picture(source: Source, i: int, size: int) -> np.ndarray:
-    """Picture i, cropped: (size, size, 3) uint8."""
+    """Read and crop a picture.
+
+    Args:
+        source: The pictures.
+        i: Which one.
+        size: The side of the square, in pixels.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
     try:
         data = source.read(i)
     except OSError as error:  # a disk or a network that fails is no bad picture: leaving it out would be for good
@@ -107,7 +140,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     wide, high = round(image.width * scale), round(image.height * scale)
-    if wide * high > MOST:
+    if wide * high > MAX_PIXELS:
         raise ValueError(f"{image.width} × {image.height} is too long for its width")
     image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, upper = (image.width - size) // 2, (image.height - size) // 2
@@ -117,208 +150,141 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 # -- folders and tars ------------------------------------------------------------------------------------------------
 
 
-class Folder:
+def _folder(path: Path, classes: str) -> Source:
     """Picture files under a folder."""
-
-    def __init__(self, path: Path, classes: str = "auto") -> None:
-        found = {}
-        for folder, inside, names in os.walk(path, onerror=_no_folder, followlinks=True):
-            inside[:] = [name for name in inside if not name.startswith(".")]
-            base = Path(folder).relative_to(path).as_posix()
-            for name in names:
-                if _is_picture(name):
-                    found[name if base == "." else f"{base}/{name}"] = f"{folder}/{name}"
-        kept = _for_training(path, list(found))
-        self._files = [found[name] for name in kept]
-        self.labels, self.class_names = _by_folder(path, kept, classes)
-        self.fingerprint = _fingerprint(kept, self.labels, self.read)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def name(self, i: int) -> str:
-        return self._files[i]
-
-    def read(self, i: int) -> bytes:
-        return Path(self._files[i]).read_bytes()
+    files = {}
+    for folder, inside, names in os.walk(path, onerror=_refuse_folder, followlinks=True):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        base = Path(folder).relative_to(path).as_posix()
+        for name in names:
+            if _is_picture(name):
+                files[name if base == "." else f"{base}/{name}"] = f"{folder}/{name}"
+    kept = _for_training(path, list(files))
+    ordered = [files[name] for name in kept]
+    return Source(kept, lambda i: ordered[i], lambda i: Path(ordered[i]).read_bytes(), _by_folder(path, kept, classes))
 
 
-def _no_folder(error: OSError) -> None:
+def _refuse_folder(error: OSError) -> None:
     # left out, a class would be missing and others be numbered otherwise
     raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
 
 
 class _Member(NamedTuple):
-    """A picture inside a tar file."""
+    """A plain file inside a tar."""
 
-    tar: int
+    tar: Path
     offset: int
     size: int
-    name: str
+
+    def read(self) -> bytes:
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
-class Tars:
+def _tars(path: Path, tars: list[Path], classes: str) -> Source:
     """The pictures of uncompressed tar files, read in place."""
-
-    def __init__(self, path: Path, tars: list[Path], classes: str = "auto") -> None:
-        self._tars = tars
-        self._handles: dict[int, int] = {}
-        self._lock = threading.Lock()
-        found: dict[str, _Member] = {}
-        for number, tar in enumerate(tars):
-            prefix = f"{tar.stem}/" if len(tars) > 1 or path.is_dir() else ""
-            for member in _members(tar, number):
-                found[prefix + member.name] = member._replace(name=prefix + member.name)
-        kept = _for_training(path, [name for name in found if _is_picture(name)])
-        self._members = [found[name] for name in kept]
-        cls = {name.removesuffix(".cls"): member for name, member in found.items() if name.endswith(".cls")}
-        if cls:
-            self.labels, self.class_names = self._web_labels(cls, classes)
-        else:
-            self.labels, self.class_names = _by_folder(path, kept, classes)
-        self.fingerprint = _fingerprint([m.name for m in self._members], self.labels, self.read)
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def name(self, i: int) -> str:
-        return f"{self._tars[self._members[i].tar]}, member {self._members[i].name}"
-
-    def read(self, i: int) -> bytes:
-        return self._bytes(self._members[i])
-
-    def _bytes(self, member: _Member) -> bytes:
-        with self._lock:
-            if member.tar not in self._handles:
-                self._handles[member.tar] = os.open(self._tars[member.tar], os.O_RDONLY)
-        return os.pread(self._handles[member.tar], member.size, member.offset)
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "_handles", {}).values():
-            os.close(handle)
-
-    def _web_labels(self, cls: dict[str, _Member], classes: str) -> tuple[list[int], tuple[str, ...]]:
-        """Classes of a WebDataset: whole numbers, or names."""
-        given = []
-        for member in self._members:
-            folder, slash, name = member.name.rpartition("/")
-            key = folder + slash + name.split(".", 1)[0]
-            if key not in cls:
-                raise InputError(
-                    f"{self._tars[member.tar]}: {member.name} has no {name.split('.', 1)[0]}.cls beside it"
-                )
-            given.append(self._bytes(cls[key]).decode(errors="replace").strip())
-        if not all(word.isdecimal() for word in given):
-            return _numbered(given, classes)
-        numbers = [int(word) for word in given]
-        return numbers, _names_of_numbers(numbers, classes)
+    found: dict[str, _Member] = {}
+    for tar in tars:
+        prefix = f"{tar.stem}/" if len(tars) > 1 or path.is_dir() else ""
+        found.update((prefix + name, member) for name, member in _members(tar))
+    kept = _for_training(path, [name for name in found if _is_picture(name)])
+    members = [found[name] for name in kept]
+    web = any(name.endswith(".cls") for name in found)
+    known = _by_key(kept, found, classes) if web else _by_folder(path, kept, classes)
+    return Source(kept, lambda i: f"{members[i].tar}, member {kept[i]}", lambda i: members[i].read(), known)
 
 
-def _members(tar: Path, number: int) -> Iterator[_Member]:
-    """The plain files of a tar, and of the tars in it as folders."""
+def _by_key(names: list[str], found: dict[str, _Member], classes: str) -> Classes:
+    """Classes of a WebDataset, where ``key.jpg`` has its own in ``key.cls``: whole numbers, or names."""
+    given = []
+    for name in names:
+        folder, slash, last = name.rpartition("/")
+        key = last.split(".", 1)[0]
+        label = found.get(f"{folder}{slash}{key}.cls")
+        if label is None:
+            raise InputError(f"{found[name].tar}: {name} has no {key}.cls beside it")
+        given.append(label.read().decode(errors="replace").strip())
+    if all(word.isdecimal() for word in given):
+        return _by_number([int(word) for word in given], classes)
+    return _by_name(given, classes)
+
+
+def _members(tar: Path) -> Iterator[tuple[str, _Member]]:
+    """The plain files of a tar by name, those of tars in it as if these were folders."""
     try:
         with tar.open("rb") as file:
             head = file.read(8)
             for magic, command in PACKED.items():
                 if head.startswith(magic):
                     raise InputError(f"{tar} is compressed and cannot be read in place: unpack it with {command} first")
-            yield from _inside(tar, file, 0, tar.stat().st_size, number, "")
+            yield from _inside(tar, file, 0, tar.stat().st_size, "")
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{tar} is not a whole tar file ({error}): fetch it again, or give a folder") from None
     except OSError as error:
-        raise InputError(
-            f"{tar} cannot be read ({error.strerror or error}): check the disk and its permissions"
-        ) from None
+        reason = error.strerror or error
+        raise InputError(f"{tar} cannot be read ({reason}): check the disk and its permissions") from None
 
 
-def _inside(tar: Path, file: Any, start: int, size: int, number: int, prefix: str) -> Iterator[_Member]:
-    with tarfile.open(fileobj=_Window(file, start, size), mode="r:") as opened:
+def _inside(tar: Path, file: BinaryIO, start: int, size: int, prefix: str) -> Iterator[tuple[str, _Member]]:
+    file.seek(start)  # from where tarfile reads on: its offsets are those of the whole file
+    with tarfile.open(fileobj=file, mode="r:") as opened:
         for entry in opened:
-            if not entry.isfile():
-                continue
-            offset, name = start + entry.offset_data, prefix + entry.name.removeprefix("./")
-            if entry.offset_data + entry.size > size:
+            name = prefix + entry.name.removeprefix("./")
+            if entry.offset_data + entry.size > start + size:
                 raise tarfile.ReadError(f"{name} ends beyond the end of the file")
-            if name.endswith(".tar"):
-                yield from _inside(tar, file, offset, entry.size, number, name.removesuffix(".tar") + "/")
-            else:
-                yield _Member(number, offset, entry.size, name)
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: Any, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        self._file.seek(self._start + self._at)
-        data: bytes = self._file.read(left if count < 0 else min(count, left))
-        self._at += len(data)
-        return data
+            if entry.isfile() and name.endswith(".tar"):
+                yield from _inside(tar, file, entry.offset_data, entry.size, name.removesuffix(".tar") + "/")
+            elif entry.isfile():
+                yield name, _Member(tar, entry.offset_data, entry.size)
 
 
 # -- datasets --------------------------------------------------------------------------------------------------------
 
 
-class Dataset:
+def _dataset(rows: Any, place: str, classes: str) -> Source:
     """A dataset of the package ``datasets``: its picture column and its class column."""
+    import datasets
 
-    def __init__(self, rows: Any, place: str, classes: str = "auto") -> None:
-        import datasets
+    kinds = rows.features
+    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    if len(images) != 1 or not len(rows):
+        raise InputError(
+            f"{place}: {len(rows):,} rows with the picture columns {', '.join(images) or 'none'} (of "
+            f"{', '.join(kinds)}): a dataset with rows and one column of type Image is needed"
+        )
+    named = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    named += [name for name in ("label", "labels", "cls", "class") if name in kinds]
+    known = Classes([NO_CLASS] * len(rows))
+    if named:
+        known = _by_column(list(rows[named[0]]), kinds[named[0]], f"{place}, {named[0]}", classes)
+    # as bytes: decoded here, like every other source
+    pictures = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
+    lock = threading.Lock()
 
-        kinds = rows.features
-        images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-        if len(images) != 1 or not len(rows):
-            raise InputError(
-                f"{place}: {len(rows):,} rows with the picture columns {', '.join(images) or 'none'} (of "
-                f"{', '.join(kinds)}): a dataset with rows and one column of type Image is needed"
-            )
-        # as bytes: decoded here, like every other source
-        self._rows = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
-        self._place, self._column, self._lock = place, images[0], threading.Lock()
-        column = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
-        column = column or next((name for name in ("label", "labels", "cls", "class") if name in kinds), None)
-        if column is None:
-            self.labels, self.class_names = [NO_CLASS] * len(rows), tuple[str, ...]()
-        else:
-            self.labels, self.class_names = _of_column(list(rows[column]), kinds[column], f"{place}, {column}", classes)
-        self.fingerprint = _fingerprint(list(map(str, range(len(rows)))), self.labels, self.read)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def name(self, i: int) -> str:
-        return f"{self._place}, row {i}"
-
-    def read(self, i: int) -> bytes:
-        with self._lock:
-            cell = self._rows[i][self._column]
+    def read(i: int) -> bytes:
+        with lock:
+            cell = pictures[i][images[0]]
         if cell is None:
             raise ValueError("no picture in this row")
         data: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         return data
 
+    return Source([str(i) for i in range(len(rows))], lambda i: f"{place}, row {i}", read, known)
 
-def _of_column(given: list[Any], kind: Any, what: str, classes: str) -> tuple[list[int], tuple[str, ...]]:
+
+def _by_column(given: list[Any], kind: Any, what: str, classes: str) -> Classes:
     names = getattr(kind, "names", None)
-    if names is not None and all(isinstance(x, int) and 0 <= x < len(names) for x in given):
+    numbers = all(isinstance(x, int) and x >= 0 for x in given)
+    if names is not None and numbers and max(given) < len(names):
         if classes == "imagenet" or (classes == "auto" and set(names) <= set(wnids())):
             index = [class_index(name) for name in names]
-            return [index[x] for x in given], wnids()
-        return given, tuple(names)
-    if all(isinstance(x, int) and x >= 0 for x in given):
-        return given, _names_of_numbers(given, classes)
+            return Classes([index[x] for x in given], wnids())
+        return Classes(given, tuple(names))
+    if numbers:
+        return _by_number(given, classes)
     if all(isinstance(x, str) for x in given):
-        return _numbered(given, classes)
+        return _by_name(given, classes)
     wrong = next(x for x in given if not isinstance(x, int | str) or (isinstance(x, int) and x < 0))
     raise InputError(f"{what} holds {wrong!r}: every row needs a class, a whole number from 0 or a name")
 
@@ -382,36 +348,36 @@ def _for_training(path: Path, names: list[str]) -> list[str]:
     return sorted(inside or names)
 
 
-def _by_folder(path: Path, names: list[str], classes: str) -> tuple[list[int], tuple[str, ...]]:
+def _by_folder(path: Path, names: list[str], classes: str) -> Classes:
     folders = [name.split("/")[-2] if "/" in name else "" for name in names]
     if not any(folders):
-        return [NO_CLASS] * len(names), ()
+        return Classes([NO_CLASS] * len(names))
     if not all(folders):
         stray = names[folders.index("")]
         raise InputError(f"{path}: {stray} lies in no class folder, others do: move it into one, or give one folder")
-    return _numbered(folders, classes)
+    return _by_name(folders, classes)
 
 
-def _numbered(given: list[str], classes: str) -> tuple[list[int], tuple[str, ...]]:
+def _by_name(given: list[str], classes: str) -> Classes:
     own = sorted(set(given))
     if classes == "imagenet" or (classes == "auto" and set(own) <= set(wnids())):
         number = {name: class_index(name) for name in own}
-        return [number[name] for name in given], wnids()
+        return Classes([number[name] for name in given], wnids())
     number = {name: i for i, name in enumerate(own)}
-    return [number[name] for name in given], tuple(own)
+    return Classes([number[name] for name in given], tuple(own))
 
 
-def _names_of_numbers(numbers: list[int], classes: str) -> tuple[str, ...]:
+def _by_number(numbers: list[int], classes: str) -> Classes:
     count = max(numbers) + 1
     if classes == "imagenet":
         class_index(count - 1)
-        return wnids()
+        return Classes(numbers, wnids())
     if count > MAX_CLASSES:
         raise InputError(f"class {count - 1} is no number of a class: classes are counted from 0")
-    return tuple(map(str, range(count)))
+    return Classes(numbers, tuple(map(str, range(count))))
 
 
-def _fingerprint(names: list[str], labels: list[int], read: Callable[[int], bytes]) -> str:
+def _fingerprint(names: Sequence[str], labels: list[int], read: Callable[[int], bytes]) -> str:
     """Of all names and classes, and of the bytes of some pictures, spread over the set."""
     lines = (f"{name} {label}\n" for name, label in zip(names, labels, strict=True))
     hashed = hashlib.sha256("".join(lines).encode(errors="surrogateescape"))
