@@ -1,4 +1,4 @@
-"""One thread, the shared data folder, and what the proofs stand on: laws with their parameters spelled out."""
+"""The shared data folder, and what the proofs stand on: laws with their parameters spelled out."""
 
 import math
 import os
@@ -18,7 +18,6 @@ pytest_plugins = ["suite"]
 # the same examples on every machine: a suite must not be green by luck
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
-torch.set_num_threads(1)
 
 F64 = torch.float64
 PATHS = {"linear": mfm.LinearPath(), "trigonometric": mfm.TrigonometricPath()}

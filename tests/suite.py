@@ -1,4 +1,4 @@
-"""What holds for a run of the suite as a whole, on any machine: no GPU where none is asked for, at most 2 GiB a worker.
+"""What holds for a run of the suite as a whole, on any machine: one thread and at most 2 GiB a worker, no GPU unasked.
 
 Its last lines say how much memory each worker took, and what was skipped and why.
 """
@@ -14,6 +14,12 @@ import torch
 
 MAX_BYTES = 2 * 2**30
 DEVICES = "CUDA_VISIBLE_DEVICES"
+
+# commands set the threads that their recipes name: two of them in two workers would wait for each other
+_set_threads = torch.set_num_threads
+torch.set_num_threads = lambda _threads: _set_threads(1)
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 _memory: dict[str, str] = {}  # of each worker: its line
 _has_gpu, _given = torch.cuda.is_available, os.environ.get(DEVICES)

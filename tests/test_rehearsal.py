@@ -1,19 +1,36 @@
 """The whole way, small: pictures, latents, a map on two ranks, killed, resumed on one, steered, judged, reported."""
 
 import json
+import shlex
+import time
 
 import pytest
 from benchmarks.rehearsal import CLASSES, SIZES, Rehearsal
 from PIL import Image
 
+from metaflowmaps import cli
 from metaflowmaps.checkpoint import resolve_checkpoint
+
+
+class InOneProcess(Rehearsal):
+    """Commands in this process: what they import is imported once. Ranks are still processes of their own."""
+
+    def mfm(self, *arguments):
+        began = time.perf_counter()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.out)
+            patch.setattr("sys.argv", ["mfm", *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        assert not ended.value.code
+        self.note(shlex.join(["mfm", *map(str, arguments)]), began)
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal")
     told = []
-    log = Rehearsal(out, SIZES["small"], told.append).run()
+    log = InOneProcess(out, SIZES["small"], told.append).run()
     assert told == log
     return out, log
 

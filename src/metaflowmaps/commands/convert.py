@@ -142,7 +142,7 @@ def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
     if data.get("name") == "latents" and (Path(data["path"]).expanduser() / INDEX).exists():
         index = read_index(Path(data["path"]).expanduser())
         vae, names = vae or index["vae"], names or index["classes"]
-    _check_guidance(guidance, getattr(model.network, "config", {}).get("guidance", False))
+    _check_guidance(guidance, getattr(getattr(model.network, "config", None), "guidance", False))
     if guidance is None:
         guidance = stored.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
     own = found.path / str(stored.get("vae"))

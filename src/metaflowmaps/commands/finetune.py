@@ -165,7 +165,7 @@ def _check_settings(subject: Subject, settings: Sequence[str]) -> None:
 def _check_guidance(subject: Subject, scale: float) -> None:
     """Refuse a scale that the base never saw: its map and its drift are made for those of its training."""
     training = training_of(subject.found)
-    scales = getattr(subject.base.network, "config", {}).get("guidance")  # a table, as published maps have
+    scales = getattr(getattr(subject.base.network, "config", None), "guidance", None)  # a table, as published maps have
     usual = scales if isinstance(scales, list) else [1.0]
     seen = [training["guidance"]] if tuned(subject.found) else training.get("condition", {}).get("guidance", usual)
     classes = int(getattr(subject.base.network, "num_classes", 0))
