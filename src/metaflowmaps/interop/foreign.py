@@ -1,4 +1,4 @@
-r"""Networks trained elsewhere as drifts: ``wrap`` turns any flow or diffusion network into a model that steers.
+r"""Networks trained elsewhere as models: ``wrap`` turns any flow or diffusion network into one that steers.
 
 Every such network looks at a mixture ``y = a ε + b x_1`` of noise and data, in weights (a, b) of its own, told by a
 clock of its own, and predicts some combination of the two. Ours is ``x = α_t ε + β_t x_1``. Both hold the same
@@ -21,101 +21,59 @@ and the drift ``b_t(x) = α̇_t E + β̇_t D``, without a division by α or β o
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import Time, as_numbers, batch_time, check_state, check_time, expand_time, positive
+from metaflowmaps._shapes import Time, batch_time, check_count, check_state, check_time, expand_time
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import CONDITIONS, Cond
+from metaflowmaps.interop.schedules import Schedule, View, schedule_of
 from metaflowmaps.path import Path, as_path, make_path
+from metaflowmaps.posterior import GlassPosterior
+from metaflowmaps.random import randn
+from metaflowmaps.sampling import integrate, uniform_grid
 
-PREDICTS = ("velocity", "noise", "data", "score", "v")
 TIMES = ("data-at-1", "data-at-0")
-SMALLEST = 1e-3
+SMALLEST_WEIGHT = 1e-3
+GLASS_STEPS = 30
 
 
-class View(NamedTuple):
-    """What a network sees at one information: weights of noise and data, its clock, and their rates by that clock."""
+class Prediction(NamedTuple):
+    """What a network predicts: ``means(y, f, view)`` are E and D, ``view`` holding the weights a and b.
 
-    a: Tensor
-    b: Tensor
-    clock: Tensor
-    rates: tuple[Tensor, Tensor] | None = None
+    ``divides_by`` names the weights that it may not be without.
+    """
 
-
-class Schedule(Protocol):
-    """Where a network finds a ratio of data to noise; ``velocity``: whether its clock has rates."""
-
-    velocity: bool
-
-    def at(self, alpha: Tensor, beta: Tensor) -> View:
-        """The view with b/a = beta/alpha: (B,) tensors, alpha² + beta² = 1."""
-        ...
+    means: Callable[[Tensor, Tensor, View], tuple[Tensor, Tensor]]
+    divides_by: str = ""
 
 
-class PathSchedule:
-    """One of our paths, its clock running to data or from it."""
-
-    velocity = True
-
-    def __init__(self, path: Path, data_at_1: bool) -> None:
-        self.path, self.data_at_1 = path, data_at_1
-
-    def at(self, alpha: Tensor, beta: Tensor) -> View:
-        path, t = self.path, self.path.time_of_ratio(beta, alpha)
-        sign = 1 if self.data_at_1 else -1
-        rates = (sign * path.alpha_dot(t), sign * path.beta_dot(t))
-        return View(path.alpha(t), path.beta(t), t if self.data_at_1 else 1 - t, rates)
+def _of_velocity(y: Tensor, f: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    a, b = view.a, view.b
+    assert view.rates is not None, "wrap refuses schedules without rates"
+    a_dot, b_dot = view.rates
+    area = a * b_dot - a_dot * b
+    return (b_dot * y - b * f) / area, (a * f - a_dot * y) / area
 
 
-class TableSchedule:
-    """Diffusion steps k with ᾱ_k, ``y = √ᾱ_k x_1 + √(1−ᾱ_k) ε``; between steps log(b/a) is linear in k."""
-
-    velocity = False
-
-    def __init__(self, alphas_cumprod: Tensor, data_at_1: bool) -> None:
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu().clone()
-        noisy, beside = (0, 1) if data_at_1 else (-1, -2)
-        if len(table) >= 2 and table[noisy] < 1e-6:  # a last step of pure noise may be lifted past the one before it
-            table[noisy] = torch.minimum(table[noisy], table[beside] / 2)
-        inside = bool(((table >= 0) & (table < 1)).all()) and len(table) >= 2
-        steps = table.diff()
-        if not inside or not bool((steps < 0).all() if not data_at_1 else (steps > 0).all()):
-            order = "rise" if data_at_1 else "fall"
-            raise InputError(
-                f"a schedule of diffusion steps must {order} within [0, 1) for time='data-at-{int(data_at_1)}': "
-                "give alphas_cumprod with the other time, or check the numbers"
-            )
-        table = table.clamp_min(1e-12)  # a last step of pure noise
-        self.logs = (table / (1 - table)).log() / 2
-        self.rising = data_at_1
-
-    def at(self, alpha: Tensor, beta: Tensor) -> View:
-        logs, last = self.logs.to(beta.device), len(self.logs) - 1
-        logs = logs if self.rising else logs.flip(0)
-        wanted = (beta.double().clamp_min(1e-30).log() - alpha.double().clamp_min(1e-30).log()).clamp(logs[0], logs[-1])
-        left = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, last - 1)
-        k = left + (wanted - logs[left]) / (logs[left + 1] - logs[left])
-        b = torch.sigmoid(2 * wanted).sqrt()
-        a = torch.sigmoid(-2 * wanted).sqrt()
-        clock = k if self.rising else last - k
-        return View(a.to(beta), b.to(beta), clock.to(beta))
+def _of_noise(y: Tensor, noise: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    return noise, (y - view.a * noise) / view.b
 
 
-class ExplodingSchedule:
-    """``y = x_1 + σ ε`` with σ as the clock (EDM, variance exploding), up to ``largest``."""
+def _of_v(y: Tensor, f: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    a, b = view.a, view.b
+    return (a * y + b * f) / (a**2 + b**2), (b * y - a * f) / (a**2 + b**2)
 
-    velocity = False
 
-    def __init__(self, largest: float = 80.0, smallest: float = 2e-3) -> None:
-        self.largest, self.smallest = largest, smallest
-
-    def at(self, alpha: Tensor, beta: Tensor) -> View:
-        sigma = (alpha / beta.clamp_min(1e-30)).clamp(self.smallest, self.largest)
-        return View(sigma, torch.ones_like(sigma), sigma)
+PREDICTIONS = {
+    "velocity": Prediction(_of_velocity),
+    "noise": Prediction(_of_noise, divides_by="b"),
+    "data": Prediction(lambda y, f, view: ((y - view.b * f) / view.a, f), divides_by="a"),
+    "score": Prediction(lambda y, f, view: _of_noise(y, -view.a * f, view), divides_by="ab"),
+    "v": Prediction(_of_v),
+}
 
 
 class _Network(nn.Module):
@@ -169,23 +127,24 @@ def _rows(value: Any, rows: int) -> Any:
 
 
 class ForeignModel(nn.Module):
-    """A drift of our conventions around a network of others: what ``steer`` and GLASS ask of a model.
+    """A model of our conventions around a network of others.
 
-    With classes, ``cond`` may hold "label" (``num_classes`` is the null class) and "guidance" w, by which the drift is
+    It steers and can be distilled by its ``drift``, draws from posteriors by GLASS and generates by its ODE. With
+    classes, ``cond`` may hold "label" (``num_classes`` is the null class) and "guidance" w, by which the drift is
     guided, ``b_∅ + w (b_y − b_∅)``.
     """
 
     def __init__(
         self,
         network: _Network,
-        predicts: str,
+        prediction: Prediction,
         schedule: Schedule,
         path: Path,
         event_shape: tuple[int, ...] | None,
         num_classes: int,
     ) -> None:
         super().__init__()
-        self.network, self.predicts, self.schedule = network, predicts, schedule
+        self.network, self.prediction, self.schedule = network, prediction, schedule
         self.path, self.num_classes = path, num_classes
         self._event_shape = event_shape
 
@@ -214,13 +173,67 @@ class ForeignModel(nn.Module):
         return torch.device("cpu") if first is None else first.device
 
     def drift(self, t: Time, x: Tensor, cond: Cond = None) -> Tensor:
-        """b_t(x), guided where ``cond`` says so: (B, *event)."""
+        """The drift b_t(x), guided where ``cond`` says so.
+
+        Args:
+            t: A number, or (B,).
+            x: (B, *event).
+            cond: "label" (B,) and "guidance" (B,), or None.
+
+        Returns:
+            (B, *event).
+        """
         check_state(x, "x", self._event_shape)
         check_time(t)
         given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # weights need more than eight bits
-        return self._guided(batch_time(t, x), x, cond).to(given)
+        label, scale = self._conditions(cond, x)
+        times = batch_time(t, x)
+        out = self._drift(times, x, label)
+        if scale is not None and not bool((scale == 1).all()):
+            null = self._drift(times, x, torch.full_like(label, self.num_classes) if label is not None else None)
+            out = null + expand_time(scale, x) * (out - null)
+        return out.to(given)
 
-    def _guided(self, t: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    def draw(
+        self,
+        t: Time,
+        x_t: Tensor,
+        num_draws: int,
+        steps: int = GLASS_STEPS,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
+    ) -> Tensor:
+        """Draws from p_{1|t}(· | x_t) by the drift's GLASS ODE, of ``steps`` evaluations: (num_draws, B, *event)."""
+        return GlassPosterior(self.path, self.drift, steps).draw(t, x_t, num_draws, generator, cond)
+
+    @torch.no_grad()
+    def generate(
+        self, n: int, steps: int = GLASS_STEPS, generator: torch.Generator | None = None, cond: Cond = None
+    ) -> Tensor:
+        """Samples by the ODE of the drift, in Euler steps: (n, *event)."""
+        check_count(n, "n")
+        noise = randn((n, *self.event_shape), generator, self.dtype, self.device)
+        return integrate(lambda t, x: self.drift(t, x, cond), noise, uniform_grid(steps))
+
+    def means(self, t: Tensor, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """E[ε | x] and E[x_1 | x] at t (B,) and x (B, *event)."""
+        alpha, beta = self.path.alpha(t), self.path.beta(t)
+        length = (alpha**2 + beta**2).sqrt()
+        alpha, beta = alpha / length, beta / length
+        if "a" in self.prediction.divides_by:
+            alpha = alpha.clamp_min(SMALLEST_WEIGHT)
+        if "b" in self.prediction.divides_by:
+            beta = beta.clamp_min(SMALLEST_WEIGHT)
+        view = self.schedule.at(alpha, beta).over(x)
+        y = x * (view.a**2 + view.b**2).sqrt() / expand_time(length, x)
+        return self.prediction.means(y, self.network(y, view.clock, label), view)
+
+    def _drift(self, t: Tensor, x: Tensor, label: Tensor | None) -> Tensor:
+        noise, data = self.means(t, x, label)
+        return expand_time(self.path.alpha_dot(t), x) * noise + expand_time(self.path.beta_dot(t), x) * data
+
+    def _conditions(self, cond: Cond, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The label, by default the null class where there are classes, and the scale of guidance."""
         for key, value in (cond or {}).items():
             if key not in CONDITIONS:
                 raise unknown("condition", key, CONDITIONS)
@@ -231,48 +244,15 @@ class ForeignModel(nn.Module):
         if label is None:
             if scale is not None:
                 raise InputError("guidance needs a label to guide towards: give cond['label'] too")
-            null = torch.full_like(t, self.num_classes, dtype=torch.int64) if self.num_classes else None
-            return self._drift(t, x, null)
+            null = torch.full((len(x),), self.num_classes, device=x.device)
+            return null if self.num_classes else None, None
         if not self.num_classes:
             raise InputError("this network was wrapped without classes: wrap(…, num_classes=N), or leave the label out")
         if label.is_floating_point() or bool(((label < 0) | (label > self.num_classes)).any()):
             raise InputError(
                 f"labels must be whole numbers in 0..{self.num_classes} ({self.num_classes} is the null class)"
             )
-        out = self._drift(t, x, label)
-        if scale is None or bool((scale == 1).all()):
-            return out
-        null = self._drift(t, x, torch.full_like(label, self.num_classes))
-        return null + expand_time(scale, x) * (out - null)
-
-    def means(self, t: Tensor, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """E[ε | x] and E[x_1 | x] at (t, x)."""
-        alpha, beta = self.path.alpha(t), self.path.beta(t)
-        length = (alpha**2 + beta**2).sqrt()
-        alpha, beta = alpha / length, beta / length
-        if self.predicts in ("data", "score"):
-            alpha = alpha.clamp_min(SMALLEST)
-        if self.predicts in ("noise", "score"):
-            beta = beta.clamp_min(SMALLEST)
-        view = self.schedule.at(alpha, beta)
-        a, b = expand_time(view.a, x), expand_time(view.b, x)
-        y = x * (a**2 + b**2).sqrt() / expand_time(length, x)
-        f = self.network(y, view.clock, label)
-        if self.predicts == "data":
-            return (y - b * f) / a, f
-        if self.predicts == "v":
-            return (a * y + b * f) / (a**2 + b**2), (b * y - a * f) / (a**2 + b**2)
-        if self.predicts == "velocity":
-            assert view.rates is not None, "wrap refuses schedules without rates"
-            a_dot, b_dot = (expand_time(rate, x) for rate in view.rates)
-            area = a * b_dot - a_dot * b
-            return (b_dot * y - b * f) / area, (a * f - a_dot * y) / area
-        noise = f if self.predicts == "noise" else -a * f
-        return noise, (y - a * noise) / b
-
-    def _drift(self, t: Tensor, x: Tensor, label: Tensor | None) -> Tensor:
-        noise, data = self.means(t, x, label)
-        return expand_time(self.path.alpha_dot(t), x) * noise + expand_time(self.path.beta_dot(t), x) * data
+        return label, scale
 
 
 def wrap(
@@ -288,26 +268,33 @@ def wrap(
     path: Path | str = "linear",
     **fixed: Any,
 ) -> ForeignModel:
-    """A model that drift-only methods steer, and maps can be distilled from, around ``network(x, time, …)``.
+    """A model of any flow or diffusion network: to steer, to draw from by GLASS, to generate with, to distil.
 
-    - ``predicts``: "velocity" (by the network's clock), "noise", "data", "score" or "v"
-    - ``time``: at which end its clock has the data
-    - ``schedule``: "linear", "trigonometric" or a path; "ddpm" (1,000 steps, β from 1e-4 to .02), other
-      ``alphas_cumprod``, or what has them, such as a diffusers scheduler; "exploding" (the clock is σ), or
-      ("exploding", largest σ)
-    - ``time_scale`` multiplies the clock (1000 for the flow transformers of diffusers)
-    - ``label`` is the argument that labels are passed as; ``fixed`` are others, always the same, tensors (1, …) for
-      every row; ``path`` is ours
-    - ``event_shape`` may be left out for networks of diffusers, whose configuration has it
+    Args:
+        network: ``network(x, time, …)``; networks of diffusers are called by their argument names.
+        predicts: "velocity" (by the network's clock), "noise", "data", "score" or "v".
+        time: The end at which its clock has the data, "data-at-1" or "data-at-0".
+        schedule: "linear", "trigonometric" or a path; "ddpm" (1,000 steps, β from 1e-4 to .02), other
+            ``alphas_cumprod``, or what has them, such as a diffusers scheduler; "exploding" (the clock is σ), or
+            ("exploding", largest σ).
+        event_shape: The shape of one sample; may be left out for networks of diffusers, whose configuration has it.
+        num_classes: How many classes it knows; the number itself is the null class.
+        label: The argument that labels are passed as.
+        time_scale: Multiplies the clock (1000 for the flow transformers of diffusers).
+        path: Of the model that is returned.
+        fixed: Other arguments of the network, always the same; tensors (1, …) go to every row.
+
+    Returns:
+        A model whose drift is ``b_t(x) = α̇_t E[ε | x] + β̇_t E[x_1 | x]``.
     """
-    if predicts not in PREDICTS:
-        raise unknown("prediction", predicts, PREDICTS)
+    if predicts not in PREDICTIONS:
+        raise unknown("prediction", predicts, PREDICTIONS)
     if time not in TIMES:
         raise unknown("time", time, TIMES)
     if not callable(network):
         raise InputError(f"network must be callable as network(x, time), got {type(network).__name__}")
-    found = _schedule(schedule, time)
-    if predicts == "velocity" and not found.velocity:
+    chosen = schedule_of(schedule, time)
+    if predicts == "velocity" and not chosen.velocity:
         raise InputError(
             "a velocity is by a clock in [0, 1] on a path: for diffusion steps or σ, predicts='v' or 'noise'"
         )
@@ -317,8 +304,8 @@ def wrap(
         raise InputError(f"num_classes must be a whole number >= 0, got {num_classes!r}")
     return ForeignModel(
         _Network(network, float(time_scale), label, fixed),
-        predicts,
-        found,
+        PREDICTIONS[predicts],
+        chosen,
         make_path(path) if isinstance(path, str) else as_path(path),
         _event_shape(network) if event_shape is None else tuple(event_shape),
         num_classes,
@@ -332,26 +319,3 @@ def _event_shape(network: Any) -> tuple[int, ...] | None:
     if not isinstance(channels, int) or side is None:
         return None
     return (channels, *side) if isinstance(side, tuple | list) else (channels, side, side)
-
-
-def _schedule(given: Any, time: str) -> Schedule:
-    data_at_1 = time == "data-at-1"
-    table = getattr(given, "alphas_cumprod", given)
-    if isinstance(given, str) and given == "ddpm":
-        table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    listed = isinstance(table, list | tuple) and len(table) and not isinstance(table[0], str)
-    if isinstance(table, Tensor | np.ndarray) or listed:
-        return TableSchedule(as_numbers(table, "alphas_cumprod"), data_at_1)
-    if isinstance(given, Path):
-        return PathSchedule(given, data_at_1)
-    name, *options = given if isinstance(given, tuple) else (given,)
-    if name == "exploding":
-        if data_at_1:
-            raise InputError("σ is 0 at the data: give time='data-at-0' with schedule='exploding'")
-        if len(options) > 1:
-            raise InputError(f"schedule=('exploding', largest σ) takes one number, got {len(options)}")
-        return ExplodingSchedule(*(positive(option, "the largest σ") for option in options))
-    if options or name not in ("linear", "trigonometric"):
-        shown = given if isinstance(given, str | tuple) else type(given).__name__
-        raise unknown("schedule", shown, ("linear", "trigonometric", "ddpm", "exploding", "a tensor alphas_cumprod"))
-    return PathSchedule(make_path(name), data_at_1)
