@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.commands.runs import environment
+from metaflowmaps.cli.results import environment
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, PosteriorResult, evaluate_posterior
 from metaflowmaps.recipes.gmm import paper_mixture

@@ -32,7 +32,8 @@ from benchmarks.control_estimators import (
     make_probes,
     target_errors,
 )
-from metaflowmaps.commands.runs import write_results
+from metaflowmaps.cli.context import Context
+from metaflowmaps.cli.results import Request
 from metaflowmaps.finetuning.config import FinetuneConfig, MetersConfig
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.finetuning.run import make_objective, make_problem, make_student
@@ -121,10 +122,8 @@ def main(**settings: Any) -> None:
         figures.save(figure, OUT / f"{name}.png")
     trained_for = sum(run["seconds"][-1] for kept in runs.values() for run in kept)
     cost = {"seconds": trained_for, "seconds_of_last_call": time.perf_counter() - began}  # parts are kept between calls
-    write_results(
-        OUT, "control", {"task": "navigation", **config.model_dump(mode="json")}, metrics, cost, seed=0, device="cpu",
-        invocation=COMMAND,
-    )  # fmt: skip
+    settings = {"task": "navigation", **config.model_dump(mode="json")}
+    Request(Context(invocation=COMMAND), "control", settings, OUT).write(metrics, cost, "cpu")
     RESULTS.mkdir(exist_ok=True)
     shutil.copy(OUT / "results.json", RESULTS / "control.json")
     for name in drawn:

@@ -7,10 +7,11 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks.common import RESULTS, say
-from metaflowmaps.commands import evaluate_images
-from metaflowmaps.commands.images import IMAGE_TASKS
-from metaflowmaps.commands.shared import typed
+from benchmarks.common import RESULTS
+from metaflowmaps.cli.context import Context, typed_settings
+from metaflowmaps.cli.evaluate import measure_images
+from metaflowmaps.lab.evaluate.images import experiments
+from metaflowmaps.work.config import override
 
 RUNS = Path("runs/img")
 LONG = ["steps=250", "samples=4096", "budget=1e9"]
@@ -34,8 +35,9 @@ def main() -> None:
     """All of them; those that are complete are only copied."""
     for name, (experiment, settings) in EXPERIMENTS.items():
         out = RUNS / name
-        what = f"steering digits --task {experiment}" if experiment in IMAGE_TASKS else f"{experiment} digits"
-        evaluate_images(experiment, "digits", out, settings, 0, "cpu", typed(f"eval {what}", settings), say)
+        what = f"steering digits --task {experiment}" if experiment in experiments.STEERING else f"{experiment} digits"
+        context = Context(out=out, device="cpu", invocation=typed_settings(f"eval {what}", settings))
+        measure_images(experiment, "digits", override(experiments.EXPERIMENTS[experiment].config(), settings), context)
         place = RESULTS / "digits"
         place.mkdir(parents=True, exist_ok=True)
         results = json.loads((out / "results.json").read_text())

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -38,19 +39,25 @@ def interop_files() -> Path:
     return Path(__file__).parent / "interop" / "fixtures"
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``command("sample", "digits", …)``, in this process: exit code, stdout, stderr."""
+def mfm_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """``mfm`` in this process: exit code, stdout, stderr."""
     from metaflowmaps import cli
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mfm", *map(str, arguments)])
+    before = sys.argv
+    sys.argv = ["mfm", *map(str, arguments)]
+    try:
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
 
-    return run
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``command("sample", "digits", …)``: exit code, stdout, stderr."""
+    return lambda *arguments: mfm_command(capsys, *arguments)
 
 
 @pytest.fixture(params=PATHS)

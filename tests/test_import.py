@@ -17,7 +17,9 @@ sys.meta_path.insert(0, Refuse())
 import metaflowmaps as mfm
 for name in mfm.__all__:
     getattr(mfm, name)
-import metaflowmaps.commands
+from metaflowmaps.cli.app import COMMANDS
+for module in COMMANDS.values():
+    __import__("metaflowmaps.cli." + module)
 print(mfm.__version__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

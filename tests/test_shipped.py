@@ -15,7 +15,8 @@ from metaflowmaps.checkpoint import (
     write_checkpoint,
 )
 from metaflowmaps.checkpoint.shipped import FOLDER, names, shipped
-from metaflowmaps.commands.train import resolve_training
+from metaflowmaps.cli.context import Context
+from metaflowmaps.cli.train import resolve
 from metaflowmaps.data import ImageSet
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -178,8 +179,8 @@ def test_guide_and_judge_share_nothing_but_the_images(name, fast):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("digits")])
 def test_recipes_of_digits_resolve_and_build(name, fast):
-    config = resolve_training(recipe(name, fast), [], None, None)
-    assert config == resolve_training(type(config).model_validate(config.model_dump()), [], None, None)
+    config = resolve(recipe(name, fast), (), Context())
+    assert config == resolve(type(config).model_validate(config.model_dump()), (), Context())
     if isinstance(config, ClassifierConfig):
         assert build_classifier(config).num_classes == 10
     else:
@@ -193,7 +194,7 @@ def test_recipes_of_mnist_resolve_and_build(shared, name, fast):
     folder = shared / "data" / "mnist"
     if not folder.is_dir():
         pytest.skip(f"no MNIST in {folder}")
-    config = resolve_training(recipe(name, fast, str(folder)), [], 3, 100)
+    config = resolve(recipe(name, fast, str(folder)), (), Context(seed=3, max_steps=100))
     assert (config.seed, config.steps) == (3, 100)
     assert (build_map if isinstance(config, TrainConfig) else build_classifier)(config) is not None
 
@@ -209,10 +210,10 @@ def test_the_measured_spread_of_mnist(shared):
 
 
 def test_max_steps_bounds_the_drift_too():
-    config = resolve_training(recipe("digits"), [], None, 7)
+    config = resolve(recipe("digits"), (), Context(max_steps=7))
     assert (config.steps, config.drift_steps) == (7, 7)
-    assert resolve_training(recipe("gmm"), [], None, 7).drift_steps == 0
-    assert resolve_training(recipe("digits"), ["drift_steps=3"], None, 7).drift_steps == 3
+    assert resolve(recipe("gmm"), (), Context(max_steps=7)).drift_steps == 0
+    assert resolve(recipe("digits"), ("drift_steps=3",), Context(max_steps=7)).drift_steps == 3
 
 
 def test_recipes_that_take_files():

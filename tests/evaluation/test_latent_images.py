@@ -14,22 +14,22 @@ from tests.tiny_codec import tiny_codec, tiny_vae
 from torch import nn
 
 import metaflowmaps as mfm
+from conftest import mfm_command as command
 from metaflowmaps.checkpoint import save_model
-from metaflowmaps.commands import images as commands
 from metaflowmaps.commands.encode import encode_latents
 from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
+from metaflowmaps.lab.evaluate.images import experiments, race, variants
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
-from metaflowmaps.lab.evaluate.images import race, variants
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scores_of, short
 from metaflowmaps.lab.evaluate.images.stage import Conditions, ImageEvalConfig, Judge, Stage
+from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.work.config import override, validated
-from test_cli import mfm as command
 
 CLASSES, SIDE, SHAPE = 4, 64, (4, 8, 8)
 pytestmark = pytest.mark.filterwarnings("ignore:one draw carries all the weight")
@@ -82,14 +82,14 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch) -> Watch:
     """The network of every map that an experiment opens."""
-    watch, opened = Watch(), commands.open_model
+    watch, opened = Watch(), OpenedModel.open
 
     def opening(*arguments, **options):
         found = opened(*arguments, **options)
-        watch.on(found[0])
+        watch.on(found.model)
         return found
 
-    monkeypatch.setattr(commands, "open_model", opening)
+    monkeypatch.setattr(OpenedModel, "open", opening)
     return watch
 
 
@@ -178,7 +178,7 @@ def test_experiments_on_latents(capsys, here, tmp_path, watch, no_fidelity, name
     which, settings, drawn = EXPERIMENTS[name]
     results = done(capsys, here, which, *sets(*settings, f"data={here / 'latents'}"), out=tmp_path / "out")
     assert results["config"]["experiment"] == name  # of steering, the race where no task is named
-    config = override(validated(commands.EXPERIMENTS[name].config, {}), settings)
+    config = override(validated(experiments.EXPERIMENTS[name].config, {}), settings)
     assert watch.rows == config.calls() + 1  # one to see whether the network has this guidance
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == drawn == results["metrics"]["captions"].keys()
     for file in drawn:
@@ -238,14 +238,14 @@ def test_a_noised_picture_keeps_its_class(capsys, here, tmp_path, watch):
 
 def test_bf16_is_the_networks_alone(capsys, here, tmp_path, monkeypatch):
     seen = []
-    opened = commands.open_model
+    opened = OpenedModel.open
 
     def opening(*arguments):
         found = opened(*arguments)
-        found[0].network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        found.model.network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
         return found
 
-    monkeypatch.setattr(commands, "open_model", opening)
+    monkeypatch.setattr(OpenedModel, "open", opening)
     few = sets("samples=4", "refine_steps=[1]", "compose_steps=[]", "ode_steps=[]", f"data={here / 'latents'}")
     exact = done(capsys, here, "generation", *few, out=tmp_path / "a")["metrics"]["by_sampler"]["refine-1"]
     rough = done(capsys, here, "generation", *few, *sets("precision=bf16"), out=tmp_path / "b")

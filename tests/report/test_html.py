@@ -8,7 +8,7 @@ import pytest
 from made_runs import LONG, carrying, everything, fidelity, picture, steering, training, unknown, write
 
 from metaflowmaps import cli
-from metaflowmaps.commands.shared import print_tables
+from metaflowmaps.cli.context import print_tables
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.report.html import read_results, tables_of, write_report
 from metaflowmaps.lab.report.sections import duration, number

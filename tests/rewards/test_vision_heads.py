@@ -12,13 +12,12 @@ from tiny_vision import EMBED, PLAIN, SIDE, check_gradient, clip, pictures, refi
 from torch import nn
 
 import metaflowmaps as mfm
-from conftest import F64
-from metaflowmaps.checkpoint import resolve_checkpoint
-from metaflowmaps.commands.rewards import JUDGES, chosen_reward
+from conftest import F64, mfm_command
+from metaflowmaps.cli.rewards import JUDGES, choose_reward
+from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.rewards import AestheticScore, ClassifierMixture, ImageClassifierReward, LogitMargin, Pixels
 from metaflowmaps.rewards.vision.aesthetic import FILE
 from metaflowmaps.rewards.vision.weights import linear_chain
-from test_cli import mfm as mfm_command
 
 PIXELS = Pixels(**PLAIN)
 X = pictures()
@@ -248,22 +247,22 @@ def places(tmp_path_factory):
 
 
 def test_names_on_the_command_line(places):
-    found = resolve_checkpoint("digits")
+    digits = OpenedModel.open("digits", "cpu")
     for text, shown in (
         (f"clip@{places / 'clip'}:a dog", "ClipScore('a dog', strength=3)"),
         (f"pickscore@{places / 'clip'}:a dog: or so", "PickScore('a dog: or so', strength=3)"),
         (f"classifier@{places / 'vit'}:tabby", "ImageClassifierReward(label=2, log-probability, strength=3)"),
     ):
-        reward, known, name = chosen_reward(text, 3.0, found)
-        assert (repr(reward), known, name) == (shown, None, text)
-        assert reward(torch.zeros(2, 1, 8, 8)).shape == (2,)
+        chosen = choose_reward(text, digits, 3.0)
+        assert (repr(chosen.reward), chosen.known, chosen.name) == (shown, None, text)
+        assert chosen.reward(torch.zeros(2, 1, 8, 8)).shape == (2,)
 
 
 def test_a_template_on_the_command_line(places):
     """{label} is the first name of each of ImageNet's classes."""
-    found = SimpleNamespace(config={"network": {"num_classes": 1000}})
+    imagenet = SimpleNamespace(checkpoint=SimpleNamespace(config={"network": {"num_classes": 1000}}))
     with pytest.warns(UserWarning, match="is cut to the 16"):  # a token a letter
-        reward, _, _ = chosen_reward(f"clip@{places / 'clip'}:a {{label}}", 1.0, found)
+        reward = choose_reward(f"clip@{places / 'clip'}:a {{label}}", imagenet, 1.0).reward
     label = torch.tensor([281, 1, 281])
     for row, text in ((0, "a tabby"), (1, "a goldfish")):
         named = mfm.rewards.ClipScore(reward.model, text, tokenizer(), reward.pixels)
@@ -284,12 +283,12 @@ def test_a_template_on_the_command_line(places):
         ("hpsv2@{clip}:a dog", "holds no HPS_v2.1_compressed.pt"),
         ("imagereward@{clip}:a dog", "holds no ImageReward.pt"),
         ("aesthetic@{clip}", "holds no aesthetic-model.pth"),
-        ("pikscore:a dog", "no file pikscore; give .*pickscore"),
+        ("pikscore:a dog", "did you mean 'pickscore:PROMPT'"),
     ],
 )
 def test_names_that_cannot_be_used(places, text, says):
     with pytest.raises(mfm.InputError, match=says):
-        chosen_reward(text.format(clip=places / "clip", vit=places / "vit"), 1.0, resolve_checkpoint("digits"))
+        choose_reward(text.format(clip=places / "clip", vit=places / "vit"), OpenedModel.open("digits", "cpu"), 1.0)
     assert set(JUDGES) == {"clip", "pickscore", "hpsv2", "imagereward", "aesthetic", "classifier"}
 
 

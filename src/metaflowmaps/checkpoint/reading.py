@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,28 @@ class Checkpoint:
         """config.json."""
         config: dict[str, Any] = self._documents[CONFIG]
         return config
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The configuration it was trained by: its own, or the one an exported model carries; published ones: none."""
+        own: dict[str, Any] = self.config.get("training") or (self.config.get("origin") or {}).get("training") or {}
+        return own
+
+    @property
+    def tuned(self) -> bool:
+        """Whether fine-tuning made it."""
+        return bool(self.config.get("training", {}).get("recipe") == "finetune")
+
+    @property
+    def digest(self) -> str:
+        """What identifies it: the hash of its manifest, which holds the hash of everything else."""
+        return sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    @property
+    def run(self) -> FilePath | None:
+        """The run that made it, if it lies in one."""
+        run = self.path.parent.parent
+        return run if (run / "run.json").exists() else None
 
     def has(self, name: str) -> bool:
         """Whether it holds a file of that name."""

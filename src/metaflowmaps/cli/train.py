@@ -1,124 +1,157 @@
-"""mfm recipes, train and finetune."""
+"""Train a meta flow map. Run the same command again to go on after an interruption."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
-import typer
+import torch
+from pydantic import Field
 
-from metaflowmaps.cli.options import (
-    REWARD,
-    CheckpointArgument,
-    Device,
-    Json,
-    Out,
-    Seed,
-    Set,
-    Vae,
-    app,
-    emit,
-    invocation,
-    judged,
-    say,
-)
-from metaflowmaps.errors import InputError
+from metaflowmaps.checkpoint import load_classifier
+from metaflowmaps.cli.context import TRAINS, Argument, Context, Name, Options, Results
+from metaflowmaps.cli.results import Request
+from metaflowmaps.cli.training_bar import training_progress
+from metaflowmaps.data import describe, load_data
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.lab.figures import plots, result_figures
+from metaflowmaps.recipes import TASKS, recipe
+from metaflowmaps.training.classifier import accuracy
+from metaflowmaps.training.config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.distributed import check_division, told
+from metaflowmaps.training.loop import TrainResult
+from metaflowmaps.training.plan import plan
+from metaflowmaps.training.run import build_classifier, build_map, fitted, run_classifier_training, run_training
+from metaflowmaps.work import ranks
+from metaflowmaps.work.config import override, validated
+from metaflowmaps.work.devices import pick_device
 
-
-@app.command()
-def recipes() -> None:
-    """List the recipes: those to train, then those to run on a map."""
-    from metaflowmaps.recipes import RECIPES, TASKS
-
-    for name, make in {**RECIPES, **TASKS}.items():
-        print(f"{name:21s} {(make.__doc__ or '').strip().splitlines()[0]}")
+AnyConfig = TypeVar("AnyConfig", TrainConfig, ClassifierConfig, TrainConfig | ClassifierConfig)
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="Which recipe: see mfm recipes.")],
-    out: Out = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "--data-dir", metavar="DIR", help="Images: a folder, .npy or .npz; MNIST's files."),
-    ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="A fraction of the time, less exact.")] = False,
-    settings: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", help="At most so many steps, schedule included.")
-    ] = None,
-    resume: Annotated[str, typer.Option("--resume", help="auto, none, or a run or checkpoint to start from.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, count, try one step, exit.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Train a meta flow map. Run the same command again to go on after an interruption."""
-    from metaflowmaps import commands
-    from metaflowmaps.recipes import TASKS
-    from metaflowmaps.recipes import recipe as find_recipe
-    from metaflowmaps.work import ranks
+class Train(Options):
+    """Which recipe, on what."""
 
-    if dry_run and recipe in TASKS:
-        from metaflowmaps.commands.run import plan_task
+    shared = TRAINS
 
-        emit(plan_task(recipe, None, settings or [], fast), as_json)
-        return
+    recipe: Annotated[str, Argument("RECIPE")] = Field(description="Which recipe: see mfm recipes.")
+    data: Annotated[str | None, Name(("--data", "--data-dir"), "DIR")] = Field(
+        None, description="Images: a folder, .npy or .npz; MNIST's files."
+    )
+    fast: bool = Field(False, description="A fraction of the time, less exact.")
+    settings: Annotated[tuple[str, ...], Name(("--set",), "KEY=VALUE")] = Field(
+        (), description="Change a setting of the recipe: key.sub=value (repeatable)."
+    )
 
-    def resolve() -> Any:
-        if max_steps is not None and max_steps < 1:
-            raise InputError(f"--max-steps must be at least 1, got {max_steps}")
-        return commands.resolve_training(find_recipe(recipe, fast, data), settings or [], seed, max_steps)
 
+def run(config: Train, context: Context) -> Results:
+    """Train a recipe; several ranks of torchrun are one run."""
+    if context.dry_run and config.recipe in TASKS:
+        from metaflowmaps.cli.run import RunTask, plan_task
+
+        return plan_task(RunTask(task=config.recipe, fast=config.fast, settings=config.settings), context)
     with ranks.session():
-        config = ranks.together(resolve)
-        if dry_run:
-            emit(ranks.first(lambda: commands.dry_run(config, device)), as_json)
-            return
-        results = commands.train(config, out or Path("runs") / recipe, device, resume, invocation(), say)
-        emit(results, as_json)
+        resolved = ranks.together(
+            lambda: resolve(recipe(config.recipe, config.fast, config.data), config.settings, context)
+        )
+        if not context.dry_run:
+            return train(resolved, context)
+        torch.set_num_threads(resolved.threads)
+        metrics = ranks.first(lambda: plan(resolved, pick_device(context.device)))
+        return context.plan("train", resolved.model_dump(), metrics)
 
 
-@app.command()
-def finetune(
-    checkpoint: CheckpointArgument,
-    reward: Annotated[str | None, typer.Option("--reward", help=REWARD)] = None,
-    strength: Annotated[float, typer.Option("--strength", help="λ: the reward is multiplied by it.")] = 1.0,
-    method: Annotated[
-        str, typer.Option("--method", help="mfm-ft, self-normalised, adjoint-matching or draft.")
-    ] = "mfm-ft",
-    whole: Annotated[
-        str | None,
-        typer.Option("--map", help="distil (tune the drift, then its whole map), direct (one stage) or none (drift)."),
-    ] = None,
-    num_draws: Annotated[int | None, typer.Option("--num-draws", min=1, help="Posterior draws a state (N).")] = None,
-    guidance: Annotated[float, typer.Option("--guidance", help="Scale w of a base with classes, throughout.")] = 1.0,
-    vae: Vae = None,
-    stop: Annotated[
-        str, typer.Option("--stop", help='Stop early: "distance<2", "reward>5", "reward stalls 4".')
-    ] = "none",
-    out: Out = None,
-    settings: Set = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="At most so many steps a stage.")] = None,
-    resume: Annotated[str, typer.Option("--resume", help="auto, none, or a tuning run to start from.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, try the reward and a step, exit.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Put a reward into the weights: a map that samples p_1 e^{λr} without guidance. Run it again to go on."""
-    from metaflowmaps import commands
-    from metaflowmaps.work import ranks
+def resolve(base: AnyConfig, settings: tuple[str, ...], context: Context) -> AnyConfig:
+    """The configuration after --set, --seed and --max-steps, with what is measured on the data filled in."""
+    # a network that is sized to the data exists only after they are read
+    open_network = isinstance(base, TrainConfig) and base.model.network is None
+    late = [s for s in settings if open_network and s.startswith("model.network.")]
+    config = override(base, [s for s in settings if s not in late])
+    changes: Results = {}
+    if context.seed is not None:
+        changes["seed"] = context.seed
+    if context.max_steps is not None:
+        changes["steps"] = min(config.steps, context.max_steps)
+        if isinstance(config, TrainConfig):  # the drift's are steps too
+            changes["drift_steps"] = min(config.drift_steps, context.max_steps)
+    config = validated(type(config), {**config.model_dump(), **changes})
+    return override(fitted(config), late) if isinstance(config, TrainConfig) else config
 
-    ranks.alone("mfm finetune")
-    given = {"method": method, "guidance": guidance, "stop": stop}
-    whole = whole or ("none" if method == "draft" else None)
-    given |= {k: v for k, v in {"map": whole, "num_draws": num_draws, "seed": seed}.items() if v is not None}
-    own = list(settings or [])
-    moved = next((s.partition("=")[2] for s in own if s.startswith("data=")), None)
-    own = [s for s in own if not s.startswith("data=")]
-    subject = commands.Subject(checkpoint, reward, strength, moved, device, vae)
-    config = commands.resolve_finetuning(subject, given, own, max_steps)
-    if dry_run:
-        emit(commands.dry_run_finetuning(subject, config), as_json)
-        return
-    place = out or commands.place_of_finetuning(subject, checkpoint)
-    judged(commands.finetune(subject, config, place, resume, invocation(), say), as_json)
+
+def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
+    """Train; complete runs report, interrupted ones go on. In a session of several ranks, all must enter."""
+    target = ranks.together(lambda: pick_device(context.device))
+    torch.set_num_threads(config.threads)
+    # what cannot be built or divided among the ranks claims no directory
+    parameters = ranks.together(lambda: _count(config))
+    request = Request(context, "train", config.model_dump(), Path("runs") / config.recipe)
+    done, out = ranks.first(lambda: (request.begin(), request.out))
+    request.out = out  # the first rank has chosen it
+    if done is not None:
+        context.say(f"{out} is complete: {config.steps} steps of {config.recipe}")
+        return done
+    if config.data is not None:
+        context.say(describe(config.data, *load_data(config.data)))
+    if ranks.size() > 1:
+        context.say(told(config, ranks.size()))
+    with training_progress(config, context.say) as report:
+        if isinstance(config, TrainConfig):
+            result = run_training(
+                config, out, device=target, resume=context.resume, report=report, on_sample=_sampler(config, out),
+                note=context.say,
+            )  # fmt: skip
+        else:
+            result = run_classifier_training(config, out, device=target, resume=context.resume, report=report)
+    return ranks.first(lambda: _finish(config, request, result, parameters, target))
+
+
+def _count(config: TrainConfig | ClassifierConfig) -> int:
+    """How many weights it has, if it can be built, and divided among the ranks."""
+    check_division(config, ranks.size())
+    model = build_map(config) if isinstance(config, TrainConfig) else build_classifier(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _finish(
+    config: TrainConfig | ClassifierConfig,
+    request: Request,
+    result: TrainResult,
+    parameters: int,
+    device: torch.device,
+) -> Results:
+    """The figures and the results of a run that has reached its end."""
+    metrics: Results = {"loss": result.loss, "parameters": parameters}
+    if isinstance(config, ClassifierConfig):
+        classifier, parts = load_classifier(result.checkpoint), load_data(config.data)
+        metrics |= {
+            "accuracy": accuracy(classifier, parts[1]),
+            "accuracy_on_training_images": accuracy(classifier, parts[0]),
+        }
+    else:
+        picture = _picture(config, config.seed)
+        if picture is not None:
+            picture(MetaFlowMap.from_pretrained(result.checkpoint), request.out / "posteriors.png")
+        if config.data is not None:
+            words = result_figures.RECOVERED + result_figures.COLOURS * (config.data.name == "latents")
+            metrics["captions"] = {"posteriors.png": words}
+    plots.save(plots.training_curve(request.out / "metrics.jsonl"), request.out / "training.png")
+    return request.write(metrics, {"seconds": result.seconds, "steps": result.step}, device)
+
+
+def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], None] | None:
+    """What draws a picture of the map on its way."""
+    picture = _picture(config, 0)
+    if picture is None:
+        return None
+    return lambda model, step: picture(model, out / "samples" / f"step-{step:08d}.png")
+
+
+def _picture(config: TrainConfig, seed: int) -> Callable[[MetaFlowMap, Path], None] | None:
+    """What draws a picture of the map; laws that are not in the plane have none."""
+    if config.data is not None:
+        held_out = load_data(config.data)[1]
+        return lambda model, file: result_figures.draws_picture(model, held_out, file)
+    assert config.law is not None
+    law = config.law.build()
+    if law.dim != 2:
+        return None
+    return lambda model, file: plots.save(result_figures.panels(model, law, seed), file)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from metaflowmaps.commands import pictures
+from conftest import mfm_command as mfm
 from metaflowmaps.lab.figures import plots as figures
-from test_cli import mfm
+from metaflowmaps.lab.figures import result_figures as pictures
 
 # a map that is hardly trained, steered in two steps: a single draw may well carry all the weight
 pytestmark = pytest.mark.filterwarnings("ignore:one draw carries all the weight")

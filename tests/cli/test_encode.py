@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from conftest import mfm_command as mfm
 from metaflowmaps.data.latents import Shards
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.interop.autoencoder import AutoencoderCodec
-from test_cli import mfm
 from tiny_codec import tiny_codec, tiny_vae
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_main import run  # noqa: F401  (a fixture)
 
-from test_cli import mfm, run  # noqa: F401  (run is a fixture)
+from conftest import mfm_command as mfm
 
 STEER = ["--strength", "0.05", "--steps", "5", "--method"]  # one draw of few must not have all the weight
 CASES = {

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import mfm_command as mfm
 from metaflowmaps import cli
 from metaflowmaps.checkpoint import writing
 from metaflowmaps.flow_map import MetaFlowMap
@@ -31,7 +32,6 @@ from metaflowmaps.training.config import LawConfig, TrainConfig
 from metaflowmaps.training.objective import LabelledLaw
 from metaflowmaps.training.run import run_training
 from metaflowmaps.work.config import validated
-from test_cli import mfm
 
 # a map that is hardly trained, steered in a few steps: a single draw may well carry all the weight
 # and warnings are seen on stderr, as at a terminal

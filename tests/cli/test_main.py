@@ -14,23 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metaflowmaps import cli
+from conftest import mfm_command as mfm
 
 TINY = ["--set", "model.network.width=16", "--set", "model.network.depth=2", "--set", "batch_size=32"]
 TINY += ["--set", "checkpoint_every=20", "--set", "log_every=5", "--set", "threads=1"]
-
-
-def mfm(capsys, *arguments) -> tuple[int, str, str]:
-    """Run in this process: exit code, stdout, stderr."""
-    before = sys.argv
-    sys.argv = ["mfm", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return caught.value.code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +76,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
 def test_bad_states_and_times(capsys, run, tmp_path):
     for arguments, says in (
         (["--t", "1.5"], "[0, 1]"),
-        (["--t", "nan"], "[0, 1]"),
+        (["--t", "nan"], "finite number"),
         (["--x", "1,2,3"], "needs 2"),
         (["--x", "1,one"], "numbers"),
         (["--num-draws", "0"], "--num-draws"),
@@ -247,7 +234,7 @@ def test_any_setting_is_taken_or_refused_in_one_line(capsys, tmp_path, key, valu
 
 def test_the_example_in_the_readme_runs(capsys):
     """README's Python, as it stands, on the models that come with the package."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 16

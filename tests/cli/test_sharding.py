@@ -12,14 +12,14 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_image_commands import EXPERIMENTS
 
-from metaflowmaps.commands import runs
+from conftest import mfm_command as mfm
+from metaflowmaps.cli import results as runs
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import generation
 from metaflowmaps.work import shards as sharding
 from metaflowmaps.work.shards import Made, Share, Worker
-from test_cli import mfm
-from test_cli_images import EXPERIMENTS
 
 WEAK = ["--reward", "margin:7", "--strength", "0.05"]  # one draw of few must not have all the weight
 CASES = {

@@ -8,9 +8,10 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+from test_main import run  # noqa: F401  (a fixture)
 
 import metaflowmaps
-from test_cli import mfm, run  # noqa: F401  (run is a fixture)
+from conftest import mfm_command as mfm
 
 QUICK = ["--num", "64", "--steps", "4", "--seed", "3"]
 

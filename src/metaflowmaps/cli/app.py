@@ -1,0 +1,198 @@
+"""From a command's module to its options: names, help, defaults and bounds are those of its configuration's fields.
+
+A command is a module of this folder with ``run(config, context) -> Results``; the type of ``config`` is its
+configuration and the docstring of the module its help. A field is an option ``--its-name`` (``--flag/--no-flag`` for
+a bool, repeatable for a tuple), or a positional argument where it is marked :class:`Argument`; groups and whatever has
+no option are reached by ``--set key.sub=value``. Modules are imported when they run: ``mfm --help`` reads docstrings.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from metaflowmaps.cli.context import Argument, Context, Name, emit
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.work.choices import Pick, choices, one_line
+from metaflowmaps.work.config import Config, override
+
+COMMANDS = {  # as mfm --help lists them: name -> module
+    "demo": "demo",
+    "recipes": "recipes",
+    "train": "train",
+    "sample": "sample",
+    "posterior": "posterior",
+    "steer": "steer",
+    "finetune": "finetune",
+    "eval": "evaluate",
+    "run": "run",
+    "report": "report",
+    "convert": "convert",
+    "encode-latents": "encode",
+}
+SETTING = "Change a setting: key.sub=value (repeatable)."
+BOUNDS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}
+BOUNDS |= {"greater_than": ("greater than", "gt"), "less_than": ("less than", "lt")}
+Run = Callable[[Any, Context], Any]
+
+
+class Commands(click.Group):
+    """Commands that are made when they are asked for."""
+
+    def __init__(self, name: str, text: str, members: Mapping[str, str | Run], **more: Any) -> None:
+        super().__init__(name, help=text, no_args_is_help=False, invoke_without_command=True, **more)
+        self.members = members
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are listed."""
+        return list(self.members)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
+        """The command of that name; of an unknown one, the nearest is suggested."""
+        if name not in self.members:
+            raise unknown("command", name, self.members)
+        member = self.members[name]
+        if not isinstance(member, str):
+            return command(name, member, inspect.getdoc(member) or "")
+        module = importlib.import_module(f"{__package__}.{member}")
+        if hasattr(module, "COMMANDS"):
+            return Commands(name, module.__doc__ or "", module.COMMANDS)
+        return command(name, module.run, module.__doc__ or "")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without an import of any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._first_line(member)) for name, member in self.members.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run what was asked for; where nothing was, that is bad usage and the help is the answer."""
+        if not ctx._protected_args and not ctx.args:
+            click.echo(ctx.get_help())
+            ctx.exit(2)
+        return super().invoke(ctx)
+
+    @staticmethod
+    def _first_line(member: str | Run) -> str:
+        if not isinstance(member, str):
+            return (inspect.getdoc(member) or "").splitlines()[0]
+        spec = find_spec(f"{__package__}.{member}")
+        text = ast.get_docstring(ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))) or ""
+        return text.splitlines()[0]
+
+
+def main() -> click.Group:
+    """``mfm`` itself."""
+    version = click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True, callback=_version,
+                           help="Print the version and exit.")  # fmt: skip
+    text = "Meta flow maps: train, draw, steer, tune, judge. Start with: mfm demo"
+    return Commands("mfm", text, COMMANDS, params=[version])
+
+
+def command(name: str, run: Run, text: str) -> click.Command:
+    """The command that a function and the fields of its configuration make."""
+    kind: type[Config] = get_type_hints(run)["config"]
+    fields = {name: (kind, field) for name, field in kind.model_fields.items()}
+    shared = getattr(kind, "shared", ())
+    fields |= {name: (Context, Context.model_fields[name]) for name in shared}
+    made = {field: parameter(field, info) for field, (_, info) in fields.items()}
+    parameters = [made[field] for field in made if made[field] is not None]
+    own_set = "device" in shared and not any("--set" in p.opts for p in parameters if p is not None)
+    if own_set:
+        parameters.append(click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help=SETTING))
+
+    def callback(**given: Any) -> None:
+        given = {key: value for key, value in given.items() if value is not None and value != ()}
+        settings = given.pop("settings", ()) if own_set else ()
+        own = {key: value for key, value in given.items() if key not in shared}
+        options = {field: parameter.opts[-1] for field, parameter in made.items() if parameter is not None}
+        context = checked(Context, {key: given[key] for key in shared if key in given}, options)
+        config = override(checked(kind, own, options), settings)
+        emit(run(config, context), context.as_json)
+
+    arguments = [(p.metavar, made_help(kind, p.name)) for p in parameters if isinstance(p, click.Argument)]
+    rows = "".join(f"\n\n{metavar}: {words}" for metavar, words in arguments)
+    return click.Command(name, params=parameters, callback=callback, help=text.strip() + rows)  # type: ignore[arg-type]
+
+
+def made_help(kind: type[Config], name: str | None) -> str:
+    """What a field says of itself."""
+    return kind.model_fields[str(name)].description or ""
+
+
+def parameter(name: str, field: FieldInfo) -> click.Parameter | None:
+    """The argument or option of a field; None for what only ``--set`` reaches."""
+    marks = {type(mark): mark for mark in field.metadata}
+    annotation, many = _plain(field.annotation)
+    argument, named, pick = marks.get(Argument), marks.get(Name), marks.get(Pick)
+    if argument is not None:
+        nargs = -1 if many else 1
+        return click.Argument([name], required=field.is_required(), nargs=nargs, metavar=argument.metavar)
+    if pick is None and not _scalar(annotation):
+        return None
+    names = list(named.names) if named is not None else [f"--{name.replace('_', '-')}"]
+    text = field.description or ""
+    if pick is not None:
+        text += f" One of {', '.join(choices(pick.base))}, or file.py:Name."
+    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+    if default not in (None, (), False) and not isinstance(default, BaseModel):
+        text += f" [default: {getattr(default, 'name', default)}]"
+    if annotation is bool:
+        both = f"{names[0]}/--no-{names[0][2:]}" if default else names[0]
+        return click.Option([both, name], default=None, is_flag=True, help=text)
+    metavar = named.metavar if named is not None and named.metavar else _metavar(annotation, pick is not None)
+    return click.Option([*names, name], multiple=many, metavar=metavar, help=text)
+
+
+def checked(kind: type[Any], data: dict[str, Any], options: Mapping[str, str]) -> Any:
+    """A configuration from what was typed; what is wrong names the option."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else ""
+        option, context = options.get(field, field), first.get("ctx", {})
+        if first["type"] == "literal_error":
+            kinds = _plain(kind.model_fields[field].annotation)[0]
+            raise unknown(option, first["input"], map(str, get_args(kinds))) from None
+        if first["type"] in BOUNDS:
+            words, bound = BOUNDS[first["type"]]
+            raise InputError(f"{option} must be {words} {context[bound]}, got {first['input']}") from None
+        text = re.sub(rf"for {re.escape(field)}[.\d]*:", f"for {option}:", one_line(error, "the options"), count=1)
+        raise InputError(text) from None
+
+
+def _plain(annotation: Any) -> tuple[Any, bool]:
+    """An annotation without ``| None``, and of a tuple or list its elements' and True."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        annotation = members[0] if len(members) == 1 else annotation
+    if get_origin(annotation) in (tuple, list) and len(set(get_args(annotation)) - {Ellipsis}) == 1:
+        return get_args(annotation)[0], True
+    return annotation, False
+
+
+def _scalar(annotation: Any) -> bool:
+    return annotation in (str, int, float, bool, Path) or get_origin(annotation) is Literal
+
+
+def _metavar(annotation: Any, picked: bool) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    return "NAME" if picked else {int: "N", float: "X", Path: "PATH"}.get(annotation, "TEXT")
+
+
+def _version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from metaflowmaps import __version__
+
+        click.echo(__version__)
+        ctx.exit()

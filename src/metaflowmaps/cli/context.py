@@ -1,0 +1,145 @@
+"""What every command needs besides its own options: where to write, seed, device, workers, and how to speak.
+
+Its fields are the options that commands share; ``shared`` of a command's configuration names those it takes.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import Field
+
+from metaflowmaps.work.config import Config
+from metaflowmaps.work.ranks import launched
+from metaflowmaps.work.shards import Share, share_of
+
+Results = dict[str, Any]  # results.json
+Tables = dict[str, tuple[list[str], list[list[str]]]]  # title -> (head, rows)
+
+MEASURING = ("eval", "finetune", "demo")  # commands whose tables are printed
+COMPUTES = ("out", "seed", "device", "as_json", "dry_run")
+IN_SHARDS = (*COMPUTES, "worker", "shard_size")
+TRAINS = (*COMPUTES, "max_steps", "resume")
+
+
+class Failed(Exception):
+    """What ends a command with exit code 1 and its line."""
+
+
+class Argument(NamedTuple):
+    """Marks a field that is given by its position: ``checkpoint: Annotated[str, Argument("CHECKPOINT")]``."""
+
+    metavar: str
+
+
+class Name(NamedTuple):
+    """Marks a field whose option is called otherwise: ``Annotated[bool, Name(("--json",))]``."""
+
+    names: tuple[str, ...]
+    metavar: str | None = None
+
+
+def typed() -> str:
+    """The command as it was typed."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["mfm" if name == "__main__.py" else name, *sys.argv[1:]])
+
+
+def typed_settings(command: str, settings: Sequence[str]) -> str:
+    """A command with ``--set`` as one would type it."""
+    return " ".join(["mfm", command, *(f"--set {shlex.quote(setting)}" for setting in settings)])
+
+
+class Context(Config):
+    """The options that commands share, and how they speak."""
+
+    out: Path | None = Field(None, description="Directory for results.")
+    seed: int | None = Field(None, ge=0, description="Seed of every random stream.")
+    device: str = Field("auto", description="auto, cpu or cuda.")
+    as_json: Annotated[bool, Name(("--json",))] = Field(
+        False, description="Result on stdout as JSON, progress on stderr."
+    )
+    dry_run: bool = Field(False, description="Resolve the configuration, estimate, exit.")
+    max_steps: int | None = Field(None, ge=1, description="At most so many steps, schedule included.")
+    resume: str = Field("auto", description="auto, none, or a run or checkpoint to start from.")
+    worker: Annotated[str | None, Name(("--worker",), "i/K")] = Field(
+        None, description="Do shards i, i + K, … and leave the others to other processes."
+    )
+    shard_size: int | None = Field(None, ge=1, description="Samples a shard (64 where workers share them).")
+    invocation: str = Field(default_factory=typed)
+
+    @property
+    def share(self) -> Share:
+        """How this process takes part in work that is cut into shards."""
+        return share_of(self.worker, self.shard_size)
+
+    def say(self, line: str) -> None:
+        """Progress and messages: stderr; of several ranks, the first one's."""
+        say(line)
+
+    def plan(self, command: str, config: Results, metrics: Results) -> Results:
+        """The answer of ``--dry-run``."""
+        return {"schema": 1, "command": command, "dry_run": True, "config": config, "metrics": metrics, "cost": {}}
+
+
+class Options(Config):
+    """The base of a command's configuration."""
+
+    shared: ClassVar[tuple[str, ...]] = COMPUTES
+
+
+class OnCheckpoint(Options):
+    """The base of a command on a checkpoint."""
+
+    checkpoint: Annotated[str, Argument("CHECKPOINT")] = Field(
+        description="A run or checkpoint directory, a hub id, or digits."
+    )
+
+
+def say(line: str) -> None:
+    """A line on stderr; of several ranks, the first one's."""
+    if launched().rank == 0:
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """What went wrong, on any rank."""
+    with suppress(BrokenPipeError):  # nobody reads the progress: the work goes on
+        print(line, file=sys.stderr, flush=True)
+
+
+def emit(results: Results | str | None, as_json: bool) -> None:
+    """The result on stdout: as JSON, or as its tables, its numbers and where to find it; of ranks, the first one's."""
+    if results is None or launched().rank:
+        return
+    if isinstance(results, str):
+        print(results)
+        return
+    if as_json:
+        print(json.dumps(results))
+        return
+    if str(results.get("command")).startswith(MEASURING) and not results.get("dry_run"):
+        from metaflowmaps.lab.report.html import tables_of
+
+        print_tables(tables_of(results))
+    for name, value in {**results.get("metrics", {}), **results.get("cost", {})}.items():
+        if isinstance(value, int | float | str):
+            print(f"{name:24s} {value:,.6g}" if isinstance(value, float) else f"{name:24s} {value}")
+    if "out" in results:
+        print(f"results: {results['out']}")
+
+
+def print_tables(tables: Tables) -> None:
+    """Tables as text."""
+    for title, (head, rows) in tables.items():
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        print(f"\n{title}")
+        for row in [head, *rows]:
+            cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            print("  ".join(cells))
+    if tables:
+        print()

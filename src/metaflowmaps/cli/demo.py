@@ -1,0 +1,96 @@
+"""Noisy digits, what they may be, and steered digits, as report.html: about a minute on a laptop."""
+
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from metaflowmaps.checkpoint.shipped import shipped
+from metaflowmaps.cli import evaluate
+from metaflowmaps.cli.context import Context, Options, Results, print_tables, typed_settings
+from metaflowmaps.cli.results import Request
+from metaflowmaps.cli.train import resolve, train
+from metaflowmaps.lab.demo import RACE, tell_story
+from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig
+from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
+from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.report.html import tables_of, write_report
+from metaflowmaps.recipes.gmm import gmm
+
+METHODS = ["none", "mfm-g", "mfm-gf", "mfm-smc", "dps", "tds", "best-of-n", "exact"]
+
+
+class Demo(Options):
+    """Which story."""
+
+    shared = ("out", "seed", "as_json")
+
+    law: Literal["digits", "gmm"] = Field(
+        "digits", description="Which story: digits (shipped models) or gmm (trains a map, minutes)."
+    )
+
+
+def run(config: Demo, context: Context) -> Results | str:
+    """The results whose tables are shown, and the report's page."""
+    out = context.out or Path("runs/demo") / config.law
+    pages, results = (_digits if config.law == "digits" else _mixture)(out, context)
+    page = str(write_report(pages, out / "report.html"))
+    if context.as_json:
+        return {**results, "out": page}
+    print_tables(tables_of(results))
+    return f"report: {page}"
+
+
+def _part(context: Context, out: Path, command: str, settings: tuple[str, ...] = ()) -> Context:
+    """The context of a command that the demo runs, as if it had been typed."""
+    return context.model_copy(update={"out": out, "device": "cpu", "invocation": typed_settings(command, settings)})
+
+
+def _digits(out: Path, context: Context) -> tuple[list[Path], Results]:
+    """Noisy digits, what they may be, and digits steered: the shipped models, no training."""
+    digits = str(shipped("digits") or "digits")  # the shipped map, whatever directory is called digits here
+    context.say("digits: what noisy images may be, and a race for two rewards …")
+    story = _story(digits, _part(context, out / "story", "demo"))
+    context.say("digits: one-step draws against GLASS …")
+    settings = RecoveryConfig(samples=512, glass_steps=(1, 4, 16, 30), images=64, seed=context.seed or 0)
+    typed = ("samples=512", "glass_steps=[1,4,16,30]", "images=64")
+    evaluate.measure_images(
+        "posterior", digits, settings, _part(context, out / "posterior", "eval posterior digits", typed)
+    )
+    return [out / "story", out / "posterior"], story
+
+
+def _story(digits: str, context: Context) -> Results:
+    """The first figure."""
+    opened = OpenedModel.open(digits, "cpu")
+    config = RACE.model_copy(update={"seed": context.seed or 0})
+    assert context.out is not None
+    request = Request(context, "demo", {"checkpoint": opened.digest, **config.model_dump()}, context.out)
+    done = request.begin()
+    if done is not None:
+        return done
+    began = time.perf_counter()
+    metrics = tell_story(opened, config, request.out, lambda line: context.say(f"demo: {line}"))
+    return request.write(metrics, {"seconds": time.perf_counter() - began}, opened.device)
+
+
+def _mixture(out: Path, context: Context) -> tuple[list[Path], Results]:
+    """Train the mixture's map, judge it, steer it."""
+    map_, seed = str(out / "train"), context.seed or 0
+    config = resolve(gmm(fast=True), (), context)
+    context.say(f"training the meta flow map of a three-mode mixture ({config.steps} steps) …")
+    train(config, _part(context, out / "train", "train gmm --fast"))
+    context.say("judging its posterior draws against the exact posteriors …")
+    judged = evaluate.posterior_of_mixture(
+        evaluate.PosteriorEvaluation(checkpoint=map_), PosteriorEvalConfig(samples=8192, seed=seed, sets=8,
+        other_contexts=4), _part(context, out / "eval", f"eval posterior {map_}", ("sets=8", "other_contexts=4")),
+    )  # fmt: skip
+    context.say("steering it towards an observation, every method on one meter …")
+    settings = ("steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(METHODS)}")
+    evaluate.steering(
+        evaluate.SteeringEvaluation(checkpoint=map_, task="gmm-inverse", samples=2048, settings=settings),
+        _part(context, out / "steering", f"eval steering {map_} --samples 2048", settings),
+    )
+    return [out / "eval", out / "steering", out / "train"], judged

@@ -1,0 +1,108 @@
+"""Draw clean data given a noisy state; writes draws.safetensors with their seeds and a picture."""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from metaflowmaps._files import write_tensors
+from metaflowmaps.cli.context import Context, Results
+from metaflowmaps.cli.pictures import DrawingOptions, Pictures
+from metaflowmaps.cli.pieces import Drawing, draw, usual_size
+from metaflowmaps.cli.results import Request
+from metaflowmaps.cost import Meter
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.lab.figures import plots, result_figures
+from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
+from metaflowmaps.work.shards import Made, own_device
+
+
+class Posterior(DrawingOptions):
+    """The noisy state, and how many draws."""
+
+    t: float = Field(0.4, description="Time of the noisy state, in [0, 1].")
+    x: str | None = Field(None, description="The noisy state, as numbers: 1.0,-0.5. Drawn if absent.")
+    image: str | None = Field(None, description="A clean picture to noise, in place of --x.")
+    num_draws: int | None = Field(None, ge=1, description="How many draws (1024).")
+    steps: int = Field(1, ge=1, description="Network calls a draw.")
+
+
+def run(config: Posterior, context: Context) -> Results:
+    """Draws given one noisy state: ``x``, or ``image`` noised, or a sample of the map noised."""
+    if not 0 <= config.t <= 1:
+        raise InputError(f"--t must lie in [0, 1] (0 is noise, 1 is data), got {config.t}")
+    if config.x is not None and config.image is not None:
+        raise InputError("--x and --image both say what to draw for: give one of them")
+    opened = OpenedModel.open(config.checkpoint, own_device(context.device))
+    model, num, seed, t = opened.model, config.count(config.num_draws), context.seed or 0, config.t
+    pictures = Pictures(opened, config, num)
+    x_t = _state(config, pictures, stream(seed, "posterior"))
+    identity = pictures.identity(num_draws=num, seed=seed, x=x_t.flatten().tolist())
+    if context.dry_run:
+        return context.plan("posterior", identity, opened.cost_of(num * config.steps))
+    request = Request(context, "posterior", identity, opened.beside("posterior"))
+    seeds = torch.tensor(config.only) if config.only else fresh_seeds(num, stream(seed, "posterior-draws"))
+
+    @torch.no_grad()
+    def make(part: slice) -> Made:
+        own = seeds[part]
+        with Meter(model.network) as meter, pictures.autocast():
+            noise = RowNoise(own.to(opened.device), "posterior").normal(model.event_shape, dtype=model.dtype)
+            draws = model.push(noise, t, x_t.expand_as(noise), config.steps, pictures.rows(part))
+        return Made({"draws": draws, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
+
+    def finish(made: Made) -> Results:
+        draws = made.tensors["draws"]
+        write_tensors(request.out / "draws.safetensors", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
+        _picture(request, pictures, t, x_t, draws)
+        metrics: Results = {
+            "num_draws": num,
+            "mean": draws.mean(0).flatten().tolist(),
+            "std": (draws.std(0) if num > 1 else torch.zeros_like(draws[0])).flatten().tolist(),
+        }
+        if opened.is_pictorial:
+            metrics["captions"] = result_figures.CAPTIONS["posterior"]
+        if opened.law is not None:
+            exact = opened.law.posterior(model.path, t, x_t.double().cpu())
+            metrics |= {"exact_mean": exact.mean[0].tolist(), "exact_std": exact.variance[0].sqrt().tolist()}
+        return request.write(metrics, made.facts["cost"], opened.device)
+
+    return draw(request, Drawing(num, usual_size(context.share), make, finish))
+
+
+def _state(config: Posterior, pictures: Pictures, generator: torch.Generator) -> Tensor:
+    """The noisy state, (1, *event)."""
+    model = pictures.opened.model
+    if config.x is not None:
+        return _parse_state(config.x, model).to(model.device)
+    if config.image is None:
+        x_1 = model.generate(1, 4, generator, pictures.rows(slice(1)))
+    else:
+        x_1 = pictures.encode(config.image)
+    return model.path.interpolate(randn(tuple(x_1.shape), generator, model.dtype, model.device), x_1, config.t)
+
+
+def _picture(request: Request, pictures: Pictures, t: float, x_t: Tensor, draws: Tensor) -> None:
+    opened, file = pictures.opened, request.out / "posteriors.png"
+    if opened.is_planar:
+        law = opened.law if t < 1 else None
+        title = f"{len(draws)} posterior draws"
+        plots.save(plots.posterior_panels(opened.model.path, law, [t], [x_t[0].cpu()], [draws], title), file)
+    elif opened.is_pictorial:
+        both = pictures.shown(torch.cat([x_t.cpu(), draws[: result_figures.DRAWN].cpu()]))
+        result_figures.posterior_grid(both[0], both[1:], t, file)
+        pictures.write(draws, request.out)
+
+
+def _parse_state(text: str, model: MetaFlowMap) -> Tensor:
+    try:
+        values = [float(part) for part in text.replace(" ", ",").split(",") if part]
+    except ValueError:
+        raise InputError(f"--x takes numbers separated by commas, got {text!r}") from None
+    size = math.prod(model.event_shape)
+    if len(values) != size or not all(map(math.isfinite, values)):
+        raise InputError(f"--x needs {size} finite numbers for states of shape {model.event_shape}, got {text!r}")
+    return torch.tensor(values, dtype=model.dtype).reshape(1, *model.event_shape)

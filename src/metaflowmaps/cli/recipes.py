@@ -1,0 +1,17 @@
+"""List the recipes: those to train, then those to run on a map."""
+
+from metaflowmaps.cli.context import Context, Options
+
+
+class ListRecipes(Options):
+    """No options."""
+
+    shared = ()
+
+
+def run(config: ListRecipes, context: Context) -> str:
+    """A line a recipe."""
+    from metaflowmaps.recipes import RECIPES, TASKS
+
+    every = {**RECIPES, **TASKS}.items()
+    return "\n".join(f"{name:21s} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in every)

@@ -1,0 +1,25 @@
+"""Join runs into one self-contained HTML page."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from metaflowmaps.cli.context import Argument, Context, Options
+from metaflowmaps.lab.report.html import write_report
+
+
+class Report(Options):
+    """Which runs, and where to."""
+
+    shared = ("out",)
+
+    runs: Annotated[tuple[Path, ...], Argument("RUN...")] = Field(
+        description="Results of commands, or directories of such."
+    )
+
+
+def run(config: Report, context: Context) -> str:
+    """The page's path."""
+    out = context.out or Path("report.html")
+    return str(write_report(list(config.runs), out / "report.html" if out.is_dir() else out))

@@ -1,0 +1,121 @@
+"""A checkpoint that is open: its map, what is known of where it came from, and the law or the data of its training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop.opening import codec_of, is_latent, names_of, stored
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.networks.flops import forward_flops
+from metaflowmaps.training.config import LawConfig
+from metaflowmaps.work.config import validated
+from metaflowmaps.work.devices import pick_device
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A map with the checkpoint that it was read from, and what the user calls it."""
+
+    name: str
+    model: MetaFlowMap
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, name: str, device: str = "auto", needs_map: bool = True) -> "OpenedModel":
+        """Read a checkpoint on to a device; a map of which only the drift was tuned has no draws.
+
+        Args:
+            name: a run, a checkpoint, a hub id or the name of a shipped model.
+            device: auto, cpu, cuda or one of several GPUs.
+            needs_map: whether draws are wanted of it.
+        """
+        target, checkpoint = pick_device(device), resolve_checkpoint(name)
+        training = checkpoint.config.get("training", {})
+        only_drift = training.get("map") == "none" and training.get("method") != "draft"
+        if needs_map and checkpoint.tuned and only_drift:
+            raise InputError(
+                f"only the drift of {name} was tuned, its map belongs to no model: sample it with --method ode, "
+                "steer it with none, dps or tds, or tune again with --map distil"
+            )
+        return cls(name, MetaFlowMap.from_pretrained(name).to(target), checkpoint)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is."""
+        return self.model.device
+
+    @property
+    def digest(self) -> str:
+        """What identifies the checkpoint."""
+        return self.checkpoint.digest
+
+    @property
+    def is_planar(self) -> bool:
+        """Whether samples are points of the plane, to be shown as such."""
+        return self.model.event_shape == (2,)
+
+    @property
+    def is_pictorial(self) -> bool:
+        """Whether samples are pictures, or latents of such."""
+        return len(self.model.event_shape) == 3
+
+    @property
+    def latent(self) -> bool:
+        """Whether samples are latents, to be decoded."""
+        return is_latent(self.model) or "vae" in self.stored
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """pipeline.json, where the checkpoint has one."""
+        return stored(self.checkpoint)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of its classes."""
+        return names_of(self.model, self.checkpoint)
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """The data that it was trained on by this package."""
+        data: dict[str, Any] | None = self.checkpoint.training.get("data")
+        return data
+
+    @property
+    def law(self) -> GaussianMixture | None:
+        """The mixture that it was trained on, or tuned to."""
+        law = self.checkpoint.config.get("training", {}).get("law")
+        return None if law is None else validated(LawConfig, law).build()
+
+    def cost_of(self, calls: float) -> dict[str, float]:
+        """What so many evaluations of the network take."""
+        parameters, flops = sum(p.numel() for p in self.model.parameters()), forward_flops(self.model.network)
+        sizes = {"parameters": parameters, "memory_bytes": 4 * parameters}
+        return {**sizes, "calls": calls, "gflops_per_call": flops / 1e9, "pflops": calls * flops / 1e15}
+
+    def codec(self, vae: str | None = None) -> Any:
+        """The autoencoder of its latents, as told or as it is stored; None for pixels."""
+        codec = codec_of(self.model, self.checkpoint, vae)
+        return None if codec is None else codec.to(self.device)
+
+    def judging_law(self, law: LawConfig, option: str) -> GaussianMixture:
+        """The law to judge it by: that of an option, refused if it was trained on another; a tuned one's own."""
+        own = self.checkpoint.config.get("training", {}).get("law")
+        if self.checkpoint.tuned:
+            if own is None:
+                raise InputError(
+                    f"{self.name} was tuned to a reward whose tilted law nobody knows: nothing to hold it to"
+                )
+            return validated(LawConfig, own).build()
+        if own not in (None, law.model_dump()):
+            raise InputError(f"{self.name} was trained on another law than that of {option}: judge it with its own")
+        return law.build()
+
+    def beside(self, name: str) -> Path:
+        """Where results on it go: into the run that made it; for one from elsewhere, under runs/."""
+        run = self.checkpoint.run
+        return run / name if run is not None else Path("runs") / f"{Path(self.name).name}-{name}"
