@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import secrets
 import time
@@ -44,6 +45,15 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True, durable: bool 
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """The value with null for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any, *, replace: bool = True) -> None:

@@ -125,8 +125,8 @@ def test_another_conversion_is_never_taken_for_the_same(command, files, tmp_path
 
 
 def test_a_thousand_other_classes_keep_their_names():
-    from metaflowmaps.commands.convert import _document
     from metaflowmaps.data import imagenet
+    from metaflowmaps.interop.sharing import _document
 
     with torch.random.fork_rng(devices=[]):
         network = DiT(4, 4, 2, 8, 1, 2, 1, num_classes=1000)

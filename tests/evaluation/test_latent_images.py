@@ -16,7 +16,9 @@ from torch import nn
 import metaflowmaps as mfm
 from conftest import mfm_command as command
 from metaflowmaps.checkpoint import save_model
-from metaflowmaps.commands.encode import encode_latents
+from metaflowmaps.cli.context import Context
+from metaflowmaps.cli.encode import Encode
+from metaflowmaps.cli.encode import run as encode
 from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
@@ -50,9 +52,8 @@ def here(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("latent")
     write_synthetic(folder / "pictures", CLASSES, 9, SIDE)
     tiny_vae().save_pretrained(folder / "vae")
-    encode_latents(
-        str(folder / "pictures"), str(folder / "vae"), folder / "latents", lambda line: None, size=SIDE, device="cpu"
-    )
+    latents = Encode(source=str(folder / "pictures"), vae=str(folder / "vae"), size=SIDE)
+    encode(latents, Context(out=folder / "latents", device="cpu"))
     names = [f"kind {i}" for i in range(CLASSES)]
     mfm.Pipeline(tiny_map(), tiny_codec(), names, guidance=2.5).save_pretrained(folder / "map")
     return folder

@@ -1,10 +1,16 @@
 """Turn published weights, or a run, into a checkpoint to use and share, with manifest and model card."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from metaflowmaps.cli.context import Argument, Context, Name, Options, Results
+from metaflowmaps.errors import InputError
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.sharing import Wanted, of_file, of_run
+from metaflowmaps.networks.dit import DiT
+from metaflowmaps.work.config import parse_settings
 
 
 class Convert(Options):
@@ -27,9 +33,32 @@ class Convert(Options):
 
 def run(config: Convert, context: Context) -> Results:
     """The checkpoint's folder, and what is known of it."""
-    from metaflowmaps.commands.convert import convert
-
-    return convert(
-        config.file, context.out, config.family, config.settings, config.vae, config.guidance, config.revision,
-        config.check, context.say,
-    )  # fmt: skip
+    given, place = parse_settings(config.settings), Path(config.file).expanduser()
+    wanted = Wanted(config.vae, config.guidance)
+    if place.is_dir() and not pretrained.holds_weights(place):
+        if config.family != "auto" or given:
+            raise InputError(
+                f"{config.file} is a run or a checkpoint: --family and --set are for published files, leave them out"
+            )
+        made = of_run(str(place), wanted)
+        usual = Path("runs") / f"{made.asked['file']}-map"  # never the run itself
+    else:
+        published = pretrained.load_with_source(config.file, config.family, given, config.revision, config.check)
+        made = of_file(published, given, wanted)
+        usual = Path("runs") / Path(made.asked["file"]).stem
+    out, direction, network = context.out or usual, made.direction, made.model.network
+    if not made.write(out):
+        context.say(f"{out} holds this conversion already")
+    if direction is not None and direction.verdict == "undecided":
+        context.say(
+            f"which way time runs could not be told (R = {direction.given:.2f}, reversed {direction.reversed:.2f}): "
+            "untrained weights look like this; look at samples before relying on it"
+        )
+    metrics = {
+        "family": made.asked["family"],
+        "parameters": sum(p.numel() for p in made.model.parameters()),
+        "direction": "unchecked" if direction is None else direction.verdict,
+    }
+    if isinstance(network, DiT):
+        metrics["parameters_of_parent"] = network.parameters_of_parent()
+    return {"schema": 1, "command": "convert", "config": made.asked, "metrics": metrics, "cost": {}, "out": str(out)}

@@ -1,12 +1,20 @@
 """Encode pictures into latent shards to train on. Run the same command again to go on after an interruption."""
 
+import os
+import time
+from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from metaflowmaps.cli.context import Argument, Context, Name, Options, Results
+from metaflowmaps.data.latents import read_index, verify
 from metaflowmaps.errors import InputError
-from metaflowmaps.interop.autoencoder import SD_VAE
+from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec
+from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
+from metaflowmaps.work.devices import pick_device
+from metaflowmaps.work.shards import own_device, share_of
 
 
 class Encode(Options):
@@ -37,16 +45,69 @@ class Encode(Options):
 
 
 def run(config: Encode, context: Context) -> Results:
-    """A directory of latents."""
-    from metaflowmaps.commands.encode import encode_latents, verify_latents
-
+    """A directory of latents; workers share its shards."""
     if context.out is None:
         raise InputError("where to? add --out DIR")
-    if config.source is None:
-        if not config.verify:
-            raise InputError("which pictures? mfm encode-latents SOURCE --out DIR: a folder, a tar or hf:owner/name")
-        return verify_latents(context.out, context.say)
-    options = config.model_dump(exclude={"source", "vae", "verify"})
-    return encode_latents(
-        config.source, config.vae, context.out, context.say, check=config.verify, device=context.device, **options
-    )
+    began = time.perf_counter()
+    if config.source is not None:
+        settings, index = _encoded(config, context, context.out)
+    elif config.verify:
+        settings, index = _verified(context.out, context)
+    else:
+        raise InputError("which pictures? mfm encode-latents SOURCE --out DIR: a folder, a tar or hf:owner/name")
+    return {
+        "schema": 1,
+        "command": "encode-latents",
+        "config": settings,
+        "complete": index is not None,
+        "metrics": {} if index is None else summary(index),
+        "cost": {"seconds": time.perf_counter() - began},
+        "out": str(context.out),
+    }
+
+
+def _encoded(config: Encode, context: Context, out: Path) -> tuple[Results, Results | None]:
+    """The settings, and the index where all shards are there."""
+    from metaflowmaps.data.sources import open_source  # brings Pillow
+
+    worker, device = share_of(config.worker, None).worker, pick_device(own_device(context.device))
+    dtype = getattr(torch, config.dtype)
+    pictures = open_source(str(config.source), config.classes)
+    codec = AutoencoderCodec.from_pretrained(config.vae, config.revision, dtype, micro_batch=config.batch_size)
+    codec = codec.to(device)
+    codec.latent_shape(config.size)
+    encoding = Encoding(
+        pictures.fingerprint, codec.identity, codec.scale, config.dtype, config.size, config.flip, config.shard_size,
+        config.limit,
+    )  # fmt: skip
+    threads = config.threads or min(8, os.cpu_count() or 1)
+    plan = Plan(pictures, codec, encoding, out, config.batch_size, config.skip_bad, threads, device)
+    known = f"{len(pictures.class_names):,} classes" if pictures.class_names else "no classes"
+    context.say(f"{config.source}: {len(pictures):,} pictures, {known}")
+    named = {"source": config.source, "vae": config.vae}
+    index = encode(plan, named, worker, config.verify, context.say)
+    if index is None:
+        context.say(f"{out}: this worker's shards are there; the index is written by the worker that finds all of them")
+    elif index["skipped"]:
+        skipped = f"{index['skipped']} of the pictures could not be read and were left out"
+        context.say(f"{skipped}: {out}/latents.json names them")
+    return {**named, "worker": config.worker, **vars(encoding)}, index
+
+
+def _verified(out: Path, context: Context) -> tuple[Results, Results]:
+    """Hash every shard of a finished directory; damage is an error that names the files."""
+    index, bad = read_index(out), verify(out)
+    if bad:
+        raise InputError(
+            f"{len(bad)} of {len(index['shards'])} shards of {out} are missing or damaged ({', '.join(bad[:3])}): run "
+            "the mfm encode-latents command that made them with --verify, which makes them again"
+        )
+    context.say(f"{out}: all {len(index['shards'])} shards are what was written")
+    return index["settings"], index
+
+
+def summary(index: Results) -> Results:
+    """What a user wants to know of an index."""
+    counts = {"examples": index["examples"], "classes": len(index["classes"]), "shards": len(index["shards"])}
+    sizes = {"skipped": index["skipped"], "bytes": sum(entry["bytes"] for entry in index["shards"])}
+    return {**counts, **sizes, "mean": index["mean"], "std": index["std"]}

@@ -1,7 +1,6 @@
 """A command's place on disk: one directory, claimed by one request, with results.json at the end."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from metaflowmaps._files import write_json
+from metaflowmaps._files import finite, write_json
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.config import differences
@@ -172,15 +171,6 @@ def _let_others_in(out: Path) -> None:
         import fcntl
 
         fcntl.flock(_held[str(out.resolve())], fcntl.LOCK_SH)
-
-
-def finite(value: Any) -> Any:
-    """The value with null for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(seed: int, device: torch.device | str) -> dict[str, Any]:

@@ -1,16 +1,14 @@
-"""mfm convert: published weights, or a run of ours, as a checkpoint to share, with a model card."""
+"""Published weights, or a run of ours, as a checkpoint to share: with its autoencoder, ``pipeline.json``, a card."""
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metaflowmaps._files import write_whole
+from metaflowmaps._files import finite, write_whole
 from metaflowmaps.checkpoint import CheckpointError, resolve_checkpoint, save_model
-from metaflowmaps.commands.runs import finite
-from metaflowmaps.commands.shared import Results, Say, digest
 from metaflowmaps.data import imagenet
 from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
@@ -18,8 +16,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
 from metaflowmaps.interop.autoencoder import SD_VAE
 from metaflowmaps.interop.opening import DOCUMENT, is_latent
-from metaflowmaps.networks.dit import DiT
-from metaflowmaps.work.config import parse_settings
+from metaflowmaps.interop.pretrained.layout import Family
 
 VAE = "vae"  # the folder of an autoencoder beside its map
 FAMILIES = {  # what the map is, and under whose licence
@@ -38,8 +35,18 @@ FAMILIES = {  # what the map is, and under whose licence
 }
 
 
-class Origin(NamedTuple):
-    """A map and where it came from: ``asked`` tells one conversion from another."""
+Published = tuple[MetaFlowMap, Family, pretrained.Source, pretrained.Direction | None]
+
+
+class Wanted(NamedTuple):
+    """What a user says of a map that its file does not: its autoencoder, the usual guidance."""
+
+    vae: str | None = None
+    guidance: float | None = None
+
+
+class Shareable(NamedTuple):
+    """A map to be shared, and where it came from: ``asked`` tells one conversion from another."""
 
     model: MetaFlowMap
     asked: dict[str, Any]
@@ -49,75 +56,37 @@ class Origin(NamedTuple):
     direction: pretrained.Direction | None
     vae: Path | None  # of this machine, to be put beside the map
 
-
-def convert(
-    source: str,
-    out: Path | None,
-    family: str,
-    settings: Iterable[str],
-    vae: str | None,
-    guidance: float | None,
-    revision: str | None,
-    check: bool,
-    say: Say,
-) -> Results:
-    """Write a checkpoint with manifest, ``pipeline.json`` and README.md; one that is there already is not touched."""
-    given, place = parse_settings(settings), Path(source).expanduser()
-    if place.is_dir() and not pretrained.holds_weights(place):
-        if family != "auto" or given:
-            raise InputError(
-                f"{source} is a run or a checkpoint: --family and --set are for published files, leave them out"
-            )
-        found = _of_run(str(place), vae, guidance)
-        out = out or Path("runs") / f"{found.asked['file']}-map"  # never the run itself
-    else:
-        found = _of_file(source, family, given, vae, guidance, revision, check)
-        out = out or Path("runs") / Path(found.asked["file"]).stem
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a directory")
-    if out.exists() and any(out.iterdir()):
-        _refuse_another(out, found)
-        say(f"{out} holds this conversion already")
-    else:
-        notes = {"origin": {**found.asked, **found.notes}}
-        save_model(found.model, out, notes, {DOCUMENT: found.document})
-    _beside(out, found)
-    direction = found.direction
-    if direction is not None and direction.verdict == "undecided":
-        say(
-            f"which way time runs could not be told (R = {direction.given:.2f}, reversed {direction.reversed:.2f}): "
-            "untrained weights look like this; look at samples before relying on it"
-        )
-    metrics = {
-        "family": found.asked["family"],
-        "parameters": sum(p.numel() for p in found.model.parameters()),
-        "direction": "unchecked" if direction is None else direction.verdict,
-    }
-    if isinstance(found.model.network, DiT):
-        metrics["parameters_of_parent"] = found.model.network.parameters_of_parent()
-    return {"schema": 1, "command": "convert", "config": found.asked, "metrics": metrics, "cost": {}, "out": str(out)}
+    def write(self, out: Path) -> bool:
+        """A checkpoint with manifest, ``pipeline.json`` and README.md; False where it is there already, untouched."""
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out {out} is a file: name a directory")
+        there = out.exists() and any(out.iterdir())
+        if there:
+            _refuse_another(out, self)
+        else:
+            save_model(self.model, out, {"origin": {**self.asked, **self.notes}}, {DOCUMENT: self.document})
+        _beside(out, self)
+        return not there
 
 
-def _of_file(
-    file: str,
-    family: str,
-    config: dict[str, Any],
-    vae: str | None,
-    guidance: float | None,
-    revision: str | None,
-    check: bool,
-) -> Origin:
-    """A published file."""
-    model, kind, source, direction = pretrained.load_with_source(file, family, config, revision, check)
+def of_file(published: Published, config: Mapping[str, Any], wanted: Wanted) -> Shareable:
+    """What becomes of a published file.
+
+    Args:
+        published: the map, the family of its file, where it came from, which way its time runs.
+        config: what was said of its shapes.
+        wanted: the autoencoder and the guidance.
+    """
+    model, kind, source, direction = published
     network: Any = model.network
     scales = network.config.guidance
-    _check_guidance(guidance, scales)
-    usual = max(scales) if guidance is None and kind.guidance else guidance
-    folder, vae = _autoencoder(vae)
+    _check_guidance(wanted.guidance, scales)
+    usual = max(scales) if wanted.guidance is None and kind.guidance else wanted.guidance
+    folder, vae = _autoencoder(wanted.vae)
     document = _document(model, (), vae, usual)
     asked = {
         "file": source.name, "revision": source.revision, "sha256": source.sha256, "family": kind.name,
-        "config": config,
+        "config": dict(config),
     }  # fmt: skip
     notes = {"direction": None if direction is None else finite(direction._asdict())}
     what, licence = FAMILIES[kind.name]
@@ -130,12 +99,12 @@ def _of_file(
     if direction is not None:
         probe = f"{direction.verdict} (R {direction.given:.2f}, reversed {direction.reversed:.2f})"
     text = card(Path(source.name).stem, what, how, model, document, {"direction of time": probe})
-    return Origin(model, asked, notes, document, text, direction, folder)
+    return Shareable(model, asked, notes, document, text, direction, folder)
 
 
-def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
+def of_run(run: str, wanted: Wanted) -> Shareable:
     """A run of ours: its averaged weights, and what its data say of the autoencoder and the classes."""
-    found = resolve_checkpoint(run)
+    found, (vae, guidance) = resolve_checkpoint(run), wanted
     model, training = MetaFlowMap.from_pretrained(run), found.config.get("training", {})
     stored = found.document(DOCUMENT) if found.has(DOCUMENT) else {}
     data, names = training.get("data") or {}, stored.get("class_names") or ()
@@ -150,7 +119,7 @@ def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
     document = _document(model, names, vae, guidance if guidance != 1 else None)
     asked: dict[str, Any] = {
         "file": Path(run).resolve().name,
-        "revision": digest(found)[:16],
+        "revision": found.digest[:16],
         "family": "ours",
         "config": {},
     }
@@ -158,7 +127,7 @@ def _of_run(run: str, vae: str | None, guidance: float | None) -> Origin:
     steps = f" at step {found.document(position)['step']:,}" if found.has(position) else ""
     how = f"Exported on {date.today().isoformat()} from a run of `{recipe}`{steps}: its averaged weights."
     what = "A meta flow map: one-step draws from every posterior p(x_1 | x_t)."
-    return Origin(
+    return Shareable(
         model, asked, {"training": training}, document, card(asked["file"], what, how, model, document, {}), None,
         folder,
     )  # fmt: skip
@@ -189,7 +158,7 @@ def _autoencoder(vae: str | None) -> tuple[Path | None, str | None]:
     return folder, VAE
 
 
-def _beside(out: Path, found: Origin) -> None:
+def _beside(out: Path, found: Shareable) -> None:
     """The card, and the files of an autoencoder of this machine; what is there already stays."""
     if found.vae is not None and not (out / VAE).exists():
         staging = out / f".tmp-{VAE}"
@@ -217,7 +186,7 @@ def _document(model: MetaFlowMap, names: Sequence[str], vae: str | None, guidanc
     return document
 
 
-def _refuse_another(out: Path, found: Origin) -> None:
+def _refuse_another(out: Path, found: Shareable) -> None:
     """Is what lies in ``out`` the same conversion? Anything else is refused and left as it is."""
     try:
         there = resolve_checkpoint(str(out))
