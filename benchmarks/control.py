@@ -34,6 +34,7 @@ from benchmarks.control_estimators import (
 )
 from metaflowmaps.cli.context import Context
 from metaflowmaps.cli.results import Request
+from metaflowmaps.draws import Draws
 from metaflowmaps.finetuning.config import FinetuneConfig, MetersConfig
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.finetuning.run import make_objective, make_problem, make_student
@@ -44,7 +45,6 @@ from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.training.config import ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import train
-from metaflowmaps.value import Draws
 from metaflowmaps.work.config import Config
 
 OUT = RUNS / "control"

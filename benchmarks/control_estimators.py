@@ -12,8 +12,8 @@ posterior and is as accurate late, where the posterior is narrower than any fixe
 rewards its error falls faster than any power of the spacing: with 64 nodes a side drifts here are off by at most 2e-5
 (Gauss–Hermite nodes, which reach far into tails that carry nothing: 2e-3), with 96 by 2e-8.
 
-Drifts b̂_1 … b̂_S of independent runs are judged at **probes**: states of the tilted law's own marginals, at inner times
-that are uniform as in training, in the chart coordinates F in which drifts are learned:
+Drifts b̂_1 … b̂_S of independent runs are judged at **probes**: states of the tilted law's own marginals, at inner
+times that are uniform as in training, in the chart coordinates F in which drifts are learned:
 
     variance = mean over states of Σ_s ‖b̂_s − b̄‖²/(S − 1)      b̄ = mean over seeds
     bias²    = mean over states of ‖b̄ − b*‖² − variance/S       (without the last term the mean's own noise counts)
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import Time, batch_time, positive
+from metaflowmaps.draws import Draws
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.problem import Place, Problem, in_parts, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
@@ -42,7 +43,6 @@ from metaflowmaps.path import Path
 from metaflowmaps.random import noise, randn, stream
 from metaflowmaps.rewards.base import Cond
 from metaflowmaps.training.config import LawConfig
-from metaflowmaps.value import Draws
 
 # -- the task ----------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, keep, say, table, trained
+from metaflowmaps.draws import DrawOptions, make_draws
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
@@ -25,7 +26,7 @@ from metaflowmaps.recipes.tasks import steering_task
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.sampling import uniform_grid
 from metaflowmaps.steering.recycling import DrawPool
-from metaflowmaps.value import ess, free_shift, make_draws
+from metaflowmaps.value import ess, free_shift
 
 MAIN = (
     "none", "mfm-g", "mfm-gf", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n", "glass", "exact"
@@ -207,7 +208,7 @@ def _recycled(dim: int, steps: int, length: int, num_draws: int = 4, batch: int 
     x = randn((batch, dim), g)
     errors, effective = [], []
     for t, u in pairwise(uniform_grid(steps).tolist()):
-        drawn = make_draws(model, lambda x, cond=None: reward(x), t, x, num_draws, False, g)
+        drawn = make_draws(model, lambda x, cond=None: reward(x), t, x, DrawOptions(num_draws), g)
         log_base = pool.add(t, x, drawn)
         posterior = law.posterior(path, t, x)
         # one observed coordinate a·x_1 ~ N(a·m_k, v) in each component: the tilt of an isotropic mixture

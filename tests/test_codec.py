@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec, Decoded
@@ -295,11 +296,11 @@ def test_decodes_are_counted_wherever_the_codec_is(codec):
     model = mfm.MetaFlowMap(network, mfm.LinearPath())
     decoded = Decoded(brightness, codec)
     for reward in (decoded, Tempered(decoded, 2.0), WeightedSum([(1.0, Tempered(decoded, 0.5))])):
-        got = mfm.steer(model, reward, 3, "mfm-g", num_draws=2, steps=2, generator=stream(0))
+        got = steer(model, reward, 3, "mfm-g", num_draws=2, steps=2, generator=stream(0))
         # a checkpointed decode that is repeated for the backward pass is one decode
         assert got.cost["decodes"] == got.cost["reward_calls"] > 0
     model.decoder = codec  # known to model and reward: once
-    got = mfm.steer(model, decoded, 3, "mfm-g", num_draws=2, steps=2, generator=stream(0))
+    got = steer(model, decoded, 3, "mfm-g", num_draws=2, steps=2, generator=stream(0))
     assert got.cost["decodes"] == got.cost["reward_calls"]
 
 

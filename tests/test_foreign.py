@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
+from calls import steer
 from metaflowmaps.errors import InputError
 
 MEANS = torch.tensor([[-2.0, 1.0], [1.5, 0.5], [0.0, -2.0]], dtype=torch.float64)
@@ -150,7 +151,7 @@ def test_drift_only_methods_steer_it_as_they_steer_the_mixture(method):
     own = SimpleNamespace(path=model.path, event_shape=(2,), drift=lambda t, x, cond=None: LAW.drift(model.path, t, x))
     reward = mfm.rewards.LinearGaussian([[1.0, 0.5]], [0.3], 0.7)
     drawn = [
-        mfm.steer(m, reward, 8, method=method, num_draws=2, steps=6, generator=torch.Generator().manual_seed(4))
+        steer(m, reward, 8, method=method, num_draws=2, steps=6, generator=torch.Generator().manual_seed(4))
         for m in (model, own)
     ]
     # float32 through six steps; near t = 0 the table's end holds the ratio at .0063
@@ -241,7 +242,7 @@ def test_what_cannot_be_wrapped_is_refused_with_the_fix():
             mfm.wrap(*arguments, event_shape=(2,))
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="event_shape=\\(C, H, W\\)"):
-        mfm.steer(mfm.wrap(good, "noise", "data-at-0", TABLE), lambda x: x.sum(1), 2, method="none", steps=2)
+        steer(mfm.wrap(good, "noise", "data-at-0", TABLE), lambda x: x.sum(1), 2, method="none", steps=2)
     with pytest.raises(InputError, match="must return a tensor"):
         mfm.wrap(lambda x, t: "no", event_shape=(2,)).drift(0.5, torch.zeros(1, 2))
     with pytest.raises(InputError, match="returns \\(1, 3\\)"):
@@ -264,7 +265,7 @@ def test_a_guided_drift_is_counted_as_its_two_calls():
     label = torch.tensor([0, 1, 2])
     for method, scale in (("none", 1.0), ("none", 2.0), ("dps", 2.0), ("best-of-n", 2.0), ("glass", 2.0)):
         rows.clear()
-        out = mfm.steer(
+        out = steer(
             model, lambda x: -x.square().sum(1), 3, method, 2, 3, cond={"label": label, "guidance": scale + 0 * label}
         )
         assert out.cost["forwards"] == sum(rows), (method, scale)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import F64, PATHS, normal
 from metaflowmaps.cost import Meter
 from metaflowmaps.networks.mlp import MLP
@@ -58,9 +59,7 @@ def run(method, n=6, model=None, **options):
         net = Witness()
     reward = WitnessReward()
     model = mfm.MetaFlowMap(net, PATHS["linear"]) if model is None else model(net)
-    got = mfm.steer(
-        model, reward, n, method, generator=stream(0), **{"steps": K, "num_draws": N, "grid": LATE, **options}
-    )
+    got = steer(model, reward, n, method, generator=stream(0), **{"steps": K, "num_draws": N, "grid": LATE, **options})
     # the meter and the witnesses agree, the final scoring (one call a sample) is not part of the cost
     cost = got.cost
     assert cost["forwards"] == net.rows
@@ -143,7 +142,7 @@ def test_two_passes_differentiate_only_draws_that_matter():
             seen.append(r.reshape(-1, 6))
         return r
 
-    got = mfm.steer(
+    got = steer(
         mfm.MetaFlowMap(net, PATHS["linear"]), reward, 6, "mfm-g", num_draws=8, grid=LATE, passes=2,
         chunk=8, generator=stream(0),
     )  # fmt: skip
@@ -194,10 +193,10 @@ def test_decodes_are_counted_through_the_models_decoder():
         return -0.05 * model.decoder(x).square().sum(1)
 
     n = 6
-    got = mfm.steer(model, reward, n, "mfm-g", num_draws=N, grid=LATE, generator=stream(0))
+    got = steer(model, reward, n, "mfm-g", num_draws=N, grid=LATE, generator=stream(0))
     assert got.cost["decodes"] == got.cost["reward_calls"] == n * N * K
     assert got.cost["nfe"] == K + 4 * N * K  # a decode is not a network evaluation
-    assert mfm.steer(model, reward, n, "none", grid=LATE, generator=stream(0)).cost["decodes"] == 0
+    assert steer(model, reward, n, "none", grid=LATE, generator=stream(0)).cost["decodes"] == 0
 
 
 # -- the meter by itself ---------------------------------------------------------------------------------------------
@@ -257,7 +256,7 @@ MEMORY = """
     torch.nn.init.normal_(net.output.weight, std=0.01)
     model = mfm.MetaFlowMap(net, mfm.LinearPath())
     def peak(num_draws, chunk, **options):
-        return mfm.steer(
+        return steer(
             model, lambda x: -0.1 * x.square().sum(1), 128, "mfm-g", num_draws=num_draws, steps=2, chunk=chunk,
             generator=torch.Generator().manual_seed(0), **options,
         ).cost["peak_memory_bytes"]

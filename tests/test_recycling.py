@@ -8,9 +8,10 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, bayes, coefficients, normal
+from metaflowmaps.draws import Draws
 from metaflowmaps.random import stream
 from metaflowmaps.steering.recycling import DrawPool
-from metaflowmaps.value import Draws, free_shift
+from metaflowmaps.value import free_shift
 
 CASE = CASES["per-component-full"]
 REWARD = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6], dtype=F64), 0.8, 1.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
+from calls import value_gradient
 from conftest import CASES, F64, bayes, coefficients, ks_bound, normal
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.random import noise, stream
@@ -75,7 +76,7 @@ def free_estimates(correction):
     sizes = [2, 4, 8, 16] if correction == "none" else [6, 12, 24]
     x = STATE.expand(40_000, 2)
     return [
-        (n, mfm.value_gradient(
+        (n, value_gradient(
             mfm.ExactPosterior(PATH, CASE.law), REWARD, T, x, n, "gradient-free", stream(0, "gf", n),
             correction=correction, chunk=64,
         )) for n in sizes
@@ -139,7 +140,7 @@ def test_the_gradient_form_converges_to_the_exact_gradient():
     x = torch.tensor([[0.15], [-0.6], [0.9]], dtype=F64)
     for t in (0.1, T, 0.8):
         value, gradient = exact_value_and_gradient(PAIR, PATH, t, x, PAIR_REWARD)
-        got = mfm.value_gradient(
+        got = value_gradient(
             exact_flow(), PAIR_REWARD, t, x, 8192, generator=stream(0), noise="quasi", chunk=8192
         )  # fmt: skip
         # a lattice of 8,192 quantiles cuts a stretch of 1e-4 off the tails, worth ~1e-4 · the integrand there; rk4:
@@ -156,7 +157,7 @@ def gradient_estimates(correction):
     sizes = [4, 8, 16] if correction == "none" else [4, 7, 12]
     x = PAIR_STATE.expand(R, 1)
     return [
-        (n, mfm.value_gradient(
+        (n, value_gradient(
             exact_flow(), PAIR_REWARD, T, x, n, "gradient", stream(0, "g", n), correction=correction, chunk=64
         )) for n in sizes
     ]  # fmt: skip
@@ -205,7 +206,7 @@ def test_standard_errors_are_the_scatter(method, centre):
     posterior = exact_flow(6) if method == "gradient" else mfm.ExactPosterior(PATH, PAIR)
     if method == "gradient":
         n, x = 128, x[:2000]
-    got = mfm.value_gradient(posterior, PAIR_REWARD, T, x, n, method, stream(0), centre=centre, chunk=64)
+    got = value_gradient(posterior, PAIR_REWARD, T, x, n, method, stream(0), centre=centre, chunk=64)
     # a standard deviation from r values is known to 1/√(2r) = .8 % (1.6 % for 2,000): 4 of it, and 1/N (delta method)
     bound = 4 / math.sqrt(2 * len(x)) + 4 / n
     for values, claimed in ((got.value, got.std_err), (got.gradient[:, 0], got.gradient_std_err)):
@@ -215,7 +216,7 @@ def test_standard_errors_are_the_scatter(method, centre):
 
 def test_standard_error_in_two_dimensions_is_of_the_whole_vector():
     r, n = 4_000, 128
-    got = mfm.value_gradient(
+    got = value_gradient(
         mfm.ExactPosterior(PATH, CASE.law), REWARD, T, STATE.expand(r, 2), n, "gradient-free", stream(0), chunk=64
     )
     scatter = got.gradient.var(0).sum().sqrt()
@@ -226,7 +227,7 @@ def test_standard_error_in_two_dimensions_is_of_the_whole_vector():
 def test_formulas_from_the_draws(path):
     """V̂, ESS, std_err and the gradient-free form recomputed from .draws and .rewards by their definitions."""
     x, n = normal(7, 2), 5
-    got = mfm.value_gradient(mfm.ExactPosterior(path, CASE.law), REWARD, T, x, n, "gradient-free", stream(0))
+    got = value_gradient(mfm.ExactPosterior(path, CASE.law), REWARD, T, x, n, "gradient-free", stream(0))
     residual = 0.8 - got.draws @ torch.tensor([1.0, -0.6], dtype=F64)
     r = -0.5 * residual.square()
     torch.testing.assert_close(got.rewards, r)
@@ -240,7 +241,7 @@ def test_formulas_from_the_draws(path):
     torch.testing.assert_close(got.gradient, beta / alpha**2 * shift)
     means, _, weights = bayes(CASE, (x, alpha.expand(7), beta.expand(7)))
     denoise = (weights[..., None] * means).sum(1)
-    centred = mfm.value_gradient(
+    centred = value_gradient(
         mfm.ExactPosterior(path, CASE.law), REWARD, T, x, n, "gradient-free", stream(0), centre="denoise"
     )
     torch.testing.assert_close(centred.gradient, beta / alpha**2 * ((w[..., None] * got.draws).sum(0) - denoise))
@@ -250,7 +251,7 @@ def test_jackknife_is_its_definition():
     x, n = normal(7, 2), 4
     posterior = mfm.ExactPosterior(PATH, CASE.law)
     plain, corrected = (
-        mfm.value_gradient(posterior, REWARD, T, x, n, "gradient-free", stream(0), correction=c)
+        value_gradient(posterior, REWARD, T, x, n, "gradient-free", stream(0), correction=c)
         for c in ("none", "jackknife")
     )
     value, shift = n * plain.value, n * plain.gradient
@@ -266,14 +267,14 @@ def test_jackknife_is_its_definition():
 
 def test_one_draw_claims_nothing():
     posterior = mfm.ExactPosterior(PATH, CASE.law)
-    got = mfm.value_gradient(posterior, REWARD, T, normal(3, 2), 1, "gradient-free", stream(0))
+    got = value_gradient(posterior, REWARD, T, normal(3, 2), 1, "gradient-free", stream(0))
     assert torch.equal(got.gradient, torch.zeros(3, 2, dtype=F64))
     assert bool(got.std_err.isinf().all())
     assert bool(got.gradient_std_err.isinf().all())
     assert got.ess.tolist() == [1, 1, 1]
     torch.testing.assert_close(got.value, got.rewards[0])
     with pytest.raises(mfm.InputError, match="num_draws must be at least 2"):
-        mfm.value_gradient(posterior, REWARD, T, normal(3, 2), 1, "gradient-free", stream(0), correction="jackknife")
+        value_gradient(posterior, REWARD, T, normal(3, 2), 1, "gradient-free", stream(0), correction="jackknife")
 
 
 # -- noise -----------------------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def test_better_noise_same_mean_smaller_variance(kind, method):
     reward = mfm.rewards.LinearGaussian(torch.tensor([1.0], dtype=F64), 6.0, 3.0)
     x = PAIR_STATE.expand(3_000, 1)
     made = {
-        name: mfm.value_gradient(exact_flow(6), reward, T, x, 8, method, stream(0, name), noise=name, chunk=64)
+        name: value_gradient(exact_flow(6), reward, T, x, 8, method, stream(0, name), noise=name, chunk=64)
         for name in ("independent", kind)
     }
     plain, better = made["independent"], made[kind]
@@ -350,7 +351,7 @@ def of_label(x, cond):
 def test_chunks_do_not_matter(method, correction):
     x, t = normal(5, 2), torch.linspace(0.1, 0.9, 5, dtype=F64)
     one, other, third = (
-        mfm.value_gradient(
+        value_gradient(
             mfm.MapPosterior(labelled()), of_label, t, x, 7, method, stream(0), COND, correction=correction, chunk=chunk
         )
         for chunk in (1, 3, 64)
@@ -366,7 +367,7 @@ def test_two_passes_are_one(correction):
     """A mild reward, where every draw carries weight: both forms differentiate the same draws."""
     x, t = normal(5, 2), torch.linspace(0.1, 0.9, 5, dtype=F64)
     one, two = (
-        mfm.value_gradient(
+        value_gradient(
             mfm.MapPosterior(labelled()), of_label, t, x, 7, "gradient", stream(0), COND,
             correction=correction, passes=passes, chunk=3,
         ) for passes in (1, 2)
@@ -384,7 +385,7 @@ def test_two_passes_are_one_for_a_sharp_reward(correction):
 
     x = normal(5, 2)
     one, two = (
-        mfm.value_gradient(
+        value_gradient(
             mfm.MapPosterior(labelled()), sharp, 0.3, x, 4, "gradient", stream(0), {"label": COND["label"]},
             correction=correction, passes=passes,
         ).gradient for passes in (1, 2)
@@ -397,7 +398,7 @@ def test_two_passes_leave_every_row_its_observation():
     reward = mfm.rewards.InverseProblem(lambda x: x[:, :1], torch.tensor([[0.0], [1.0]], dtype=F64), 0.02)
     for seed in range(10):
         one, two = (
-            mfm.value_gradient(
+            value_gradient(
                 mfm.MapPosterior(labelled()), reward, 0.3, normal(2, 2), 2, "gradient", stream(seed), passes=passes
             ).gradient
             for passes in (1, 2)
@@ -420,7 +421,7 @@ def test_rows_have_their_own_condition_time_and_draws():
 
     t = torch.tensor([0.1, 0.5, 0.9], dtype=F64)
     for passes in (1, 2):
-        got = mfm.value_gradient(
+        got = value_gradient(
             Affine(), lambda x, cond: cond["a"] * x.sum(1), t, normal(3, 2), 5, "gradient", stream(0),
             {"scale": scale, "a": a}, chunk=2, passes=passes,
         )  # fmt: skip
@@ -434,26 +435,26 @@ def test_a_model_will_do(method):
     x = normal(5, 2)
     model = labelled()
     through, direct = (
-        mfm.value_gradient(p, of_label, T, x, 3, method, stream(0), COND) for p in (mfm.MapPosterior(model), model)
+        value_gradient(p, of_label, T, x, 3, method, stream(0), COND) for p in (mfm.MapPosterior(model), model)
     )
     for a, b in zip(through, direct, strict=True):
         torch.testing.assert_close(a, b)
     # and what has nothing but draw, the contract of interface.md
     bare = SimpleNamespace(draw=functools.partial(model.draw), path=PATH)
-    assert mfm.value_gradient(bare, of_label, T, x, 3, method, stream(0), COND).gradient.shape == (5, 2)
+    assert value_gradient(bare, of_label, T, x, 3, method, stream(0), COND).gradient.shape == (5, 2)
 
 
 def test_no_graph_and_no_trace_is_left():
     x = normal(5, 2).requires_grad_()
     state = torch.random.get_rng_state()
     before = x.detach().clone()
-    got = mfm.value_gradient(mfm.MapPosterior(labelled()), of_label, T, x, 3, "gradient", stream(0), COND)
+    got = value_gradient(mfm.MapPosterior(labelled()), of_label, T, x, 3, "gradient", stream(0), COND)
     assert not any(v.requires_grad for v in got)
     assert x.grad is None
     assert all(p.grad is None for p in labelled().parameters())
     assert torch.equal(x.detach(), before)
     assert torch.equal(state, torch.random.get_rng_state())
-    again = mfm.value_gradient(mfm.MapPosterior(labelled()), of_label, T, x, 3, "gradient", stream(0), COND)
+    again = value_gradient(mfm.MapPosterior(labelled()), of_label, T, x, 3, "gradient", stream(0), COND)
     for a, b in zip(got, again, strict=True):
         assert torch.equal(a, b)
 
@@ -465,7 +466,7 @@ def test_forbidden_draws_have_no_weight():
     def positive(x):
         return torch.where(x[:, 0] > 0, -x[:, 1].square(), -torch.inf)
 
-    got = mfm.value_gradient(
+    got = value_gradient(
         mfm.ExactPosterior(PATH, CASE.law), positive, T, STATE.expand(200, 2), 4, "gradient-free", stream(0)
     )
     allowed = got.draws[..., 0] > 0
@@ -484,7 +485,7 @@ def test_the_jackknife_survives_forbidden_draws():
     def positive(x):
         return torch.where(x[:, 0] > 0.5, -x[:, 1].square(), -torch.inf)
 
-    got = mfm.value_gradient(
+    got = value_gradient(
         mfm.ExactPosterior(PATH, CASE.law), positive, T, STATE.expand(200, 2), 4, "gradient-free", stream(0),
         correction="jackknife",
     )  # fmt: skip
@@ -499,7 +500,7 @@ def test_the_jackknife_survives_forbidden_draws():
 def bad(match, posterior=None, reward=REWARD, t=T, x=None, n=3, method="gradient-free", **options):
     posterior = mfm.ExactPosterior(PATH, CASE.law) if posterior is None else posterior
     with pytest.raises(mfm.InputError, match=match) as caught:
-        mfm.value_gradient(posterior, reward, t, normal(3, 2) if x is None else x, n, method, stream(0), **options)
+        value_gradient(posterior, reward, t, normal(3, 2) if x is None else x, n, method, stream(0), **options)
     assert "\n" not in str(caught.value)
 
 
@@ -526,4 +527,4 @@ def test_bad_input_is_refused_by_name():
     bad("must return a tensor", reward=lambda x: 1.0)
     # the right path makes it work
     bare = SimpleNamespace(draw=lambda t, x, n, generator=None, cond=None: x.expand(n, *x.shape))
-    assert mfm.value_gradient(bare, REWARD, T, normal(3, 2), 3, "gradient-free", path=PATH).gradient.shape == (3, 2)
+    assert value_gradient(bare, REWARD, T, normal(3, 2), 3, "gradient-free", path=PATH).gradient.shape == (3, 2)

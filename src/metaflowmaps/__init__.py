@@ -22,8 +22,24 @@ from metaflowmaps.posterior import (
     Posterior,
     TweediePosterior,
 )
-from metaflowmaps.steering import SteerResult, steer
-from metaflowmaps.value import ValueEstimate, value_gradient
+from metaflowmaps.steering import (
+    DPS,
+    MFMG,
+    MFMGF,
+    ODE,
+    SDE,
+    SMC,
+    TDS,
+    BestOfN,
+    Exact,
+    Glass,
+    Rejection,
+    Search,
+    SteerResult,
+    Unsteered,
+    steer,
+)
+from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_gradient
 
 if TYPE_CHECKING:
     from metaflowmaps.pipeline import Pipeline
@@ -55,11 +71,23 @@ def finetune(
 
 
 __all__ = [
+    "DPS",
+    "MFMG",
+    "MFMGF",
+    "ODE",
+    "SDE",
+    "SMC",
+    "TDS",
+    "BestOfN",
+    "Exact",
     "ExactModel",
     "ExactPosterior",
     "ForeignModel",
     "GaussianMixture",
+    "Glass",
     "GlassPosterior",
+    "Gradient",
+    "GradientFree",
     "InputError",
     "LinearPath",
     "MapPosterior",
@@ -67,9 +95,12 @@ __all__ = [
     "Path",
     "Pipeline",
     "Posterior",
+    "Rejection",
+    "Search",
     "SteerResult",
     "TrigonometricPath",
     "TweediePosterior",
+    "Unsteered",
     "ValueEstimate",
     "finetune",
     "glass_drift",

@@ -1,10 +1,12 @@
-"""The one broadcasting rule.
+"""The one broadcasting rule, and the rows of conditions.
 
 A state is (B, *event). A time is a float or a (B,) tensor, and becomes (B, 1, …, 1) (or a scalar) in the dtype and on
-the device of the state it goes with. Nothing else is ever broadcast silently.
+the device of the state it goes with. Nothing else is ever broadcast silently. A condition is None or a mapping of
+tensors, one row a sample; copies of a batch are stacked block by block, as are the rows of its condition.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from metaflowmaps.errors import InputError
 
 Time = float | Tensor
+Cond = Mapping[str, Tensor] | None
 
 
 def expand_time(t: Time, x: Tensor) -> Tensor:
@@ -121,3 +124,22 @@ def _brief(t: Time) -> str:
     if t.numel() == 1:
         return repr(float(t))
     return f"values in [{float(t.min()):g}, {float(t.max()):g}]"
+
+
+def select_cond(cond: Cond, rows: slice | Tensor) -> Cond:
+    """The condition of some rows of a batch."""
+    return None if cond is None else {name: value[rows] for name, value in cond.items()}
+
+
+def repeat_cond(cond: Cond, copies: int) -> Cond:
+    """The condition of ``copies`` copies of a batch, stacked block by block."""
+    return None if cond is None else {name: value.repeat(copies, *_ones(value)) for name, value in cond.items()}
+
+
+def repeat_rows(x: Tensor, copies: int) -> Tensor:
+    """``copies`` copies of a batch, stacked block by block: (B, …) -> (copies · B, …)."""
+    return x.repeat(copies, *_ones(x))
+
+
+def _ones(x: Tensor) -> list[int]:
+    return [1] * (x.ndim - 1)

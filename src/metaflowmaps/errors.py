@@ -18,3 +18,10 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> InputError:
     near = get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {given!r}: {hint}allowed are {', '.join(names)}")
+
+
+def check_one_of(kind: str, given: object, allowed: Iterable[str]) -> None:
+    """Refuse a name that is not allowed."""
+    names = tuple(allowed)
+    if given not in names:
+        raise unknown(kind, given, names)

@@ -24,8 +24,9 @@ the whitened posterior, whose data target has bounded variance at every t. Gauss
 
 with the divided differences taken without 0/0 at u = s. As t → 1 the map becomes exact whatever F is.
 
-**residual**: the same Gaussian answer without the change of coordinates: a = s, z = x̄, ``F = v = v^G + τ net``, squared
-errors weighted by 1/τ². The other form of the same idea; docs/log.md holds the measurement that chose between them.
+**residual**: the same Gaussian answer without the change of coordinates: a = s, z = x̄, ``F = v = v^G + τ net``,
+squared errors weighted by 1/τ². The other form of the same idea; docs/log.md holds the measurement that chose between
+them.
 """
 
 import math

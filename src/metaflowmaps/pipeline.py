@@ -3,7 +3,7 @@ r"""A map, its autoencoder and the names of its classes: pictures from one objec
     pipe = Pipeline.from_pretrained("runs/mfm-xl2")
     pipe("tabby cat", steps=4, guidance=2.5).images              # refinement: one network call a step
     pipe.posterior(picture, t=0.4, num_draws=4).images           # what a noised picture may have been
-    pipe.steer("tabby cat", reward=…, method="mfm-g").images     # sampling towards a reward on pictures
+    pipe.steer("tabby cat", reward, mfm.MFMG()).images           # sampling towards a reward on pictures
 
 It adds no method: labels become numbers, pictures become latents, and ``MetaFlowMap.generate``, ``MetaFlowMap.draw``
 and ``steer`` do the rest. A reward on pictures is one on latents through the decoder, ``r(decode(z))``. Without an
@@ -13,18 +13,17 @@ On disk it is a checkpoint with one document more, ``pipeline.json``: which auto
 it), the classes' names, the usual guidance.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count, check_time
+from metaflowmaps._shapes import check_count, check_time, select_cond
 from metaflowmaps.checkpoint import save_model
 from metaflowmaps.cost import Meter
 from metaflowmaps.data import imagenet
@@ -33,14 +32,15 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import Cond, MetaFlowMap
 from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, stored
-from metaflowmaps.random import fresh_seeds, randn
-from metaflowmaps.rewards.micro import EXHAUSTED
-from metaflowmaps.steering import SteerResult, steer
-from metaflowmaps.steering.run import PARTICLE, Step
+from metaflowmaps.random import Seed, as_seeds, randn
+from metaflowmaps.steering import Method, Process, Step, Unsteered, steer
+from metaflowmaps.steering.steer import DEFAULT_METHOD
+from metaflowmaps.work.choices import built
 from metaflowmaps.work.progress import Bar
 
 Labels = str | int | Sequence[str | int] | Tensor | np.ndarray[Any, Any] | None
-T = TypeVar("T")
+STEPS = 4  # of refinement
+MADE_AT_A_TIME, STEERED_AT_A_TIME = 64, 8  # pictures
 
 
 @dataclass
@@ -159,13 +159,12 @@ class Pipeline:
     def __call__(
         self,
         label: Labels = None,
-        steps: int = 4,
+        steps: int = STEPS,
         guidance: float | None = None,
         num_images: int = 1,
         *,
-        generator: torch.Generator | None = None,
-        seeds: Tensor | None = None,
-        batch_size: int = 64,
+        seed: Seed = None,
+        batch_size: int = MADE_AT_A_TIME,
         callback: Callable[[int, int], Any] | None = None,
         progress: bool = True,
         output: str = "pil",
@@ -180,12 +179,12 @@ class Pipeline:
         check_count(batch_size, "batch_size")
         labels, n = self.labels(label, num_images)
         cond = self.condition(labels, guidance, n)
-        seeds = fresh_seeds(n, generator) if seeds is None else seeds
+        seeds = as_seeds(seed, n, "pictures")
         made: list[Tensor] = []
         with self._metered() as meter, self.autocast(), Bar(n if progress else 0, "pictures") as bar:
             for begin in range(0, n, batch_size):
                 part = slice(begin, min(begin + batch_size, n))
-                here = None if cond is None else {k: v[part] for k, v in cond.items()}
+                here = select_cond(cond, part)
                 latents = self.model.generate(part.stop - begin, steps, cond=here, seeds=seeds[part])
                 made.append(latents)
                 bar.advance(len(latents))
@@ -234,49 +233,53 @@ class Pipeline:
         self,
         label: Labels = None,
         reward: Callable[..., Tensor] | None = None,
-        method: str = "mfm-g",
+        method: Method | str = DEFAULT_METHOD,
+        process: Process | str | None = None,
         num_images: int = 1,
-        num_draws: int = 1,
-        steps: int = 50,
         guidance: float | None = None,
         *,
-        generator: torch.Generator | None = None,
-        seeds: Tensor | None = None,
-        batch_size: int = 8,
+        seed: Seed = None,
+        batch_size: int = STEERED_AT_A_TIME,
         callback: Callable[[Step], Any] | None = None,
         progress: bool = True,
         output: str = "pil",
-        **options: Any,
     ) -> Pictures:
-        """Sample towards e^r, r a reward on pictures (B, 3, H, W) in [−1, 1]; ``options`` are those of ``mfm.steer``.
+        """Sample towards e^r, r a reward on pictures (B, 3, H, W) in [−1, 1].
 
-        Where memory runs out, the batch is halved and the samples made again from their seeds. Particles of tds and
-        mfm-smc are systems of ``batch_size`` at most, or of ``particles=``.
+        ``method``, ``process`` and ``seed`` are those of ``mfm.steer``. Where memory runs out, a batch is halved and
+        its samples made again from their seeds. Particles that are returned together are systems of ``batch_size`` at
+        most.
         """
         check_kind(output)
         if reward is None:
             raise InputError("steer needs a reward: a function of pictures, or one of mfm.rewards, such as PickScore")
         labels, n = self.labels(label, num_images)
-        cond = self.condition(labels, guidance, n)
-        whole = method in PARTICLE and options.get("returns", "all") == "all"  # one seed a system, as steer sees fit
-        if seeds is None and not whole:
-            seeds = fresh_seeds(n, generator)
-
-        def make(rows: int) -> SteerResult:
-            with self.autocast():
-                return steer(
-                    self.model, self.on_latents(reward), n, method, num_draws, steps, cond=cond, seeds=seeds,
-                    generator=generator, callback=callback, progress=progress, batch_size=rows, **options,
-                )  # fmt: skip
-
-        found = in_memory(make, batch_size, generator)
-        kept = len(found.samples)
+        with self.autocast():
+            result = steer(
+                self.model,
+                self.on_latents(reward),
+                n,
+                method,
+                process,
+                cond=self.condition(labels, guidance, n),
+                seed=seed,
+                batch_size=batch_size,
+                callback=callback,
+                progress=progress,
+            )
+        kept = len(result.samples)
         with torch.no_grad(), self.autocast():
-            images = self.decode(found.samples)
+            images = from_tensor(self.decode(result.samples), output)
         return Pictures(
-            from_tensor(images, output), found.samples, None if labels is None else labels[:kept], found.seeds,
-            found.cost, found.rewards, found.info, found.interrupted,
-        )  # fmt: skip
+            images,
+            result.samples,
+            None if labels is None else labels[:kept],
+            result.seeds,
+            result.cost,
+            result.rewards,
+            result.info,
+            result.interrupted,
+        )
 
     def estimate(
         self, num_images: int = 1, reward: Callable[..., Tensor] | None = None, **options: Any
@@ -286,33 +289,24 @@ class Pipeline:
         With a ``reward``, of ``steer`` with these options; without, of a plain call. Counts grow by a constant a step
         and a sample: trials of two and of three steps tell it.
         """
-        quiet = {**options, "progress": False, "output": "tensor"}
-        make: Callable[..., Pictures] = self if reward is None else self.steer  # type: ignore[assignment]
-        if reward is not None:
-            quiet["reward"] = reward
-        default = inspect.signature(make).parameters["steps"].default
-        batch = options.get("batch_size", inspect.signature(make).parameters["batch_size"].default)
+        trial = _Trial(self, reward, options)
         each = self.labels(options.get("label"), 1)[1]  # pictures of one count
-        rows, system = min(num_images, max(1, batch // each)), options.get("particles")
-        if system is not None and options.get("returns", "all") == "all":  # whole systems
+        rows = min(num_images, max(1, trial.batch_size // each))
+        system = trial.method.system or 1
+        if system > 1:  # whole systems
             rows = min(num_images, max(system, rows // system * system))
-        generator = torch.Generator().manual_seed(0)
-        own = ("steps", "generator", "seeds", "num_images", "callback")
-        trial = {k: v for k, v in quiet.items() if k not in own}
         # the first call allocates and compiles: it tells the memory, not the time
-        first, short, longer = (make(num_images=rows, steps=k, generator=generator, **trial).cost for k in (2, 2, 3))
-        steps = options.get("steps", default)
-        check_count(steps, "steps")
+        first, short, longer = (trial.cost(rows, k) for k in (2, 2, 3))
+        steps, batch = trial.steps, trial.batch_size
         chunks = -(-num_images * each // batch) / -(-rows * each // batch)
-        counted = [key for key in short if key not in ("peak_memory_bytes", "seconds")]
+        counted = [key for key in short if key not in ("peak_memory_bytes", "seconds", "nfe")]
         whole = {key: short[key] + (steps - 2) * (longer[key] - short[key]) for key in counted}
-        out = {key: value * num_images / rows for key, value in whole.items() if key != "nfe"}
+        out = {key: value * num_images / rows for key, value in whole.items()}
         per_step = max(longer["seconds"] - short["seconds"], short["seconds"] / 3)
         out["seconds"] = chunks * (short["seconds"] + (steps - 2) * per_step)
         out["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in (first, short, longer))
-        out["nfe"] = (out["forwards"] + out["backwards"] + out["reward_calls"] + out["reward_backwards"]) / (
-            num_images * each
-        )
+        calls = ("forwards", "backwards", "reward_calls", "reward_backwards")
+        out["nfe"] = sum(out[key] for key in calls) / (num_images * each)
         return out
 
     # -- between pictures and latents --------------------------------------------------------------------------------
@@ -395,15 +389,24 @@ def _plain(label: Any) -> Any:
     return names
 
 
-def in_memory(make: Callable[[int], T], batch_size: int, generator: torch.Generator | None = None) -> T:
-    """``make(batch_size)``, with half of it as long as memory runs out; a generator begins anew each time."""
-    start = None if generator is None else generator.get_state()
-    while True:
-        try:
-            return make(batch_size)
-        except (RuntimeError, InputError) as error:  # a reward's own failure comes as the latter
-            if batch_size == 1 or not any(words in str(error).lower() for words in EXHAUSTED):
-                raise
-            batch_size //= 2
-            if generator is not None and start is not None:
-                generator.set_state(start)
+class _Trial:
+    """A call of a pipeline with fewer samples and steps, as :meth:`Pipeline.estimate` makes them."""
+
+    def __init__(self, pipe: Pipeline, reward: Callable[..., Tensor] | None, options: dict[str, Any]) -> None:
+        self.pipe, self.reward = pipe, reward
+        own = ("steps", "process", "seed", "num_images", "callback", "method")
+        self.options = {k: v for k, v in options.items() if k not in own}
+        self.method = built(Method, options.get("method", DEFAULT_METHOD if reward is not None else Unsteered()))
+        process = options.get("process")
+        self.process = self.method.usual() if process is None else built(Process, process)
+        self.steps = self.process.steps if reward is not None else int(options.get("steps", STEPS))
+        check_count(self.steps, "steps")
+        self.batch_size = int(options.get("batch_size", STEERED_AT_A_TIME if reward is not None else MADE_AT_A_TIME))
+
+    def cost(self, num_images: int, steps: int) -> dict[str, float]:
+        """The meter of one trial."""
+        options = {**self.options, "progress": False, "output": "tensor", "num_images": num_images, "seed": 0}
+        if self.reward is None:
+            return self.pipe(steps=steps, **options).cost
+        process = replace(self.process, steps=steps)
+        return self.pipe.steer(reward=self.reward, method=self.method, process=process, **options).cost

@@ -145,6 +145,27 @@ def check_seeds(seeds: Tensor, count: int, each: str = "a sample") -> Tensor:
     return seeds
 
 
+Seed = int | Tensor | torch.Generator | None
+
+
+def as_seeds(seed: Seed, count: int, name: str, each: str = "a sample") -> Tensor:
+    """Seeds of ``count`` samples: as given, or chosen by a number, a generator, or (None) the global one.
+
+    Args:
+        seed: (count,) int64, a whole number, a generator or None.
+        count: how many.
+        name: the purpose, for a number's stream.
+        each: what has a seed, for messages.
+    """
+    if isinstance(seed, Tensor):
+        return check_seeds(seed, count, each)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return fresh_seeds(count, stream(seed, name))
+    if seed is None or isinstance(seed, torch.Generator):
+        return fresh_seeds(count, seed)
+    raise InputError(f"seed is a whole number, a torch.Generator or an int64 tensor, got {type(seed).__name__}")
+
+
 # -- either way ------------------------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,7 @@ Draws x_1^i with base weights ω_i (equal, or those of recycled draws) and tilte
 ``∇V = (β_t/α_t²)(D*_t − D_t)`` with D* the mean under the tilt. Written as ``D* − D = Σ (w_i − ω_i) x_1^i`` a constant
 reward gives exact zeros. With ``centre="denoise"`` D_t comes from the drift instead of the same draws.
 
-**gradient** (Eq. 22). ``∇V̂ = Σ w_i g_i`` with ``g_i = ∇_x r(X_{0,1}(ε_i; t, x))``. Every draw has its own copy of the
-context, so one backward pass gives all g_i of a chunk and only the chunk's activations are ever held: memory is flat in
-the number of draws. With ``passes=2`` the weights come first, without gradients, and only draws that carry weight are
-differentiated: fewer backward passes where the reward is sharp.
+**gradient** (Eq. 22). ``∇V̂ = Σ w_i g_i`` with ``g_i = ∇_x r(X_{0,1}(ε_i; t, x))`` (:mod:`metaflowmaps.draws`).
 
 Standard errors are those of independent noise; with antithetic or quasi-random noise they do not apply.
 
@@ -21,24 +18,31 @@ Both are ratio estimators with bias O(1/N); ``correction="jackknife"`` removes t
 ``D* − D`` is called the **shift**: finite at t = 0 where σ_t² is not, and what :mod:`metaflowmaps.steering` adds.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Time, batch_time, check_count, check_state, check_time, expand_time
-from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps._shapes import Cond, Time, batch_time, check_state, check_time, expand_time
+from metaflowmaps.draws import (
+    NEGLIGIBLE,
+    DrawOptions,
+    Draws,
+    equal_log_weights,
+    make_draws,
+    tilted_weights,
+    weighted,
+)
+from metaflowmaps.errors import InputError, check_one_of, unknown
 from metaflowmaps.path import Path
-from metaflowmaps.posterior import MapPosterior
-from metaflowmaps.random import RowNoise, Source
-from metaflowmaps.random import noise as draw_noise
-from metaflowmaps.rewards.base import Cond, is_differentiable, rows_of
+from metaflowmaps.random import NOISES, Source
 from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.work.choices import Choice, built
 
 CORRECTIONS = ("none", "jackknife")
-NEGLIGIBLE = 1e-4  # of an equal share: the second pass leaves such draws out
 
 
 class ValueEstimate(NamedTuple):
@@ -53,27 +57,7 @@ class ValueEstimate(NamedTuple):
     rewards: Tensor  # (num_draws, B)
 
 
-class Draws(NamedTuple):
-    """Draws at a batch of contexts with their rewards and, where asked for, each one's ∇_x r(X(ε_i; t, x))."""
-
-    x_1: Tensor  # (N, B, *event)
-    rewards: Tensor  # (N, B)
-    gradients: Tensor | None = None  # (N, B, *event)
-
-
-# -- weights -------------------------------------------------------------------------------------------
-
-
-def equal_log_weights(rewards: Tensor) -> Tensor:
-    """log 1/N for each draw."""
-    return torch.zeros_like(rewards).log_softmax(0)
-
-
-def tilted_weights(rewards: Tensor, log_weights: Tensor) -> Tensor:
-    """softmax_i(log ω_i + r_i); where every draw has reward −inf nothing can be said, and the base weights stay."""
-    total = log_weights + rewards
-    hopeless = total.amax(0, keepdim=True) == -torch.inf
-    return torch.where(hopeless, log_weights, total).softmax(0)
+# -- weights ------------------------------------------------------------------------------------------
 
 
 def log_mean(rewards: Tensor, log_weights: Tensor) -> Tensor:
@@ -92,11 +76,6 @@ def value_std_err(weights: Tensor, base: Tensor) -> Tensor:
     if count == 1:
         return torch.full_like(weights[0], torch.inf)
     return ((weights - base).square().sum(0) * (count / (count - 1))).sqrt()
-
-
-def weighted(weights: Tensor, y: Tensor) -> Tensor:
-    """Σ_i w_i y_i over (M, B) weights and (M, B, *event) values."""
-    return torch.einsum("mb,mbd->bd", weights, y.flatten(2).to(weights.dtype)).reshape(y.shape[1:]).to(y.dtype)
 
 
 def _spread(weights: Tensor, deviation: Tensor) -> Tensor:
@@ -157,163 +136,115 @@ def _corrected(estimate: Callable[[Tensor], Tensor], log_weights: Tensor, correc
     return torch.where(better.isfinite(), better, plain)
 
 
-# -- drawing -------------------------------------------------------------------------------------------
+# -- the public estimate -------------------------------------------------------------------------------
 
 
-class DrawOptions(NamedTuple):
-    """How draws are made: their noise, how many at a time, and in how many passes they are differentiated."""
+@dataclass(frozen=True)
+class Estimator(Choice, ABC):
+    """How ∇V is estimated from draws.
 
-    noise: str = "independent"
-    chunk: int = 8
-    passes: int = 1
-    negligible: float = NEGLIGIBLE
-
-
-def make_draws(
-    posterior: Any,
-    reward: Callable[[Tensor, Cond], Tensor],
-    t: Time,
-    x_t: Tensor,
-    num_draws: int,
-    differentiate: bool,
-    generator: Source | None = None,
-    cond: Cond = None,
-    options: DrawOptions = DrawOptions(),
-) -> Draws:
-    """Draws, rewards and (with ``differentiate``) each draw's gradient in x_t, a chunk of draws at a time."""
-    check_count(num_draws, "num_draws")
-    if options.passes not in (1, 2):
-        raise InputError(f"passes must be 1 (differentiate every draw) or 2 (weights first), got {options.passes}")
-    check_count(options.chunk, "chunk")
-    if differentiate:
-        if not getattr(posterior, "pathwise", True):
-            raise InputError(
-                "draws of an exact mixture pick a component and have no gradient in x_t: use the gradient-free method "
-                '("gradient-free", "mfm-gf"), or a GlassPosterior on its drift'
-            )
-        if not is_differentiable(reward):
-            raise InputError(
-                'this reward declares itself not differentiable: use method="mfm-gf" (value_gradient: "gradient-free")'
-            )
-    if isinstance(posterior, MetaFlowMap):
-        posterior = MapPosterior(posterior)
-    source = _Source(posterior, x_t, num_draws, generator, options.noise)
-    draws, rewards, gradients = [], [], []
-    for begin in range(0, num_draws, options.chunk):
-        n = min(options.chunk, num_draws - begin)
-        times, wide = batch_time(t, x_t).repeat(n), repeat_cond(cond, n)
-        contexts = x_t.detach().repeat(n, *([1] * (x_t.ndim - 1)))
-        first = differentiate and options.passes == 1
-        x_1, r, g = _differentiated(source, reward, times, contexts, begin, n, wide) if first else _plain(
-            source, reward, times, contexts, begin, n, wide
-        )  # fmt: skip
-        draws.append(x_1.reshape(n, *x_t.shape).to(x_t.dtype))
-        rewards.append(r.reshape(n, -1))
-        if g is not None:
-            gradients.append(g.reshape(n, *x_t.shape))
-    made = Draws(torch.cat(draws), torch.cat(rewards), torch.cat(gradients) if gradients else None)
-    if differentiate and options.passes == 2:
-        if rows_of(reward, x_t[:1]) is not None:  # each row has its own observation: leaving some out would shift them
-            options = options._replace(negligible=0.0)
-        made = made._replace(gradients=_second_pass(source, reward, t, x_t, made, cond, options))
-    return made
-
-
-class _Source:
-    """A posterior's draws, by noise of our choosing where it has ``push`` and by its own ``draw`` otherwise.
-
-    Its own draw takes a generator and no seeds: there a row's draws depend on the rest of the batch.
+    Args:
+        correction: none, or jackknife for the 1/N term of the bias.
+        noise: independent, antithetic or quasi(-random).
+        chunk: draws that are held at a time.
     """
 
-    def __init__(self, posterior: Any, x_t: Tensor, num_draws: int, generator: Source | None, kind: str) -> None:
-        self.posterior = posterior
-        self.noise: Tensor | None = None
-        if hasattr(posterior, "push"):
-            self.noise = draw_noise(kind, num_draws, x_t, generator)
-        elif kind != "independent":
-            raise InputError(
-                f"noise={kind!r} needs a posterior with push(noise, t, x_t, cond), such as mfm.MapPosterior"
-            )
+    kind: ClassVar[str] = "estimator of ∇V"
+    differentiates: ClassVar[bool]
+
+    correction: str = "none"
+    noise: str = "independent"
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        check_one_of("correction", self.correction, CORRECTIONS)
+        check_one_of("noise", self.noise, NOISES)
+
+    def options(self, num_draws: int) -> DrawOptions:
+        """How the draws are made."""
+        # with one draw left out, one that carries no weight may come to carry it all
+        negligible = NEGLIGIBLE if self.correction == "none" else 0.0
+        passes = getattr(self, "passes", 1)
+        return DrawOptions(num_draws, self.differentiates, self.noise, self.chunk, passes, negligible)
+
+    @abstractmethod
+    def gradient(self, at: "_Estimate") -> tuple[Tensor, Tensor]:
+        """∇V̂ (B, *event) and the root of its summed variances (B,)."""
+
+
+@dataclass(frozen=True)
+class Gradient(Estimator):
+    """MFM-G (Eq. 22): Σ w_i ∇_x r(X(ε_i; t, x)); ``passes=2`` differentiates only draws that carry weight."""
+
+    name = "gradient"
+    differentiates = True
+
+    passes: int = 1
+
+    def gradient(self, at: "_Estimate") -> tuple[Tensor, Tensor]:
+        """Σ w_i g_i."""
+        gradients = at.draws.gradients
+        assert gradients is not None
+        error = _spread(at.tilted, gradients - weighted(at.tilted, gradients))
+        return reparameterised(at.draws, at.log_base, self.correction), error
+
+
+@dataclass(frozen=True)
+class GradientFree(Estimator):
+    """MFM-GF (Eq. 20): (β/α²)(D* − D) from reward values alone; D from the same draws or (``denoise``) the drift."""
+
+    name = "gradient-free"
+    differentiates = False
+
+    centre: str = "draws"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("centre", self.centre, ("draws", "denoise"))
+
+    def gradient(self, at: "_Estimate") -> tuple[Tensor, Tensor]:
+        """(β/α²) Σ (w_i − ω_i) x_1^i, or with D_t(x) in place of Σ ω_i x_1^i."""
+        gain, draws = _tweedie_gain(at.path, at.t, at.x_t), at.draws.x_1
+        influence = _per_draw(at.tilted, draws - weighted(at.tilted, draws))
+        if self.centre == "draws":
+            shift = free_shift(at.draws, at.log_base, self.correction)
+            influence = influence - _per_draw(at.base, draws - weighted(at.base, draws))
         else:
-            self.generator = generator.generator() if isinstance(generator, RowNoise) else generator
+            shift = free_shift_from(at.draws, at.log_base, at.denoise(), self.correction)
+        return gain * shift, gain.flatten() * _spread(torch.ones_like(at.tilted), influence)
 
-    def __call__(self, times: Tensor, contexts: Tensor, begin: int, n: int, cond: Cond) -> Tensor:
-        """n draws a context; contexts (n·B, *event) repeat the batch n times."""
-        out: Tensor
-        if self.noise is not None:
-            out = self.posterior.push(self.noise[begin : begin + n].flatten(0, 1), times, contexts, cond)
+
+class _Estimate(NamedTuple):
+    """What an estimator is given."""
+
+    posterior: Any
+    t: Time
+    x_t: Tensor
+    cond: Cond
+    draws: Draws
+    log_base: Tensor
+    base: Tensor
+    tilted: Tensor
+
+    @property
+    def path(self) -> Path:
+        """The posterior's path."""
+        path: Path | None = getattr(self.posterior, "path", None)
+        if path is None:
+            raise InputError("the gradient-free form needs the path: give the posterior an attribute path")
+        return path
+
+    def denoise(self) -> Tensor:
+        """D_t(x), which the posterior knows by itself or by its drift."""
+        if hasattr(self.posterior, "denoise"):
+            out: Tensor = self.posterior.denoise(self.t, self.x_t, self.cond)
+        elif hasattr(self.posterior, "drift") and hasattr(self.posterior, "path"):
+            times = batch_time(self.t, self.x_t)
+            drift = self.posterior.drift(times, self.x_t, self.cond)
+            out = self.posterior.path.to_denoise(times, self.x_t, drift, "drift")
         else:
-            out = self.posterior.draw(times, contexts, 1, generator=self.generator, cond=cond)[0]
+            raise InputError('centre="denoise" needs a posterior with denoise(t, x, cond); use centre="draws"')
         return out
-
-    def rows(self, keep: Tensor, times: Tensor, contexts: Tensor, cond: Cond) -> Tensor:
-        """The draws with flat indices ``keep`` made again."""
-        if self.noise is None:
-            raise InputError("passes=2 makes draws again and needs a posterior with push(noise, t, x_t, cond)")
-        out: Tensor = self.posterior.push(self.noise.flatten(0, 1)[keep], times, contexts, cond)
-        return out
-
-
-Made = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _plain(
-    source: _Source, reward: Callable[..., Tensor], times: Tensor, contexts: Tensor, begin: int, n: int, cond: Cond
-) -> Made:
-    with torch.no_grad():
-        x_1 = source(times, contexts, begin, n, cond)
-        return x_1, reward(x_1, cond), None
-
-
-def _differentiated(
-    source: _Source, reward: Callable[..., Tensor], times: Tensor, contexts: Tensor, begin: int, n: int, cond: Cond
-) -> Made:
-    with torch.enable_grad():
-        contexts = contexts.requires_grad_(True)
-        x_1 = source(times, contexts, begin, n, cond)
-        r = reward(x_1, cond)
-        return x_1.detach(), r.detach(), pull_back(r, contexts, x_1)
-
-
-def pull_back(r: Tensor, x: Tensor, x_1: Tensor) -> Tensor:
-    """∂ Σ r/∂x; a reward or a draw without a graph is refused by name."""
-    if not x_1.requires_grad:
-        raise InputError('these draws have no gradient in x_t: use method="mfm-gf" (value_gradient: "gradient-free")')
-    if not r.requires_grad:
-        raise InputError(
-            'the reward is not differentiable: write it in torch without detach(), or use method="mfm-gf" '
-            '(value_gradient: "gradient-free")'
-        )
-    with torch.enable_grad():
-        total = r.sum()
-    (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
-    return torch.zeros_like(x) if gradient is None else gradient
-
-
-def _second_pass(
-    source: _Source, reward: Callable[..., Tensor], t: Time, x_t: Tensor, made: Draws, cond: Cond, options: DrawOptions
-) -> Tensor:
-    """Gradients of the draws whose weight is more than a negligible part of an equal share."""
-    weights = tilted_weights(made.rewards, equal_log_weights(made.rewards))
-    keep = (weights.flatten() >= options.negligible / len(weights)).nonzero()[:, 0]
-    gradients = torch.zeros_like(made.x_1).flatten(0, 1)
-    batch, times = len(x_t), batch_time(t, x_t)
-    for part in keep.split(options.chunk * batch):
-        row = part % batch
-        wide = None if cond is None else {k: v[row] for k, v in cond.items()}
-        with torch.enable_grad():
-            contexts = x_t.detach()[row].requires_grad_(True)
-            x_1 = source.rows(part, times[row], contexts, wide)
-            gradients[part] = pull_back(reward(x_1, wide), contexts, x_1)
-    return gradients.reshape(made.x_1.shape)
-
-
-def repeat_cond(cond: Cond, times: int) -> Cond:
-    """The condition of a batch repeated ``times`` times."""
-    return None if cond is None else {k: v.repeat(times) for k, v in cond.items()}
-
-
-# -- the public estimate -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -323,80 +254,47 @@ def value_gradient(
     t: Time,
     x_t: Tensor,
     num_draws: int,
-    method: str = "gradient",
+    method: str | Estimator = "gradient",
     generator: Source | None = None,
     cond: Cond = None,
-    *,
-    centre: str = "draws",
-    correction: str = "none",
-    noise: str = "independent",
-    chunk: int = 8,
-    passes: int = 1,
-    path: Path | None = None,
 ) -> ValueEstimate:
-    """V̂_t(x_t) and ∇V̂_t(x_t) from num_draws draws of ``posterior`` (anything with ``draw``; a model will do).
+    """V̂_t(x_t) and ∇V̂_t(x_t) from draws of a posterior.
 
-    method "gradient" (MFM-G) or "gradient-free" (MFM-GF; centre "draws" or "denoise"). ``chunk`` draws are held at a
-    time; ``noise`` independent, antithetic or quasi; ``correction`` none or jackknife; ``path`` where the posterior
-    does not carry one.
+    Args:
+        posterior: anything with ``draw``; a model will do.
+        reward: a function of x (B, *event) -> (B,), and of cond where it has a place for it.
+        t: float or (B,).
+        x_t: states, (B, *event).
+        num_draws: N.
+        method: "gradient" (MFM-G), "gradient-free" (MFM-GF), or an object with their options:
+            ``Gradient(passes=2)``, ``GradientFree(centre="denoise", correction="jackknife")``.
+        generator: of the draws' noise.
+        cond: conditions, one row a state.
+
+    Returns:
+        The value (B,), its gradient (B, *event), the ESS (B,), standard errors, and the draws with their rewards.
     """
-    if method not in ("gradient", "gradient-free"):
-        raise unknown("method", method, ("gradient", "gradient-free"))
-    if centre not in ("draws", "denoise"):
-        raise unknown("centre", centre, ("draws", "denoise"))
-    if correction not in CORRECTIONS:
-        raise unknown("correction", correction, CORRECTIONS)
+    estimator = built(Estimator, method)
     check_state(x_t, "x_t")
     check_time(t)
-    checked = checked_reward(reward)
-    # with one draw left out, one that carries no weight may come to carry it all
-    options = DrawOptions(noise, chunk, passes, NEGLIGIBLE if correction == "none" else 0.0)
-    draws = make_draws(posterior, checked, t, x_t, num_draws, method == "gradient", generator, cond, options)
+    draws = make_draws(posterior, checked_reward(reward), t, x_t, estimator.options(num_draws), generator, cond)
     log_base = equal_log_weights(draws.rewards)
     base, tilted = log_base.exp(), tilted_weights(draws.rewards, log_base)
-    value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, correction)
-    if method == "gradient":
-        assert draws.gradients is not None
-        gradient = reparameterised(draws, log_base, correction)
-        error = _spread(tilted, draws.gradients - weighted(tilted, draws.gradients))
-    else:
-        gain = _tweedie_gain(path or getattr(posterior, "path", None), t, x_t)
-        mean, tilted_mean = weighted(base, draws.x_1), weighted(tilted, draws.x_1)
-        if centre == "draws":
-            shift = free_shift(draws, log_base, correction)
-            influence = _per_draw(tilted, draws.x_1 - tilted_mean) - _per_draw(base, draws.x_1 - mean)
-        else:
-            shift = free_shift_from(draws, log_base, _denoise(posterior, t, x_t, cond), correction)
-            influence = _per_draw(tilted, draws.x_1 - tilted_mean)
-        gradient = gain * shift
-        error = gain.flatten() * _spread(torch.ones_like(tilted), influence)
+    value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, estimator.correction)
+    gradient, error = estimator.gradient(_Estimate(posterior, t, x_t, cond, draws, log_base, base, tilted))
     if num_draws == 1:
         error = torch.full_like(error, torch.inf)
-    return ValueEstimate(
-        value, gradient, ess(tilted), value_std_err(tilted, base), error, draws.x_1, draws.rewards
-    )  # fmt: skip
+    std_err = value_std_err(tilted, base)
+    return ValueEstimate(value, gradient, ess(tilted), std_err, error, draws.x_1, draws.rewards)
 
 
 def _per_draw(weights: Tensor, y: Tensor) -> Tensor:
     return weights.reshape(*weights.shape, *([1] * (y.ndim - 2))) * y
 
 
-def _tweedie_gain(path: Path | None, t: Time, x_t: Tensor) -> Tensor:
+def _tweedie_gain(path: Path, t: Time, x_t: Tensor) -> Tensor:
     """β_t/α_t²."""
-    if path is None:
-        raise InputError("the gradient-free form needs the path: give path=, or a posterior that has one")
     if bool((batch_time(t, x_t) == 1).any()):
         raise InputError("at t = 1 the posterior is the state itself and ∇V = ∇r: differentiate the reward there")
     t = expand_time(t, x_t)
     return path.beta(t) / path.alpha(t) ** 2
-
-
-def _denoise(posterior: Any, t: Time, x_t: Tensor, cond: Cond) -> Tensor:
-    if hasattr(posterior, "denoise"):
-        out: Tensor = posterior.denoise(t, x_t, cond)
-    elif hasattr(posterior, "drift") and hasattr(posterior, "path"):
-        times = batch_time(t, x_t)
-        out = posterior.path.to_denoise(times, x_t, posterior.drift(times, x_t, cond), "drift")
-    else:
-        raise InputError('centre="denoise" needs a posterior with denoise(t, x, cond); use centre="draws"')
-    return out

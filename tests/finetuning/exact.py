@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import metaflowmaps as mfm
 from conftest import F64, coefficients
+from metaflowmaps.draws import DrawOptions, make_draws
 from metaflowmaps.finetuning.baseline import Running
 from metaflowmaps.finetuning.config import BaselineConfig
 from metaflowmaps.finetuning.objective import MFMFT, TargetBatch
 from metaflowmaps.finetuning.problem import Problem
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.value import DrawOptions, make_draws
 
 LEVEL = 4.5  # of |z|: two-sided probability 7e-6 a statistic; the suite looks at about a thousand of them, seeds fixed
 LOUD = 10.0  # of |z|, where a difference must show: no chance fluctuation
@@ -117,10 +117,8 @@ class DrawnExactly(Problem):
 
     def draws(self, place, num_draws, differentiate, generator):
         posterior = mfm.ExactPosterior(self.path, self.base.network.law)
-        options = DrawOptions(chunk=num_draws)
-        return make_draws(
-            posterior, self.reward, place.t, place.x, num_draws, differentiate, generator, None, options
-        )  # fmt: skip
+        options = DrawOptions(num_draws, differentiate, chunk=num_draws)
+        return make_draws(posterior, self.reward, place.t, place.x, options, generator)
 
 
 class Case:

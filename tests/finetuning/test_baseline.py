@@ -9,11 +9,12 @@ from exact import LEVEL, Case, regression
 import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.checkpoint.flatten import flatten_state, unflatten_state
+from metaflowmaps.draws import equal_log_weights
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.baseline import IndependentDraws, Learned, NoBaseline, Running, make_baseline
 from metaflowmaps.finetuning.config import BaselineConfig
 from metaflowmaps.random import stream
-from metaflowmaps.value import equal_log_weights, log_mean
+from metaflowmaps.value import log_mean
 
 KINDS = ("none", "running", "learned", "draws")
 LINEAR = mfm.LinearPath()

@@ -12,6 +12,7 @@ from tiny_vision import EMBED, PLAIN, SIDE, check_gradient, clip, pictures, refi
 from torch import nn
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import F64, mfm_command
 from metaflowmaps.cli.rewards import JUDGES, choose_reward
 from metaflowmaps.lab.opened import OpenedModel
@@ -225,7 +226,7 @@ def test_steering_a_model_of_pictures():
     reward = mfm.rewards.ClipScore(clip().float(), "a dog", tokenizer(), PIXELS, strength=30.0, micro_batch=3)
 
     def steered(method):
-        return mfm.steer(model, reward, 8, method=method, steps=10, generator=torch.Generator().manual_seed(0))
+        return steer(model, reward, 8, method=method, steps=10, generator=torch.Generator().manual_seed(0))
 
     plain, better = steered("none").rewards, steered("dps").rewards
     assert bool((better > plain).all())

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import F64, PATHS
 from metaflowmaps.random import stream
-from metaflowmaps.steering.problem import Problem
+from metaflowmaps.steering.problem import SteeringProblem
 
 LAW = mfm.GaussianMixture(torch.tensor([[0.4]], dtype=F64), 0.6)
 
@@ -25,7 +26,7 @@ def max_of_normals(n):
 def test_mean_reward_is_that_of_the_best(n, path):
     """r = −3x on x ~ N(.4, .6): −1.2 + 3 √.6 E[max of n normals], within 4 standard errors."""
     samples = 3000
-    got = mfm.steer(
+    got = steer(
         mfm.ExactModel(path, LAW), lambda x: -3 * x[:, 0], samples, "best-of-n", num_draws=n, steps=12,
         integrator="rk4", generator=stream(0, n), batch_size=20_000,
     )  # fmt: skip
@@ -41,7 +42,7 @@ def test_mean_reward_is_that_of_the_best(n, path):
 def overheard(reward, method, **options):
     """A run on one row of states at a time that can be replayed: its x_0."""
     start = []
-    original = Problem.noise
+    original = SteeringProblem.noise
 
     def spy(self, name, rows):
         out = original(self, name, rows)
@@ -49,8 +50,8 @@ def overheard(reward, method, **options):
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "noise", spy)
-        got = mfm.steer(mfm.ExactModel(PATHS["linear"], LAW), reward, 5, method, generator=stream(0), **options)
+        patch.setattr(SteeringProblem, "noise", spy)
+        got = steer(mfm.ExactModel(PATHS["linear"], LAW), reward, 5, method, generator=stream(0), **options)
     return got, start[0]
 
 
@@ -88,7 +89,7 @@ def test_search_by_hand(selection, transition, path):
 
     Known.path = path
     noises = []
-    original = Problem.noise
+    original = SteeringProblem.noise
 
     def spy(self, name, rows):
         noises.append(original(self, name, rows))
@@ -99,8 +100,8 @@ def test_search_by_hand(selection, transition, path):
 
     grid = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=F64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "noise", spy)
-        got = mfm.steer(
+        patch.setattr(SteeringProblem, "noise", spy)
+        got = steer(
             Known(), reward, samples, "mfm-search", num_draws=n, particles=m, selection=selection,
             transition=transition, grid=grid, generator=stream(0),
         )  # fmt: skip
@@ -125,7 +126,7 @@ def test_search_raises_the_reward():
     """More particles find more; all above the base."""
     model = mfm.ExactModel(PATHS["linear"], LAW)
     rewards = [
-        float(mfm.steer(
+        float(steer(
             model, lambda x: x[:, 0], 400, method, num_draws=2, steps=20, generator=stream(0), **options
         ).rewards.mean()) for method, options in (
             ("none", {}), ("mfm-search", {"particles": 1}), ("mfm-search", {"particles": 6})

@@ -8,10 +8,11 @@ import torch
 from closed_forms import draw, drift_of, gaussian_moment, tilted
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import CASES, CUBE, F64, PATHS, Case, coefficients, normal
 from metaflowmaps.metrics import two_sample_test
 from metaflowmaps.random import stream
-from metaflowmaps.steering.problem import Problem
+from metaflowmaps.steering.problem import SteeringProblem
 
 ALL = {**CASES, "cube": CUBE}
 
@@ -27,7 +28,7 @@ def random_reward(name):
 def steered(name, path, n, seed=0, **options):
     A, y, noise_std, strength = random_reward(name)
     reward = mfm.rewards.LinearGaussian(A, y, noise_std, strength)
-    return mfm.steer(
+    return steer(
         mfm.ExactModel(path, ALL[name].law), reward, n, "exact", generator=stream(seed, name, path.name), **options
     ).samples
 
@@ -102,14 +103,14 @@ def solutions():
 def start(name, path, n=16):
     """The x_0 that steer draws, overheard."""
     got = []
-    original = Problem.noise
+    original = SteeringProblem.noise
 
     def spy(self, stream_name, rows):
         got.append(original(self, stream_name, rows))
         return got[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Problem, "noise", spy)
+        patch.setattr(SteeringProblem, "noise", spy)
         steered(name, path, n, steps=1)
     return got[0]
 
@@ -153,9 +154,9 @@ def chain_law(path, steps, integrator, monkeypatch):
         count += 1
         return out
 
-    monkeypatch.setattr(Problem, "noise", unit)
+    monkeypatch.setattr(SteeringProblem, "noise", unit)
     law = mfm.GaussianMixture(GAUSSIAN.means, GAUSSIAN.covariances)
-    got = mfm.steer(
+    got = steer(
         mfm.ExactModel(path, law), mfm.rewards.LinearGaussian(A, Y, NOISE_STD), rows, "exact", steps=steps,
         process="sde", integrator=integrator, generator=stream(0),
     ).samples  # fmt: skip
@@ -196,7 +197,7 @@ def test_the_bridge_needs_no_small_steps_where_nothing_depends_on_x(path):
     """A reward so strong that D* hardly moves: the SDE reaches it in a handful of steps, with σ² = ∞ at the start."""
     sure = mfm.rewards.LinearGaussian(torch.ones(1, 1, dtype=F64), 0.3, 1e-3)
     law = mfm.GaussianMixture(GAUSSIAN.means, GAUSSIAN.covariances)
-    got = mfm.steer(
+    got = steer(
         mfm.ExactModel(path, law), sure, 50, "exact", steps=4, process="sde", generator=stream(0)
     ).samples  # fmt: skip
     # the target's deviation is 1e-3; the last step goes to its D*, which varies by less
@@ -227,8 +228,8 @@ def test_options_of_the_control(path):
     }
     for (renormalize, cap), steering in expected.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Problem, "noise", lambda self, name, rows: x.clone())
-            got = mfm.steer(
+            patch.setattr(SteeringProblem, "noise", lambda self, name, rows: x.clone())
+            got = steer(
                 mfm.ExactModel(path, law), reward, 9, "exact", grid=torch.tensor([t, u], dtype=F64),
                 renormalize=renormalize, sigma_cap=cap, generator=stream(0),
             )  # fmt: skip

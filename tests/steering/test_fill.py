@@ -3,6 +3,7 @@
 import torch
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import F64, paper_law
 from metaflowmaps.random import stream
 
@@ -11,7 +12,7 @@ REWARD = mfm.rewards.LinearGaussian([1.2, -0.8], -1.0, 0.2)
 
 
 def steered(reward, **options):
-    return mfm.steer(MODEL, reward, 512, "mfm-gf", 2, 10, generator=stream(0, "fill"), **options)
+    return steer(MODEL, reward, 512, "mfm-gf", 2, 10, generator=stream(0, "fill"), **options)
 
 
 def test_it_costs_the_pool_once():
@@ -29,7 +30,7 @@ def test_the_first_estimate_rests_on_the_whole_pool():
 
 def test_zero_reward_is_the_base_sampler():
     zero = mfm.rewards.Tempered(REWARD, 0.0)
-    base = mfm.steer(MODEL, zero, 512, "none", steps=10, generator=stream(0, "fill"))
+    base = steer(MODEL, zero, 512, "none", steps=10, generator=stream(0, "fill"))
     assert torch.equal(steered(zero, recycle=4, fill=True).samples, base.samples)
 
 
@@ -39,7 +40,7 @@ def test_the_early_choice_of_a_mode_improves():
     exact = paper_law().tilt(REWARD)
 
     def error(fill):
-        x = mfm.steer(
+        x = steer(
             MODEL, REWARD, 2048, "mfm-gf", 1, 50, generator=stream(0, "mode"), fill=fill
         ).samples.double()  # fmt: skip
         shares = torch.bincount(torch.cdist(x, exact.means).argmin(1), minlength=3) / len(x)

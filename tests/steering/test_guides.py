@@ -8,14 +8,12 @@ import torch
 from closed_forms import gaussian_map, gaussian_moment, random_map
 
 import metaflowmaps as mfm
+from calls import value_gradient
 from conftest import F64, PATHS, coefficients, normal
 from metaflowmaps.cost import Meter
 from metaflowmaps.random import RowNoise, fresh_seeds, stream
-from metaflowmaps.steering.dps import DpsGuide
-from metaflowmaps.steering.glass import GlassGuide
-from metaflowmaps.steering.mfm_g import GradientGuide
-from metaflowmaps.steering.mfm_gf import GradientFreeGuide
-from metaflowmaps.steering.problem import Problem
+from metaflowmaps.steering import DPS, MFMG, MFMGF, Glass
+from metaflowmaps.steering.problem import SteeringProblem
 
 MEAN, VAR = torch.tensor([0.4, -0.3], dtype=F64), 0.5
 A, Y = torch.tensor([[1.0, -0.6]], dtype=F64), torch.tensor([1.0], dtype=F64)
@@ -36,9 +34,9 @@ def posterior_at(path, t, x):
 def guided(path, guide, noise_std, rows=ROWS, seed=0):
     """The shift at the last of the contexts, after the guide has seen them all: (rows, 2), and its info."""
     reward = mfm.rewards.LinearGaussian(A, Y, noise_std)
-    problem = Problem(gaussian_map(path, MEAN, math.sqrt(VAR)), reward, Meter())
+    problem = SteeringProblem(gaussian_map(path, MEAN, math.sqrt(VAR)), reward, Meter())
     problem.begin(fresh_seeds(rows, stream(seed)), None)
-    memory = guide.start(problem)
+    memory = guide.remember(problem)
     for t, x in zip(TIMES, STATES, strict=True):
         drift, shift, info = guide.guide(problem, memory, t, x.expand(rows, 2).clone())
     # drift: b_t(x) itself, whatever the guide
@@ -55,15 +53,15 @@ def exact_shift(path, noise_std):
 
 
 GUIDES = {
-    "gf": lambda n: GradientFreeGuide(n, recycle=1),
-    "gf, recycled": GradientFreeGuide,
-    "gf, filled": lambda n: GradientFreeGuide(n, recycle=6, fill=True),
-    "gf, centred on D": lambda n: GradientFreeGuide(n, centre="denoise"),
-    "g, plain": lambda n: GradientGuide(n, blend=False),
-    "g, blended, not recycled": lambda n: GradientGuide(n, recycle=1),
-    "g": GradientGuide,
-    "g, two passes": lambda n: GradientGuide(n, passes=2),
-    "glass": lambda n: GlassGuide(n, glass_steps=4, glass_integrator="rk4"),
+    "gf": lambda n: MFMGF(n, recycle=1),
+    "gf, recycled": MFMGF,
+    "gf, filled": lambda n: MFMGF(n, recycle=6, fill=True),
+    "gf, centred on D": lambda n: MFMGF(n, centre="denoise"),
+    "g, plain": lambda n: MFMG(n, blend=False),
+    "g, blended, not recycled": lambda n: MFMG(n, recycle=1),
+    "g": MFMG,
+    "g, two passes": lambda n: MFMG(n, passes=2),
+    "glass": lambda n: Glass(n, glass_steps=4, glass_integrator="rk4"),
 }
 
 
@@ -106,7 +104,7 @@ def test_the_blend_tames_the_gradient_where_the_reward_is_sharp():
     # and is no worse than the gradient-free form alone, by more than 10 %
     for n in (1, 4, 16):
         assert rms("g", n, 0.3) < 1.1 * rms("gf, recycled", n, 0.3)
-    _, info = guided(PATHS["linear"], GradientGuide(4), 0.3, rows=200)
+    _, info = guided(PATHS["linear"], MFMG(4), 0.3, rows=200)
     assert float(info["gradient_share"].min()) >= 0
     assert float(info["gradient_share"].max()) <= 1
     assert 0.01 < float(info["gradient_share"].mean()) < 0.9
@@ -130,19 +128,19 @@ def test_without_a_past_it_is_value_gradient(kind, noise, correction, path):
     model, t, x = random_map(path, F64), 0.37, normal(5, 2)
     options = {"correction": correction, "noise": noise}
     guide = {
-        "gf": lambda: GradientFreeGuide(4, recycle=1, **options),
-        "g": lambda: GradientGuide(4, blend=False, **options),
-        "glass": lambda: GlassGuide(4, glass_steps=3, recycle=1, **options),
-        "glass, g": lambda: GlassGuide(4, glass_steps=3, estimator="mfm-g", blend=False, **options),
+        "gf": lambda: MFMGF(4, recycle=1, **options),
+        "g": lambda: MFMG(4, blend=False, **options),
+        "glass": lambda: Glass(4, glass_steps=3, estimator=MFMGF(recycle=1, **options)),
+        "glass, g": lambda: Glass(4, glass_steps=3, estimator=MFMG(blend=False, **options)),
     }[kind]()
-    problem = Problem(model, mild, Meter())
+    problem = SteeringProblem(model, mild, Meter())
     seeds = fresh_seeds(len(x), stream(7))
     problem.begin(seeds, None)
     with torch.no_grad():
-        _, shift, info = guide.guide(problem, guide.start(problem), t, x)
+        _, shift, info = guide.guide(problem, guide.remember(problem), t, x)
     posterior = mfm.GlassPosterior(path, model.drift, 3) if "glass" in kind else mfm.MapPosterior(model)
     method = "gradient" if kind.endswith("g") else "gradient-free"
-    got = mfm.value_gradient(posterior, mild, t, x, 4, method, RowNoise(seeds, "draws"), **options)
+    got = value_gradient(posterior, mild, t, x, 4, method, RowNoise(seeds, "draws"), **options)
     alpha, beta, *_ = coefficients(path, torch.tensor(t, dtype=F64))
     torch.testing.assert_close(shift, alpha**2 / beta * got.gradient, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(info["ess"], got.ess)
@@ -156,10 +154,10 @@ def test_without_a_past_it_is_value_gradient(kind, noise, correction, path):
 def test_dps_is_the_rewards_gradient_at_the_posterior_mean(t, path):
     """(α²/β) (∂D/∂x) ∇r(D), with ∂D/∂x = β VAR/v for this law; looked at no earlier than .01."""
     x, seen = normal(5, 2), max(t, 0.01)
-    problem = Problem(gaussian_map(path, MEAN, math.sqrt(VAR)), mild, Meter())
+    problem = SteeringProblem(gaussian_map(path, MEAN, math.sqrt(VAR)), mild, Meter())
     problem.begin(torch.arange(5), None)
     with torch.no_grad():
-        drift, shift, info = DpsGuide().guide(problem, None, t, x)
+        drift, shift, info = DPS().guide(problem, None, t, x)
     alpha, beta, *_ = coefficients(path, torch.tensor(seen, dtype=F64))
     v = alpha**2 + beta**2 * VAR
     point = MEAN + beta * VAR / v * (x - beta * MEAN)

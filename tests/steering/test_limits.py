@@ -7,6 +7,7 @@ import torch
 from closed_forms import base_chain, random_map
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import CASES, F64, PATHS, ks_bound, ks_distance
 from metaflowmaps.random import copy_seeds, stream
 
@@ -28,14 +29,14 @@ def sharp(x):
 
 
 def steered(model, reward, method, seed=0, n=12, steps=5, **options):
-    return mfm.steer(model, reward, n, method, steps=steps, generator=stream(seed), **options).samples
+    return steer(model, reward, n, method, steps=steps, generator=stream(seed), **options).samples
 
 
 def same_as_base(model, reward, method, process, integrator, n=12, **options):
     base = steered(model, nothing, "none", n=n, process=process, integrator=integrator)
     assert bool(base.isfinite().all())
     for renormalize in RENORMALIZATIONS:
-        got = mfm.steer(
+        got = steer(
             model, reward, n, method, steps=5, process=process, integrator=integrator, renormalize=renormalize,
             generator=stream(0), **options,
         )  # fmt: skip
@@ -105,7 +106,7 @@ def test_zero_reward_gives_equal_weights_and_no_evidence(path, resampler, recycl
     n, times = 4000, torch.linspace(0, 1, 5).tolist()
     law = mfm.GaussianMixture(torch.tensor([[0.7]], dtype=F64), 0.6)
     seen = []
-    got = mfm.steer(
+    got = steer(
         mfm.ExactModel(path, law), nothing, n, "mfm-smc", num_draws=2, steps=4, particles=8, recycle=recycle,
         resampler=resampler, generator=stream(0), callback=lambda step: seen.append(step.info),
     )  # fmt: skip

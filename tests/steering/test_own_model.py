@@ -9,9 +9,11 @@ from closed_forms import random_map
 from torch import nn
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import F64, PATHS, coefficients
 from metaflowmaps.random import stream
-from metaflowmaps.steering.run import METHODS
+from metaflowmaps.steering import Method
+from metaflowmaps.work.choices import choices
 
 STD, PULL = 0.5, 0.4  # data N(4 label, .25), reward −(x − (4 label + 1))²/(2 · .16): posterior mean 4 label + .25/.41
 LABELS = torch.tensor([2, 0, -1, 1, 1, -2, 0, 2, -1, 0, 1, -2])
@@ -62,7 +64,7 @@ def own_reward(x):
 )
 def test_own_drift_and_own_reward(method, options, path):
     """From base mean 1 (deviation .5) towards 2: the exact tilt has mean 1 + .25/.41 = 1.61."""
-    got = mfm.steer(own_model(path), own_reward, 64, method, steps=20, generator=stream(0), **options)
+    got = steer(own_model(path), own_reward, 64, method, steps=20, generator=stream(0), **options)
     assert got.samples.shape == (64, 2)
     assert got.samples.dtype == torch.float32
     torch.testing.assert_close(got.rewards, own_reward(got.samples))
@@ -84,20 +86,20 @@ def test_what_a_model_lacks_is_named():
         broken = own_model(path)
         delattr(broken, name)
         with pytest.raises(mfm.InputError, match=f"has no {name}"):
-            mfm.steer(broken, own_reward, 4, "dps", steps=2)
+            steer(broken, own_reward, 4, "dps", steps=2)
     with pytest.raises(mfm.InputError, match="LinearPath"):
-        mfm.steer(SimpleNamespace(path="linear", event_shape=(2,), drift=None), own_reward, 4, "dps", steps=2)
+        steer(SimpleNamespace(path="linear", event_shape=(2,), drift=None), own_reward, 4, "dps", steps=2)
     for method in ("mfm-g", "mfm-gf", "mfm-search", "mfm-smc"):
-        with pytest.raises(mfm.InputError, match=r'no draw.*method="glass"'):
-            mfm.steer(own_model(path), own_reward, 4, method, steps=2)
+        with pytest.raises(mfm.InputError, match=r"no draw.*mfm\.Glass"):
+            steer(own_model(path), own_reward, 4, method, steps=2)
     with pytest.raises(mfm.InputError, match=r"exact.*needs a model with value"):
-        mfm.steer(own_model(path), own_reward, 4, "exact", steps=2)
+        steer(own_model(path), own_reward, 4, "exact", steps=2)
     wrong = SimpleNamespace(path=path, event_shape=(2,), drift=lambda t, x: x[:, :1])
     with pytest.raises(mfm.InputError, match=r"drift must return a tensor of shape \(4, 2\), got \(4, 1\)"):
-        mfm.steer(wrong, own_reward, 4, "dps", steps=2)
+        steer(wrong, own_reward, 4, "dps", steps=2)
     wrong.drift, wrong.draw = (lambda t, x: -x), (lambda t, x, n, generator=None, cond=None: x)
     with pytest.raises(mfm.InputError, match=r"draw must return a tensor of shape \(1, "):
-        mfm.steer(wrong, own_reward, 4, "mfm-gf", steps=2)
+        steer(wrong, own_reward, 4, "mfm-gf", steps=2)
 
 
 # -- conditions ------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def test_every_row_keeps_its_label(name, batch_size, process):
     """Labels 4 apart, deviations .5: a label that went astray once would be seen."""
     method, options = CALLS[name]
     path = PATHS["linear" if process == "ode" else "trigonometric"]
-    got = mfm.steer(
+    got = steer(
         Labelled(path), of_label, N, method, steps=12, process=process, cond={"label": LABELS}, batch_size=batch_size,
         generator=stream(0), **options,
     )  # fmt: skip
@@ -185,7 +187,7 @@ def test_every_row_keeps_its_label(name, batch_size, process):
 @pytest.mark.parametrize("name", ["mfm-gf", "mfm-gf, 1 draw", "mfm-search", "mfm-smc"])
 def test_draws_of_a_model_keep_their_label(name):
     method, options = CALLS[name]
-    got = mfm.steer(
+    got = steer(
         Drawing(PATHS["linear"]), of_label, N, method, steps=12, cond={"label": LABELS}, generator=stream(0), **options
     )
     assert float((got.samples[:, 0] - 4 * LABELS).abs().max()) < 2.5
@@ -204,7 +206,7 @@ def test_an_observation_a_row_is_never_another_rows(wrap):
 
     def run(method="mfm-gf", n=8, cond=True, **options):
         label = {"label": LABELS[:n]} if cond else None
-        return mfm.steer(
+        return steer(
             Labelled(PATHS["linear"]), reward, n, method, **{"num_draws": 2, "steps": 12, **options}, cond=label,
             generator=stream(0),
         )  # fmt: skip
@@ -232,7 +234,7 @@ def test_labels_of_a_map_reach_its_network(path):
             ("2", torch.full((4,), 2.0)),
             ("mixed", torch.tensor([0.0, 2, 2, 0])),
         ):
-            made[name] = mfm.steer(
+            made[name] = steer(
                 model, lambda x: -0.1 * x.square().sum(1), 4, method, steps=3, cond={"label": label.long()},
                 generator=stream(0),
             ).samples  # fmt: skip
@@ -251,7 +253,7 @@ def test_guidance_is_passed_as_it_is():
 
     guidance = torch.tensor([1.0, 2.5, 1.0, 4.0])
     model = SimpleNamespace(path=PATHS["linear"], event_shape=(2,), drift=drift)
-    mfm.steer(
+    steer(
         model, own_reward, 4, "glass", num_draws=2, glass_steps=2, steps=2, cond={"guidance": guidance},
         generator=stream(0),
     )  # fmt: skip
@@ -262,26 +264,24 @@ def test_guidance_is_passed_as_it_is():
 
 def test_particles_of_one_system_share_a_condition(path):
     labels = torch.tensor([1, 0, 1, 0])  # row m·S + s: system 0 is label 1, system 1 is label 0
-    got = mfm.steer(
+    got = steer(
         Labelled(path), of_label, 4, "mfm-smc", num_draws=2, particles=2, steps=8, cond={"label": labels},
         generator=stream(0),
     )  # fmt: skip
     assert float((got.samples[:, 0] - 4 * labels).abs().max()) < 2.5
     with pytest.raises(mfm.InputError, match="share cond"):
-        mfm.steer(
-            Labelled(path), of_label, 4, "mfm-smc", particles=2, steps=8, cond={"label": torch.tensor([1, 1, 0, 0])}
-        )
+        steer(Labelled(path), of_label, 4, "mfm-smc", particles=2, steps=8, cond={"label": torch.tensor([1, 1, 0, 0])})
 
 
 def test_bad_conditions_are_refused():
     for bad in (torch.zeros(3), torch.zeros(4, 1), [0, 1, 2, 3]):
         with pytest.raises(mfm.InputError, match=r"cond\['label'\] must be a tensor of shape \(4,\)"):
-            mfm.steer(Labelled(PATHS["linear"]), of_label, 4, "mfm-gf", steps=2, cond={"label": bad})
+            steer(Labelled(PATHS["linear"]), of_label, 4, "mfm-gf", steps=2, cond={"label": bad})
 
 
 def test_no_condition_at_all():
-    got = mfm.steer(own_model(PATHS["linear"]), own_reward, 4, "dps", steps=2, cond={}, generator=stream(0))
-    same = mfm.steer(own_model(PATHS["linear"]), own_reward, 4, "dps", steps=2, generator=stream(0))
+    got = steer(own_model(PATHS["linear"]), own_reward, 4, "dps", steps=2, cond={}, generator=stream(0))
+    same = steer(own_model(PATHS["linear"]), own_reward, 4, "dps", steps=2, generator=stream(0))
     assert torch.equal(got.samples, same.samples)
 
 
@@ -289,7 +289,7 @@ def test_modules_are_rewards_and_models(path):
     """An nn.Module reward keeps its parameters free of gradients; so does the model's network."""
     reward = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
     model = random_map(path)
-    got = mfm.steer(model, reward, 4, "mfm-g", steps=3, num_draws=2, generator=stream(0))
+    got = steer(model, reward, 4, "mfm-g", steps=3, num_draws=2, generator=stream(0))
     assert got.samples.shape == (4, 2)
     assert not got.samples.requires_grad
     assert not got.rewards.requires_grad
@@ -297,4 +297,4 @@ def test_modules_are_rewards_and_models(path):
 
 
 def test_every_method_is_covered():
-    assert {method for method, _ in CALLS.values()} | {"exact"} == set(METHODS)
+    assert {method for method, _ in CALLS.values()} | {"exact", "rejection"} == set(choices(Method))

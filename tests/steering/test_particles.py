@@ -17,6 +17,7 @@ import torch
 from closed_forms import base_chain, gaussian_map, gaussian_moment
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import CASES, F64, PATHS
 from metaflowmaps.random import stream
 
@@ -49,7 +50,7 @@ def check(got, log_truth, tilted_mean, particles, returns="all", worst=0.02):
 def smc(law, reward, path, method, systems, particles, steps=5, **options):
     model = law if hasattr(law, "drift") and hasattr(law, "path") else mfm.ExactModel(path, law)
     rows = systems if options.get("returns") == "one" else systems * particles
-    return mfm.steer(
+    return steer(
         model, reward, rows, method, steps=steps, particles=particles, generator=stream(0, method,
         str(sorted(options.items()))), batch_size=systems * particles, **options,
     )  # fmt: skip
@@ -168,7 +169,7 @@ def test_a_single_step(method, path):
 def test_the_twist_is_tempered_until_its_time(temper, path):
     """log ψ_t = min(1, t/temper) V̂_t: never resampled, so that particles and what was reported of them stay put."""
     seen = []
-    mfm.steer(
+    steer(
         mfm.ExactModel(path, LAW), REWARD, 24, "mfm-smc", num_draws=2, steps=8, particles=4, temper=temper,
         threshold=0.0, generator=stream(0), callback=seen.append,
     )  # fmt: skip
@@ -182,7 +183,7 @@ def test_the_twist_is_tempered_until_its_time(temper, path):
 def test_systems_are_resampled_below_the_threshold(method, threshold, path):
     """Where the ESS is below threshold · M, there and then, and nowhere else."""
     seen = []
-    mfm.steer(
+    steer(
         mfm.ExactModel(path, LAW), REWARD, 200, method, num_draws=2, steps=8, particles=4, threshold=threshold,
         generator=stream(0), callback=seen.append,
     )  # fmt: skip
@@ -227,7 +228,7 @@ def test_systems_do_not_mix(method):
             return mean + (0.5 * (1 - t) ** 2 / variance).sqrt() * eps
 
     reward = mfm.rewards.LinearGaussian(A, 10.0, 1.0)
-    got = mfm.steer(
+    got = steer(
         Far(path, LAW), reward, 8, method, steps=20, particles=4, num_draws=2, threshold=1.0, generator=stream(0)
     )
     assert bool((got.samples[::2] > 5).all())
@@ -241,7 +242,7 @@ def test_more_particles_reach_the_tilted_law():
     reward = mfm.rewards.LinearGaussian(torch.tensor([[1.0, -0.6]]), 0.8, 0.7)
     target = case.law.tilt(reward)
     n = 4000
-    got = mfm.steer(mfm.ExactModel(path, case.law), reward, n, "mfm-smc", num_draws=2, steps=48, generator=stream(0))
+    got = steer(mfm.ExactModel(path, case.law), reward, n, "mfm-smc", num_draws=2, steps=48, generator=stream(0))
     assert got.info["log_evidence"].shape == (1,)
     # weights of ESS n_e between n/2 and n: as good as n/2 samples; 4.5 of their standard errors, and .02 for 48 steps
     error = (target.variance / (n / 2)).sqrt()
@@ -252,15 +253,15 @@ def test_more_particles_reach_the_tilted_law():
 def test_particles_and_samples_must_fit():
     model = mfm.ExactModel(PATHS["linear"], LAW)
     with pytest.raises(mfm.InputError, match="multiple of particles"):
-        mfm.steer(model, REWARD, 10, "mfm-smc", particles=4, steps=2)
+        steer(model, REWARD, 10, "mfm-smc", particles=4, steps=2)
     with pytest.raises(mfm.InputError, match="needs particles="):
-        mfm.steer(model, REWARD, 10, "mfm-smc", returns="one", steps=2)
+        steer(model, REWARD, 10, "mfm-smc", returns="one", steps=2)
     with pytest.raises(mfm.InputError, match="threshold"):
-        mfm.steer(model, REWARD, 8, "mfm-smc", threshold=1.5, steps=2)
+        steer(model, REWARD, 8, "mfm-smc", threshold=1.5, steps=2)
     with pytest.raises(mfm.InputError, match="temper"):
-        mfm.steer(model, REWARD, 8, "mfm-smc", temper=-0.5, steps=2)
+        steer(model, REWARD, 8, "mfm-smc", temper=-0.5, steps=2)
     # several chunks of whole systems, whatever the batch size
     for batch_size in (1, 5, 8, 100):
-        got = mfm.steer(model, REWARD, 12, "mfm-smc", particles=4, steps=2, batch_size=batch_size, generator=stream(0))
+        got = steer(model, REWARD, 12, "mfm-smc", particles=4, steps=2, batch_size=batch_size, generator=stream(0))
         assert got.samples.shape == (12, 1)
         assert got.info["log_evidence"].shape == (3,)

@@ -6,9 +6,11 @@ from closed_forms import random_map
 from test_own_model import Drawing, Labelled, of_label
 
 import metaflowmaps as mfm
+from calls import steer
 from conftest import CASES, F64, PATHS
 from metaflowmaps.random import fresh_seeds, stream
-from metaflowmaps.steering.run import METHODS
+from metaflowmaps.steering import Method
+from metaflowmaps.work.choices import choices
 
 PATH = PATHS["linear"]
 MODELS = {dtype: random_map(PATH, dtype) for dtype in (torch.float32, F64)}
@@ -36,6 +38,7 @@ CALLS = {
     "best-of-n": ("best-of-n", {}),
     "glass": ("glass", {"glass_steps": 2}),
     "glass, g": ("glass", {"glass_steps": 2, "estimator": "mfm-g"}),
+    "rejection": ("rejection", {"pilot": 64}),
     "exact": ("exact", {}),
     "exact, sde": ("exact", {"process": "sde"}),
 }
@@ -49,11 +52,11 @@ def steered(method, n, dtype=F64, **options):
     model, reward = (EXACT, LINEAR) if method == "exact" else (MODELS[dtype], mild)
     if "seeds" not in options:
         options["generator"] = stream(0)
-    return mfm.steer(model, reward, n, method, **{"num_draws": 3, "steps": 6, **options})
+    return steer(model, reward, n, method, **{"num_draws": 3, "steps": 6, **options})
 
 
 def test_every_method_is_covered():
-    assert {method for method, _ in CALLS.values()} == set(METHODS)
+    assert {method for method, _ in CALLS.values()} == set(choices(Method))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -136,12 +139,10 @@ def test_candidates_are_the_same_for_any_number_of_them():
 
 def test_conditions_stay_with_their_seeds():
     labels = torch.tensor([2, 0, -1, 1, 1])
-    batch = mfm.steer(
+    batch = steer(
         Labelled(PATH), of_label, 5, "mfm-gf", steps=6, cond={"label": labels}, generator=stream(0), batch_size=2
     )
-    alone = mfm.steer(
-        Labelled(PATH), of_label, 1, "mfm-gf", steps=6, cond={"label": labels[3:4]}, seeds=batch.seeds[3:4]
-    )
+    alone = steer(Labelled(PATH), of_label, 1, "mfm-gf", steps=6, cond={"label": labels[3:4]}, seeds=batch.seeds[3:4])
     torch.testing.assert_close(alone.samples[0], batch.samples[3], **CLOSE[F64])
 
 
@@ -151,7 +152,7 @@ def test_draws_of_a_models_own_depend_on_the_batch_and_on_nothing_else():
 
     def run(seeds):
         part = {"label": cond["label"][: len(seeds)]}
-        return mfm.steer(Drawing(PATH), of_label, len(seeds), "mfm-gf", steps=6, cond=part, seeds=seeds).samples
+        return steer(Drawing(PATH), of_label, len(seeds), "mfm-gf", steps=6, cond=part, seeds=seeds).samples
 
     assert torch.equal(run(seeds), run(seeds))
     assert not torch.isclose(run(seeds[1:2])[0], run(seeds)[1]).any()
@@ -162,7 +163,7 @@ def test_the_generator_only_chooses_the_seeds():
     left = []
     for n in (1, 7):
         g = stream(0)
-        steered_samples = mfm.steer(MODELS[F64], mild, n, "mfm-gf", steps=2, generator=g)
+        steered_samples = steer(MODELS[F64], mild, n, "mfm-gf", steps=2, generator=g)
         left.append(torch.rand(1, generator=g).item())
     assert left[0] == left[1]
     g = stream(0)
@@ -175,7 +176,7 @@ def test_the_generator_only_chooses_the_seeds():
 def test_finished_samples_keep_their_seeds():
     """Interrupted in the second chunk: the seeds of the first."""
     whole = steered("mfm-gf", 6, batch_size=2)
-    got = steered("mfm-gf", 6, batch_size=2, callback=lambda step: step.chunk == 1)
+    got = steered("mfm-gf", 6, batch_size=2, callback=lambda step: step.batch == 1)
     assert got.interrupted
     assert torch.equal(got.seeds, whole.seeds[:2])
     got = steered("mfm-gf", 6, callback=lambda step: True)
@@ -189,7 +190,7 @@ def test_finished_samples_keep_their_seeds():
         (torch.arange(4.0), r"got torch.float32"),
         (torch.arange(4)[:, None], r"shape \(4, 1\)"),
         ([1, 2, 3, 4], r"got list"),
-        (7, r"got int"),
+        ("seven", r"got str"),
     ],
 )
 def test_wrong_seeds_are_refused(seeds, says):

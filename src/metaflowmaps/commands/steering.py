@@ -26,22 +26,21 @@ from metaflowmaps.commands.shared import (
     law_of,
     open_model,
 )
-from metaflowmaps.errors import InputError
-from metaflowmaps.lab.evaluate.steering_error import VARIANTS, SteeringEvalConfig, evaluate_steering
+from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
+from metaflowmaps.lab.evaluate.variants import variant
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.figures import steering_figures
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
-from metaflowmaps.pipeline import in_memory
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.recipes.tasks import SteeringTask, steering_task
 from metaflowmaps.rewards.base import rows_of
-from metaflowmaps.steering import SteeringFailed, SteerResult
+from metaflowmaps.steering import Method, Process, SteeringFailed, SteerResult, log_normaliser
 from metaflowmaps.steering import steer as run_steering
-from metaflowmaps.steering.guided import Control
-from metaflowmaps.steering.run import DRAWLESS, PARTICLE, check_steering, log_normaliser
+from metaflowmaps.work.choices import choose, options_of, with_options
 from metaflowmaps.work.config import override, parse_settings, validated
 from metaflowmaps.work.devices import pick_device
 from metaflowmaps.work.shards import Made, Share, own_device
@@ -79,12 +78,10 @@ def steer(
     if "progress" in options:
         raise InputError("progress shows itself on a terminal: leave --set progress out")
     moved = options.pop("data", None)  # where the images are now: some of their rewards are made of them
-    integrator = options.get("integrator", "euler")
-    control = Control(process, integrator, renormalize, options.get("sigma_cap"), options.get("renormalize_to", 1.0))
-    made = check_steering(method, num_draws, control, options)
+    method_object, moves = _resolved(method, num_draws, steps, process, renormalize, options)
     if only:
-        num = len(only) * _particles_of_a_seed(method, options)
-    model, found, target = open_model(checkpoint, own_device(device), needs_map=method not in DRAWLESS)
+        num = len(only) * _samples_of_a_seed(method_object)
+    model, found, target = open_model(checkpoint, own_device(device), needs_map=method_object.draws)
     given, known, reward = chosen_reward(reward, strength, found)
     if moved is not None and given is not None:
         raise InputError(f"--set data=FOLDER is for rewards that are made of images, not for {reward}: leave it out")
@@ -93,9 +90,9 @@ def steer(
     if scene.latent:
         r = scene.on_samples(r.to(target) if isinstance(r, torch.nn.Module) else r)
     law = law_of(found)
-    if method == "exact" and law is None:
+    if method_object.exact and law is None:
         raise InputError(
-            '--method exact needs a checkpoint of a known mixture (recipes gmm, mixture-16d); use "mfm-gf"'
+            "--method exact needs a checkpoint of a known mixture (recipes gmm, mixture-16d); use --method mfm-gf"
         )
     config: dict[str, Any] = {
         "checkpoint": digest(found), "reward": reward, "strength": strength, "num": num, "method": method,
@@ -105,10 +102,10 @@ def steer(
     }  # fmt: skip
     place = out or beside(checkpoint, found, f"steer-{method}")
     one_piece = rows_of(r, torch.zeros(1, *model.event_shape, dtype=model.dtype, device=target)) is not None
-    unit, size = _cut(made, method, num, one_piece, share)
+    unit, size = _cut(method_object, num, one_piece, share)
     if scene.latent and unit == 1 and share.size is None:
         size = min(size, DECODED)
-    base: Any = model if method != "exact" or law is None else ExactModel(model.path, law)
+    base: Any = model if not method_object.exact or law is None else ExactModel(model.path, law)
     seeds = torch.tensor(only) if only else None
     if seeds is None and unit:
         seeds = fresh_seeds(num // unit, stream(seed, "steer"))
@@ -118,16 +115,20 @@ def steer(
         n = part.stop - part.start
         own = seeds[part.start // unit : part.stop // unit] if seeds is not None and unit else seeds
 
-        def run(rows: int) -> SteerResult:
-            batch = {"batch_size": rows} if scene.latent else {}
-            return run_steering(
-                base, r, n, method, num_draws, steps, process, renormalize, scene.part(part), stream(seed, "steer"),
-                progress=progress and n == num, seeds=own, **{**options, **batch},
-            )  # fmt: skip
-
+        given_seeds = own if own is not None else stream(seed, "steer")
         try:
             with told, scene.autocast():
-                result = in_memory(run, int(options.get("batch_size", DECODED * made.copies)))
+                result = run_steering(
+                    base,
+                    r,
+                    n,
+                    method_object,
+                    moves,
+                    cond=scene.part(part),
+                    seed=given_seeds,
+                    batch_size=options.get("batch_size") or (DECODED * method_object.copies if scene.latent else None),
+                    progress=progress and n == num,
+                )
         except SteeringFailed as failed:
             raise Broken(_as_piece(failed.result), failed) from None
         if result.interrupted:
@@ -244,16 +245,31 @@ def eval_value(
 # -- internals -----------------------------------------------------------------------------------------
 
 
-def _particles_of_a_seed(method: str, options: dict[str, Any]) -> int:
+def _resolved(
+    method: str, num_draws: int, steps: int, process: str, renormalize: str, options: dict[str, Any]
+) -> tuple[Method, Process]:
+    """Method and process of the options; each option belongs to one of them."""
+    kind, moves = choose(Method, method), choose(Process, process)
+    own = {k: v for k, v in options.items() if k in options_of(kind)}
+    control = {k: v for k, v in options.items() if k in options_of(moves) and k not in own}
+    for name in options:
+        if name not in (*own, *control, "batch_size"):
+            raise unknown(f"option of {method}", name, [*options_of(kind), *options_of(moves), "batch_size"])
+    made = with_options(kind, own)
+    made = made.with_draws(num_draws) if made.draws else made
+    on = with_options(moves, {"steps": steps, "renormalize": renormalize, **control})
+    made.check(on)
+    return made, on
+
+
+def _samples_of_a_seed(method: Method) -> int:
     """How many samples ``--only SEED`` makes: one, or a system of particles."""
-    if method not in PARTICLE or options.get("returns", "all") != "all":
-        return 1
-    if options.get("particles") is None:
+    if method.system is None:
         raise InputError(
-            f"--only makes a whole particle system of {method} again: say how many samples had its seed, as "
+            f"--only makes a whole particle system of {method.name} again: say how many samples had its seed, as "
             "--set particles=64"
         )
-    return int(options["particles"])
+    return method.system
 
 
 def _judged_model(
@@ -270,13 +286,13 @@ def _judged_model(
 
 def _without_gradients(config: SteeringEvalConfig, say: Say) -> SteeringEvalConfig:
     """An exact mixture's draws have no pathwise gradient: what needs one is left out, and said so."""
-    kept = tuple(name for name in config.methods if VARIANTS[name][0] != "mfm-g")
+    kept = tuple(name for name in config.methods if not (variant(name).method.draws and variant(name).method.gradients))
     if kept != config.methods:
         say("eval steering: exact draws have no gradient in the state; leaving mfm-g out")
     return validated(SteeringEvalConfig, {**config.model_dump(), "methods": kept})
 
 
-def _cut(made: Any, method: str, num: int, one_piece: bool, share: Share) -> tuple[int, int]:
+def _cut(method: Method, num: int, one_piece: bool, share: Share) -> tuple[int, int]:
     """Samples of a seed (0: not to be cut) and samples a shard, unless told otherwise; what cannot be, is refused."""
     shared = share.size is not None or (share.worker is not None and share.worker.count > 1)
     if one_piece:
@@ -286,25 +302,24 @@ def _cut(made: Any, method: str, num: int, one_piece: bool, share: Share) -> tup
                 "--shard-size out"
             )
         return 0, num
-    if method not in PARTICLE or made.returns != "all":
-        return 1, usual_size(share, copies=made.copies)
-    if made.particles is None:
+    system = method.system
+    if system == 1:
+        return 1, usual_size(share, copies=method.copies)
+    if system is None:
         if shared:
             raise InputError(
-                f"all samples of {method} are one system of particles, which cannot be cut into shards: say how large "
-                "a system is, as --set particles=64"
+                f"all samples of {method.name} are one system of particles, which cannot be cut into shards: say how "
+                "large a system is, as --set particles=64"
             )
         return 0, num
-    if num % made.particles:
+    if num % system:
+        raise InputError(f"--num must be a multiple of particles ({system}), got {num}: whole systems are returned")
+    if share.size is not None and share.size % system:
         raise InputError(
-            f"--num must be a multiple of particles ({made.particles}), got {num}: whole systems are returned"
-        )
-    if share.size is not None and share.size % made.particles:
-        raise InputError(
-            f"--shard-size must be a multiple of particles ({made.particles}), got {share.size}: a shard is a whole "
+            f"--shard-size must be a multiple of particles ({system}), got {share.size}: a shard is a whole "
             "number of systems"
         )
-    return made.particles, usual_size(share, made.particles)
+    return system, usual_size(share, system)
 
 
 class _Once:

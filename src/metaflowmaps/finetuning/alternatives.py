@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import expand_time
+from metaflowmaps.draws import pull_back
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.objective import Regression, Source, TargetBatch, mean_of_finite
 from metaflowmaps.finetuning.problem import Cond, Problem, evaluating
@@ -25,7 +26,6 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.rewards.base import is_differentiable
 from metaflowmaps.steering.problem import FIRST
-from metaflowmaps.value import pull_back
 
 
 def needs_gradient(problem: Problem, method: str) -> None:

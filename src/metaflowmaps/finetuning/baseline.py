@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps.draws import equal_log_weights
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import BaselineConfig
 from metaflowmaps.finetuning.problem import Place, Problem
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.value import equal_log_weights, log_mean
+from metaflowmaps.value import log_mean
 
 LIMIT = 5.0  # of r − c, beyond which the fit of a learned baseline goes on linearly
 BELOW = 3.0  # the running level, is the floor of an estimate from few draws

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import event_sum, expand_time
+from metaflowmaps.draws import Draws, equal_log_weights, tilted_weights
 from metaflowmaps.finetuning.baseline import Baseline, bins_of
 from metaflowmaps.finetuning.problem import Cond, Place, Problem, evaluating, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.base import is_differentiable
 from metaflowmaps.steering.problem import FIRST
-from metaflowmaps.value import Draws, equal_log_weights, ess, log_mean, tilted_weights
+from metaflowmaps.value import ess, log_mean
 
 BINS = 32  # of the inner time, for λ
 RATE = 0.01  # of its averages

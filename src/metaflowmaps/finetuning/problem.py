@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps.draws import DrawOptions, Draws, make_draws
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.parameterization import Chart
 from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.random import rand
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
-from metaflowmaps.value import DrawOptions, Draws, make_draws
 
 Cond = dict[str, Tensor]
 COUNTS = ("forwards", "backwards", "reward_calls", "reward_backwards")
@@ -97,11 +97,11 @@ class Problem:
     def draws(self, place: Place, num_draws: int, differentiate: bool, generator: torch.Generator) -> Draws:
         """num_draws of p(x_1 | x_t) by the base map, with rewards and, if asked for, their gradients in x_t."""
         n = len(place.t)
-        options = DrawOptions(chunk=max(1, self.chunk // n))
+        options = DrawOptions(num_draws, differentiate, chunk=max(1, self.chunk // n))
         parts = [
             make_draws(
-                MapPosterior(self.base), self.reward, place.t[s], place.x[s], num_draws, differentiate, generator,
-                {k: v[s] for k, v in place.cond.items()} or None, options,
+                MapPosterior(self.base), self.reward, place.t[s], place.x[s], options, generator,
+                {k: v[s] for k, v in place.cond.items()} or None,
             )
             for s in in_parts(n, self.chunk)
         ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps.draws import equal_log_weights, tilted_weights
 from metaflowmaps.finetuning.baseline import Baseline
 from metaflowmaps.finetuning.config import FinetuneConfig
 from metaflowmaps.finetuning.objective import Source, figures_of
@@ -24,7 +25,7 @@ from metaflowmaps.training.config import ConditionConfig, LossConfig
 from metaflowmaps.training.objective import Batch, Given, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher
 from metaflowmaps.training.times import context_times
-from metaflowmaps.value import equal_log_weights, log_mean, tilted_weights
+from metaflowmaps.value import log_mean
 
 
 class Samples:

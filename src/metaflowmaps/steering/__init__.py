@@ -1,5 +1,43 @@
-"""Steering: inference-time alignment. ``steer`` is the entry; each method has its file."""
+"""Steering: inference-time alignment. ``steer`` is the entry; a method is one frozen dataclass in one file."""
 
-from metaflowmaps.steering.run import METHODS, SteeringFailed, SteerResult, Step, steer
+from metaflowmaps.steering.best_of_n import BestOfN
+from metaflowmaps.steering.dps import DPS
+from metaflowmaps.steering.exact import Exact
+from metaflowmaps.steering.glass import Glass
+from metaflowmaps.steering.method import Guidance, GuidedMethod, Method
+from metaflowmaps.steering.mfm_g import MFMG
+from metaflowmaps.steering.mfm_gf import MFMGF
+from metaflowmaps.steering.process import ODE, SDE, Process
+from metaflowmaps.steering.rejection import Rejection
+from metaflowmaps.steering.result import SteerResult
+from metaflowmaps.steering.search import Search
+from metaflowmaps.steering.smc import SMC
+from metaflowmaps.steering.steer import SteeringFailed, Step, steer
+from metaflowmaps.steering.tds import TDS
+from metaflowmaps.steering.twisted import log_normaliser
+from metaflowmaps.steering.unsteered import Unsteered
 
-__all__ = ["METHODS", "SteerResult", "SteeringFailed", "Step", "steer"]
+__all__ = [
+    "DPS",
+    "MFMG",
+    "MFMGF",
+    "ODE",
+    "SDE",
+    "SMC",
+    "TDS",
+    "BestOfN",
+    "Exact",
+    "Glass",
+    "Guidance",
+    "GuidedMethod",
+    "Method",
+    "Process",
+    "Rejection",
+    "Search",
+    "SteerResult",
+    "SteeringFailed",
+    "Step",
+    "Unsteered",
+    "log_normaliser",
+    "steer",
+]

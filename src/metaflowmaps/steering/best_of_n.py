@@ -1,27 +1,70 @@
 """Best-of-N: N samples of the base model, keep the one of highest reward."""
 
-import torch
+from dataclasses import dataclass, replace
+
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count
-from metaflowmaps.steering.guided import Control, Guided
-from metaflowmaps.steering.none import NoGuide
-from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps.errors import check_one_of
+from metaflowmaps.steering.from_draws import best_of_copies
+from metaflowmaps.steering.method import Guided, Info, Method, Process
+from metaflowmaps.steering.one_step import OneStep
+from metaflowmaps.steering.problem import SteeringProblem
+from metaflowmaps.steering.unsteered import Unsteered
 
 
-class BestOfN:
-    """The base sampler on N rows a sample; num_draws is N."""
+@dataclass(frozen=True)
+class BestOfN(Unsteered):
+    """The base sampler on n rows a sample.
 
-    default_grid = "uniform"
+    Args:
+        n: candidates a sample.
+        source: ode (the process, with its steps) or map (one-step samples, one call each: the cheap rival).
+    """
 
-    def __init__(self, num_draws: int, control: Control) -> None:
-        check_count(num_draws, "num_draws")
-        self.copies = num_draws
-        self.base = Guided(NoGuide(), control)
-        self.init, self.step = self.base.init, self.base.step
+    name = "best-of-n"
+    title = "best of N"
+    look = ("#e3a410", "P")
+    draws = True
 
-    def finish(self, problem: Problem, state: object) -> tuple[Tensor, Info]:
-        x, _ = self.base.finish(problem, state)  # type: ignore[arg-type]
-        reward = problem.score_of(x).reshape(self.copies, -1)
-        samples = reward.shape[1]
-        return x[reward.argmax(0) * samples + torch.arange(samples, device=x.device)], {}
+    n: int = 16
+    source: str = "ode"
+
+    def __post_init__(self) -> None:
+        check_count(self.n, "n")
+        check_one_of("source", self.source, ("ode", "map"))
+
+    @property
+    def shown_draws(self) -> int:
+        """n."""
+        return self.n
+
+    def with_draws(self, num_draws: int) -> Method:
+        """Another n."""
+        return replace(self, n=num_draws)
+
+    @property
+    def copies(self) -> int:
+        """n rows a sample."""
+        return self.n
+
+    @property
+    def calls_per_step(self) -> float:
+        """n drifts."""
+        return self.n
+
+    def times(self, problem: SteeringProblem, process: Process) -> list[float]:
+        """One step from noise to data for one-step samples."""
+        return [0.0, 1.0] if self.source == "map" else super().times(problem, process)
+
+    def step(
+        self, problem: SteeringProblem, process: Process, state: Guided, t: float, u: float
+    ) -> tuple[Guided, Info]:
+        """A step of the base sampler, or the one step of the map."""
+        if self.source == "ode":
+            return super().step(problem, process, state, t, u)
+        return Guided(OneStep(problem).samples(state.x), None), {}
+
+    def finish(self, problem: SteeringProblem, state: Guided) -> tuple[Tensor, Info]:
+        """Of each sample's candidates the best."""
+        return best_of_copies(state.x, problem.score_of(state.x), self.n), {}

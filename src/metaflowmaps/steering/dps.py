@@ -1,27 +1,41 @@
 """DPS: the reward's gradient at the posterior mean, ``∇_x r(D_t(x))``, in place of ∇V."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import event_sum
+from metaflowmaps.draws import pull_back
 from metaflowmaps.errors import InputError
-from metaflowmaps.steering.problem import FIRST, Info, Problem
-from metaflowmaps.value import pull_back
+from metaflowmaps.steering.method import Guidance, GuidedMethod
+from metaflowmaps.steering.problem import FIRST, SteeringProblem
 
 
-class DpsGuide:
+@dataclass(frozen=True)
+class DPS(GuidedMethod):
     """D* − D = (α²/β) ∇_x r(D_t(x)): exact for a linear reward and a Gaussian posterior, a point estimate otherwise."""
 
-    def start(self, problem: Problem) -> None:
-        if not problem.reward.differentiable:
-            raise InputError('this reward declares itself not differentiable: use method="mfm-gf"')
+    name = "dps"
+    title = "DPS"
+    look = ("#8c4480", "X")
+    gradients = True
 
-    def guide(self, problem: Problem, memory: Any, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
+    @property
+    def calls_per_step(self) -> float:
+        """A call of the network and one of the reward, both differentiated."""
+        return 4
+
+    def remember(self, problem: SteeringProblem) -> None:
+        """Refuse a reward without a gradient."""
+        check_differentiable(problem)
+
+    def guide(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Guidance:
+        """The drift and the shift of the point estimate."""
         at = at_posterior_mean(problem, t, x)
         norm = event_sum(at.gradient.square()).sqrt()
-        return at.drift, at.shift, {"value": at.reward, "gradient_norm": norm}
+        return Guidance(at.drift, at.shift, {"value": at.reward, "gradient_norm": norm})
 
 
 class AtMean(NamedTuple):
@@ -33,7 +47,13 @@ class AtMean(NamedTuple):
     reward: Tensor
 
 
-def at_posterior_mean(problem: Problem, t: float, x: Tensor) -> AtMean:
+def check_differentiable(problem: SteeringProblem) -> None:
+    """Refuse a reward that declares itself not differentiable."""
+    if not problem.reward.differentiable:
+        raise InputError("this reward declares itself not differentiable: use mfm.MFMGF (--method mfm-gf)")
+
+
+def at_posterior_mean(problem: SteeringProblem, t: float, x: Tensor) -> AtMean:
     """r(D_t(x)) and its gradient: one differentiated call of the network and one of the reward."""
     looked_at = max(t, FIRST)
     with torch.enable_grad():

@@ -1,49 +1,63 @@
 """GLASS in place of the map: draws from the drift alone, ``glass_steps`` calls each, then MFM-GF or MFM-G."""
 
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from metaflowmaps.errors import unknown
+from metaflowmaps._shapes import check_count
+from metaflowmaps.errors import InputError
 from metaflowmaps.posterior import GlassPosterior
-from metaflowmaps.steering.mfm_g import GradientGuide
-from metaflowmaps.steering.mfm_gf import GradientFreeGuide
-from metaflowmaps.steering.problem import Info, Problem
-from metaflowmaps.steering.recycling import DrawPool
-
-ESTIMATORS = ("mfm-gf", "mfm-g")
-
-
-class GlassGuide:
-    """The estimator of another method, on draws of the GLASS ODE."""
-
-    def __init__(
-        self,
-        num_draws: int,
-        glass_steps: int = 30,
-        glass_integrator: str = "euler",
-        data_std: float | None = None,
-        estimator: str = "mfm-gf",
-        **options: Any,
-    ) -> None:
-        if estimator not in ESTIMATORS:
-            raise unknown("estimator", estimator, ESTIMATORS)
-        self.glass = (glass_steps, glass_integrator, data_std)
-        self.estimator = (GradientFreeGuide if estimator == "mfm-gf" else GradientGuide)(num_draws, **options)
-
-    def start(self, problem: Problem) -> DrawPool:
-        problem.posterior = GlassPosterior(problem.path, _Drift(problem), *self.glass)  # type: ignore[assignment]
-        return self.estimator.start(problem)
-
-    def guide(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
-        return self.estimator.guide(problem, memory, t, x)
+from metaflowmaps.steering.from_draws import FromDraws
+from metaflowmaps.steering.method import Guidance, GuidedMethod, Method
+from metaflowmaps.steering.mfm_gf import MFMGF
+from metaflowmaps.steering.problem import SteeringProblem
+from metaflowmaps.work.choices import Pick
 
 
-class _Drift:
-    """The problem's drift in the form GLASS calls it."""
+@dataclass(frozen=True)
+class Glass(GuidedMethod):
+    """The estimator of another method, on draws of the GLASS ODE.
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    Args:
+        num_draws: N, draws a step and state.
+        glass_steps: of the inner ODE.
+        glass_integrator: of the inner ODE: euler, midpoint, heun, rk4.
+        data_std: spread of the data; spaces the inner steps by it (:class:`metaflowmaps.GlassPosterior`).
+        estimator: the method whose estimate is used, with its options; its own num_draws does not count.
+    """
 
-    def __call__(self, t: Any, x: Tensor, cond: Any = None) -> Tensor:
-        return self.problem.drift_under(t, x, cond)
+    name = "glass"
+    title = "GLASS"
+    look = ("#d84a10", "h")
+    draws = True
+
+    num_draws: int = 4
+    glass_steps: int = 30
+    glass_integrator: str = "euler"
+    data_std: float | None = None
+    estimator: Annotated[Method, Pick(Method)] = field(default_factory=MFMGF)
+
+    def __post_init__(self) -> None:
+        check_count(self.num_draws, "num_draws")
+        if not (isinstance(self.estimator, GuidedMethod) and isinstance(self.estimator, FromDraws)):
+            raise InputError("the estimator of GLASS is a guided method that draws, such as MFMGF() or MFMG()")
+
+    @property
+    def calls_per_step(self) -> float:
+        """The drift; the inner steps and a reward a draw."""
+        return 1 + self.num_draws * (1 + 2 * self.glass_steps)
+
+    def remember(self, problem: SteeringProblem) -> tuple[Any, Any]:
+        """The estimator on GLASS draws, and its memory."""
+        estimator: Any = replace(self.estimator, num_draws=self.num_draws, posterior=self._posterior)  # type: ignore[type-var]
+        return estimator, estimator.remember(problem)
+
+    def _posterior(self, model: Any) -> GlassPosterior:
+        return GlassPosterior(model.path, model.drift, self.glass_steps, self.glass_integrator, self.data_std)
+
+    def guide(self, problem: SteeringProblem, memory: tuple[Any, Any], t: float, x: Tensor) -> Guidance:
+        """What the estimator says."""
+        estimator, own = memory
+        guidance: Guidance = estimator.guide(problem, own, t, x)
+        return guidance

@@ -7,8 +7,8 @@ problem). Such a step leaves the support, the next one corrects with a still lar
 rest. The gradient-free form cannot do that, D̂* being a mean of draws, but it is noisy where the reward is smooth, or
 the dimension high, and the gradient form is not.
 
-``blend=True`` (the default) uses each where it is good. With F the gradient-free shift of the whole pool, Z = e^{V̂} the
-pool's mean of e^r, and N draws of this step,
+``blend=True`` (the default) uses each where it is good. With F the gradient-free shift of the whole pool, Z = e^{V̂}
+the pool's mean of e^r, and N draws of this step,
 
     G = (α²/β) (1/N) Σ_i (e^{r_i}/Z) g_i        the pool's Z: no Jensen bias from few draws
     D* − D = F + λ (G − F),   λ = v_F/(v_F + v_G),   moved by at most √v_F
@@ -19,60 +19,85 @@ nothing, s²/N_eff; v_G the variance of G over the pool's gradients. The bound k
 further than F itself may be wrong.
 """
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count, event_sum
-from metaflowmaps.steering.mfm_gf import draw_info
-from metaflowmaps.steering.problem import FIRST, Info, Problem
+from metaflowmaps.draws import NEGLIGIBLE, DrawOptions, Draws, equal_log_weights, tilted_weights, weighted
+from metaflowmaps.errors import InputError, check_one_of
+from metaflowmaps.steering.from_draws import FromDraws, draw_info
+from metaflowmaps.steering.method import Guidance, GuidedMethod
+from metaflowmaps.steering.problem import FIRST, SteeringProblem
 from metaflowmaps.steering.recycling import DrawPool
-from metaflowmaps.value import (
-    NEGLIGIBLE,
-    DrawOptions,
-    Draws,
-    equal_log_weights,
-    ess,
-    free_shift,
-    log_mean,
-    reparameterised,
-    tilted_weights,
-    weighted,
-)
+from metaflowmaps.value import CORRECTIONS, ess, free_shift, log_mean, reparameterised
 
 
-class GradientGuide:
-    """Σ w_i ∇_x r(X(ε_i; t, x)), blended with the recycled gradient-free form or plain."""
+@dataclass(frozen=True)
+class MFMG(FromDraws, GuidedMethod):
+    """Σ w_i ∇_x r(X(ε_i; t, x)), blended with the recycled gradient-free form or plain.
 
-    def __init__(
-        self,
-        num_draws: int,
-        recycle: int = 8,
-        blend: bool = True,
-        correction: str = "none",
-        noise: str = "independent",
-        chunk: int = 4,
-        passes: int = 1,
-    ) -> None:
-        check_count(num_draws, "num_draws")
-        check_count(recycle, "recycle")
-        self.num_draws, self.blend, self.correction = num_draws, blend, correction
-        self.recycle = recycle if blend else 1
-        self.options = DrawOptions(noise, chunk, passes, NEGLIGIBLE if correction == "none" else 0.0)
+    Args:
+        recycle: steps whose draws the gradient-free form uses together.
+        blend: with the gradient-free form; without it the method is the paper's.
+        correction: none, or jackknife for the 1/N term of the bias.
+        passes: 2 differentiates only draws that carry weight.
+    """
 
-    def start(self, problem: Problem) -> DrawPool:
-        return DrawPool(problem.path, self.recycle)
+    name = "mfm-g"
+    title = "MFM-G"
+    look = ("#1f6feb", "o")
+    gradients: ClassVar[bool] = True
+    published: ClassVar[dict[str, Any]] = {"blend": False}
 
-    def guide(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
+    chunk: int = 4
+    recycle: int = 8
+    blend: bool = True
+    correction: str = "none"
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.recycle, "recycle")
+        check_one_of("correction", self.correction, CORRECTIONS)
+        if self.passes not in (1, 2):
+            raise InputError(f"passes must be 1 (differentiate every draw) or 2 (weights first), got {self.passes}")
+
+    @property
+    def calls_per_step(self) -> float:
+        """The drift; a call and a reward a draw, both differentiated."""
+        return 1 + 4 * self.num_draws
+
+    @property
+    def row_by_row(self) -> bool:
+        """A second pass leaves rows out."""
+        return self.passes == 1
+
+    def options(self, differentiate: bool = True) -> DrawOptions:
+        """How draws are made: with gradients."""
+        negligible = NEGLIGIBLE if self.correction == "none" else 0.0
+        return DrawOptions(self.num_draws, differentiate, self.noise, self.chunk, self.passes, negligible)
+
+    def remember(self, problem: SteeringProblem) -> DrawPool:
+        """The draws of the last steps, where the blend uses them."""
+        self.open_posterior(problem)
+        return DrawPool(problem.path, self.recycle if self.blend else 1)
+
+    def guide(self, problem: SteeringProblem, memory: DrawPool, t: float, x: Tensor) -> Guidance:
+        """The drift, and the blended shift or the plain gradient as a shift."""
         drift, looked_at = problem.drift(t, x), max(t, FIRST)
-        made = problem.draws(looked_at, x, self.num_draws, self.options, differentiate=True)
+        made = problem.draws(looked_at, x, self.options())
         log_base = memory.add(looked_at, x, made)
-        pool = memory.pooled()
         if not self.blend:
-            shift = reparameterised(made, equal_log_weights(made.rewards), self.correction)
-            return drift, shift, draw_info(problem, looked_at, shift, made.rewards, equal_log_weights(made.rewards))
-        denoise = problem.denoise(t, x, drift)
-        shift, share = blended(made, pool, log_base, denoise, self.correction)
-        return drift, shift, {**draw_info(problem, looked_at, shift, pool.rewards, log_base), "gradient_share": share}
+            equal = equal_log_weights(made.rewards)
+            shift = reparameterised(made, equal, self.correction)
+            return Guidance(drift, shift, draw_info(problem, looked_at, shift, made.rewards, equal))
+        pool = memory.pooled()
+        shift, share = blended(made, pool, log_base, problem.denoise(t, x, drift), self.correction)
+        info = draw_info(problem, looked_at, shift, pool.rewards, log_base)
+        return Guidance(drift, shift, {**info, "gradient_share": share})
 
 
 def blended(

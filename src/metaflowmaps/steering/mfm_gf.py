@@ -1,72 +1,68 @@
 """MFM-GF: the shift from reward values alone, at draws of this step and, recycled, of the last few."""
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count, event_sum
-from metaflowmaps.errors import unknown
-from metaflowmaps.steering.problem import Info, Problem
+from metaflowmaps._shapes import check_count
+from metaflowmaps.errors import check_one_of
+from metaflowmaps.steering.from_draws import FromDraws, draw_info
+from metaflowmaps.steering.method import Guidance, GuidedMethod
+from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.recycling import DrawPool
-from metaflowmaps.value import (
-    DrawOptions,
-    ess,
-    free_shift,
-    free_shift_from,
-    log_mean,
-    tilted_weights,
-    value_std_err,
-)
+from metaflowmaps.value import CORRECTIONS, free_shift, free_shift_from
 
 
-class GradientFreeGuide:
+@dataclass(frozen=True)
+class MFMGF(FromDraws, GuidedMethod):
     """D* − D = Σ (w_i − ω_i) x_1^i over the draws of the last ``recycle`` steps (1: of this step only).
 
     With ``fill`` the first step makes draws for a whole pool: N (recycle − 1) more calls, once. Early steps choose the
     mode, and with one or two draws a step the pool is nearly empty when they do.
+
+    Args:
+        recycle: steps whose draws are used together.
+        centre: D from the same draws, or (denoise) from the drift.
+        correction: none, or jackknife for the 1/N term of the bias.
+        fill: a full pool from the first step on.
     """
 
-    def __init__(
-        self,
-        num_draws: int,
-        recycle: int = 8,
-        centre: str = "draws",
-        correction: str = "none",
-        noise: str = "independent",
-        chunk: int = 64,
-        fill: bool = False,
-    ) -> None:
-        check_count(num_draws, "num_draws")
-        check_count(recycle, "recycle")
-        if centre not in ("draws", "denoise"):
-            raise unknown("centre", centre, ("draws", "denoise"))
-        self.num_draws, self.recycle, self.centre, self.correction = num_draws, recycle, centre, correction
-        self.fill = fill
-        self.options = DrawOptions(noise, chunk)
+    name = "mfm-gf"
+    title = "MFM-GF"
+    look = ("#0fc3a0", "s")
+    published: ClassVar[dict[str, Any]] = {"recycle": 1}
 
-    def start(self, problem: Problem) -> DrawPool:
+    recycle: int = 8
+    centre: str = "draws"
+    correction: str = "none"
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.recycle, "recycle")
+        check_one_of("centre", self.centre, ("draws", "denoise"))
+        check_one_of("correction", self.correction, CORRECTIONS)
+
+    @property
+    def calls_per_step(self) -> float:
+        """The drift; a call and a reward a draw."""
+        return 1 + 2 * self.num_draws
+
+    def remember(self, problem: SteeringProblem) -> DrawPool:
+        """The draws of the last steps."""
+        self.open_posterior(problem)
         return DrawPool(problem.path, self.recycle)
 
-    def guide(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> tuple[Tensor, Tensor, Info]:
+    def guide(self, problem: SteeringProblem, memory: DrawPool, t: float, x: Tensor) -> Guidance:
+        """The drift, and the shift of the whole pool."""
         drift = problem.drift(t, x)
         contexts = self.recycle if self.fill and not memory.draws else 1
         for _ in range(contexts):
-            made = problem.draws(t, x, self.num_draws, self.options)
-            log_base = memory.add(t, x, made)
+            log_base = memory.add(t, x, problem.draws(t, x, self.options()))
         pool = memory.pooled()
         if self.centre == "draws":
             shift = free_shift(pool, log_base, self.correction)
         else:
             shift = free_shift_from(pool, log_base, problem.denoise(t, x, drift), self.correction)
-        return drift, shift, draw_info(problem, t, shift, pool.rewards, log_base)
-
-
-def draw_info(problem: Problem, t: float, shift: Tensor, rewards: Tensor, log_base: Tensor) -> Info:
-    """What an estimate from draws reports."""
-    base, tilted = log_base.exp(), tilted_weights(rewards, log_base)
-    gain = float(problem.path.beta(t)) / float(problem.path.alpha(t)) ** 2
-    return {
-        "ess": ess(tilted),
-        "base_ess": ess(base),
-        "value": log_mean(rewards, log_base),
-        "value_std_err": value_std_err(tilted, base),
-        "gradient_norm": gain * event_sum(shift.square()).sqrt(),
-    }
+        return Guidance(drift, shift, draw_info(problem, t, shift, pool.rewards, log_base))

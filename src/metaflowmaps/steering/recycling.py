@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count, event_sum
+from metaflowmaps.draws import Draws
 from metaflowmaps.path import Path
-from metaflowmaps.value import Draws
 
 TOLERANCE = 1e-3  # of a context's share of the draws
 MAX_ROUNDS = 40

@@ -5,69 +5,86 @@ go on from the best of the M N. Transition "stochastic": x_u = α_u ξ + β_u x_
 noise that x implies, ξ = (x − β_t x_1*)/α_t. A search maximises the reward: it does not target p_reward.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count
-from metaflowmaps.errors import unknown
-from metaflowmaps.steering.problem import Info, Problem
-from metaflowmaps.value import DrawOptions
-
-SELECTIONS = ("particle", "global")
-TRANSITIONS = ("stochastic", "deterministic")
+from metaflowmaps._shapes import check_count, repeat_rows
+from metaflowmaps.errors import check_one_of
+from metaflowmaps.steering.from_draws import FromDraws, best_of_copies, best_rows
+from metaflowmaps.steering.method import Info, Process
+from metaflowmaps.steering.problem import SteeringProblem
 
 
-class _State(NamedTuple):
+class Searched(NamedTuple):
+    """The particles of a search."""
+
     x: Tensor
     best: Tensor  # reward of the draw each particle came from
 
 
-class Search:
-    """The best draw, again and again."""
+@dataclass(frozen=True)
+class Search(FromDraws):
+    """The best draw, again and again.
 
-    default_grid = "power"
+    Args:
+        particles: M, of which the best is returned.
+        selection: global (all go on from the best of all) or particle (each from its own best draw).
+        transition: stochastic (fresh noise) or deterministic (the noise that x implies).
+    """
 
-    def __init__(
-        self,
-        num_draws: int,
-        particles: int = 8,
-        selection: str = "global",
-        transition: str = "stochastic",
-        noise: str = "independent",
-        chunk: int = 64,
-    ) -> None:
-        check_count(num_draws, "num_draws")
-        check_count(particles, "particles")
-        if selection not in SELECTIONS:
-            raise unknown("selection", selection, SELECTIONS)
-        if transition not in TRANSITIONS:
-            raise unknown("transition", transition, TRANSITIONS)
-        self.num_draws, self.copies, self.selection, self.transition = num_draws, particles, selection, transition
-        self.options = DrawOptions(noise, chunk)
+    name = "mfm-search"
+    title = "MFM-Search"
+    look = ("#c27df5", "v")
+    grid = "power"
+    moved_by = "search"
+    own_moves = "renoises its draws"
 
-    def init(self, problem: Problem, x: Tensor) -> _State:
-        return _State(x, x.new_full((len(x),), -torch.inf))
+    particles: int = 8
+    selection: str = "global"
+    transition: str = "stochastic"
 
-    def step(self, problem: Problem, state: _State, t: float, u: float) -> tuple[_State, Info]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.particles, "particles")
+        check_one_of("selection", self.selection, ("particle", "global"))
+        check_one_of("transition", self.transition, ("stochastic", "deterministic"))
+
+    @property
+    def copies(self) -> int:
+        """M particles a sample."""
+        return self.particles
+
+    @property
+    def calls_per_step(self) -> float:
+        """A call and a reward a draw of each particle."""
+        return 2 * self.num_draws * self.particles
+
+    def start(self, problem: SteeringProblem, x: Tensor) -> Searched:
+        """Noise."""
+        self.open_posterior(problem)
+        return Searched(x, x.new_full((len(x),), -torch.inf))
+
+    def step(
+        self, problem: SteeringProblem, process: Process, state: Searched, t: float, u: float
+    ) -> tuple[Searched, Info]:
+        """Draw, choose, and noise again to time u."""
         x, rows = state.x, torch.arange(len(state.x), device=state.x.device)
-        made = problem.draws(t, x, self.num_draws, self.options)
+        made = problem.draws(t, x, self.options())
         reward, index = made.rewards.max(0)
         chosen = made.x_1[index, rows]
         if self.selection == "global":
-            # rows of one sample lie ``samples`` apart: particle m of sample i is row m · samples + i
-            samples = len(x) // self.copies
-            best = reward.reshape(self.copies, samples).argmax(0) * samples + torch.arange(samples, device=x.device)
-            chosen, reward = chosen[best].repeat(self.copies, *([1] * (x.ndim - 1))), reward[best].repeat(self.copies)
+            best = best_rows(reward, self.copies)
+            chosen, reward = repeat_rows(chosen[best], self.copies), reward[best].repeat(self.copies)
         alpha_u, beta_u = float(problem.path.alpha(u)), float(problem.path.beta(u))
         if self.transition == "stochastic":
             noise = problem.noise("sde", len(x))
         else:
             noise = (x - float(problem.path.beta(t)) * chosen) / float(problem.path.alpha(t))
-        return _State(alpha_u * noise + beta_u * chosen, reward), {"best_reward": reward}
+        return Searched(alpha_u * noise + beta_u * chosen, reward), {"best_reward": reward}
 
-    def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Info]:
-        samples = len(state.x) // self.copies
-        best = state.best.reshape(self.copies, samples).argmax(0)
-        return state.x[best * samples + torch.arange(samples, device=state.x.device)], {}
+    def finish(self, problem: SteeringProblem, state: Searched) -> tuple[Tensor, Info]:
+        """The best particle of each sample."""
+        return best_of_copies(state.x, state.best, self.copies), {}

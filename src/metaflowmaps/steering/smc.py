@@ -1,198 +1,67 @@
-r"""Twisted sequential Monte Carlo on the memoryless SDE; MFM-SMC is its instance with ψ = e^{γ V̂}.
+"""MFM-SMC: twisted SMC (:mod:`metaflowmaps.steering.twisted`) with ψ = e^{γ V̂} from posterior draws."""
 
-Particles follow the bridge kernel ``p(x_u | x_t) = N(keep · x + data · D, std²)`` of the base model, proposed from
-``q = N(keep · x + data · (D + shift), std²)``. With a positive twist ψ_t(x), a guess of E[e^r | x_t = x], the weights
-
-    w ← w · (ψ_t / ψ_{t−}) ,   then   w ← w · p/q   for the move that follows
-
-telescope: whatever the twists, the last one being e^r itself, weighted particles target ``p_base e^r`` and the product
-of the mean weights is an unbiased estimate of E[e^r] under the base chain. A twist may be random and may look at the
-particle's past, as long as a particle keeps its draws: e^{V̂} from any number of draws, recycled ones included, will do.
-
-The last move needs no density: MFM-SMC picks one of the last draws by its reward, which is a move of the base chain
-(any one of the draws) reweighted by e^r, and a particle's weight for it is the mean of e^r.
-
-**Why particles die.** e^{V̂} from few draws of a sharp reward is mostly noise early on: its log scatters by tens, the
-best scored particle's children take over, and the mode they happen to be in wins (weights .99/.01/0 for .57/.37/.06 at
-N = 4). Three things help, in this order: draws recycled from the last steps, which cost nothing; a twist tempered by
-γ = min(1, t/temper); and resampling only when the ESS falls below ``threshold``.
-"""
-
-import math
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count, event_sum, positive
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps._shapes import check_count, positive
+from metaflowmaps.draws import equal_log_weights, tilted_weights
+from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.random import rand
+from metaflowmaps.steering.from_draws import FromDraws, draw_info
 from metaflowmaps.steering.mfm_g import blended
-from metaflowmaps.steering.mfm_gf import draw_info
-from metaflowmaps.steering.problem import FIRST, Info, Problem
+from metaflowmaps.steering.problem import FIRST, SteeringProblem
 from metaflowmaps.steering.recycling import DrawPool
-from metaflowmaps.steering.resampling import RESAMPLERS, effective, resample
-from metaflowmaps.value import DrawOptions, equal_log_weights, free_shift, log_mean, tilted_weights
-
-RETURNS = ("all", "one")
+from metaflowmaps.steering.twisted import Twisted, TwistedSMC
+from metaflowmaps.value import free_shift, log_mean
 
 
-class Twisted(NamedTuple):
-    """A twist at a batch of particles."""
+@dataclass(frozen=True)
+class SMC(TwistedSMC, FromDraws):
+    """ψ = e^{γ V̂} from draws; proposals guided by their shift, by the blend with gradients, or not at all.
 
-    drift: Tensor
-    log_twist: Tensor  # (B,)
-    shift: Tensor  # of the proposal
-    info: Info
+    Args:
+        recycle: steps whose draws are used together.
+        guide: the proposals': mfm-gf, mfm-g (needs a gradient of the reward) or none.
+        temper: the time at which γ reaches 1.
+    """
 
+    name = "mfm-smc"
+    title = "MFM-SMC"
+    look = ("#46107f", "D")
+    published: ClassVar[dict[str, Any]] = {"recycle": 1, "temper": 0.0}
 
-class Twist(Protocol):
-    """What distinguishes one twisted SMC from another."""
+    recycle: int = 8
+    guide: str = "mfm-gf"
+    temper: float = 0.3
 
-    def start(self, problem: Problem) -> Any: ...
-
-    def at(self, problem: Problem, memory: Any, t: float, x: Tensor) -> Twisted: ...
-
-    def select(self, memory: Any, rows: Tensor) -> None:
-        """Particles were replaced by others."""
-        ...
-
-    def last(self, problem: Problem, memory: Any, t: float, x: Tensor, twisted: Twisted) -> tuple[Tensor, Tensor]:
-        """x_1 and the log-weight e^r it stands for: (B, *event), (B,)."""
-        ...
-
-
-class _State(NamedTuple):
-    x: Tensor
-    log_weights: Tensor  # (S, M), since the last resampling
-    log_twist: Tensor  # (B,)
-    log_evidence: Tensor  # (S,)
-    memory: Any
-
-
-class TwistedSmc:
-    """S systems of M particles side by side: row m·S + s is particle m of system s."""
-
-    default_grid = "uniform"
-
-    def __init__(
-        self,
-        twist: Twist,
-        particles: int | None = None,
-        returns: str = "all",
-        threshold: float = 0.5,
-        resampler: str = "systematic",
-    ) -> None:
-        if particles is not None:
-            check_count(particles, "particles")
-        if returns not in RETURNS:
-            raise unknown("returns", returns, RETURNS)
-        if resampler not in RESAMPLERS:
-            raise unknown("resampler", resampler, RESAMPLERS)
-        if positive(threshold, "threshold", or_zero=True) > 1:
-            raise InputError(f"threshold is a fraction of the particles, in [0, 1], got {threshold}")
-        if returns == "one" and particles is None:
-            raise InputError('returns="one" needs particles=, the size of the system that each sample comes from')
-        self.twist, self.particles, self.returns = twist, particles, returns
-        self.threshold, self.resampler = threshold, resampler
-        self.copies = particles or 1 if returns == "one" else 1
-
-    def init(self, problem: Problem, x: Tensor) -> _State:
-        size = self.particles or len(x)
-        if len(x) % size:
+    def __post_init__(self) -> None:
+        TwistedSMC.__post_init__(self)
+        FromDraws.__post_init__(self)
+        check_count(self.recycle, "recycle")
+        check_one_of("guide", self.guide, ("mfm-gf", "mfm-g", "none"))
+        if positive(self.temper, "temper", or_zero=True) > 1:
             raise InputError(
-                f"{len(x)} samples cannot be shared out to systems of {size} particles: ask for a multiple of it, "
-                "or leave particles unset for one system of all"
+                f"temper is the time at which the twist reaches full strength, in [0, 1], got {self.temper}"
             )
-        _one_condition(problem, len(x), size)
-        zeros = x.new_zeros(len(x))
-        grouped = _by_system(zeros, size)
-        return _State(x, grouped, zeros, grouped[:, 0], self.twist.start(problem))
 
-    def step(self, problem: Problem, state: _State, t: float, u: float) -> tuple[_State, Info]:
-        twisted = self.twist.at(problem, state.memory, t, state.x)
-        # a twist must be positive: where the estimate is e^{−inf}, the draws have seen nothing and the last one stays
-        log_twist = torch.where(twisted.log_twist == -torch.inf, state.log_twist, twisted.log_twist)
-        size = state.log_weights.shape[1]
-        log_weights = _dead_if_nan(state.log_weights + _by_system(log_twist - state.log_twist, size))
-        particle_ess = effective(log_weights)
-        x, evidence, drift, shift, raw = state.x, state.log_evidence, twisted.drift, twisted.shift, twisted.log_twist
-        tired = particle_ess < self.threshold * size
-        if bool(tired.any()):
-            rows, log_weights, evidence = self._resample(problem, t, log_weights, evidence, tired)
-            x, log_twist, drift, shift, raw = x[rows], log_twist[rows], drift[rows], shift[rows], raw[rows]
-            self.twist.select(state.memory, rows)
-        info = {
-            **twisted.info,
-            "particle_ess": particle_ess.repeat(size),
-            "resampled": tired.to(x).repeat(size),
-        }
-        if float(problem.path.alpha(u)) == 0:
-            x, more = self.twist.last(problem, state.memory, t, x, Twisted(drift, raw, shift, {}))
-            more = more - log_twist
-            log_weights = _dead_if_nan(log_weights + _by_system(more, size))
-            return _State(x, log_weights, log_twist, evidence, state.memory), info
-        bridge = problem.path.bridge(t, u)
-        std, data = float(bridge.std), float(bridge.data)
-        noise = problem.noise("sde", len(x))
-        denoise = problem.denoise(t, x, drift)
-        moved = data * shift
-        x = bridge.keep.to(x) * x + bridge.data.to(x) * (denoise + shift) + std * noise
-        # log p/q for x_u = m_p + moved + std ξ: −(moved/std)·ξ − ‖moved/std‖²/2
-        ratio = -event_sum(moved * noise) / std - event_sum(moved.square()) / (2 * std**2)
-        return _State(x, log_weights + _by_system(ratio, size), log_twist, evidence, state.memory), info
+    @property
+    def calls_per_step(self) -> float:
+        """The drift; a call and a reward a draw."""
+        return 1 + 2 * self.num_draws
 
-    def finish(self, problem: Problem, state: _State) -> tuple[Tensor, Info]:
-        size = state.log_weights.shape[1]
-        log_evidence = state.log_evidence + torch.logsumexp(state.log_weights, 1) - math.log(size)
-        generator = problem.stream("return")
-        if self.returns == "one":
-            chosen = resample("multinomial", state.log_weights, generator)[:, :1]
-        else:
-            chosen = resample(self.resampler, state.log_weights, generator)
-        return state.x[_rows(chosen)], {"log_evidence": log_evidence}
-
-    def _resample(
-        self, problem: Problem, t: float, log_weights: Tensor, evidence: Tensor, tired: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        size = log_weights.shape[1]
-        ancestors = resample(self.resampler, log_weights, problem.stream("resample", t))
-        itself = torch.arange(size, device=ancestors.device).expand_as(ancestors)
-        ancestors = torch.where(tired[:, None], ancestors, itself)
-        gained = torch.logsumexp(log_weights, 1) - math.log(size)
-        # a system without any weight left goes on unweighted, for samples' sake; its evidence is zero and stays so
-        evidence = torch.where(tired, evidence + gained, evidence)
-        log_weights = torch.where(tired[:, None], torch.zeros_like(log_weights), log_weights)
-        return _rows(ancestors), log_weights, evidence
-
-
-class ValueTwist:
-    """ψ = e^{γ V̂} from draws; proposals guided by their shift, by the blend with gradients, or not at all."""
-
-    def __init__(
-        self,
-        num_draws: int,
-        recycle: int = 8,
-        guide: str = "mfm-gf",
-        temper: float = 0.3,
-        noise: str = "independent",
-        chunk: int = 64,
-    ) -> None:
-        check_count(num_draws, "num_draws")
-        if guide not in ("mfm-gf", "mfm-g", "none"):
-            raise unknown("guide", guide, ("mfm-gf", "mfm-g", "none"))
-        if positive(temper, "temper", or_zero=True) > 1:
-            raise InputError(f"temper is the time at which the twist reaches full strength, in [0, 1], got {temper}")
-        self.num_draws, self.recycle, self.guide, self.temper = num_draws, recycle, guide, temper
-        self.options = DrawOptions(noise, chunk)
-
-    def start(self, problem: Problem) -> DrawPool:
+    def remember(self, problem: SteeringProblem) -> DrawPool:
+        """The draws of the last steps."""
+        self.open_posterior(problem)
         return DrawPool(problem.path, self.recycle)
 
-    def at(self, problem: Problem, memory: DrawPool, t: float, x: Tensor) -> Twisted:
+    def twist(self, problem: SteeringProblem, memory: DrawPool, t: float, x: Tensor) -> Twisted:
+        """γ V̂ of the pool, and the shift of its draws."""
         gradients = self.guide == "mfm-g"
         looked_at = max(t, FIRST) if gradients else t
-        made = problem.draws(looked_at, x, self.num_draws, self.options, differentiate=gradients)
+        made = problem.draws(looked_at, x, self.options(gradients))
         log_base = memory.add(looked_at, x, made)
         pool = memory.pooled()
         drift = problem.drift(t, x)
@@ -212,9 +81,13 @@ class ValueTwist:
         )
 
     def select(self, memory: DrawPool, rows: Tensor) -> None:
+        """Histories go with their particles."""
         memory.select(rows)
 
-    def last(self, problem: Problem, memory: DrawPool, t: float, x: Tensor, twisted: Twisted) -> tuple[Tensor, Tensor]:
+    def last(
+        self, problem: SteeringProblem, memory: DrawPool, t: float, x: Tensor, twisted: Twisted
+    ) -> tuple[Tensor, Tensor]:
+        """One of the last draws, chosen by its reward."""
         made = memory.draws[-1]
         log_base = equal_log_weights(made.rewards)
         edges = tilted_weights(made.rewards, log_base).double().cumsum(0)[:-1]
@@ -222,30 +95,3 @@ class ValueTwist:
         chosen = (edges <= uniform).sum(0)
         picked = made.x_1[chosen, torch.arange(len(x), device=x.device)]
         return picked, log_mean(made.rewards, log_base)
-
-
-def _dead_if_nan(log_weights: Tensor) -> Tensor:
-    """A particle that is not a number any more, or never had a weight to gain from, has weight zero."""
-    return torch.where(log_weights.isnan(), -torch.inf, log_weights)
-
-
-def _by_system(values: Tensor, size: int) -> Tensor:
-    """(M·S,) rows as (S, M)."""
-    return values.reshape(size, -1).T
-
-
-def _rows(ancestors: Tensor) -> Tensor:
-    """Indices (S, k) of particles within their systems as rows of the batch, (k·S,)."""
-    systems = len(ancestors)
-    return (ancestors * systems + torch.arange(systems, device=ancestors.device)[:, None]).T.flatten()
-
-
-def _one_condition(problem: Problem, rows: int, size: int) -> None:
-    """Particles replace each other, so a system has one condition."""
-    for name, value in (problem.cond_for(rows) or {}).items():
-        grouped = _by_system(value, size)
-        if bool((grouped != grouped[:, :1]).any()):
-            raise InputError(
-                f"particles of one system replace each other, so they must share cond[{name!r}]: "
-                "steer one label at a time, or use returns='one'"
-            )

@@ -1,30 +1,44 @@
 """TDS, the twisted diffusion sampler: SMC with ψ = e^{r(D_t(x))} and DPS-guided proposals."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from metaflowmaps._shapes import event_sum
-from metaflowmaps.steering.dps import DpsGuide, at_posterior_mean
-from metaflowmaps.steering.problem import FIRST, Problem
-from metaflowmaps.steering.smc import Twisted
+from metaflowmaps.steering.dps import at_posterior_mean, check_differentiable
+from metaflowmaps.steering.problem import FIRST, SteeringProblem
+from metaflowmaps.steering.twisted import Twisted, TwistedSMC
 
 
-class PointTwist:
+@dataclass(frozen=True)
+class TDS(TwistedSMC):
     """r at the posterior mean; the last move goes there, so the last twist is e^r itself."""
 
-    def start(self, problem: Problem) -> None:
-        DpsGuide().start(problem)
+    name = "tds"
+    title = "TDS"
+    look = ("#0d5226", "^")
+    gradients = True
 
-    def at(self, problem: Problem, memory: Any, t: float, x: Tensor) -> Twisted:
+    @property
+    def calls_per_step(self) -> float:
+        """A call of the network and one of the reward a particle, both differentiated."""
+        return 4 * self.copies
+
+    def remember(self, problem: SteeringProblem) -> None:
+        """Refuse a reward without a gradient."""
+        check_differentiable(problem)
+
+    def twist(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Twisted:
+        """r(D_t(x)) and its shift."""
         at = at_posterior_mean(problem, t, x)
         norm = event_sum(at.gradient.square()).sqrt()
         return Twisted(at.drift, at.reward, at.shift, {"value": at.reward, "gradient_norm": norm})
 
-    def select(self, memory: Any, rows: Tensor) -> None:
-        return None
-
-    def last(self, problem: Problem, memory: Any, t: float, x: Tensor, twisted: Twisted) -> tuple[Tensor, Tensor]:
+    def last(
+        self, problem: SteeringProblem, memory: Any, t: float, x: Tensor, twisted: Twisted
+    ) -> tuple[Tensor, Tensor]:
+        """The posterior mean, and its reward."""
         point = problem.denoise(t, x, twisted.drift)
         # a twist this early was looked at a little later: the reward of where the particle goes is another one
         return point, problem.score_of(point) if t < FIRST else twisted.log_twist

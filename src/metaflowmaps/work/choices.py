@@ -134,6 +134,19 @@ class Pick:
         )
 
 
+class PickOutside:
+    """A configuration's field that holds a class or function of the user's: the object, or ``file.py:Name``."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """How pydantic reads and writes such a field."""
+        return core_schema.no_info_plain_validator_function(
+            lambda given: outside(given) if isinstance(given, str) else given,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda given: None if given is None else spelled(given)
+            ),
+        )
+
+
 # -- from outside the package ----------------------------------------------------------------------------------------
 
 

@@ -21,37 +21,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.errors import unknown
+from metaflowmaps.lab.evaluate.variants import Variant, variant
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.kernels import mmd_squared
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.steering import METHODS, SteerResult, steer
-from metaflowmaps.steering.guided import Control
-from metaflowmaps.steering.run import DRAWLESS, GUIDED, check_steering
+from metaflowmaps.steering import ODE, SDE, Glass, Method, Process, SteerResult, steer
 from metaflowmaps.work.config import Config
 
-# name: (method, options). "-plain" is a method as published, without what this package adds by default
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in METHODS},
-    "mfm-g-plain": ("mfm-g", {"blend": False}),
-    "mfm-g-plain-clip": ("mfm-g", {"blend": False, "renormalize": "clip"}),
-    "mfm-gf-plain": ("mfm-gf", {"recycle": 1}),
-    "mfm-gf-denoise": ("mfm-gf", {"centre": "denoise"}),
-    "mfm-smc-plain": ("mfm-smc", {"recycle": 1, "temper": 0.0}),
-    "mfm-smc-unguided": ("mfm-smc", {"guide": "none"}),
-    "mfm-search-particle": ("mfm-search", {"selection": "particle"}),
-}
-for _particles in (64, 512):
-    for _returns in ("all", "one"):
-        VARIANTS[f"tds-{_particles}-{_returns}"] = ("tds", {"particles": _particles, "returns": _returns})
 DEFAULT_METHODS = (
     "none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n",
     "glass", "exact",
 )  # fmt: skip
-PARTICLES_RETURNED_ONE = 8  # a search returns one of so many
 
 
 class SteeringEvalConfig(Config):
@@ -72,11 +55,15 @@ class SteeringEvalConfig(Config):
     mmd_seeds: int = Field(1, ge=0)
     seed: int = Field(0, ge=0)
 
+    def on(self) -> Process:
+        """The process of methods that leave the choice."""
+        moves = ODE if self.process == "ode" else SDE
+        return moves(steps=self.steps, integrator=self.integrator, renormalize=self.renormalize)  # type: ignore[arg-type]
+
     @model_validator(mode="after")
     def _possible(self) -> "SteeringEvalConfig":
-        for name in (*self.methods, *self.options):
-            if name not in VARIANTS:
-                raise ValueError(str(unknown("method", name, VARIANTS)))
+        for name in self.methods:
+            variant(name)
         if min(self.num_draws, default=1) < 1:
             raise ValueError("num_draws must be at least 1")
         return self
@@ -142,14 +129,13 @@ def evaluate_steering(
     data_std: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
-    for name, num_draws in cells(config):  # an option that does not exist is refused before the first hour, not after
-        check_steering(VARIANTS[name][0], num_draws, Control(), _options(config, name, data_std))
+    planned = list(cells(config, data_std))  # an option that does not exist is refused before the first hour, not after
     judge = Judge(law, reward, config.seed)
     methods: dict[str, dict[str, Any]] = {}
     pictures: dict[str, Tensor] = {}
-    for name, num_draws in cells(config):
-        cell, samples = _cell(model, judge, config, name, num_draws, data_std)
-        key = "0" if VARIANTS[name][0] in DRAWLESS else str(num_draws)
+    for cell_of in planned:
+        cell, samples = _cell(model, judge, config, cell_of)
+        name, key = cell_of.name, str(cell_of.method.shown_draws)
         methods.setdefault(name, {})[key] = cell
         pictures[f"{name}.{key}"] = samples
         report(
@@ -167,58 +153,42 @@ def evaluate_steering(
     return metrics, pictures
 
 
-def cells(config: SteeringEvalConfig) -> Iterator[tuple[str, int]]:
-    """(variant, num_draws), one with 1 for methods that do not draw."""
+def cells(config: SteeringEvalConfig, data_std: float | None = None) -> Iterator[Variant]:
+    """Each method with each number of draws; once where it does not draw, or its name says how often."""
     for name in config.methods:
-        yield from ((name, n) for n in ((1,) if VARIANTS[name][0] in DRAWLESS else config.num_draws))
+        v = variant(name)
+        options = {**config.options.get(v.method.name, {}), **config.options.get(name, {})}
+        if isinstance(v.method, Glass):
+            spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std}
+            options = {**spacing, **options}
+        v = v.using(**options)
+        said = any(word.isdecimal() for word in name.split("-"))
+        for n in config.num_draws if v.method.draws and not said else (0,):
+            yield v._replace(method=v.method.with_draws(n)) if n else v
 
 
-def _cell(
-    model: Any, judge: Judge, config: SteeringEvalConfig, name: str, num_draws: int, data_std: float | None
-) -> tuple[dict[str, Any], Tensor]:
-    method, options = VARIANTS[name][0], _options(config, name, data_std)
-    base = ExactModel(model.path, judge.law) if method == "exact" else model
-    samples = _affordable(config, method, num_draws, options)
-    if method in GUIDED:
-        control = {"renormalize": config.renormalize, "process": config.process, "integrator": config.integrator}
-        options = {**control, **options}
+def _cell(model: Any, judge: Judge, config: SteeringEvalConfig, cell: Variant) -> tuple[dict[str, Any], Tensor]:
+    base = ExactModel(model.path, judge.law) if cell.method.exact else model
+    samples = _affordable(config, cell.method)
+    process = cell.process(config.on())
     runs, said = [], set()
     for seed in range(config.seeds):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run = steer(
-                base, judge.reward, samples, method, num_draws, config.steps,
-                generator=stream(config.seed, "steer", seed), **options,
-            )  # fmt: skip
+            generator = stream(config.seed, "steer", seed)
+            run = steer(base, judge.reward, samples, cell.method, process, seed=generator)
         if run.interrupted:
             raise KeyboardInterrupt
         runs.append(run)
         said |= {str(w.message) for w in caught}
-    process = {"mfm-search": "search", "mfm-smc": "sde", "tds": "sde"}.get(method, config.process)
-    return {**_judged(judge, config, runs, samples, sorted(said)), "process": process}, runs[0].samples.cpu()
+    title = {"process": cell.method.moved_by or process.name, "title": cell.title}
+    return {**_judged(judge, config, runs, samples, sorted(said)), **title}, runs[0].samples.cpu()
 
 
-def _options(config: SteeringEvalConfig, name: str, data_std: float | None) -> dict[str, Any]:
-    """A variant's own options, with those of the configuration on top."""
-    method, variant = VARIANTS[name]
-    options = {**variant, **config.options.get(method, {}), **config.options.get(name, {})}
-    if method == "glass":
-        spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std}
-        options = {**spacing, **options}
-    return options
-
-
-def _affordable(config: SteeringEvalConfig, method: str, num_draws: int, options: dict[str, Any]) -> int:
+def _affordable(config: SteeringEvalConfig, method: Method) -> int:
     """As many samples as the budget pays for, by the paper's counts; whole systems of particles."""
-    a_step = {
-        "none": 1, "exact": 1, "dps": 4, "best-of-n": num_draws, "mfm-gf": 1 + 2 * num_draws,
-        "mfm-smc": 1 + 2 * num_draws, "mfm-g": 1 + 4 * num_draws,
-        "mfm-search": 2 * num_draws * options.get("particles", PARTICLES_RETURNED_ONE),
-        "tds": 4 * (options.get("particles") or 1 if options.get("returns") == "one" else 1),
-        "glass": 1 + num_draws * (1 + 2 * config.glass_steps),
-    }[method]  # fmt: skip
-    affordable = min(config.samples, max(64, int(config.budget / (a_step * config.steps))))
-    unit = options.get("particles") if method in ("tds", "mfm-smc") and options.get("returns") != "one" else None
+    affordable = min(config.samples, max(64, int(config.budget / (method.calls_per_step * config.steps))))
+    unit = method.system
     return affordable if unit is None else max(unit, affordable // unit * unit)
 
 

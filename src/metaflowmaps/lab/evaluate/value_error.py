@@ -18,7 +18,7 @@ from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.posterior import ExactPosterior, GlassPosterior, MapPosterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.value import value_gradient
+from metaflowmaps.value import GradientFree, value_gradient
 from metaflowmaps.work.config import Config
 
 
@@ -77,9 +77,8 @@ def evaluate_value(
             state = x_t if name == "exact" else x_t.to(model.device, model.dtype)
             g = stream(config.seed, "draws", str(t))
             with Meter(model.network) as meter:
-                estimate = value_gradient(
-                    posterior, reward, t, state, config.num_draws, "gradient-free", g, chunk=64
-                ).value  # fmt: skip
+                how = GradientFree(chunk=64)
+                estimate = value_gradient(posterior, reward, t, state, config.num_draws, how, g).value
             error = estimate.double().cpu() - exact
             by_sampler[name][str(t)] = {
                 "pearson": pearson(estimate.double().cpu(), exact),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.figures.plots import QUIET, new_figure
-from metaflowmaps.lab.figures.steering_figures import STYLE, base_method, style
+from metaflowmaps.lab.figures.steering_figures import base_method, style
+from metaflowmaps.lab.figures.steering_figures import looks as known_looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,17 +173,17 @@ def rim(axes: Sequence["Axes"], most: int = 3, ticks_left: bool = False) -> None
 
 
 def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A style a name, in the order of STYLE: its method's; a free one of STYLE where it is no method's variant."""
+    """A style a name, in the order of the methods: its method's; a free one where it is no method's variant."""
     wanted = list(dict.fromkeys(names))
-    free = [key for key in STYLE if key not in {base_method(name)[0] for name in wanted}]
-    looks, variants = {}, dict.fromkeys(STYLE, 0)
+    free = [key for key in known_looks() if key not in {base_method(name)[0] for name in wanted}]
+    looks, variants = {}, dict.fromkeys(known_looks(), 0)
     for name in wanted:
         base, own = base_method(name)
         looks[name] = style(name if base is not None else free.pop(0) if free else "none")
         if base is not None and not own:
             looks[name]["linestyle"] = ("--", ":", "-.")[variants[base] % 3]
             variants[base] += 1
-    order = list(STYLE)
+    order = list(known_looks())
     return dict(sorted(looks.items(), key=lambda item: order.index(base_method(item[0])[0] or "none")))
 
 

@@ -5,35 +5,42 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from metaflowmaps.lab.figures.plots import GLASS, MAP, QUIET, mass_contours, new_figure
+from metaflowmaps.lab.figures.plots import MAP, QUIET, mass_contours, new_figure
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.steering import BestOfN, Method, Unsteered
+from metaflowmaps.work.choices import choices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# one colour and marker a method, the same in every figure; any two stay apart for red- and green-blind eyes too
-STYLE = {
-    "mfm-g": (MAP, "o"), "mfm-gf": ("#0fc3a0", "s"), "mfm-smc": ("#46107f", "D"), "mfm-search": ("#c27df5", "v"),
-    "dps": ("#8c4480", "X"), "tds": ("#0d5226", "^"), "best-of-n": ("#e3a410", "P"), "glass": (GLASS, "h"),
-    "exact": ("#16181c", "*"), "none": ("#7f848b", "."), "map": (MAP, "o"), "ode": ("#46107f", "D"),
-}  # fmt: skip
+# what is no steering method has its look here; any two looks stay apart for red- and green-blind eyes too
+SAMPLERS = {"map": (MAP, "o"), "ode": ("#46107f", "D")}
+
+
+def looks() -> dict[str, tuple[str, str]]:
+    """Colour and marker of every sampler and method by name, the same in every figure."""
+    return {**{name: method.look for name, method in choices(Method).items()}, **SAMPLERS}
 
 
 def base_method(name: str) -> tuple[str | None, bool]:
-    """The method of STYLE that a name is, or is a variant of (None: of none), and whether it is the method itself."""
-    known = re.sub(r"^best-of-\d+$", "best-of-n", name.lower())
-    base = max((key for key in STYLE if known.startswith(key)), key=len, default=None)
+    """The name of :func:`looks` that a name is or is a variant of (None: of none), and whether it is that name."""
+    known = re.sub(r"^best-of-\d+$", BestOfN.name, name.lower())
+    base = max((key for key in looks() if known.startswith(key)), key=len, default=None)
     return base, known == base
 
 
 def style(name: str) -> dict[str, Any]:
     """Colour and marker of a method; variants of it are dashed and hollow. best-of-1000 is best-of-n at n = 1000."""
     base, own = base_method(name)
-    color, marker = STYLE[base or "none"]
+    color, marker = looks()[base or Unsteered.name]
     return {
-        "color": color, "marker": marker, "markersize": 7 if own else 6, "linewidth": 1.8 if own else 1.2,
-        "linestyle": "-" if own else "--", "markerfacecolor": color if own else "white",
-    }  # fmt: skip
+        "color": color,
+        "marker": marker,
+        "markersize": 7 if own else 6,
+        "linewidth": 1.8 if own else 1.2,
+        "linestyle": "-" if own else "--",
+        "markerfacecolor": color if own else "white",
+    }
 
 
 def panels(tilted: GaussianMixture, metrics: dict[str, Any], samples: dict[str, Tensor]) -> "Figure":
@@ -163,7 +170,7 @@ def value_error(metrics: dict[str, Any]) -> "Figure":
                 (n for n in metrics["by_sampler"] if n.startswith(f"{family}-")), key=lambda n: int(n.split("-")[1])
             )
             calls = [metrics["network_calls_per_draw"][n] for n in names]
-            look = style("mfm-g" if family == "map" else "glass")
+            look = style("map" if family == "map" else "glass")
             for axis, what in zip(column, ("rmse", "pearson"), strict=True):
                 axis.plot(calls, [metrics["by_sampler"][n][t][what] for n in names], label=label, **look)
         for axis, what in zip(column, ("rmse", "pearson"), strict=True):

@@ -18,10 +18,11 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
 from metaflowmaps.lab.evaluate.images.judging import BATCH
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, cost_of, table
-from metaflowmaps.lab.evaluate.images.variants import calls, copies_of, run, variant
+from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, run
 from metaflowmaps.metrics.images import class_distance
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Made, ranges
 
 METHODS = (
@@ -42,7 +43,9 @@ class MixtureConfig(ImageEvalConfig):
 
     def calls(self) -> int:
         """Evaluations of the map's network."""
-        return BASE * self.steps + sum(calls(name, _affordable(name, self), self.steps) for name in self.methods)
+        return BASE * self.steps + sum(
+            calls(image_variant(name), _affordable(name, self), self.steps) for name in self.methods
+        )
 
 
 class Mixed(NamedTuple):
@@ -55,7 +58,7 @@ class Mixed(NamedTuple):
 def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line: None) -> Mixed:
     """metrics.methods[name] = {l2, l2_tilted, chance, frequencies, reward, distance, vendi, samples, cost}."""
     for name in config.methods:
-        variant(name)  # what does not exist is refused before anything runs
+        image_variant(name)  # what does not exist is refused before anything runs
     reward, (wish, tilted) = image_reward(stage, "mixture", config.strength), _targets(stage)
     cells: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
@@ -108,7 +111,9 @@ def _steered(stage: Stage, name: str, reward: Any, config: MixtureConfig, say: S
     def make() -> Made:
         n = _affordable(name, config)
         say(f"{name}, {n} samples")
-        x, result = run(stage, name, reward, n, config.steps, stream(config.seed, "mixture", name))
+        x, result = run(
+            stage, image_variant(name), reward, n, ODE(steps=config.steps), stream(config.seed, "mixture", name)
+        )
         return Made({"samples": x}, {"cost": cost_of(result)})
 
     return make
@@ -144,8 +149,8 @@ def _targets(stage: Stage) -> tuple[Tensor, Tensor]:
 
 
 def _affordable(name: str, config: MixtureConfig) -> int:
-    v = variant(name)
-    a_step = copies_of(v) * (1 + (v.number if v.method not in ("tds", "dps", "none") else 1))
+    method = image_variant(name).method
+    a_step = method.copies * (1 + max(1, method.shown_draws))
     return int(min(config.samples, max(64, config.budget // (config.steps * a_step))))
 
 
@@ -164,7 +169,7 @@ def _words(cells: dict[str, Any], exact: dict[str, Any], config: MixtureConfig) 
     ]
     rows = [
         [
-            variant(name).title, c["l2"], c["chance"], c["l2_tilted"], c["reward"], c["distance"], c["vendi"],
+            image_variant(name).title, c["l2"], c["chance"], c["l2_tilted"], c["reward"], c["distance"], c["vendi"],
             round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"], c["samples"],
         ]
         for name, c in cells.items()
@@ -175,6 +180,6 @@ def _words(cells: dict[str, Any], exact: dict[str, Any], config: MixtureConfig) 
     best = min(cells, key=lambda name: cells[name]["l2"])
     return {
         "tables": {f"Class frequencies against w, {config.steps} steps, costs a sample": table(head, rows)},
-        "summary": f"A mixture of classes asked for by one reward. Nearest to it: {variant(best).title}, L2 "
+        "summary": f"A mixture of classes asked for by one reward. Nearest to it: {image_variant(best).title}, L2 "
         f"{cells[best]['l2']:.3f} ({cells[best]['chance']:.3f} by chance alone).",
     }

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from metaflowmaps.errors import unknown
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, per_sample, table
-from metaflowmaps.lab.evaluate.images.variants import CHUNK, calls, quiet_steer, variant
+from metaflowmaps.lab.evaluate.images.steered import CHUNK, calls, image_variant, quiet_steer
+from metaflowmaps.lab.evaluate.variants import Variant
 from metaflowmaps.metrics.calibration import rank_test
 from metaflowmaps.metrics.images import psnr
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
+from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Made
 
 PROBLEMS = {"inpaint": "inpainting, right half hidden", "sr2": "super-resolution × 2", "sr4": "super-resolution × 4",
             "deblur": "deblurring"}  # fmt: skip
-SYSTEMS = ("tds", "mfm-smc")
 METHODS = ("mfm-g-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "dps", "tds-64")
 
 
@@ -47,11 +48,8 @@ class InverseConfig(ImageEvalConfig):
 
     def _calls(self, name: str) -> int:
         """For all samples of one problem: a particle system has as many particles as samples at least."""
-        v = variant(name)
-        if v.method not in SYSTEMS:
-            return calls(name, self.draws * self.images, self.steps)
-        particles = max(v.options["particles"], self.draws)
-        return calls(name, particles * self.images, self.steps, particles=particles, returns="all")
+        v = _for_draws(name, self.draws)
+        return calls(v, max(v.method.system or 1, self.draws) * self.images, self.steps)
 
 
 class Solved(NamedTuple):
@@ -78,7 +76,7 @@ def operator(problem: str, event_shape: tuple[int, ...]) -> Any:
 def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line: None) -> Solved:
     """metrics.problems[problem][method] = {psnr_mean, psnr, accuracy, residual, spread_ratio, rank_p, cost}."""
     for name in config.methods:
-        variant(name)
+        image_variant(name)
     truth, labels = stage.images(config.images, "inverse", config.seed)
     results: dict[str, Any] = {}
     pictures: dict[str, dict[str, Tensor]] = {}
@@ -131,25 +129,28 @@ def _solved(
 
 def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig) -> tuple[Tensor, dict[str, float]]:
     """(draws, images, *event) samples and their cost; a particle system takes one observation at a time."""
-    v, g = variant(name), stream(config.seed, "inverse", name)
-    options, draws = dict(v.options), config.draws
-    system = v.method in SYSTEMS
-    if system:
-        options |= {"particles": max(options["particles"], draws), "returns": "all"}
+    v, g, draws = _for_draws(name, config.draws), stream(config.seed, "inverse", name), config.draws
+    system = not v.method.row_by_row  # particles replace each other: one observation at a time
     # on a processor a few observations at a time: their states and draws should stay in its cache
     together = 1 if system else max(1, 2 * CHUNK // draws) if stage.model.device.type == "cpu" else len(seen.y)
     parts: list[Tensor] = []
     totals: dict[str, float] = {}
     for ys in seen.y.split(together):
         rows = ys[0] if system else ys.repeat(draws, *([1] * (ys.ndim - 1)))
-        n = options["particles"] if system else draws * len(ys)
-        result = quiet_steer(
-            stage.model, InverseProblem(seen.operator, rows, seen.noise_std), n, v.method, max(1, v.number),
-            config.steps, generator=g, **options,
-        )  # fmt: skip
+        n = (v.method.system or draws) if system else draws * len(ys)
+        problem = InverseProblem(seen.operator, rows, seen.noise_std)
+        result = quiet_steer(stage.model, problem, n, v.method, v.process(ODE(steps=config.steps)), seed=g)
         parts.append(result.samples[: draws * len(ys)].reshape(draws, len(ys), *stage.model.event_shape))
         totals = {k: totals.get(k, 0.0) + c for k, c in result.cost.items()}
     return torch.cat(parts, 1), per_sample(totals, draws * config.images)
+
+
+def _for_draws(name: str, draws: int) -> Variant:
+    """A variant whose particle systems, where it has some, are returned whole and hold as many samples as asked for."""
+    v = image_variant(name)
+    return (
+        v if v.method.row_by_row else v.using(particles=max(v.method.system or v.method.copies, draws), returns="all")
+    )
 
 
 @torch.no_grad()
@@ -184,7 +185,7 @@ def _words(results: dict[str, Any], config: InverseConfig) -> dict[str, Any]:
     tables = {}
     for problem, cells in results.items():
         rows = [
-            [variant(name).title, c["psnr_mean"], c["psnr"], c.get("accuracy"), c["residual"], c["spread_ratio"],
+            [image_variant(name).title, c["psnr_mean"], c["psnr"], c.get("accuracy"), c["residual"], c["spread_ratio"],
              c["rank_p"], round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"]]
             for name, c in cells.items()
         ]  # fmt: skip

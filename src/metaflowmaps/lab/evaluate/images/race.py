@@ -16,6 +16,7 @@ latents decoded, is scored where it is made.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -26,13 +27,14 @@ from torch import Tensor
 from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward, scores_of, short
 from metaflowmaps.lab.evaluate.images.judging import BATCH
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of, cost_of_parts, table
-from metaflowmaps.lab.evaluate.images.variants import calls, run, told, variant
+from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, labels_of, run
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.path import call_drift
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards import Tempered
 from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Made, ranges
 
 SUBSET = 64
@@ -70,7 +72,9 @@ class RaceConfig(ImageEvalConfig):
     def calls(self) -> int:
         """Evaluations of the map's network: the pools, and every steered cell."""
         pools = self.pool * (self.base_steps + sum(int(kind.removeprefix("map-")) for kind in POOLS if kind != "ode"))
-        cells = sum(len(self.numbers(name)) * calls(name, self.samples, self.steps) for name in self.methods)
+        cells = sum(
+            len(self.numbers(name)) * calls(image_variant(name), self.samples, self.steps) for name in self.methods
+        )
         return pools + len(self.rewards) * cells
 
     def numbers(self, name: str) -> tuple[float, ...]:
@@ -88,7 +92,7 @@ class Raced(NamedTuple):
 def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None) -> Raced:
     """metrics.rewards[reward].cells: {method, strength | n, reward, others, distance, vendi, frechet, cost}, each."""
     for name in config.methods:
-        variant(name)
+        image_variant(name)
     rewards = {name: image_reward(stage, name) for name in config.rewards}
     data = stage.everything()
     known = scores_of(rewards, data, stage.cond(stage.everything_told(), len(data)))
@@ -179,12 +183,12 @@ class _Race:
             say(f"{self.name}: {name}, {'γ' if rescaled else 'λσ'} = {strength:g}")
             weight = self.config.rescale_strength if rescaled else strength
             reward = Tempered(self.rewards[self.name], weight / self.scale) if weight else self.rewards[self.name]
-            options = {"renormalize_to": strength} if rescaled else {}
+            process = ODE(steps=self.config.steps)
+            if rescaled:
+                process = replace(process, renormalize="rescale", renormalize_to=strength)
             g = stream(self.config.seed, "race", self.name, name, repr(strength))
-            labels = told(name, self.stage.labels(self.config.samples, "race", self.config.seed))
-            x, result = run(
-                self.stage, name, reward, self.config.samples, self.config.steps, g, labels=labels, **options
-            )
+            labels = labels_of(name, self.stage.labels(self.config.samples, "race", self.config.seed))
+            x, result = run(self.stage, image_variant(name), reward, self.config.samples, process, g, labels)
             finite = x.flatten(1).isfinite().all(1)
             kept = {"samples": x}
             if int(finite.sum()) >= SUBSET:
@@ -265,7 +269,7 @@ def _key(race: _Race, name: str, number: float) -> str:
 
 
 def _rescaled(name: str) -> bool:
-    return variant(name).options.get("renormalize") == "rescale"
+    return image_variant(name).rescaled
 
 
 def _scores_in(rewards: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
@@ -346,7 +350,7 @@ def frontier(cells: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 
 def title(method: str) -> str:
     """As tables and figures call it."""
-    return POOLS[method] if method in POOLS else variant(method).title
+    return POOLS[method] if method in POOLS else image_variant(method).title
 
 
 def _words(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from metaflowmaps.lab.evaluate.images.stage import LATENT_BATCH, ImageEvalConfig
 from metaflowmaps.lab.evaluate.value_error import pearson
 from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
-from metaflowmaps.value import value_gradient
+from metaflowmaps.value import GradientFree, value_gradient
 from metaflowmaps.work.shards import Made
 
 CHUNK = 32  # draws a state at a time
@@ -139,7 +139,7 @@ def _value(
     cond: Cond = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    return value_gradient(posterior, reward, t, x_t, n, "gradient-free", g, cond, chunk=chunk).value.double().cpu()
+    return value_gradient(posterior, reward, t, x_t, n, GradientFree(chunk=chunk), g, cond).value.double().cpu()
 
 
 def _against(estimate: Tensor, truth: Tensor) -> dict[str, float]:

@@ -1,0 +1,22 @@
+"""The base model, unsteered."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps.steering.method import Guidance, GuidedMethod
+from metaflowmaps.steering.problem import SteeringProblem
+
+
+@dataclass(frozen=True)
+class Unsteered(GuidedMethod):
+    """D* = D."""
+
+    name = "none"
+    title = "unsteered"
+
+    def guide(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Guidance:
+        """The drift alone."""
+        return Guidance(problem.drift(t, x), torch.zeros_like(x), {})
