@@ -15,13 +15,14 @@ from metaflowmaps.commands.finetune import Subject, finetune, judge_of, others_o
 from metaflowmaps.commands.runs import environment
 from metaflowmaps.commands.shared import typed
 from metaflowmaps.lab.evaluate.images.stage import cost_of, table
-from metaflowmaps.lab.evaluate.images.variants import run as steered
-from metaflowmaps.lab.evaluate.images.variants import variant
+from metaflowmaps.lab.evaluate.images.steered import image_variant
+from metaflowmaps.lab.evaluate.images.steered import run as steered
 from metaflowmaps.lab.evaluate.tuning_error import Drawn, TunedEvalConfig
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.figures import tuning_figures
 from metaflowmaps.random import stream
 from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.steering import ODE
 
 PLACE = RUNS / "finetune"
 THREADS = "threads=1"
@@ -187,9 +188,9 @@ def _digits_tables(reward: str, by: dict[str, Any]) -> dict[str, Any]:
         for name, c in cell["samplers"].items():
             rows.append(row(f"{words}, {name}", c, c["calls"], 1000 * c["seconds"]))
         for name, c in cell.get("steered", {}).items():
-            rows.append(row(f"steered, {variant(name).title}", c, c["cost"]["nfe"], 1000 * c["cost"]["seconds"]))
+            rows.append(row(f"steered, {image_variant(name).title}", c, c["cost"]["nfe"], 1000 * c["cost"]["seconds"]))
             spent, base = cell["cost"], cell["samplers"]["map-1"]
-            bills.append([key, variant(name).title, spent["nfe"] / 1e6, spent["seconds"],
+            bills.append([key, image_variant(name).title, spent["nfe"] / 1e6, spent["seconds"],
                           spent["nfe"] / max(1e-9, c["cost"]["nfe"] - 1),
                           spent["seconds"] / max(1e-9, c["cost"]["seconds"] - base["seconds"])])  # fmt: skip
         if not kind:
@@ -208,7 +209,7 @@ def _bills(cell: dict[str, Any]) -> dict[str, tuple[float, float]]:
     bills = {"tuned, one step": (cell["cost"]["nfe"], 1.0), "tuned, 50 steps of the drift": (cell["cost"]["nfe"], 50.0)}
     by_cost: dict[float, list[str]] = {}
     for name, c in cell["steered"].items():
-        by_cost.setdefault(c["cost"]["nfe"], []).append(variant(name).title)
+        by_cost.setdefault(c["cost"]["nfe"], []).append(image_variant(name).title)
     return bills | {"steered, " + " or\n".join(names): (0.0, nfe) for nfe, names in by_cost.items()}
 
 
@@ -225,7 +226,8 @@ def _steered(reward: str, strength: float) -> dict[str, Any]:
             say(f"digits, {reward}, strength {strength:.4g}: steered by {name}")
             g = stream(0, "benchmark", reward, repr(strength), name)
             assert stage is not None
-            x, result = steered(stage, name, subject.reward, STEERED_SAMPLES, STEERED_STEPS, g)
+            process = ODE(steps=STEERED_STEPS)
+            x, result = steered(stage, image_variant(name), subject.reward, STEERED_SAMPLES, process, g)
             kept.write_text(json.dumps({**judge([Drawn(x, {})]), "cost": cost_of(result)}))
         out[name] = json.loads(kept.read_text())
     return out

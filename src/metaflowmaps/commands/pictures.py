@@ -17,7 +17,7 @@ from metaflowmaps.lab.evaluate.images.image_rewards import short
 from metaflowmaps.lab.evaluate.images.inverse_problems import PROBLEMS, Solved
 from metaflowmaps.lab.evaluate.images.race import Raced
 from metaflowmaps.lab.evaluate.images.recovery import Recovered
-from metaflowmaps.lab.evaluate.images.variants import variant
+from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.figures import image_figures
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.random import randn, stream
@@ -161,12 +161,12 @@ def value(metrics: dict[str, Any], out: Path) -> dict[str, str]:
 def mixture(found: Mixed, out: Path) -> dict[str, str]:
     """Frequencies, and samples of each method."""
     methods = found.metrics["methods"]
-    frequencies = {variant(name).title: cell["frequencies"] for name, cell in methods.items()}
+    frequencies = {image_variant(name).title: cell["frequencies"] for name, cell in methods.items()}
     figure = image_figures.frequencies(frequencies, found.metrics["target"], "Class frequencies as the judge sees them")
     figures.save(figure, out / "frequencies.png")
     names = list(found.samples)
     grid = image_figures.image_grid(
-        [found.samples[name] for name in names], [variant(name).title for name in names], None,
+        [found.samples[name] for name in names], [image_variant(name).title for name in names], None,
         "Samples steered to a mixture of classes",
     )  # fmt: skip
     figures.save(grid, out / "samples.png")
@@ -231,7 +231,7 @@ def _shown_title(key: str) -> str:
         return "images of highest reward"
     if method in races.POOLS:
         return f"best of {number}, {races.POOLS[method].removeprefix('best-of-N of ')}"
-    sign = "γ" if variant(method).options.get("renormalize") == "rescale" else "λσ"
+    sign = "γ" if image_variant(method).rescaled else "λσ"
     return f"{races.title(method)}, {sign} = {number}"
 
 
@@ -243,11 +243,11 @@ def inverse(found: Solved, draws: int, out: Path) -> dict[str, str]:
         for name, x in shown.items():
             if name not in ("truth", "seen"):
                 rows += list(x[:2])
-                titles += [variant(name).title, ""]
+                titles += [image_variant(name).title, ""]
         figures.save(
             image_figures.image_grid(rows, titles, None, PROBLEMS[problem].capitalize()), out / f"{problem}.png"
         )
-        histograms = {variant(name).title: h for name, h in found.histograms[problem].items()}
+        histograms = {image_variant(name).title: h for name, h in found.histograms[problem].items()}
         title = f"Ranks of the truth among {draws} samples: {PROBLEMS[problem]}"
         figures.save(image_figures.rank_histograms(histograms, draws, title), out / f"{problem}-ranks.png")
         captions[f"{problem}.png"] = "Six held-out images, what was seen of them, and two samples of each method."

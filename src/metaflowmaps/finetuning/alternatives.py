@@ -1,9 +1,9 @@
 r"""What else a reward can be put into the weights by, on the same states, networks and meters.
 
 **Adjoint matching** (Domingo-Enrich et al., 2024). On-policy: trajectories of the student's memoryless SDE, and along
-each the lean adjoint, a backward pass through the *base's* process, ``a_k = ∂x_{k+1}/∂x_k ᵀ a_{k+1}``,
-``a_1 = −∇r(x_1)``. At the optimum ``E[a | x_t] = −∇V_t``, so the target of the drift is ``b − (σ_t²/2) a``. The SDE
-runs in steps of the exact linear bridge (see :mod:`metaflowmaps.steering.guided`), from t = 0 and on times equal in the
+each the lean adjoint, a backward pass through the *base's* process, ``a_k = ∂x_{k+1}/∂x_k ᵀ a_{k+1}``, ``a_1 =
+−∇r(x_1)``. At the optimum ``E[a | x_t] = −∇V_t``, so the target of the drift is ``b − (σ_t²/2) a``. The SDE runs in
+steps of the exact linear bridge (see :mod:`metaflowmaps.steering.process`), from t = 0 and on times equal in the
 chart's angle that are shifted at random, so that all are met.
 
 **DRaFT**: −r of the student's one-step draws, differentiated through the student itself. Nothing holds it to p_1: it
