@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ import metaflowmaps as mfm
 from metaflowmaps import cli, losses
 from metaflowmaps.checkpoint.shipped import FOLDER
 from metaflowmaps.random import RowNoise, copy_seeds, fresh_seeds, noise, stream
+from metaflowmaps.value import Gradient, GradientFree
 
 FIGURES = Path(__file__).with_name("figures.json")
 F64 = torch.float64
@@ -49,15 +51,19 @@ class Waves(nn.Module):
     """Two layers whose weights are written out: a smooth function of everything a network is given."""
 
     event_shape = (2,)
+    num_classes = 3
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Parameter(waves(16, 7, phase=1.0))
         self.second = nn.Parameter(waves(2, 16, phase=2.0) / 4)
 
-    def forward(self, z: Tensor, a: Tensor, b: Tensor, context: Tensor, context_time: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, a: Tensor, b: Tensor, context: Tensor, context_time: Tensor, label: Tensor | None = None
+    ) -> Tensor:
         inputs = torch.cat([z, context, torch.stack([a, b, context_time], 1)], 1)
-        return torch.tanh(inputs @ self.first.T) @ self.second.T
+        out = torch.tanh(inputs @ self.first.T) @ self.second.T
+        return out if label is None else out + torch.sin(label)[:, None] / 4
 
 
 def tiny_map(path: mfm.Path = PATHS["linear"], parameterization: str = "gaussian") -> mfm.MetaFlowMap:
@@ -151,15 +157,12 @@ def maps() -> Figures:
 def shipped_map() -> Figures:
     model = digits()
     x, times = waves(2, 1, 8, 8), torch.tensor([0.0, 0.6], dtype=F64)
-    label = torch.tensor([3, 10])
-    classes = int(model.network.num_classes)
-    cond = {"label": label.clamp_max(classes)} if classes else None
     return {
         "double": {
-            "velocity": numbers(model.velocity(0.0, 1.0, waves(2, 1, 8, 8, phase=1.0), times, x, cond)[:, 0, 3]),
-            "drift": numbers(model.drift(times, x, cond)[:, 0, 3]),
-            "draw": numbers(model.draw(times, x, 2, generator=seeded(3), cond=cond)[:, :, 0, 3]),
-            "generate": numbers(model.generate(2, steps=4, seeds=torch.tensor([1, 2]), cond=cond)[:, 0, 3]),
+            "velocity": numbers(model.velocity(0.0, 1.0, waves(2, 1, 8, 8, phase=1.0), times, x)[:, 0, 3]),
+            "drift": numbers(model.drift(times, x)[:, 0, 3]),
+            "draw": numbers(model.draw(times, x, 2, generator=seeded(3))[:, :, 0, 3]),
+            "generate": numbers(model.generate(2, steps=4, seeds=torch.tensor([1, 2]))[:, 0, 3]),
         }
     }
 
@@ -219,22 +222,103 @@ def values() -> Figures:
     model, law, path = tiny_map(), paper_law(), PATHS["linear"]
     glass = mfm.GlassPosterior(path, lambda t, x, cond=None: law.drift(path, t, x), steps=4)
     cases = {
-        "gradient": (model, {"method": "gradient"}),
-        "gradient, two passes": (model, {"method": "gradient", "passes": 2}),
-        "gradient, jackknife": (model, {"method": "gradient", "correction": "jackknife"}),
-        "gradient, glass": (glass, {"method": "gradient"}),
-        "gradient-free": (model, {"method": "gradient-free"}),
-        "gradient-free, centred": (model, {"method": "gradient-free", "centre": "denoise"}),
-        "gradient-free, antithetic": (model, {"method": "gradient-free", "noise": "antithetic"}),
-        "gradient-free, exact draws": (mfm.ExactPosterior(path, law), {"method": "gradient-free"}),
+        "gradient": (model, Gradient()),
+        "gradient, two passes": (model, Gradient(passes=2)),
+        "gradient, jackknife": (model, Gradient(correction="jackknife")),
+        "gradient, glass": (glass, Gradient()),
+        "gradient-free": (model, GradientFree()),
+        "gradient-free, centred": (model, GradientFree(centre="denoise")),
+        "gradient-free, antithetic": (model, GradientFree(noise="antithetic")),
+        "gradient-free, exact draws": (mfm.ExactPosterior(path, law), GradientFree()),
     }
-    for name, (posterior, options) in cases.items():
-        estimate = mfm.value_gradient(posterior, observed(0.2), t, x, 5, generator=seeded(7), **options)
+    for name, (posterior, estimator) in cases.items():
+        estimate = mfm.value_gradient(posterior, observed(0.2), t, x, 5, estimator, seeded(7))
         figures[name] = {
             field: numbers(getattr(estimate, field))
             for field in ("value", "gradient", "ess", "std_err", "gradient_std_err", "rewards")
         }
     return figures
+
+
+SIX = torch.arange(100, 106)  # seeds
+
+
+def _steered(model: object, reward: Callable[..., Tensor], method: object, process: object, **options: object) -> dict:
+    """Samples, rewards, seeds and cost of six samples, and what was seen on the way, averaged over steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few draws of a sharp reward: said, and meant
+        seed = options.pop("seed", SIX)
+        result = mfm.steer(model, reward, len(SIX), method, process, seed=seed, **options)
+    samples = result.samples.flatten(1)
+    seen = {name: float(result.info[name].mean()) for name in ("ess", "value", "drift_norm") if name in result.info}
+    return {
+        "mean": numbers(samples.mean(0)[:8]),
+        "rows": numbers(samples[:2, :8]),
+        "rewards": numbers(result.rewards),
+        "seeds": [str(seed) for seed in result.seeds.tolist()],
+        "cost": {name: count for name, count in result.cost.items() if name not in ("seconds", "peak_memory_bytes")},
+        "info": seen,
+    }
+
+
+def steering() -> Figures:
+    """Every method, on the paper's mixture where exact draws will do and on a small map where gradients are needed."""
+    law, small, ode = mfm.ExactModel(PATHS["linear"], paper_law()), tiny_map(), mfm.ODE(steps=8)
+    curved = mfm.ExactModel(PATHS["trigonometric"], paper_law())
+    cases = {
+        "none": (law, mfm.Unsteered(), ode),
+        "none, sde": (law, mfm.Unsteered(), mfm.SDE(steps=8, integrator="heun")),
+        "mfm-gf": (law, mfm.MFMGF(num_draws=4), ode),
+        "mfm-gf, sde": (law, mfm.MFMGF(num_draws=2), mfm.SDE(steps=8)),
+        "mfm-gf, trigonometric": (curved, mfm.MFMGF(num_draws=4), mfm.SDE(steps=8)),
+        "mfm-gf, as published": (law, mfm.MFMGF(num_draws=3, recycle=1, centre="denoise"), ode),
+        "mfm-gf, jackknife": (law, mfm.MFMGF(num_draws=3, recycle=2, correction="jackknife"), ode),
+        "mfm-gf, filled": (law, mfm.MFMGF(num_draws=1, recycle=4, fill=True), mfm.ODE(steps=8, grid="power")),
+        "mfm-gf, clipped": (law, mfm.MFMGF(num_draws=4), mfm.ODE(steps=8, renormalize="clip", sigma_cap=50.0)),
+        "mfm-gf, map": (small, mfm.MFMGF(num_draws=4, noise="antithetic", map_steps=2), ode),
+        "mfm-g": (small, mfm.MFMG(num_draws=2), ode),
+        "mfm-g, sde": (small, mfm.MFMG(num_draws=2, noise="quasi"), mfm.SDE(steps=8, integrator="heun")),
+        "mfm-g, as published": (small, mfm.MFMG(num_draws=2, blend=False), mfm.ODE(steps=8, renormalize="rescale")),
+        "mfm-g, two passes": (small, mfm.MFMG(num_draws=4, passes=2), mfm.ODE(steps=8, integrator="midpoint")),
+        "mfm-search": (law, mfm.Search(num_draws=2), ode),
+        "mfm-search, particle": (
+            small, mfm.Search(num_draws=2, particles=3, selection="particle", transition="deterministic"),
+            mfm.ODE(steps=8, grid=[0.01, 0.1, 0.3, 0.6, 0.8, 1.0]),
+        ),
+        "mfm-smc": (law, mfm.SMC(num_draws=2), mfm.SDE(steps=8)),
+        "mfm-smc, one of each": (law, mfm.SMC(num_draws=2, particles=3, returns="one", guide="none"), mfm.SDE(steps=8)),
+        "mfm-smc, gradients": (small, mfm.SMC(num_draws=2, guide="mfm-g", resampler="residual"), mfm.SDE(steps=8)),
+        "dps": (law, mfm.DPS(), ode),
+        "tds": (law, mfm.TDS(particles=3), mfm.SDE(steps=8)),
+        "best-of-n": (law, mfm.BestOfN(n=3), ode),
+        "glass": (law, mfm.Glass(num_draws=2, glass_steps=3), ode),
+        "glass, gradients": (law, mfm.Glass(num_draws=2, glass_steps=3, estimator=mfm.MFMG(recycle=2)), ode),
+        "exact": (law, mfm.Exact(), mfm.ODE(steps=8, integrator="rk4")),
+        "exact, sde": (law, mfm.Exact(), mfm.SDE(steps=8)),
+    }  # fmt: skip
+    reward = observed(0.2)
+    seeds = {"mfm-smc": SIX[:1], "mfm-smc, gradients": SIX[:1], "tds": SIX[:2]}  # one a system of particles
+    figures = {name: _steered(model, reward, *how, seed=seeds.get(name, SIX)) for name, (model, *how) in cases.items()}
+    labels = {"label": torch.tensor([0, 1, 2, 3, 1, 2])}
+    figures["labels"] = _steered(small, reward, mfm.MFMG(num_draws=2), mfm.SDE(steps=8), cond=labels)
+    figures["a generator"] = _steered(law, reward, mfm.MFMGF(num_draws=2), ode, seed=seeded(3))
+    figures["batches"] = _steered(small, reward, mfm.MFMGF(num_draws=2), ode, batch_size=4)
+    return figures
+
+
+def steering_digits() -> Figures:
+    """The shipped map."""
+    model, ode = digits(), mfm.ODE(steps=4)
+    cases = {
+        "mfm-g": (mfm.MFMG(num_draws=2), ode),
+        "mfm-gf": (mfm.MFMGF(num_draws=4), mfm.SDE(steps=4)),
+        "mfm-search": (mfm.Search(num_draws=2, particles=2), ode),
+        "mfm-smc": (mfm.SMC(num_draws=2, particles=2, returns="one"), mfm.SDE(steps=4)),
+        "dps": (mfm.DPS(), ode),
+        "best-of-n": (mfm.BestOfN(n=3), ode),
+        "none": (mfm.Unsteered(), mfm.SDE(steps=4)),
+    }
+    return {name: _steered(model, bright_top, *how) for name, how in cases.items()}
 
 
 def _train(out: Path, *options: str) -> list[dict[str, float]]:
@@ -340,6 +424,10 @@ SECTIONS = {
     "shipped_map_float32": Section(shipped_map_float32, 1e-5, "float32; sums of 256 in another order, 4 calls deep"),
     "regressions": Section(regressions, 1e-9, "float64; differences of step 5e-3 lose three digits of fifteen"),
     "values": Section(values, 1e-9, "float64; the sharp reward multiplies the roundings of a draw by 1e2"),
+    "steering": Section(
+        steering, 1e-8, "float64; eight steps under a reward whose gradient grows errors tenfold a step"
+    ),
+    "steering_digits": Section(steering_digits, 1e-8, "the same"),
     "training": Section(training, 1e-4, "float32; eight steps of Adam, whose first divides a gradient by its size"),
     "finetuning": Section(finetuning, 1e-4, "float32; three steps of Adam on weighted targets"),
 }
@@ -351,7 +439,7 @@ def differences(new: object, old: object, tolerance: float, where: str = "") -> 
         if not isinstance(new, dict) or sorted(new) != sorted(old):
             return [f"{where}: {sorted(new) if isinstance(new, dict) else new} for {sorted(old)}"]
         return [line for key in old for line in differences(new[key], old[key], tolerance, f"{where}/{key}")]
-    if isinstance(old, list) and tolerance:
+    if isinstance(old, list) and tolerance and not isinstance(old[0], str):
         mine, theirs = (torch.as_tensor(v, dtype=F64) for v in (new, old))
         if mine.shape != theirs.shape:
             return [f"{where}: shape {tuple(mine.shape)} for {tuple(theirs.shape)}"]
