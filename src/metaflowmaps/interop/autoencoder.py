@@ -52,11 +52,17 @@ class Codec(Protocol):
 
 
 class AutoencoderCodec(nn.Module):
-    """diffusers' ``AutoencoderKL`` as a codec: frozen, always in evaluation mode.
+    """diffusers' ``AutoencoderKL`` as a codec: frozen, always in evaluation mode; ``codec(z)`` is ``codec.decode(z)``.
 
-    ``tiling`` and ``slicing`` are diffusers' own: tiles bound the memory of pictures larger than the autoencoder was
-    made for (at seams that differ a little), slices take one row at a time. ``clamp=False`` leaves what the decoder
-    overshoots, with its gradient. ``codec(z)`` is ``codec.decode(z)``.
+    Args:
+        vae: The autoencoder.
+        dtype: What it computes in; None leaves it as it is.
+        micro_batch: Rows that are encoded or decoded at a time.
+        checkpointing: Whether a gradient through the decoder decodes again instead of remembering activations.
+        tiling: diffusers' own: tiles bound the memory of pictures larger than the autoencoder was made for, at seams
+            that differ a little.
+        slicing: diffusers' own: one row at a time.
+        clamp: Whether pictures are clamped to [−1, 1]; without it the decoder overshoots, with its gradient.
     """
 
     def __init__(
@@ -96,7 +102,14 @@ class AutoencoderCodec(nn.Module):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> "AutoencoderCodec":
-        """An autoencoder from a folder in diffusers' layout or from the hub; ``options`` as for the class."""
+        """An autoencoder from a folder in diffusers' layout or from the hub.
+
+        Args:
+            path_or_hub_id: The folder, or ``owner/name``.
+            revision: Of the hub.
+            dtype: What it computes in.
+            options: As for the class.
+        """
         return cls(_load(path_or_hub_id, revision), _usable(dtype), **options)
 
     def train(self, mode: bool = True) -> "AutoencoderCodec":
@@ -107,14 +120,14 @@ class AutoencoderCodec(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in; inputs are converted, and results come back in the dtype of the input."""
-        found: torch.dtype = next(self.vae.parameters()).dtype
-        return found
+        dtype: torch.dtype = next(self.vae.parameters()).dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        found: torch.device = next(self.vae.parameters()).device
-        return found
+        device: torch.device = next(self.vae.parameters()).device
+        return device
 
     @property
     def factor(self) -> int:
@@ -137,7 +150,14 @@ class AutoencoderCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in [−1, 1] -> mean and standard deviation of their latents, (B, C, h, w) each."""
+        """Encode pictures.
+
+        Args:
+            images: (B, 3, H, W) in [−1, 1].
+
+        Returns:
+            Mean and standard deviation of their latents, (B, C, h, w) each.
+        """
         check_state(images, "images")
         channels = int(self.config["in_channels"])
         if images.ndim != 4 or images.shape[1] != channels or any(n % self.factor for n in images.shape[2:]):
@@ -158,7 +178,14 @@ class AutoencoderCodec(nn.Module):
         return mean + std * randn(tuple(mean.shape), generator, mean.dtype, mean.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, H, W) in [−1, 1], differentiable."""
+        """Decode latents, differentiably.
+
+        Args:
+            latents: (B, C, h, w).
+
+        Returns:
+            Pictures (B, 3, H, W) in [−1, 1].
+        """
         pictures: Tensor = self(latents)  # as a call: the meter counts decodes by a hook
         return pictures
 
@@ -182,7 +209,12 @@ class AutoencoderCodec(nn.Module):
 
 
 class Decoded:
-    """r(z) = reward(codec.decode(z)): a reward on pictures as one on latents."""
+    """A reward on pictures as one on latents, r(z) = reward(decode(z)).
+
+    Args:
+        reward: A reward of (B, 3, H, W).
+        codec: Decodes what the model lives on.
+    """
 
     def __init__(self, reward: Callable[..., Any], codec: Codec) -> None:
         self.reward = checked_reward(reward)

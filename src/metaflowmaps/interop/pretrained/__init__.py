@@ -7,7 +7,7 @@ parameterisation. Of SiT and DMF it is the map that they initialise: equal to it
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,16 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.pretrained.direction import Direction, time_direction
 from metaflowmaps.interop.pretrained.dmf import DMF
 from metaflowmaps.interop.pretrained.files import HUB_FILES, SUFFIXES, Source, holds_weights, read_weights
-from metaflowmaps.interop.pretrained.layout import OVERRIDES, Family, Weights, fill, misfit, network_config, shape_of
+from metaflowmaps.interop.pretrained.layout import (
+    OVERRIDES,
+    Family,
+    Weights,
+    expected,
+    fill,
+    misfit,
+    network_config,
+    shape_of,
+)
 from metaflowmaps.interop.pretrained.mfm import MFM
 from metaflowmaps.interop.pretrained.sit import SIT
 from metaflowmaps.networks.dit import DiT
@@ -28,12 +37,25 @@ __all__ = [
     "HUB_FILES",
     "SUFFIXES",
     "Direction",
+    "Published",
     "Source",
     "holds_weights",
     "load",
     "load_with_source",
     "time_direction",
 ]
+
+
+class Published(NamedTuple):
+    """A published model: the map, the family its file is of, where the file came from, which way its time runs.
+
+    The direction is None where it was not probed.
+    """
+
+    model: MetaFlowMap
+    family: Family
+    source: Source
+    direction: Direction | None
 
 
 def load(
@@ -43,13 +65,21 @@ def load(
     revision: str | None = None,
     check: bool = True,
 ) -> MetaFlowMap:
-    """The map of a published file (local, or ``owner/name[/file][@revision]`` on the hub), on CPU, in float32.
+    """The map of a published file.
 
-    ``config`` says what shapes cannot tell: heads, encoder_depth, guidance (the scales of a released MFM's table; for
-    the others True or a list, to begin an embedding with). ``check`` probes which way time runs: a drift that runs
-    backwards is refused.
+    Args:
+        path: The file, the folder that holds it, or ``owner/name[/file][@revision]`` on the hub.
+        family: "mfm", "dmf", "sit", or "auto" to tell by its tensors.
+        config: What shapes cannot tell: "heads", "encoder_depth", "guidance" (the scales of a released MFM's table;
+            for the others True or a list, to begin an embedding with).
+        revision: Of a file on the hub.
+        check: Whether to probe which way time runs; a drift that runs backwards is refused.
+
+    Returns:
+        A map on the linear path, on CPU and in float32. Of "mfm" it is the released one; of "dmf" the one that equals
+        its parent at any context; of "sit" the one whose ``drift`` is SiT's.
     """
-    return load_with_source(path, family, config, revision, check)[0]
+    return load_with_source(path, family, config, revision, check).model
 
 
 def load_with_source(
@@ -58,8 +88,8 @@ def load_with_source(
     config: Mapping[str, Any] | None = None,
     revision: str | None = None,
     check: bool = True,
-) -> tuple[MetaFlowMap, Family, Source, Direction | None]:
-    """``load``, with the family it found, where the file came from and what the probe of time said."""
+) -> Published:
+    """``load``, with all that is known of the file."""
     if family not in ("auto", *FAMILIES):
         raise unknown("family", family, ("auto", *FAMILIES))
     given = dict(config or {})
@@ -69,10 +99,10 @@ def load_with_source(
     weights, source = read_weights(path, revision)
     kind = _family(path, family, weights)
     try:
-        made = network_config(kind, shape_of(weights), given)
+        options = network_config(kind, shape_of(weights), given)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what the file does not fill is the same each time
-            network = DiT(**made)
+            network = DiT(**options)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     fill(network, kind, weights)
@@ -84,7 +114,7 @@ def load_with_source(
             f"R = {direction.reversed:.2f} against {direction.given:.2f}): these are weights of another convention, "
             "wrap the model with mfm.wrap(…, time='data-at-0'), or load them with check=False (--no-check)"
         )
-    return model, kind, source, direction
+    return Published(model, kind, source, direction)
 
 
 def _family(path: str | Path, asked: str, weights: Weights) -> Family:
@@ -107,8 +137,6 @@ def _family(path: str | Path, asked: str, weights: Weights) -> Family:
 
 def _differences(family: Family, weights: Weights) -> int:
     """By how many keys a file differs from a family's."""
-    from metaflowmaps.interop.pretrained.layout import expected
-
     try:
         needed = expected(family, shape_of(weights))
     except InputError:
