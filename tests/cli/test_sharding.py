@@ -19,7 +19,7 @@ from metaflowmaps.cli import results as runs
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import generation
 from metaflowmaps.work import shards as sharding
-from metaflowmaps.work.shards import Made, Share, Worker
+from metaflowmaps.work.shards import Shard, Share, Worker
 
 WEAK = ["--reward", "margin:7", "--strength", "0.05"]  # one draw of few must not have all the weight
 CASES = {
@@ -268,18 +268,6 @@ def test_torchrun_says_who_a_process_is(capsys, tmp_path, short, monkeypatch):
     assert sharding.share_of("0/3", 5) == Share(Worker(0, 3), 5)  # what is typed comes first
 
 
-def test_every_rank_has_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert sharding.own_device("auto") == "auto"
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert sharding.own_device("auto") == sharding.own_device("cuda") == "cuda:1"
-    assert (sharding.own_device("cpu"), sharding.own_device("cuda:0")) == ("cpu", "cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="--nproc-per-node 2"):
-        sharding.own_device("auto")
-
-
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
@@ -319,11 +307,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    pieces = sharding.Pieces(tmp_path / "shards", None, lambda: False, lambda line: None)
-    pieces.begin(["00000", "00001"], 4)
+    shards = sharding.ShardFolder(tmp_path / "shards", None, lambda: False, lambda line: None)
+    shards.begin(["00000", "00001"], 4)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        pieces.work(lambda name: Made({"samples": torch.ones(4)}, {}))
+        shards.work(lambda name: Shard({"samples": torch.ones(4)}, {}))
     assert {path.name for path in (tmp_path / "shards").iterdir()} == {"plan.json", "plan.lock", "00000.lock"}
 
 

@@ -14,7 +14,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec
 from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
 from metaflowmaps.work.devices import pick_device
-from metaflowmaps.work.shards import own_device, share_of
+from metaflowmaps.work.shards import share_of
 
 
 class Encode(Options):
@@ -70,7 +70,7 @@ def _encoded(config: Encode, context: Context, out: Path) -> tuple[Results, Resu
     """The settings, and the index where all shards are there."""
     from metaflowmaps.data.sources import open_source  # brings Pillow
 
-    worker, device = share_of(config.worker, None).worker, pick_device(own_device(context.device))
+    worker, device = share_of(config.worker, None).worker, pick_device(context.device)
     dtype = getattr(torch, config.dtype)
     pictures = open_source(str(config.source), config.classes)
     codec = AutoencoderCodec.from_pretrained(config.vae, config.revision, dtype, micro_batch=config.batch_size)

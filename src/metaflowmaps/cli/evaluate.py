@@ -7,7 +7,7 @@ from pydantic import Field
 
 from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.cli.context import IN_SHARDS, Context, Name, OnCheckpoint, Results
-from metaflowmaps.cli.pieces import elsewhere, shared_claim
+from metaflowmaps.cli.drawing import left_to_others, shared_claim
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.rewards import JUDGES, judge_of_pictures
 from metaflowmaps.errors import InputError, unknown
@@ -18,7 +18,7 @@ from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.recipes.gmm import LAW
 from metaflowmaps.work.config import override, validated
-from metaflowmaps.work.shards import Elsewhere, discard, own_device
+from metaflowmaps.work.shards import Unfinished, discard
 
 EXACT = "exact"  # in the place of a checkpoint: the mixture itself
 LAWS = {"gmm": LAW}
@@ -133,26 +133,26 @@ def _experiment(name: str, config: Evaluation, context: Context, samples: int | 
 
 def measure_images(name: str, checkpoint: str, config: ImageEvalConfig, context: Context) -> Results:
     """Run an experiment on a checkpoint; what it draws is kept, and shared by workers."""
-    experiment, opened = EXPERIMENTS[name], OpenedModel.open(checkpoint, own_device(context.device))
+    experiment, opened = EXPERIMENTS[name], OpenedModel.open(checkpoint, context.device)
     stage, identity = prepare(name, opened, config, lambda text: judge_of_pictures(text, opened), JUDGES)
     if context.dry_run:
         return context.plan(experiment.command, identity, opened.cost_of(config.calls()))
     request = Request(context, experiment.command, identity, opened.beside(f"eval-{name}"))
-    with shared_claim(request, "cells", _drawn) as (done, pieces):
+    with shared_claim(request, "cells", _drawn) as (done, shards):
         if done is not None:
             context.say(f"{request.out} is complete")
             return done
-        stage.pieces, stage.shard = pieces, pieces.size(context.share, stage.shard)
+        stage.shards, stage.shard = shards, shards.size(context.share, stage.shard)
         try:
             metrics, draw = experiment.run(stage, config, lambda line: context.say(f"{experiment.command}: {line}"))
-        except Elsewhere as left:
-            return elsewhere(request, pieces, left)
-        cost = pieces.cost()
+        except Unfinished as left:
+            return left_to_others(request, shards, left)
+        cost = shards.cost()
         request.write(metrics, cost, opened.device)
         # the figures come last: what was measured is on disk before anything is drawn, and without them it is not all
         metrics["captions"] = draw(request.out)
         results = request.write(metrics, cost, opened.device)
-        discard(pieces.folder)
+        discard(shards.folder)
     return results
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
+from metaflowmaps.cli.drawing import Drawing, draw, usual_size
 from metaflowmaps.cli.pictures import DrawingOptions, Pictures
-from metaflowmaps.cli.pieces import Drawing, draw, usual_size
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
@@ -17,7 +17,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
-from metaflowmaps.work.shards import Made, own_device
+from metaflowmaps.work.shards import Shard
 
 
 class Posterior(DrawingOptions):
@@ -36,7 +36,7 @@ def run(config: Posterior, context: Context) -> Results:
         raise InputError(f"--t must lie in [0, 1] (0 is noise, 1 is data), got {config.t}")
     if config.x is not None and config.image is not None:
         raise InputError("--x and --image both say what to draw for: give one of them")
-    opened = OpenedModel.open(config.checkpoint, own_device(context.device))
+    opened = OpenedModel.open(config.checkpoint, context.device)
     model, num, seed, t = opened.model, config.count(config.num_draws), context.seed or 0, config.t
     pictures = Pictures(opened, config, num)
     x_t = _state(config, pictures, stream(seed, "posterior"))
@@ -47,14 +47,14 @@ def run(config: Posterior, context: Context) -> Results:
     seeds = torch.tensor(config.only) if config.only else fresh_seeds(num, stream(seed, "posterior-draws"))
 
     @torch.no_grad()
-    def make(part: slice) -> Made:
+    def make(part: slice) -> Shard:
         own = seeds[part]
         with Meter(model.network) as meter, pictures.autocast():
             noise = RowNoise(own.to(opened.device), "posterior").normal(model.event_shape, dtype=model.dtype)
             draws = model.push(noise, t, x_t.expand_as(noise), config.steps, pictures.rows(part))
-        return Made({"draws": draws, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
+        return Shard({"draws": draws, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
 
-    def finish(made: Made) -> Results:
+    def finish(made: Shard) -> Results:
         draws = made.tensors["draws"]
         write_tensors(request.out / "draws.safetensors", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
         _picture(request, pictures, t, x_t, draws)

@@ -17,7 +17,7 @@ from metaflowmaps._files import finite, write_json
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.config import differences
-from metaflowmaps.work.shards import FOLDERS, LOGS, nothing_in
+from metaflowmaps.work.shards import FOLDERS, is_empty
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -128,8 +128,7 @@ def _check_same(out: Path, wanted: dict[str, Any]) -> bool:
         return True
     # a directory where nothing but the claim was written holds nothing: a failed start does not occupy it
     begun = any(
-        path.name not in ("run.json", LOCK, LOGS) and not (path.name in FOLDERS and nothing_in(path))
-        for path in out.iterdir()
+        path.name not in ("run.json", LOCK) and not (path.name in FOLDERS and is_empty(path)) for path in out.iterdir()
     )
     if begun:
         lines = differences(held, wanted)

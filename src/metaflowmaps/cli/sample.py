@@ -7,15 +7,15 @@ from pydantic import Field
 
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
+from metaflowmaps.cli.drawing import Drawing, draw, usual_size
 from metaflowmaps.cli.pictures import DrawingOptions, Pictures
-from metaflowmaps.cli.pieces import Drawing, draw, usual_size
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cost import Meter
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.random import RowNoise, fresh_seeds, stream
 from metaflowmaps.sampling import integrate, uniform_grid
-from metaflowmaps.work.shards import Made, own_device
+from metaflowmaps.work.shards import Shard
 
 
 class Sample(DrawingOptions):
@@ -30,7 +30,7 @@ class Sample(DrawingOptions):
 
 def run(config: Sample, context: Context) -> Results:
     """Samples by refinement, by composed jumps at context time 0, or by the drift's ODE."""
-    opened = OpenedModel.open(config.checkpoint, own_device(context.device), needs_map=config.method != "ode")
+    opened = OpenedModel.open(config.checkpoint, context.device, needs_map=config.method != "ode")
     model, num, seed = opened.model, config.count(config.num), context.seed or 0
     pictures = Pictures(opened, config, num)
     identity = pictures.identity(num=num, seed=seed)
@@ -40,7 +40,7 @@ def run(config: Sample, context: Context) -> Results:
     seeds = torch.tensor(config.only) if config.only else fresh_seeds(num, stream(seed, "sample"))
 
     @torch.no_grad()
-    def make(part: slice) -> Made:
+    def make(part: slice) -> Shard:
         own, cond = seeds[part], pictures.rows(part)
         with Meter(model.network) as meter, pictures.autocast():
             if config.method == "refine":
@@ -51,9 +51,9 @@ def run(config: Sample, context: Context) -> Results:
                     points = model.push(noise, 0.0, torch.zeros_like(noise), config.steps, cond)
                 else:
                     points = integrate(lambda t, x: model.drift(t, x, cond), noise, uniform_grid(config.steps))
-        return Made({"samples": points, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
+        return Shard({"samples": points, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
 
-    def finish(made: Made) -> Results:
+    def finish(made: Shard) -> Results:
         points, out = made.tensors["samples"], request.out
         write_tensors(out / "samples.safetensors", made.tensors)
         title = f"{num} samples, {config.steps} network call(s) each"

@@ -8,7 +8,7 @@ from metaflowmaps.checkpoint import Checkpoint, CheckpointError, resolve_checkpo
 from metaflowmaps.commands import pictures
 from metaflowmaps.commands.rewards import JUDGES, judge
 from metaflowmaps.commands.runs import write_results
-from metaflowmaps.commands.shards import elsewhere, shared_claim
+from metaflowmaps.commands.shards import left_to_others, shared_claim
 from metaflowmaps.commands.shared import Results, Say, beside, digest, open_model
 from metaflowmaps.commands.stage import chosen_features, data_of, equip, open_stage
 from metaflowmaps.errors import InputError, unknown
@@ -21,7 +21,7 @@ from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig, evaluate_r
 from metaflowmaps.lab.evaluate.images.rollout_value import ImageValueConfig, evaluate_image_value
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Stage
 from metaflowmaps.work.config import override, validated
-from metaflowmaps.work.shards import Elsewhere, Share, discard, own_device
+from metaflowmaps.work.shards import Share, Unfinished, discard
 
 Drawn = tuple[dict[str, Any], Callable[[Path], dict[str, str]]]  # metrics; what writes the figures -> captions
 
@@ -121,7 +121,7 @@ def evaluate_images(
         raise unknown("task", name, EXPERIMENTS)
     experiment = EXPERIMENTS[name]
     config = override(validated(experiment.config, {"seed": seed}), settings)
-    model, found, target = open_model(checkpoint, own_device(device))
+    model, found, target = open_model(checkpoint, device)
     if name in PIXELS_ONLY and (is_latent(model) or "vae" in stored(found)):
         raise InputError(
             f"{name} looks at pixels and at classifiers of them, {checkpoint} makes latents: mfm eval steering "
@@ -133,22 +133,22 @@ def evaluate_images(
     sources |= equip(stage, found, judging, lambda text: _by_text(text, found), JUDGES)
     out = out or beside(checkpoint, found, f"eval-{name}")
     full = {"checkpoint": digest(found), "experiment": name, **config.asked(), **sources}
-    with shared_claim(out, experiment.command, full, "cells", share, say, _drawn) as (done, pieces):
+    with shared_claim(out, experiment.command, full, "cells", share, say, _drawn) as (done, shards):
         if done is not None:
             say(f"{out} is complete")
             return done
-        stage.pieces, stage.shard = pieces, pieces.size(share, stage.shard)
+        stage.shards, stage.shard = shards, shards.size(share, stage.shard)
         try:
             metrics, draw = experiment.run(stage, config, lambda line: say(f"{experiment.command}: {line}"))
-        except Elsewhere as left:
-            return elsewhere(out, pieces, left)
+        except Unfinished as left:
+            return left_to_others(out, shards, left)
         written: dict[str, Any] = {"seed": config.seed, "device": target, "invocation": invocation}
-        cost = pieces.cost()
+        cost = shards.cost()
         write_results(out, experiment.command, full, metrics, cost, **written)
         # the figures come last: what was measured is on disk before anything is drawn, and without them it is not all
         metrics["captions"] = draw(out)
         results = write_results(out, experiment.command, full, metrics, cost, **written)
-        discard(pieces.folder)
+        discard(shards.folder)
     return {**results, "out": str(out / "results.json")}
 
 

@@ -1,6 +1,6 @@
-"""A command whose work is cut into pieces: claim a directory with others, make what is missing, put it together."""
+"""A command whose work is cut into shards: claim a directory with others, make what is missing, put it together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,21 @@ import torch
 
 from metaflowmaps.commands.runs import claim, read_json, release
 from metaflowmaps.commands.shared import Results, Say
-from metaflowmaps.work.shards import SHARD, Elsewhere, Made, Pieces, Share, discard, ranges, read_plan, total_cost
+from metaflowmaps.work.shards import (
+    SHARD_SIZE,
+    Shard,
+    ShardFolder,
+    ShardInterrupted,
+    Share,
+    Unfinished,
+    discard,
+    joined,
+    ranges,
+    read_plan,
+    total_cost,
+)
 
-WHOLE = 4096  # samples at a time where nobody shares the work
-
-
-class Broken(Exception):
-    """A shard that was not finished: what there is of it, and why."""
-
-    def __init__(self, made: Made, why: BaseException) -> None:
-        super().__init__(str(why))
-        self.made, self.why = made, why
+WHOLE_SIZE = 4096  # samples at a time where nobody shares the work
 
 
 @contextmanager
@@ -32,43 +36,43 @@ def shared_claim(
     say: Say,
     complete: Callable[[Results], bool] = lambda results: True,
     shared: bool = True,
-) -> Iterator[tuple[Results | None, Pieces]]:
-    """The results, if ``out`` is complete, and its pieces; other processes may claim it for the very same."""
+) -> Iterator[tuple[Results | None, ShardFolder]]:
+    """The results, if ``out`` is complete, and its shards; other processes may claim it for the very same."""
 
     def finished() -> bool:
         return (out / "results.json").exists() and complete(read_json(out / "results.json"))
 
-    pieces = Pieces(out / folder, share.worker, finished, lambda line: say(f"{command}: {line}"))
+    shards = ShardFolder(out / folder, share.worker, finished, lambda line: say(f"{command}: {line}"))
     done = claim(out, command, config, shared=shared)
     try:
         if done is not None and complete(done):
-            discard(pieces.folder)
-            yield {**done, "out": str(out / "results.json")}, pieces
+            discard(shards.folder)
+            yield {**done, "out": str(out / "results.json")}, shards
         else:
-            yield None, pieces
+            yield None, shards
     finally:
-        pieces.close()
+        shards.close()
         release(out)
 
 
 def usual_size(share: Share, unit: int = 1, copies: int = 1) -> int:
     """Samples a shard where nobody says: so many whole systems of ``unit`` particles, of ``copies`` rows a sample."""
-    most = SHARD if share.worker is not None else max(SHARD, WHOLE // copies)
+    most = SHARD_SIZE if share.worker is not None else max(SHARD_SIZE, WHOLE_SIZE // copies)
     return max(1, most // unit) * unit
 
 
-def elsewhere(out: Path, pieces: Pieces, left: Elsewhere) -> Results:
+def left_to_others(out: Path, shards: ShardFolder, left: Unfinished) -> Results:
     """What a worker returns that does not put things together: the results, if others have, or how far they are."""
-    if pieces.finished():
-        discard(pieces.folder)
+    if shards.finished():
+        discard(shards.folder)
         return {**read_json(out / "results.json"), "out": str(out / "results.json")}
-    pieces.say(
+    shards.say(
         "another process is putting the shards together"
         if left.missing == 0
-        else f"{left.missing} of {left.pieces} shards are still missing: they are other workers'; to make them here, "
+        else f"{left.missing} of {left.shards} shards are still missing: they are other workers'; to make them here, "
         "run the command without --worker"
     )
-    return {"metrics": {"shards": left.pieces, "missing": left.missing}}
+    return {"metrics": {"shards": left.shards, "missing": left.missing}}
 
 
 def draw_in_shards(
@@ -79,8 +83,8 @@ def draw_in_shards(
     share: Share,
     say: Say,
     size: int,
-    make: Callable[[slice], Made],
-    finish: Callable[[Made], Results],
+    make: Callable[[slice], Shard],
+    finish: Callable[[Shard], Results],
     keep: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Results:
     """Samples 0 to count − 1, ``make`` of a range of indices at a time; ``finish`` writes all of them and the results.
@@ -89,35 +93,24 @@ def draw_in_shards(
     breaks off.
     """
     alone = share.worker is None and count <= (share.size or size) and read_plan(out / "shards") is None
-    with shared_claim(out, command, config, "shards", share, say, shared=not alone) as (done, pieces):
+    with shared_claim(out, command, config, "shards", share, say, shared=not alone) as (done, shards):
         if done is not None:
             return done
-        size = pieces.size(share, size)
+        size = shards.size(share, size)
         parts = ranges(count, size)
-        pieces.begin(list(parts), size)
+        shards.begin(list(parts), size)
         try:
-            pieces.work(lambda name: make(parts[name]))
-        except Elsewhere as left:
-            return elsewhere(out, pieces, left)
-        except Broken as broken:
+            shards.work(lambda name: make(parts[name]))
+        except Unfinished as left:
+            return left_to_others(out, shards, left)
+        except ShardInterrupted as interrupted:
             if keep is not None and share.worker is None:
-                found = [*filter(None, map(pieces.read, parts)), broken.made]
-                found = [part for part in found if part.facts["rows"]]
-                if found:
-                    keep(joined(found))
-            raise broken.why from None
-        made = [pieces.get(name, lambda name: make(parts[name])) for name in parts]
-        results = finish(Made(joined(made), {"cost": total_cost([part.facts for part in made])}))
-        discard(pieces.folder)
+                kept = [*filter(None, map(shards.read, parts)), interrupted.shard]
+                kept = [shard for shard in kept if shard.facts["rows"]]
+                if kept:
+                    keep(joined(kept))
+            raise interrupted.cause from None
+        drawn = [shards.get(name, lambda name: make(parts[name])) for name in parts]
+        results = finish(Shard(joined(drawn), {"cost": total_cost([shard.facts for shard in drawn])}))
+        discard(shards.folder)
     return results
-
-
-def joined(parts: Sequence[Made]) -> dict[str, torch.Tensor]:
-    """Tensors of several pieces: rows one after another; what is called mean.… averaged, by number of samples."""
-    total = sum(part.facts["rows"] for part in parts)
-    return {
-        key: torch.stack([part.tensors[key] * (part.facts["rows"] / total) for part in parts]).sum(0)
-        if key.startswith("mean.")
-        else torch.cat([part.tensors[key] for part in parts])
-        for key in parts[0].tensors
-    }

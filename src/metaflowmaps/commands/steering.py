@@ -15,7 +15,7 @@ from metaflowmaps.commands import pictures
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
 from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.scene import Scene, Wish
-from metaflowmaps.commands.shards import Broken, draw_in_shards, usual_size
+from metaflowmaps.commands.shards import draw_in_shards, usual_size
 from metaflowmaps.commands.shared import (
     Results,
     Say,
@@ -43,7 +43,7 @@ from metaflowmaps.steering import steer as run_steering
 from metaflowmaps.work.choices import choose, options_of, with_options
 from metaflowmaps.work.config import override, parse_settings, validated
 from metaflowmaps.work.devices import pick_device
-from metaflowmaps.work.shards import Made, Share, own_device
+from metaflowmaps.work.shards import Shard, ShardInterrupted, Share
 
 DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
 PICTURED = 4  # of num_draws, the panels show the one nearest to this
@@ -81,7 +81,7 @@ def steer(
     method_object, moves = _resolved(method, num_draws, steps, process, renormalize, options)
     if only:
         num = len(only) * _samples_of_a_seed(method_object)
-    model, found, target = open_model(checkpoint, own_device(device), needs_map=method_object.draws)
+    model, found, target = open_model(checkpoint, device, needs_map=method_object.draws)
     given, known, reward = chosen_reward(reward, strength, found)
     if moved is not None and given is not None:
         raise InputError(f"--set data=FOLDER is for rewards that are made of images, not for {reward}: leave it out")
@@ -111,7 +111,7 @@ def steer(
         seeds = fresh_seeds(num // unit, stream(seed, "steer"))
     told = _Once()
 
-    def make(part: slice) -> Made:
+    def make(part: slice) -> Shard:
         n = part.stop - part.start
         own = seeds[part.start // unit : part.stop // unit] if seeds is not None and unit else seeds
 
@@ -130,15 +130,15 @@ def steer(
                     progress=progress and n == num,
                 )
         except SteeringFailed as failed:
-            raise Broken(_as_piece(failed.result), failed) from None
+            raise ShardInterrupted(_as_shard(failed.result), failed) from None
         if result.interrupted:
-            raise Broken(_as_piece(result), KeyboardInterrupt())
-        return _as_piece(result)
+            raise ShardInterrupted(_as_shard(result), KeyboardInterrupt())
+        return _as_shard(result)
 
     def keep(drawn: dict[str, Tensor]) -> None:
         write_tensors(place / "samples.safetensors", {name: drawn[name] for name in ("samples", "rewards", "seeds")})
 
-    def finish(drawn: Made) -> Results:
+    def finish(drawn: Shard) -> Results:
         keep(drawn.tensors)
         result = _as_result(drawn)
         tilted = law.tilt(known) if law is not None and known is not None else None
@@ -341,17 +341,17 @@ class _Once:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def _as_piece(result: SteerResult) -> Made:
+def _as_shard(result: SteerResult) -> Shard:
     """A shard of steered samples: rows, means over rows, and what there is one of for each system."""
     rows = len(result.samples)
     tensors = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
     for name, value in result.info.items():
         if name != "nonfinite":
             tensors[f"each.{name}" if name == "log_evidence" else f"mean.{name}"] = value
-    return Made(tensors, {"cost": {k: v for k, v in result.cost.items() if k != "nfe"}, "rows": rows})
+    return Shard(tensors, {"cost": {k: v for k, v in result.cost.items() if k != "nfe"}, "rows": rows})
 
 
-def _as_result(made: Made) -> SteerResult:
+def _as_result(made: Shard) -> SteerResult:
     """The run that the shards are of."""
     rows = made.tensors
     info = {name.partition(".")[2]: value for name, value in rows.items() if "." in name}

@@ -26,7 +26,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import Codec
 from metaflowmaps.random import stream
 from metaflowmaps.work.config import differences
-from metaflowmaps.work.shards import PLAN, Elsewhere, Made, Pieces, Say, Worker, discard, ranges, read_plan
+from metaflowmaps.work.shards import PLAN, Say, Shard, ShardFolder, Unfinished, Worker, discard, ranges, read_plan
 
 PREFIX = "latents-"
 
@@ -94,7 +94,7 @@ def encode(
     if (plan.out / INDEX).exists() and not _reopen(plan, verify):
         return read_index(plan.out)
     folder = plan.out / ENCODING
-    shards = Pieces(folder, worker, (plan.out / INDEX).exists, say, product=plan.out)
+    shards = ShardFolder(folder, worker, (plan.out / INDEX).exists, say, product=plan.out)
     shards.begin(list(parts), size, vars(plan.settings))
     if verify:
         _drop_damaged(shards)
@@ -102,7 +102,7 @@ def encode(
     with ThreadPoolExecutor(plan.threads) as pool, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
         try:
             shards.work(lambda name: rate.of(_encoded(plan, chosen[parts[name]], pool), name))
-        except Elsewhere:
+        except Unfinished:
             return read_index(plan.out) if shards.finished() else None
     try:
         index = _index(plan, shards, described)
@@ -119,7 +119,7 @@ class _Rate:
     def __init__(self, say: Say) -> None:
         self.say, self.began, self.done = say, time.perf_counter(), 0
 
-    def of(self, shard: Made, name: str) -> Made:
+    def of(self, shard: Shard, name: str) -> Shard:
         count, bad = shard.facts["rows"], len(shard.facts["skipped"])
         self.done += count + bad
         rate = self.done / (time.perf_counter() - self.began)
@@ -131,7 +131,7 @@ class _Rate:
 # -- one shard -------------------------------------------------------------------------------------------------------
 
 
-def _encoded(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Made:
+def _encoded(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Shard:
     """The tensors of a shard, and the names of what cannot be read."""
     labels: list[int] = []
     skipped: list[str] = []
@@ -173,7 +173,7 @@ def _encoded(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Made:
         mean, std = (tensors[name].double() for name in names)
         tensors["sum"] += mean.sum(0) / len(sides)
         tensors["square"] += (mean.square() + std.square()).sum(0) / len(sides)
-    return Made(tensors, {"rows": len(labels), "skipped": skipped})
+    return Shard(tensors, {"rows": len(labels), "skipped": skipped})
 
 
 def _read(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray | BadPicture]]:
@@ -255,7 +255,7 @@ def _reopen(plan: Plan, verify: bool) -> bool:
     return True
 
 
-def _drop_damaged(shards: Pieces) -> None:
+def _drop_damaged(shards: ShardFolder) -> None:
     """Withdraw the entries of shards whose hash is wrong."""
     for name in shards.names:
         entry = shards.entry(name)
@@ -263,7 +263,7 @@ def _drop_damaged(shards: Pieces) -> None:
             (shards.folder / f"{name}.json").unlink(missing_ok=True)
 
 
-def _index(plan: Plan, shards: Pieces, described: dict[str, Any]) -> dict[str, Any]:
+def _index(plan: Plan, shards: ShardFolder, described: dict[str, Any]) -> dict[str, Any]:
     """latents.json."""
     entries = []
     for name in shards.names:

@@ -37,14 +37,13 @@ from metaflowmaps._files import lock, locked, sweep, write_json, write_whole
 from metaflowmaps.errors import InputError
 
 FOLDERS = ("shards", "cells")  # of samples, of an evaluation
-LOGS = "array"  # of the tasks of mfm array
 PLAN = "plan.json"
-SHARD = 64  # samples, where work is shared and nobody says
+SHARD_SIZE = 64  # samples, where work is shared and nobody says
 Say = Callable[[str], None]
 
 
-class Made(NamedTuple):
-    """A piece: tensors and, in JSON, what else is known of it."""
+class Shard(NamedTuple):
+    """Tensors and, in JSON, what else is known of them."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -80,33 +79,28 @@ def share_of(worker: str | None, size: int | None) -> Share:
     return Share(Worker(int(index), int(count)), size)
 
 
-def own_device(name: str) -> str:
-    """--device of this process: under torchrun every rank has its own GPU, the one of its LOCAL_RANK."""
-    rank = os.environ.get("LOCAL_RANK", "")
-    if name not in ("auto", "cuda") or not rank.isdecimal() or not torch.cuda.is_available():
-        return name
-    if int(rank) >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {rank} has no GPU of its own, this machine has {torch.cuda.device_count()}: use torchrun "
-            f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu"
-        )
-    return f"cuda:{rank}"
-
-
 def ranges(count: int, size: int, prefix: str = "") -> dict[str, slice]:
     """Shards of ``size`` samples, the last one as many as are left: name -> indices."""
     return {f"{prefix}{i:05d}": slice(begin, min(count, begin + size)) for i, begin in enumerate(range(0, count, size))}
 
 
-class Elsewhere(Exception):
+class Unfinished(Exception):
     """Not this worker's to go on: ``missing`` shards are for others to make, or (0) another puts them together."""
 
-    def __init__(self, pieces: int, missing: int) -> None:
-        super().__init__(f"{missing} of {pieces} shards are missing")
-        self.pieces, self.missing = pieces, missing
+    def __init__(self, shards: int, missing: int) -> None:
+        super().__init__(f"{missing} of {shards} shards are missing")
+        self.shards, self.missing = shards, missing
 
 
-class Pieces:
+class ShardInterrupted(Exception):
+    """A shard that was not finished: what there is of it, and why."""
+
+    def __init__(self, shard: Shard, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.shard, self.cause = shard, cause
+
+
+class ShardFolder:
     """The shards of one directory.
 
     Args:
@@ -129,7 +123,7 @@ class Pieces:
         self.folder, self.worker, self.finished, self.say = folder, worker, finished, say
         self.names: list[str] = []
         self._product = product
-        self._made: dict[str, Made] = {}
+        self._kept: dict[str, Shard] = {}
         self._in_memory = False  # one shard that nobody shares
         self._merging: int | None = None
         self._began = time.perf_counter()
@@ -165,10 +159,10 @@ class Pieces:
                     f"{self.folder} is cut in another way: leave --shard-size out, or choose another --out"
                 )
 
-    def work(self, make: Callable[[str], Made]) -> None:
-        """Make what is missing, and return where it is for this process to put all together; else ``Elsewhere``."""
+    def work(self, make: Callable[[str], Shard]) -> None:
+        """Make what is missing, and return where it is for this process to put all together; else ``Unfinished``."""
         if self._in_memory:
-            if self.names[0] not in self._made:
+            if self.names[0] not in self._kept:
                 self._make_one(self.names[0], make)
             self._ready = time.perf_counter()
             return
@@ -179,24 +173,24 @@ class Pieces:
                 self._make(name, make, wait=True)
             missing = sum(not self.has(name) for name in self.names)
             if missing and not self.finished():
-                raise Elsewhere(len(self.names), missing)
+                raise Unfinished(len(self.names), missing)
             self._merging = lock(self.folder / "merge.lock", wait=self.worker is None)
         except FileNotFoundError:  # put together and cleared away meanwhile
             if not self.finished():
                 raise
         if self._merging is None or self.finished():
-            raise Elsewhere(len(self.names), 0)
+            raise Unfinished(len(self.names), 0)
         self._ready = time.perf_counter()
 
-    def get(self, name: str, make: Callable[[str], Made]) -> Made:
+    def get(self, name: str, make: Callable[[str], Shard]) -> Shard:
         """A shard; one that was damaged since is made again."""
-        found = self.read(name)
-        if found is None:
+        shard = self.read(name)
+        if shard is None:
             self._make(name, make, wait=True)
-            found = self.read(name)
-        if found is None:
+            shard = self.read(name)
+        if shard is None:
             raise InputError(f"{self.tensors_of(name)} does not keep what is written: check the disk")
-        return found
+        return shard
 
     def has(self, name: str) -> bool:
         """Is a shard there, by its entry and its size? Its hash is looked at when it is read."""
@@ -205,16 +199,16 @@ class Pieces:
             return entry is not None and self.tensors_of(name).stat().st_size == entry["bytes"]
         return False
 
-    def read(self, name: str) -> Made | None:
+    def read(self, name: str) -> Shard | None:
         """A shard as it was made; None where it is missing or damaged."""
-        if name in self._made:
-            return self._made[name]
+        if name in self._kept:
+            return self._kept[name]
         entry = self.entry(name)
         if entry is not None:
             with suppress(FileNotFoundError):
                 data = self.tensors_of(name).read_bytes()
                 if sha256(data).hexdigest() == entry["sha256"]:
-                    return Made(load(data), entry["facts"])
+                    return Shard(load(data), entry["facts"])
         return None
 
     def entry(self, name: str) -> dict[str, Any] | None:
@@ -245,12 +239,12 @@ class Pieces:
             self._merging = None
 
     def _facts(self, name: str) -> dict[str, Any] | None:
-        if name in self._made:
-            return self._made[name].facts
+        if name in self._kept:
+            return self._kept[name].facts
         entry = self.entry(name)
         return None if entry is None else entry["facts"]
 
-    def _make(self, name: str, make: Callable[[str], Made], wait: bool) -> bool:
+    def _make(self, name: str, make: Callable[[str], Shard], wait: bool) -> bool:
         """Make a shard unless it is there by now; False where another process is at it."""
         with locked(self.folder / f"{name}.lock", wait=wait) as held:
             if not held:
@@ -260,26 +254,26 @@ class Pieces:
             if self.tensors_of(name).exists():
                 self.say(f"{self.tensors_of(name)} is damaged: making it again")
                 (self.folder / f"{name}.json").unlink(missing_ok=True)  # it must not come to vouch for other bytes
-            made = self._make_one(name, make)
-            data = save(made.tensors)
+            shard = self._make_one(name, make)
+            data = save(shard.tensors)
             write_whole(self.tensors_of(name), data)
-            entry = {"sha256": sha256(data).hexdigest(), "bytes": len(data), "facts": made.facts}
+            entry = {"sha256": sha256(data).hexdigest(), "bytes": len(data), "facts": shard.facts}
             write_json(self.folder / f"{name}.json", entry)
             if len(self.names) > 1:
                 self.say(f"{name} is made: {sum(map(self.has, self.names))} of {len(self.names)} are there")
         return True
 
-    def _make_one(self, name: str, make: Callable[[str], Made]) -> Made:
+    def _make_one(self, name: str, make: Callable[[str], Shard]) -> Shard:
         began = time.time()
         tensors, facts = make(name)
         here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        made = Made(here, {**facts, "span": [began, time.time()]})
+        shard = Shard(here, {**facts, "span": [began, time.time()]})
         if self._product is None:
-            self._made[name] = made
-        return made
+            self._kept[name] = shard
+        return shard
 
 
-# -- cost ------------------------------------------------------------------------------------------------------------
+# -- together ----------------------------------------------------------------------------------------------------------
 
 
 def total_cost(facts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -304,6 +298,17 @@ def wall_seconds(spans: Sequence[Sequence[float]]) -> float:
     return length
 
 
+def joined(shards: Sequence[Shard]) -> dict[str, Tensor]:
+    """Tensors of several shards: rows one after another; what is called mean.… averaged, by number of samples."""
+    total = sum(shard.facts["rows"] for shard in shards)
+    return {
+        key: torch.stack([shard.tensors[key] * (shard.facts["rows"] / total) for shard in shards]).sum(0)
+        if key.startswith("mean.")
+        else torch.cat([shard.tensors[key] for shard in shards])
+        for key in shards[0].tensors
+    }
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -318,18 +323,11 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def missing_in(folder: Path) -> list[int] | None:
-    """The numbers of the shards of a plan that are not there; None where nothing was begun."""
-    plan = read_plan(folder)
-    shards = Pieces(folder, None, lambda: False, lambda line: None)
-    return None if plan is None else [i for i, name in enumerate(plan["names"]) if not shards.has(name)]
-
-
-def nothing_in(folder: Path) -> bool:
-    """Is no piece of this folder finished?"""
+def is_empty(folder: Path) -> bool:
+    """Is no shard of this folder finished?"""
     return not any(folder.glob("*.safetensors"))
 
 
 def discard(folder: Path) -> None:
-    """What was put together is not needed in pieces any more; what cannot be removed now is removed another time."""
+    """Remove shards that were put together; what cannot be removed now is removed another time."""
     shutil.rmtree(folder, ignore_errors=True)

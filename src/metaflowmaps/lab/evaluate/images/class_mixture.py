@@ -23,7 +23,7 @@ from metaflowmaps.metrics.images import class_distance
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.steering import ODE
-from metaflowmaps.work.shards import Made, ranges
+from metaflowmaps.work.shards import Shard, ranges
 
 METHODS = (
     "none", "mfm-g-1", "mfm-g-4", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-gf-plain-4", "mfm-gf-plain-16",
@@ -105,28 +105,28 @@ def _judged(stage: Stage, x: Tensor, weight: Tensor, wish: Tensor, tilted: Tenso
     }
 
 
-def _steered(stage: Stage, name: str, reward: Any, config: MixtureConfig, say: Say) -> Callable[[], Made]:
+def _steered(stage: Stage, name: str, reward: Any, config: MixtureConfig, say: Say) -> Callable[[], Shard]:
     """Samples of one method."""
 
-    def make() -> Made:
+    def make() -> Shard:
         n = _affordable(name, config)
         say(f"{name}, {n} samples")
         x, result = run(
             stage, image_variant(name), reward, n, ODE(steps=config.steps), stream(config.seed, "mixture", name)
         )
-        return Made({"samples": x}, {"cost": cost_of(result)})
+        return Shard({"samples": x}, {"cost": cost_of(result)})
 
     return make
 
 
-def _base(stage: Stage, config: MixtureConfig, index: slice) -> Callable[[], Made]:
+def _base(stage: Stage, config: MixtureConfig, index: slice) -> Callable[[], Shard]:
     """ODE samples of the model, those of these indices."""
     model = stage.model
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         noise = randn((BASE, *model.event_shape), stream(config.seed, "mixture-base"), model.dtype, model.device)
-        return Made({"samples": integrate(model.drift, noise[index], uniform_grid(config.steps))}, {})
+        return Shard({"samples": integrate(model.drift, noise[index], uniform_grid(config.steps))}, {})
 
     return make
 

@@ -28,7 +28,7 @@ from metaflowmaps.lab.evaluate.images.stage import (
 from metaflowmaps.path import call_drift
 from metaflowmaps.random import RowNoise, fresh_seeds, stream
 from metaflowmaps.sampling import integrate, uniform_grid
-from metaflowmaps.work.shards import Made, ranges
+from metaflowmaps.work.shards import Shard, ranges
 
 
 class GenerationConfig(ImageEvalConfig):
@@ -92,11 +92,11 @@ def nearest(x: Tensor, data: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part, flat).amin(1) for part in x.flatten(1).split(512)])
 
 
-def _cell(stage: Stage, config: GenerationConfig, name: str, index: slice, say: Say) -> Callable[[], Made]:
+def _cell(stage: Stage, config: GenerationConfig, name: str, index: slice, say: Say) -> Callable[[], Shard]:
     """What is kept of the samples of these indices: each is a function of its own seed, and of its class."""
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         say(f"{name}, samples {index.start} to {index.stop - 1}")
         seeds = fresh_seeds(config.samples, stream(config.seed, "generation", name))[index]
         labels = stage.labels(config.samples, "generation", config.seed)
@@ -108,7 +108,7 @@ def _cell(stage: Stage, config: GenerationConfig, name: str, index: slice, say: 
             kept["nearest"] = nearest(x, stage.seen)
         if index.start < SHOWN:
             kept["shown"] = x[: SHOWN - index.start]
-        return Made(kept, {"cost": timed.meter.cost()})
+        return Shard(kept, {"cost": timed.meter.cost()})
 
     return make
 

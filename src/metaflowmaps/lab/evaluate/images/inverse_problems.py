@@ -25,7 +25,7 @@ from metaflowmaps.metrics.images import psnr
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
 from metaflowmaps.steering import ODE
-from metaflowmaps.work.shards import Made
+from metaflowmaps.work.shards import Shard
 
 PROBLEMS = {"inpaint": "inpainting, right half hidden", "sr2": "super-resolution × 2", "sr4": "super-resolution × 4",
             "deblur": "deblurring"}  # fmt: skip
@@ -118,11 +118,11 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
 
 def _solved(
     stage: Stage, problem: str, name: str, seen: InverseProblem, config: InverseConfig, say: Say
-) -> Callable[[], Made]:
-    def make() -> Made:
+) -> Callable[[], Shard]:
+    def make() -> Shard:
         say(f"{problem}: {name}")
         x, cost = _solve(stage, name, seen, config)
-        return Made({"samples": x}, {"cost": cost})
+        return Shard({"samples": x}, {"cost": cost})
 
     return make
 

@@ -35,7 +35,7 @@ from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards import Tempered
 from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.steering import ODE
-from metaflowmaps.work.shards import Made, ranges
+from metaflowmaps.work.shards import Shard, ranges
 
 SUBSET = 64
 SETS = 8  # of SUBSET samples, at most
@@ -175,10 +175,10 @@ class _Race:
         each |= {"reward_calls": float(n), "nfe": n * cost["nfe"] + n}
         self._add(pool, n, images[best.to(images.device)], {k: v[best] for k, v in scores.items()}, each)
 
-    def steer(self, name: str, strength: float, say: Say = lambda line: None) -> Callable[[], Made]:
+    def steer(self, name: str, strength: float, say: Say = lambda line: None) -> Callable[[], Shard]:
         """Samples of one method at λ/σ, or rescaled to γ = strength."""
 
-        def make() -> Made:
+        def make() -> Shard:
             rescaled = _rescaled(name)
             say(f"{self.name}: {name}, {'γ' if rescaled else 'λσ'} = {strength:g}")
             weight = self.config.rescale_strength if rescaled else strength
@@ -195,11 +195,11 @@ class _Race:
                 cond = self.stage.cond(None if labels is None else labels[finite], int(finite.sum()))
                 kept["scores"] = torch.stack([*scores_of(self.rewards, x[finite], cond).values()])
                 kept["features"] = self.stage.judge.features(x[finite])
-            return Made(kept, {"cost": cost_of(result)})
+            return Shard(kept, {"cost": cost_of(result)})
 
         return make
 
-    def steered(self, name: str, strength: float, made: Made) -> None:
+    def steered(self, name: str, strength: float, made: Shard) -> None:
         """Judge these samples."""
         x = made.tensors["samples"]
         finite = x.flatten(1).isfinite().all(1)
@@ -279,12 +279,12 @@ def _scores_in(rewards: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
 
 def _pool(
     stage: Stage, kind: str, config: RaceConfig, rewards: dict[str, Any], index: slice, say: Say
-) -> Callable[[], Made]:
+) -> Callable[[], Shard]:
     """Samples of the model itself, those of these indices, and their rewards."""
     model, n = stage.model, index.stop - index.start
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         if index.start == 0:
             say(f"a pool of {config.pool:,} samples: {POOLS[kind]}")
         g = stream(config.seed, "pool", kind, index.start)
@@ -299,7 +299,7 @@ def _pool(
                 asked: dict[str, Any] = {} if cond is None else {"cond": cond}
                 x = model.generate(n, steps, g, **asked)
         scores = torch.stack([*scores_of(rewards, x, cond).values()])
-        return Made({"samples": x, "scores": scores}, {"cost": timed.meter.cost()})
+        return Shard({"samples": x, "scores": scores}, {"cost": timed.meter.cost()})
 
     return make
 

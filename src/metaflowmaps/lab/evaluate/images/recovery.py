@@ -31,7 +31,7 @@ from metaflowmaps.metrics.calibration import spread_ratio
 from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
 from metaflowmaps.sampling import INTEGRATORS
-from metaflowmaps.work.shards import Made, ranges
+from metaflowmaps.work.shards import Shard, ranges
 
 
 class RecoveryConfig(ImageEvalConfig):
@@ -100,7 +100,7 @@ def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda li
     """metrics.frechet[t][sampler], metrics.floor, metrics.spread_ratio[t][sampler], and pictures."""
     pushes = samplers(stage, config.map_steps, config.glass_steps, config.glass_method)
     parts = ranges(config.samples, stage.shard)
-    cells: dict[str, Callable[[], Made]] = {}
+    cells: dict[str, Callable[[], Shard]] = {}
     for t in config.times:
         for name, push in pushes.items():
             for part, index in parts.items():
@@ -170,24 +170,24 @@ def _several(stage: Stage, config: RecoveryConfig, t: float, shape: tuple[int, .
     return randn((config.draws, *shape), g, device=stage.model.device)
 
 
-def _cell(stage: Stage, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Made]:
+def _cell(stage: Stage, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Shard]:
     """Features of a draw for each of these images."""
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         noised = _noised(stage, config, t, index)
         with Timed(stage.model) as timed, stage.autocast():
             draws = push(noised.noise, t, noised.x_t, noised.cond)
-        return Made({"features": stage.judge.features(draws)}, {"cost": timed.meter.cost()})
+        return Shard({"features": stage.judge.features(draws)}, {"cost": timed.meter.cost()})
 
     return make
 
 
-def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> Callable[[], Made]:
+def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> Callable[[], Shard]:
     """Several draws for each of the first images: (draws, images, *event)."""
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         x_t, _, cond = _noised(stage, config, t, slice(config.images))
         many = _several(stage, config, t, tuple(x_t.shape))
         repeated = x_t.repeat(config.draws, *([1] * (x_t.ndim - 1)))
@@ -199,7 +199,7 @@ def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> 
                 part = slice(begin, begin + size)
                 here = None if told is None else {k: v[part] for k, v in told.items()}
                 parts.append(push(many.flatten(0, 1)[part], t, repeated[part], here))
-        return Made({"draws": torch.cat(parts).reshape(many.shape)}, {})
+        return Shard({"draws": torch.cat(parts).reshape(many.shape)}, {})
 
     return make
 

@@ -19,7 +19,7 @@ from metaflowmaps.lab.evaluate.value_error import pearson
 from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.value import GradientFree, value_gradient
-from metaflowmaps.work.shards import Made
+from metaflowmaps.work.shards import Shard
 
 CHUNK = 32  # draws a state at a time
 
@@ -95,28 +95,28 @@ def _states(stage: Stage, config: ImageValueConfig, t: float) -> tuple[Tensor, t
     return x_t, g, {"cond": cond, "chunk": max(1, LATENT_BATCH // len(x_t)) if stage.latent else CHUNK}
 
 
-def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Made]:
+def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Shard]:
     """The reference and a second one: (2, states)."""
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
         rollout = RolloutPosterior(stage.model.path, stage.model.drift, config.rollout_steps)
         x_t, g, how = _states(stage, config, t)
         with stage.autocast():
             values = [_value(rollout, reward, t, x_t, config.rollout_particles, g, **how) for _ in range(2)]
-        return Made({"values": torch.stack(values)}, {})
+        return Shard({"values": torch.stack(values)}, {})
 
     return make
 
 
 def _estimates(
     stage: Stage, reward: Any, config: ImageValueConfig, t: float, name: str, posterior: Any
-) -> Callable[[], Made]:
+) -> Callable[[], Shard]:
     """V̂ by number of draws, (num_draws, states), and the seconds a draw took."""
 
     @torch.no_grad()
-    def make() -> Made:
+    def make() -> Shard:
         x_t, _, how = _states(stage, config, t)
         with Timed(stage.model) as timed, stage.autocast():
             values = [
@@ -124,7 +124,7 @@ def _estimates(
                 for n in config.num_draws
             ]
         seconds = timed.cost(config.states * sum(config.num_draws))["seconds"]
-        return Made({"values": torch.stack(values)}, {"seconds": seconds})
+        return Shard({"values": torch.stack(values)}, {"seconds": seconds})
 
     return make
 

@@ -34,7 +34,7 @@ from metaflowmaps.pipeline import Pipeline
 from metaflowmaps.random import stream
 from metaflowmaps.steering import SteerResult
 from metaflowmaps.work.config import Config
-from metaflowmaps.work.shards import Made, Pieces
+from metaflowmaps.work.shards import Shard, ShardFolder
 
 LATENT_BATCH = 128  # latents of a cell, and rows of a network at a time
 MOST = 10_000  # of encoded pictures, that are looked at
@@ -106,7 +106,7 @@ class Stage:
     judge: Judge
     guide: nn.Module | None = None
     drift: Any = None  # (t, x) -> b, of a model trained for that alone; None: the map's own
-    pieces: Pieces | None = None  # where what is drawn is kept, and shared with other processes; None: nowhere
+    shards: ShardFolder | None = None  # where what is drawn is kept, and shared with other processes; None: nowhere
     shard: int = BATCH  # samples of a cell that is cut by their indices
     open_codec: Callable[[], Any] | None = None  # the autoencoder of latents; None: samples are pictures
     conditions: Conditions | None = None  # None: the map is told nothing
@@ -117,21 +117,21 @@ class Stage:
 
     # -- draws -------------------------------------------------------------------------------------------------------
 
-    def share(self, cells: Mapping[str, Callable[[], Made]]) -> Callable[[str], Made]:
+    def share(self, cells: Mapping[str, Callable[[], Shard]]) -> Callable[[str], Shard]:
         """The draws of each cell by its name, when all have been made: here, or by any worker, and kept till the end.
 
         A cell is a function of its name and of the configuration, dear to make; judging it is cheap and done once.
         """
-        if self.pieces is None:
+        if self.shards is None:
             return lambda name: cells[name]()
         files = {f"{i:05d}.{re.sub(r'[^0-9A-Za-z.+-]', '_', name)[-160:]}": name for i, name in enumerate(cells)}
-        names, pieces = {name: file for file, name in files.items()}, self.pieces
-        pieces.begin(list(files), self.shard)
-        pieces.work(lambda file: cells[files[file]]())
+        names, shards = {name: file for file, name in files.items()}, self.shards
+        shards.begin(list(files), self.shard)
+        shards.work(lambda file: cells[files[file]]())
 
-        def get(name: str) -> Made:
-            made = pieces.get(names[name], lambda file: cells[files[file]]())
-            return Made({key: value.to(self.model.device) for key, value in made.tensors.items()}, made.facts)
+        def get(name: str) -> Shard:
+            made = shards.get(names[name], lambda file: cells[files[file]]())
+            return Shard({key: value.to(self.model.device) for key, value in made.tensors.items()}, made.facts)
 
         return get
 
@@ -285,7 +285,7 @@ def per_sample(cost: dict[str, float], n: int) -> dict[str, float]:
     return {**shared, "nfe": nfe}
 
 
-def cost_of_parts(parts: Sequence[Made], n: int) -> dict[str, float]:
+def cost_of_parts(parts: Sequence[Shard], n: int) -> dict[str, float]:
     """The cost a sample of n that were made in parts."""
     return per_sample({k: sum(part.facts["cost"][k] for part in parts) for k in parts[0].facts["cost"]}, n)
 
