@@ -1,6 +1,7 @@
 """The pipeline: names to numbers, pictures to latents and back, and nothing that the parts do not do themselves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ QUIET = {"progress": False, "output": "tensor"}
 
 
 def test_a_call_is_refinement_and_decoding(pipe):
-    out = pipe("tabby cat", steps=3, guidance=2.5, num_images=3, generator=generator(), **QUIET)
+    out = pipe("tabby cat", steps=3, guidance=2.5, num_images=3, seed=generator(), **QUIET)
     cond = {"label": torch.full((3,), 281), "guidance": torch.full((3,), 2.5)}
     latents = pipe.model.generate(3, 3, cond=cond, seeds=out.seeds)
     assert torch.equal(out.latents, latents)
@@ -54,16 +55,16 @@ def test_a_call_is_refinement_and_decoding(pipe):
     assert out.labels.tolist() == [281] * 3
     assert out.cost["forwards"] == 9
     assert out.cost["decodes"] == 3
-    plain = pipe("tabby cat", steps=3, num_images=3, seeds=out.seeds, guidance=1.0, **QUIET)
-    other = pipe("goldfish", steps=3, num_images=3, seeds=out.seeds, guidance=2.5, **QUIET)
+    plain = pipe("tabby cat", steps=3, num_images=3, seed=out.seeds, guidance=1.0, **QUIET)
+    other = pipe("goldfish", steps=3, num_images=3, seed=out.seeds, guidance=2.5, **QUIET)
     assert not torch.allclose(plain.latents, out.latents)
     assert not torch.allclose(other.latents, out.latents)
 
 
 def test_a_picture_is_a_function_of_its_seed(pipe):
-    out = pipe(["tabby cat", 1], steps=2, num_images=2, generator=generator(1), batch_size=3, **QUIET)
+    out = pipe(["tabby cat", 1], steps=2, num_images=2, seed=generator(1), batch_size=3, **QUIET)
     assert out.labels.tolist() == [281, 281, 1, 1]
-    again = pipe(1, steps=2, seeds=out.seeds[3:], **QUIET)
+    again = pipe(1, steps=2, seed=out.seeds[3:], **QUIET)
     # the same float32 sums in batches of another size
     torch.testing.assert_close(again.images[0], out.images[3], rtol=1e-4, atol=1e-5)
 
@@ -84,7 +85,7 @@ def test_labels_are_names_numbers_and_wordnet_ids(pipe):
 
 
 def test_without_a_label_the_null_class_is_meant(pipe):
-    out = pipe(steps=1, num_images=2, generator=generator(2), **QUIET)
+    out = pipe(steps=1, num_images=2, seed=generator(2), **QUIET)
     null = pipe.model.generate(2, 1, cond={"label": torch.full((2,), 1000)}, seeds=out.seeds)
     assert torch.equal(out.latents, null)
 
@@ -103,15 +104,15 @@ def test_the_usual_guidance_is_that_of_the_checkpoint(tmp_path):
     again = mfm.Pipeline.from_pretrained(tmp_path / "pipe")
     assert again.guidance == 2.5
     seeds = torch.tensor([3, 4])
-    one, two = (p("goldfish", steps=2, num_images=2, seeds=seeds, **QUIET) for p in (first, again))
+    one, two = (p("goldfish", steps=2, num_images=2, seed=seeds, **QUIET) for p in (first, again))
     assert torch.equal(one.images, two.images)
-    said = again("goldfish", steps=2, num_images=2, seeds=seeds, guidance=2.5, **QUIET)
+    said = again("goldfish", steps=2, num_images=2, seed=seeds, guidance=2.5, **QUIET)
     assert torch.equal(one.latents, said.latents)
     assert isinstance(mfm.MetaFlowMap.from_pretrained(tmp_path / "pipe"), mfm.MetaFlowMap)
 
 
 def test_posterior_draws_are_those_of_the_map(pipe):
-    picture = pipe("goldfish", steps=1, generator=generator(3), **QUIET).images
+    picture = pipe("goldfish", steps=1, seed=generator(3), **QUIET).images
     out = pipe.posterior(
         picture, 0.6, num_draws=5, label="goldfish", guidance=2.5, generator=generator(4), output="tensor"
     )
@@ -129,18 +130,17 @@ def test_posterior_draws_are_those_of_the_map(pipe):
 
 
 def test_steering_raises_the_reward_and_is_that_of_steer(pipe):
-    options = {"num_images": 4, "steps": 8, "guidance": 2.5, **QUIET}
+    options = {"num_images": 4, "guidance": 2.5, **QUIET}
     seeds = torch.arange(4)
-    free = pipe.steer("goldfish", bright_left, "none", seeds=seeds, **options)
-    led = pipe.steer("goldfish", lambda x: 400 * bright_left(x), "mfm-g", seeds=seeds, num_draws=1, **options)
+    free = pipe.steer("goldfish", bright_left, "none", mfm.ODE(steps=8), seed=seeds, **options)
+    led = pipe.steer("goldfish", lambda x: 400 * bright_left(x), mfm.MFMG(1), mfm.ODE(steps=8), seed=seeds, **options)
     assert (
         bright_left(led.images).mean() > bright_left(free.images).mean() + 0.01
     )  # the spread of the free ones is .003
     torch.testing.assert_close(led.rewards, 400 * bright_left(led.images), rtol=1e-4, atol=1e-4)
     cond = {"label": torch.ones(4, dtype=torch.int64), "guidance": torch.full((4,), 2.5)}
-    own = mfm.steer(
-        pipe.model, lambda z: 400 * bright_left(pipe.codec.decode(z)), 4, "mfm-g", 1, 8, seeds=seeds, cond=cond
-    )
+    decoded = lambda z: 400 * bright_left(pipe.codec.decode(z))  # noqa: E731
+    own = mfm.steer(pipe.model, decoded, 4, mfm.MFMG(1), mfm.ODE(steps=8), seed=seeds, cond=cond)
     torch.testing.assert_close(led.latents, own.samples, rtol=1e-4, atol=1e-5)
     assert led.cost["decodes"] == led.cost["reward_calls"] == 4 * 8
     with pytest.raises(InputError, match="needs a reward"):
@@ -158,12 +158,12 @@ def test_what_does_not_fit_memory_is_made_in_smaller_batches(pipe):
             raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
         return bright_left(x)
 
-    options = {"num_images": 4, "steps": 2, "seeds": torch.arange(4), **QUIET}
-    out = pipe.steer("goldfish", hungry, "mfm-g", batch_size=4, **options)
+    options = {"num_images": 4, "process": mfm.ODE(steps=2), "seed": torch.arange(4), **QUIET}
+    out = pipe.steer("goldfish", hungry, mfm.MFMG(1), batch_size=4, **options)
     assert max(most) == 4
     assert most[-1] <= 2
     assert 2 in most  # halved, not given up
-    easy = pipe.steer("goldfish", bright_left, "mfm-g", batch_size=2, **options)
+    easy = pipe.steer("goldfish", bright_left, mfm.MFMG(1), batch_size=2, **options)
     torch.testing.assert_close(out.latents, easy.latents, rtol=1e-4, atol=1e-5)
 
     def broken(x):
@@ -177,15 +177,15 @@ def test_what_does_not_fit_memory_is_made_in_smaller_batches(pipe):
     ("reward", "options"),
     [
         (None, {"steps": 6, "num_images": 10, "batch_size": 4}),
-        (bright_left, {"steps": 9, "num_images": 5, "num_draws": 2, "method": "mfm-g", "batch_size": 4}),
-        (bright_left, {"steps": 7, "num_images": 2, "num_draws": 3, "method": "mfm-gf", "batch_size": 2}),
-        (bright_left, {"steps": 5, "num_images": 4, "method": "dps", "batch_size": 4}),
+        (bright_left, {"process": mfm.ODE(steps=9), "num_images": 5, "method": mfm.MFMG(2), "batch_size": 4}),
+        (bright_left, {"process": mfm.ODE(steps=7), "num_images": 2, "method": mfm.MFMGF(3), "batch_size": 2}),
+        (bright_left, {"process": mfm.ODE(steps=5), "num_images": 4, "method": "dps", "batch_size": 4}),
     ],
 )
 def test_the_estimate_is_what_the_call_costs(pipe, reward, options):
     guess = pipe.estimate(reward=reward, label="goldfish", **options)
     make = pipe if reward is None else lambda label, **o: pipe.steer(label, reward, **o)
-    cost = make("goldfish", generator=generator(), **options, **QUIET).cost
+    cost = make("goldfish", seed=generator(), **options, **QUIET).cost
     for key in ("forwards", "backwards", "reward_calls", "reward_backwards", "decodes"):
         assert guess[key] == pytest.approx(cost[key]), key
     # a guess from two trials of some ten milliseconds, on a machine that others use
@@ -195,7 +195,7 @@ def test_the_estimate_is_what_the_call_costs(pipe, reward, options):
 def test_bfloat16_is_near_float32(pipe):
     half = mfm.Pipeline(make_map(), tiny_codec(), imagenet.class_names()).to(dtype=torch.bfloat16)
     seeds = torch.arange(2)
-    a, b = (p("goldfish", steps=2, num_images=2, seeds=seeds, **QUIET) for p in (pipe, half))
+    a, b = (p("goldfish", steps=2, num_images=2, seed=seeds, **QUIET) for p in (pipe, half))
     assert b.latents.dtype == torch.float32
     gap = (a.latents - b.latents).abs().max()
     assert 0 < gap < 0.05 * a.latents.abs().max()  # eight bits of mantissa through a dozen layers
@@ -218,7 +218,7 @@ def test_an_interrupted_call_keeps_what_is_made(pipe):
 
 def test_pixel_models_need_no_autoencoder():
     digits = mfm.Pipeline.from_pretrained("digits")
-    out = digits(steps=2, num_images=2, generator=generator(), progress=False)
+    out = digits(steps=2, num_images=2, seed=generator(), progress=False)
     assert [image.size for image in out.images] == [(8, 8)] * 2
     draws = digits.posterior(out.images[0], 0.5, 3, generator=generator())
     assert len(draws.images) == 3
@@ -232,11 +232,11 @@ def test_published_files_open_as_pipelines(interop_files, tmp_path):
     config = {"heads": 4, "encoder_depth": 3}
     path = interop_files / "mfm_weights.safetensors"
     pipe = mfm.Pipeline.from_pretrained(path, config=config, vae=tiny_codec())
-    out = pipe(3, steps=2, guidance=2.5, num_images=2, generator=generator(), **QUIET)
+    out = pipe(3, steps=2, guidance=2.5, num_images=2, seed=generator(), **QUIET)
     assert out.images.shape == (2, 3, 64, 64)
     tiny_vae().save_pretrained(tmp_path / "vae")
     local = mfm.Pipeline.from_pretrained(path, config=config, vae=tmp_path / "vae")
-    again = local(3, steps=2, guidance=2.5, num_images=2, seeds=out.seeds, **QUIET)
+    again = local(3, steps=2, guidance=2.5, num_images=2, seed=out.seeds, **QUIET)
     torch.testing.assert_close(again.images, out.images, rtol=0, atol=0)
     with pytest.raises(InputError, match=r"has latents \(4, h, w\)"):
         mfm.Pipeline(MetaFlowMap.from_pretrained("digits"), tiny_codec())
@@ -296,28 +296,30 @@ def test_labels_of_tensors_and_arrays(pipe):
             pipe(label, steps=1, **QUIET)
 
 
-@pytest.mark.parametrize("method", ["tds", "mfm-smc"])
+@pytest.mark.parametrize("method", [mfm.TDS(), mfm.SMC(num_draws=2)], ids=["tds", "mfm-smc"])
 def test_systems_of_particles_are_steered(pipe, method):
-    options = {"method": method, "num_draws": 2, "steps": 2, **QUIET}
-    out = pipe.steer(1, bright_left, num_images=4, generator=generator(), **options)
-    again = pipe.steer(1, bright_left, num_images=4, generator=generator(), **options)
+    options = {"method": method, "process": mfm.SDE(steps=2), **QUIET}
+    systems = {**options, "method": replace(method, particles=4)}
+    out = pipe.steer(1, bright_left, num_images=4, seed=generator(), **options)
+    again = pipe.steer(1, bright_left, num_images=4, seed=generator(), **options)
     assert len(out.images) == 4
     assert len(out.seeds.unique()) == 1
     assert torch.equal(out.latents, again.latents)
-    by_seed = pipe.steer(1, bright_left, num_images=4, seeds=out.seeds[:1], **options)
+    by_seed = pipe.steer(1, bright_left, num_images=4, seed=out.seeds[:1], **options)
     assert torch.equal(out.latents, by_seed.latents)
-    two = pipe.steer(1, bright_left, num_images=8, particles=4, generator=generator(), **options)
+    two = pipe.steer(1, bright_left, num_images=8, seed=generator(), **systems)
     assert len(two.seeds.unique()) == 2
-    guess = pipe.estimate(16, bright_left, label=1, method=method, num_draws=2, steps=4, particles=4)
-    cost = pipe.steer(1, bright_left, num_images=16, particles=4, **{**options, "steps": 4}).cost
+    guess = pipe.estimate(16, bright_left, label=1, method=systems["method"], process=mfm.SDE(steps=4))
+    cost = pipe.steer(1, bright_left, num_images=16, **{**systems, "process": mfm.SDE(steps=4)}).cost
     for key in ("forwards", "backwards", "reward_calls", "reward_backwards", "decodes", "nfe"):
         assert guess[key] == pytest.approx(cost[key]), key
 
 
 def test_the_estimate_counts_every_label_and_tells_no_callback(pipe):
     told = []
-    guess = pipe.estimate(2, bright_left, label=[1, 2, 3], steps=3, callback=told.append, num_draws=1)
-    cost = pipe.steer([1, 2, 3], bright_left, num_images=2, steps=3, num_draws=1, **QUIET).cost
+    how = {"method": mfm.MFMG(1), "process": mfm.ODE(steps=3)}
+    guess = pipe.estimate(2, bright_left, label=[1, 2, 3], callback=told.append, **how)
+    cost = pipe.steer([1, 2, 3], bright_left, num_images=2, **how, **QUIET).cost
     assert not told
     for key in ("forwards", "reward_calls", "nfe"):
         assert guess[key] == pytest.approx(cost[key]), key

@@ -399,7 +399,7 @@ class _Trial:
         self.method = built(Method, options.get("method", DEFAULT_METHOD if reward is not None else Unsteered()))
         process = options.get("process")
         self.process = self.method.usual() if process is None else built(Process, process)
-        self.steps = self.process.steps if reward is not None else int(options.get("steps", STEPS))
+        self.steps = self.process.steps if reward is not None else options.get("steps", STEPS)
         check_count(self.steps, "steps")
         self.batch_size = int(options.get("batch_size", STEERED_AT_A_TIME if reward is not None else MADE_AT_A_TIME))
 

@@ -15,7 +15,7 @@ from metaflowmaps.data import ImageSet
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
-from metaflowmaps.lab.evaluate.images import race, recovery, variants
+from metaflowmaps.lab.evaluate.images import race, recovery, steered
 from metaflowmaps.lab.evaluate.images import rollout_value as value
 from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation, nearest
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
@@ -696,23 +696,32 @@ def test_generation_and_copying():
 
 @pytest.mark.parametrize("name", dict.fromkeys([*mixture.METHODS, *race.METHODS, *inverse.METHODS]))
 def test_every_listed_method_has_a_meaning(name):
-    found = variants.variant(name)
-    assert found.method in name
-    assert str(found.number) in name or found.number == 0
+    found = steered.image_variant(name)
+    assert name.startswith(found.method.name)
+    number = found.method.shown_draws or getattr(found.method, "particles", 0)
+    assert str(number) in name or not any(word.isdecimal() for word in name.split("-"))
     assert found.title
     assert ("plain" in name) == ("plain" in found.title)
-    assert ("rescale" in name) == ("rescale" in found.title)
+    assert ("rescale" in name) == ("rescale" in found.title) == found.rescaled
 
 
 def test_names_of_methods():
-    assert variants.variant("mfm-gf-plain-16")[:3] == ("mfm-gf", 16, {"recycle": 1})
-    assert variants.variant("mfm-g-plain-1")[:3] == ("mfm-g", 1, {"blend": False})
-    assert variants.variant("tds-one-8")[:3] == ("tds", 8, {"particles": 8, "returns": "one"})
-    assert variants.variant("mfm-g-rescale-1")[:3] == ("mfm-g", 1, {"blend": False, "renormalize": "rescale"})
-    assert variants.variant("dps-rescale")[:3] == ("dps", 0, {"renormalize": "rescale"})
-    assert variants.variant("best-of-n-100")[:3] == ("best-of-n", 100, {})
-    assert variants.variant("mfm-g-1").title == "MFM-G, 1 draw"
-    assert variants.variant("tds-64").title == "TDS, 64 particles"
+    def named(name):
+        v = steered.image_variant(name)
+        return v.method, v.control
+
+    rescale = {"renormalize": "rescale"}
+    assert named("mfm-gf-plain-16") == (mfm.MFMGF(16, recycle=1), {})
+    assert named("mfm-g-plain-1") == (mfm.MFMG(1, blend=False), {})
+    assert named("tds-one-8") == (mfm.TDS(particles=8, returns="one"), {})
+    assert named("tds-64") == named("tds-64-all") == (mfm.TDS(particles=64), {})
+    assert named("mfm-smc-4") == (mfm.SMC(4, particles=64), {})
+    assert named("mfm-g-rescale-1") == (mfm.MFMG(1, blend=False), rescale)
+    assert named("mfm-gf-rescale-4") == (mfm.MFMGF(4), rescale)
+    assert named("dps-rescale") == (mfm.DPS(), rescale)
+    assert named("best-of-n-100") == (mfm.BestOfN(100), {})
+    assert steered.image_variant("mfm-g-1").title == "MFM-G, 1 draw"
+    assert steered.image_variant("tds-64").title == "TDS, 64 particles"
     for bad in (
         "mfm-h-4",
         "dps-plain",
@@ -726,8 +735,8 @@ def test_names_of_methods():
         "",
         "-4",
     ):
-        with pytest.raises(InputError, match="write method-N") as caught:
-            variants.variant(bad)
+        with pytest.raises(InputError) as caught:
+            steered.image_variant(bad)
         assert "\n" not in str(caught.value)
 
 
@@ -743,7 +752,7 @@ def test_an_interruption_is_not_a_result(monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        variants.run(stage, "mfm-gf-4", Stopping(), 8, 5, stream(0))
+        steered.run(stage, steered.image_variant("mfm-gf-4"), Stopping(), 8, mfm.ODE(steps=5), stream(0))
     assert len(asked) == 1
     monkeypatch.setattr(InverseProblem, "__call__", lambda self, x, cond=None: Stopping()(x))
     truth, _ = stage.images(9, "inverse", 0)

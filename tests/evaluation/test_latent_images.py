@@ -23,7 +23,7 @@ from metaflowmaps.data import DataConfig, ImageSet, load_data
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
-from metaflowmaps.lab.evaluate.images import experiments, race, variants
+from metaflowmaps.lab.evaluate.images import experiments, race, steered
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scores_of, short
 from metaflowmaps.lab.evaluate.images.stage import Conditions, ImageEvalConfig, Judge, Stage
@@ -262,9 +262,10 @@ def test_all_rows_of_a_sample_have_its_class(here, name):
     stage = staged(here)
     watch = Watch()
     watch.on(stage.model)
-    labels = variants.told(name, torch.arange(20) % CLASSES)
+    labels = steered.labels_of(name, torch.arange(20) % CLASSES)
     assert len(labels) == 20
-    x, _ = variants.run(stage, name, image_reward(stage, "ink"), 20, 3, stream(0), labels=labels)
+    v = steered.image_variant(name)
+    x, _ = steered.run(stage, v, image_reward(stage, "ink"), 20, mfm.ODE(steps=3), stream(0), labels)
     assert x.shape == (20, *SHAPE)
     if name == "tds-8":
         assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 4
@@ -504,8 +505,9 @@ def test_calls_of_a_method(pixels, name):
     stage, watch = pixels
     for n, steps in ((64, 5), (7, 2)):
         watch.rows = 0
-        variants.run(stage, name, image_reward(stage, "margin"), n, steps, stream(0))
-        assert watch.rows == variants.calls(name, n, steps)
+        v = steered.image_variant(name)
+        steered.run(stage, v, image_reward(stage, "margin"), n, mfm.ODE(steps=steps), stream(0))
+        assert watch.rows == steered.calls(v, n, steps)
 
 
 def test_calls_of_the_experiments_of_pixels(pixels, monkeypatch):

@@ -83,6 +83,8 @@ def variant(name: str) -> Variant:
         if word not in WORDS:
             raise unknown("word of a method's name", word, WORDS)
         options = WORDS[word].options(method)
+        if (word == "plain" and not options) or (WORDS[word].control and method.own_moves):
+            raise InputError(f"{name!r}: {word!r} says nothing to {method.titled()}; leave it out")
         method, control = changed(method, options), {**control, **WORDS[word].control}
         title.append(WORDS[word].title)
     count = f", {numbers[0]} {_unit(method, numbers[0])}" if numbers else ""

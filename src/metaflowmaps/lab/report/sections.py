@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.steering import Exact
 
 Results = dict[str, Any]
 Tables = dict[str, tuple[list[str], list[list[str]]]]
@@ -164,12 +165,13 @@ def steering_tables(metrics: dict[str, Any]) -> Tables:
 def _cells(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, by_draws in metrics["methods"].items():
         for key in sorted(by_draws, key=int):
-            yield name, key, by_draws[key]
+            yield by_draws[key].get("title", name), key, by_draws[key]
 
 
 def _steering_summary(results: Results) -> str:
-    # "exact" knows the law: it is what the others are held against
-    cells = [cell for cell in _cells(results["metrics"]) if cell[0] != "exact"]
+    # the exact method knows the law: it is what the others are held against
+    methods = {name: by_draws for name, by_draws in results["metrics"]["methods"].items() if name != Exact.name}
+    cells = list(_cells({"methods": methods}))
     name, key, best = min(cells, key=lambda cell: float(cell[2]["sw2"] / cell[2]["floor_sw2"]))
     draws = "" if key == "0" else f" with {key} draws a step"
     return (

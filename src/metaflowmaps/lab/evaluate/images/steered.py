@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.images.stage import Stage
 from metaflowmaps.lab.evaluate.variants import Variant, variant
@@ -20,6 +21,8 @@ CHUNK = 64  # rows of state at a time on a processor: with their draws they shou
 def image_variant(name: str) -> Variant:
     """A variant as image experiments run it: particles in systems of their own size, whatever fits on a device."""
     v = variant(name)
+    if v.method.exact:
+        raise InputError(f"{name!r} needs a model that knows its value function, and no map of images does")
     return v.using(particles=PARTICLES) if v.method.system is None else v
 
 
