@@ -10,7 +10,6 @@ from pydantic import Field
 from metaflowmaps.checkpoint import load_classifier
 from metaflowmaps.cli.context import TRAINS, Argument, Context, Name, Options, Results
 from metaflowmaps.cli.results import Request
-from metaflowmaps.cli.training_bar import training_progress
 from metaflowmaps.data import describe, load_data
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
@@ -24,6 +23,7 @@ from metaflowmaps.training.run import build_classifier, build_map, fitted, run_c
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import override, validated
 from metaflowmaps.work.devices import pick_device
+from metaflowmaps.work.progress import training_progress
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, ClassifierConfig, TrainConfig | ClassifierConfig)
 
@@ -93,7 +93,7 @@ def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
         context.say(describe(config.data, *load_data(config.data)))
     if ranks.size() > 1:
         context.say(told(config, ranks.size()))
-    with training_progress(config, context.say) as report:
+    with training_progress(context.say) as report:
         if isinstance(config, TrainConfig):
             result = run_training(
                 config, out, device=target, resume=context.resume, report=report, on_sample=_sampler(config, out),

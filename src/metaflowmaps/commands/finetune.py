@@ -11,7 +11,6 @@ from torch import Tensor
 
 from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.commands import pictures
-from metaflowmaps.commands.progress import training_progress
 from metaflowmaps.commands.rewards import chosen_reward, file_hash, image_reward_of
 from metaflowmaps.commands.runs import write_results
 from metaflowmaps.commands.scene import Scene, Wish
@@ -53,6 +52,7 @@ from metaflowmaps.rewards import LinearGaussian, Tempered
 from metaflowmaps.training.loop import NonFiniteLoss
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import override, validated
+from metaflowmaps.work.progress import training_progress
 
 
 def _on(reward: Any, device: torch.device) -> Any:
@@ -216,7 +216,7 @@ def finetune(
         f"the tilt rests on {tried.ess:.0f} of {PROBED} of them"
     )
     try:
-        with training_progress(config, say) as report:
+        with training_progress(say) as report:
             run = run_finetuning(
                 config, subject.base, subject.reward, out, data=subject.source() if config.states.data else None,
                 device=subject.device, resume=resume, report=report, others=others,

@@ -1,19 +1,19 @@
-"""A bar on stderr for work that is counted."""
+"""Progress on stderr: a bar on a terminal, and of long runs a few plain lines elsewhere."""
 
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 
 class Bar:
-    """``with Bar(total, title) as bar: … bar.advance()``; a total of 0 shows nothing."""
+    """A bar of counted work: ``with Bar(total, title) as bar: … bar.advance()``; a total of 0 shows nothing."""
 
     def __init__(self, total: int, title: str) -> None:
         self._progress: Any = None
         if total:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._progress = Progress(console=Console(stderr=True))
+            self._progress = _progress()
             self._task = self._progress.add_task(title, total=total)
 
     def __enter__(self) -> "Bar":
@@ -31,3 +31,72 @@ class Bar:
         """So much more is done."""
         if self._progress is not None:
             self._progress.advance(self._task, by)
+
+
+class Step(Protocol):
+    """Where a run stands: a step of so many, the seconds until it, what was measured."""
+
+    step: int
+    steps: int
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+Report = Callable[[str, Any], None]  # the name of a stage, and its Step
+
+
+@contextmanager
+def training_progress(say: Callable[[str], None]) -> Iterator[Report]:
+    """A ``report(stage, step)`` that shows where a run stands: loss, speed and time left.
+
+    Args:
+        say: Takes a line, where there is no terminal: one for each tenth of the way.
+    """
+    if not sys.stderr.isatty():
+        yield _plain(say)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:5s}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]:.0f} steps/s  left"),
+        TimeRemainingColumn(),
+    )
+    with _progress(*columns) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, now: Step) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=now.steps, loss="–", rate=0.0)
+            progress.update(tasks[stage], completed=now.step, loss=f"{now.metrics['loss']:.2e}", rate=_rate(now))
+
+        yield report
+
+
+def _plain(say: Callable[[str], None]) -> Report:
+    shown: dict[str, int] = {}
+
+    def report(stage: str, now: Step) -> None:
+        tenth = 10 * now.step // now.steps
+        if shown.get(stage) == tenth:
+            return
+        shown[stage] = tenth
+        rate = _rate(now)
+        left = (now.steps - now.step) / rate if rate else 0.0
+        loss = now.metrics["loss"]
+        say(f"{stage}: step {now.step}/{now.steps}  loss {loss:.3e}  {rate:.0f} steps/s  {left:.0f} s left")
+
+    return report
+
+
+def _rate(now: Step) -> float:
+    return now.step / now.seconds if now.seconds else 0.0
+
+
+def _progress(*columns: Any) -> Any:
+    from rich.console import Console  # by those who show something
+    from rich.progress import Progress
+
+    return Progress(*columns, console=Console(stderr=True))
