@@ -24,6 +24,7 @@ from metaflowmaps.posterior import (
 )
 from metaflowmaps.steering import (
     DPS,
+    IMAGES,
     MFMG,
     MFMGF,
     ODE,
@@ -72,6 +73,7 @@ def finetune(
 
 __all__ = [
     "DPS",
+    "IMAGES",
     "MFMG",
     "MFMGF",
     "ODE",

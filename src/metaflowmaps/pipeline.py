@@ -34,7 +34,7 @@ from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, stored
 from metaflowmaps.random import Seed, as_seeds, randn
 from metaflowmaps.steering import Method, Process, Step, Unsteered, steer
-from metaflowmaps.steering.steer import DEFAULT_METHOD
+from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.work.choices import built
 from metaflowmaps.work.progress import Bar
 
@@ -233,7 +233,7 @@ class Pipeline:
         self,
         label: Labels = None,
         reward: Callable[..., Tensor] | None = None,
-        method: Method | str = DEFAULT_METHOD,
+        method: Method | str = USUAL.method,
         process: Process | str | None = None,
         num_images: int = 1,
         guidance: float | None = None,
@@ -396,7 +396,7 @@ class _Trial:
         self.pipe, self.reward = pipe, reward
         own = ("steps", "process", "seed", "num_images", "callback", "method")
         self.options = {k: v for k, v in options.items() if k not in own}
-        self.method = built(Method, options.get("method", DEFAULT_METHOD if reward is not None else Unsteered()))
+        self.method = built(Method, options.get("method", USUAL.method if reward is not None else Unsteered()))
         process = options.get("process")
         self.process = self.method.usual() if process is None else built(Process, process)
         self.steps = self.process.steps if reward is not None else options.get("steps", STEPS)

@@ -7,6 +7,7 @@ from metaflowmaps.steering.glass import Glass
 from metaflowmaps.steering.method import Guidance, GuidedMethod, Method
 from metaflowmaps.steering.mfm_g import MFMG
 from metaflowmaps.steering.mfm_gf import MFMGF
+from metaflowmaps.steering.presets import IMAGES, PRESETS, USUAL, Preset
 from metaflowmaps.steering.process import ODE, SDE, Process
 from metaflowmaps.steering.rejection import Rejection
 from metaflowmaps.steering.result import SteerResult
@@ -19,18 +20,22 @@ from metaflowmaps.steering.unsteered import Unsteered
 
 __all__ = [
     "DPS",
+    "IMAGES",
     "MFMG",
     "MFMGF",
     "ODE",
+    "PRESETS",
     "SDE",
     "SMC",
     "TDS",
+    "USUAL",
     "BestOfN",
     "Exact",
     "Glass",
     "Guidance",
     "GuidedMethod",
     "Method",
+    "Preset",
     "Process",
     "Rejection",
     "Search",

@@ -20,7 +20,7 @@ from metaflowmaps.random import Seed, as_seeds
 from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.steering.method import Method
-from metaflowmaps.steering.mfm_g import MFMG
+from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
 from metaflowmaps.steering.process import Process
 from metaflowmaps.steering.result import SteerResult
@@ -28,7 +28,6 @@ from metaflowmaps.work.choices import built
 from metaflowmaps.work.memory import halving
 from metaflowmaps.work.progress import Bar
 
-DEFAULT_METHOD = MFMG()
 ROWS = 4096  # of state at a time, where nobody says
 LATEST_START = 0.05  # the release starts at .01
 FEW = 1.2  # an ESS below this is one draw that has it all
@@ -58,7 +57,7 @@ def steer(
     model: Any,
     reward: Callable[..., Tensor],
     num_samples: int,
-    method: Method | str = DEFAULT_METHOD,
+    method: Method | str = USUAL.method,
     process: Process | str | None = None,
     *,
     cond: Cond = None,
