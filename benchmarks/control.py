@@ -92,7 +92,7 @@ def base_config(config: ControlConfig) -> TrainConfig:
     """The base: a map of the law, taught by its exact auxiliary drift."""
     return TrainConfig(
         recipe="navigation",
-        law=LAW,
+        data=LAW,
         model=ModelConfig(data_std=DATA_STD, network=MLPConfig(width=128, depth=4)),
         times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),
         steps=config.base_steps,
@@ -105,7 +105,7 @@ def main(**settings: Any) -> None:
     config, began = ControlConfig(**settings), time.perf_counter()
     base = MetaFlowMap.from_pretrained(trained(base_config(config), f"control-base-{config.base_steps}").checkpoint)
     torch.set_num_threads(1)
-    exact = Exact(LAW.build(), base.path, Navigation())
+    exact = Exact(LAW.law(), base.path, Navigation())
     probes = make_probes(exact, base, config.probes, config.last)
     runs = {name: _runs(name, config, base, probes) for name in config.methods}
     metrics, samples = _measured(config, exact, base, probes, runs)

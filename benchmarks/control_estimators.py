@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import Time, batch_time, positive
+from metaflowmaps.data import Mixture
 from metaflowmaps.draws import Draws
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.problem import Place, Problem, in_parts, student_flow
@@ -42,12 +43,11 @@ from metaflowmaps.parameterization import Chart
 from metaflowmaps.path import Path
 from metaflowmaps.random import noise, randn, stream
 from metaflowmaps.rewards.base import Cond
-from metaflowmaps.training.config import LawConfig
 
 # -- the task ----------------------------------------------------------------------------------------------------------
 
 # three wide components that meet in the arena
-LAW = LawConfig(means=[[-1.8, -0.6], [0.4, 1.7], [1.2, -1.6]], covariances=[1.0, 0.8, 0.9], weights=[0.4, 0.3, 0.3])
+LAW = Mixture(means=[[-1.8, -0.6], [0.4, 1.7], [1.2, -1.6]], covariances=[1.0, 0.8, 0.9], weights=[0.4, 0.3, 0.3])
 DATA_STD = 1.64  # of a coordinate
 GOAL, REACH = (1.9, 0.2), 1.2
 OBSTACLES = ((1.8, 0.2, 0.4), (2.8, 0.9, 0.35), (0.8, -0.5, 0.35))  # x, y, radius; the first stands before the goal

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.common import keep, say, table, trained
 from metaflowmaps._shapes import expand_time
-from metaflowmaps.data import DataConfig
+from metaflowmaps.data import Digits
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import _difference_along
 from metaflowmaps.networks import DiTConfig, dit
@@ -29,7 +29,7 @@ def config() -> TrainConfig:
     """MeanFlow on digits: both the Eulerian and the Lagrangian derivative of the result are of the usual sizes."""
     return TrainConfig(
         recipe="precision",
-        data=DataConfig(name="digits"),
+        data=Digits(),
         model=ModelConfig(data_std=0.75, network=DiTConfig(width=64, depth=4, heads=4, encoder_depth=3)),
         loss=LossConfig(diagonal="data", consistency="mean-flow", diagonal_share=0.5),
         times=TimesConfig(from_noise=0.3),

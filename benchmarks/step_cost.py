@@ -149,7 +149,7 @@ def _transformer(loss: dict[str, Any], guidance: tuple[float, ...], rows: int) -
 
 def _runner(config: TrainConfig, kind: str) -> Callable[[int], None]:
     model = build_map(config)
-    law, state = config.law.build(), TrainState(model, config.optimizer)
+    law, state = config.data.law(), TrainState(model, config.optimizer)
     teacher: Teacher | None = None
     if kind == "exact":
         teacher = ExactTeacher(model.path, law)

@@ -17,7 +17,7 @@ from metaflowmaps.checkpoint import (
 from metaflowmaps.checkpoint.shipped import FOLDER, names, shipped
 from metaflowmaps.cli.context import Context
 from metaflowmaps.cli.train import resolve
-from metaflowmaps.data import ImageSet
+from metaflowmaps.data import Digits, Images, ImageSet
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_classifier, make_network
@@ -25,7 +25,7 @@ from metaflowmaps.path import make_path
 from metaflowmaps.recipes import RECIPES, recipe
 from metaflowmaps.training import run as training
 from metaflowmaps.training.classifier import accuracy
-from metaflowmaps.training.config import ClassifierConfig, DataConfig, ModelConfig, TrainConfig
+from metaflowmaps.training.config import ClassifierConfig, ModelConfig, TrainConfig
 from metaflowmaps.training.run import build_classifier, build_map, drift_config, fitted, network_of, sized
 
 load_map = MetaFlowMap.from_pretrained
@@ -159,7 +159,7 @@ def test_the_package_carries_the_digits():
     assert load_map("digits").event_shape == load_map("digits-drift").event_shape == (1, 8, 8)
     guide, judge = load_classifier("digits-guide"), load_classifier("digits-judge")
     assert type(guide) is not type(judge)
-    _, held_out = training.load_data(DataConfig(name="digits"))
+    _, held_out = Digits().load()
     assert accuracy(guide, held_out) > 0.95
     assert accuracy(judge, held_out) > 0.95
 
@@ -237,7 +237,7 @@ def own(monkeypatch):
         offsets = torch.tensor([0.25, -0.25]).repeat(10)[:, None, None, None]
         names = ("a", "b", "c") if labels else ()
         images = ImageSet("images", pattern + offsets, torch.arange(20) % 3 if labels else None, names)
-        monkeypatch.setattr(training, "load_data", lambda config: (images, images))
+        monkeypatch.setattr(Images, "load", lambda config: (images, images))
 
     return use
 
@@ -256,7 +256,7 @@ def test_the_spread_of_a_made_up_set(own):
     assert (found.data.size, found.data.channels) == (8, 1)
     assert fitted(images_config(0.0)).model.data_std == pytest.approx((0.0625 + 0.25) ** 0.5, abs=1e-4)
     assert fitted(images_config(1.0)).model.data_std == pytest.approx((0.0625 + 0.25 + 1) ** 0.5, abs=1e-4)
-    mean = training.mean_image(training.load_data(None)[0])
+    mean = training.mean_image(Images().load()[0])
     assert mean[0, 0].tolist() == pytest.approx([0.5] * 4 + [-0.5] * 4)
     assert fitted(found) == found  # what was measured stays
 
@@ -290,12 +290,12 @@ def test_networks_sized_to_images(own, size, kind):
 def test_every_size_has_a_network():
     for size in [*range(1, 70), 97, 100, 127, 128, 256]:
         with torch.device("meta"):
-            assert sized(1, size).network((1, size, size)).event_shape == (1, size, size)
+            assert sized((1, size, size)).network((1, size, size)).event_shape == (1, size, size)
 
 
 def test_a_mixture_has_no_pictures():
     config = recipe("gmm")
-    network = sized(1, 28)
+    network = sized((1, 28, 28))
     with pytest.raises(InputError, match=r"set model\.network=mlp"):
         network_of(config.model_copy(update={"model": config.model.model_copy(update={"network": network})}))
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from conftest import mfm_command as mfm
 from metaflowmaps import cli
 from metaflowmaps.checkpoint import writing
+from metaflowmaps.data import Mixture
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import Judge
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
@@ -28,7 +29,7 @@ from metaflowmaps.metrics.sliced_w2 import Curves, curves
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.rewards import LinearGaussian
-from metaflowmaps.training.config import LawConfig, TrainConfig
+from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.objective import LabelledLaw
 from metaflowmaps.training.run import run_training
 from metaflowmaps.work.config import validated
@@ -119,10 +120,10 @@ def place(tmp_path_factory) -> Path:
     plain["model"]["network"].update(width=8, depth=2)
     plain.update(steps=20, batch_size=64, threads=1)
     run_training(validated(TrainConfig, plain), folder / "base")
-    law = {**plain["law"], "weights": [0.6, 0.3, 0.1], "labels": [0, 1, 2]}
+    data = {**plain["data"], "weights": [0.6, 0.3, 0.1], "labels": [0, 1, 2]}
     network = {**plain["model"]["network"], "num_classes": 3, "guidance": True}
     labelled = {
-        **plain, "law": law, "condition": {"guidance": [1.0, 2.5]}, "model": {**plain["model"], "network": network}
+        **plain, "data": data, "condition": {"guidance": [1.0, 2.5]}, "model": {**plain["model"], "network": network}
     }  # fmt: skip
     run_training(validated(TrainConfig, labelled), folder / "classes")
     return folder
@@ -436,7 +437,7 @@ def test_a_run_without_a_place_goes_beside_its_base(capsys, place, tuned, tmp_pa
 # -- what opens it afterwards ------------------------------------------------------------------------------------------
 
 
-LAW = gmm().law.build()
+LAW = gmm().data.law()
 REWARD = LinearGaussian(torch.tensor([1.2, -0.8]), -1.0, 0.2)
 
 
@@ -481,11 +482,11 @@ def test_the_tuned_map_is_a_map_like_any_other(capsys, tuned, tmp_path, monkeypa
 def test_tuned_again_its_law_is_tilted_again(capsys, place, tuned, tmp_path):
     """To λ = 0.5 after λ = 1: p_1 e^{1.5 r}."""
     own = json.loads((tuned / "results.json").read_text())["config"]["law"]
-    same_law(validated(LawConfig, own).build(), LAW.tilt(REWARD))
+    same_law(validated(Mixture, own).law(), LAW.tilt(REWARD))
     again = command(place, *QUIET, "--map", "none", "--strength", "0.5", base=tuned, out=tmp_path / "again")
     code, text, err = mfm(capsys, *again, "--json")
     assert code == 0, err
-    law = validated(LawConfig, json.loads(text)["config"]["law"]).build()
+    law = validated(Mixture, json.loads(text)["config"]["law"]).law()
     same_law(law, LAW.tilt(LinearGaussian(REWARD.A, -1.0, 0.2, strength=1.5)))
 
 

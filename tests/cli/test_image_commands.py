@@ -180,7 +180,7 @@ def test_missing_and_damaged_files_are_one_line(capsys, tmp_path):
     assert "there is no /no/such/place: --set data.path=FOLDER" in refused(
         capsys, "train", "images", "--data", "/no/such/place", *out
     )
-    assert "needs to know where they are" in refused(capsys, "train", "images", *out)
+    assert "need to know where they are" in refused(capsys, "train", "images", *out)
     assert "IDX" in refused(capsys, "train", "mnist", *out)
     (tmp_path / "empty").mkdir()
     assert "at least 2 are needed" in refused(capsys, "train", "images", "--data", tmp_path / "empty", *out)
@@ -319,7 +319,7 @@ def test_what_judges_is_checked_first(capsys, runs, own, tmp_path):
         (f"judge={runs / 'nowhere'}", "no such file or directory"),
         (f"judge={own / 'images-judge'}", "the judge knows 3 classes, the images have 10"),
         (f"drift={runs / 'digits-judge'}", "a 'meta-flow-map' is needed here"),
-        ("data=/no/such/place", "digits come with the package"),
+        ("data=/no/such/place", "takes no files"),
         ("times=[1.0]", "times must lie in [0, 1)"),
         ("glass_step=[1]", "did you mean 'glass_steps'"),
     ):

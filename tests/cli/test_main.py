@@ -211,7 +211,7 @@ def test_a_closed_pipe_is_no_error_message():
     assert done.stderr == b""
 
 
-KEYS = ["steps", "optimizer.lr", "optimizer.betas", "times.focus", "law.means", "loss.diagonal"]
+KEYS = ["steps", "optimizer.lr", "optimizer.betas", "times.focus", "data.means", "loss.diagonal"]
 KEYS += ["law.covariances", "law.weights", "model.data_std", "nonsense", "a.b.c", ""]
 
 

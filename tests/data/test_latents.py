@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from metaflowmaps._files import STALE_SECONDS
-from metaflowmaps.data import DataConfig, describe, load_data
+from metaflowmaps.data import DataSource, Latents
 from metaflowmaps.data.imagenet import wnids
 from metaflowmaps.data.latents import INDEX, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
@@ -27,7 +27,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
 from metaflowmaps.random import stream
 from metaflowmaps.work import shards as sharding
-from metaflowmaps.work.config import validated
+from metaflowmaps.work.choices import built
 from metaflowmaps.work.shards import Worker
 from tiny_codec import tiny_codec
 
@@ -82,7 +82,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 
 def load(out, **settings):
-    return load_data(DataConfig(name="latents", path=str(out), **settings))
+    return Latents(path=str(out), **settings).load()
 
 
 def refused(act) -> str:
@@ -438,7 +438,7 @@ def test_damage_is_found_and_mended(folder, whole, codec, tmp_path):
     assert "pip install --upgrade" in refused(lambda: load(out))
     assert "mfm encode-latents" in refused(lambda: load(tmp_path / "nowhere"))
     assert "mfm encode-latents" in refused(lambda: load(folder))
-    assert "--set data.path=DIR" in refused(lambda: load_data(DataConfig(name="latents")))
+    assert "--set data.path=DIR" in refused(lambda: Latents().load())
 
 
 def test_a_new_entry_never_vouches_for_a_damaged_shard(folder, whole, codec, tmp_path, monkeypatch):
@@ -668,12 +668,12 @@ def test_the_split_follows_the_rule_of_all_sets(whole):
 
 
 def test_one_line_for_the_user(whole):
-    line = describe(DataConfig(name="latents", path=str(whole)), *load(whole))
+    line = Latents(path=str(whole)).describe()
     for part in ("latents from", "14 images to train on and 1 held out", "4×4×4", "3 classes"):
         assert part in line
     for settings in ({"size": 32}, {"channels": 3}):
-        message = refused(lambda s=settings: validated(DataConfig, {"name": "latents", "path": "x", **s}))
-        assert "leave size and channels unset" in message
+        message = refused(lambda s=settings: built(DataSource, {"name": "latents", "path": "x", **s}))
+        assert "unknown option of latents" in message
 
 
 def test_many_shards_are_drawn_from_quickly(tmp_path):

@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from metaflowmaps.data import DataConfig, describe, limits, load_data, pictures
+from metaflowmaps.data import DataSource, Digits, Mixture, limits, pictures, read_source
 from metaflowmaps.data.load import DIGITS_FILE
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import stream
-from metaflowmaps.work.config import validated
+from metaflowmaps.work.choices import build, built
 
 SHARED = Path(os.environ.get("MFM_SHARED", Path(__file__).parents[3] / "shared")) / "data" / "mnist"
 real_mnist = pytest.mark.skipif(
@@ -30,7 +30,7 @@ real_mnist = pytest.mark.skipif(
 
 
 def load(name, path=None, **settings):
-    return load_data(DataConfig(name=name, path=None if path is None else str(path), **settings))
+    return build(DataSource, name, settings if path is None else {**settings, "path": str(path)}).load()
 
 
 def refused(name, path=None, **settings) -> str:
@@ -101,12 +101,11 @@ def test_the_split_is_fixed_and_disjoint_and_apart_from_limit():
     assert torch.equal(held_again.images, held_out.images)
     assert len(load("digits", hold_out=5)[1]) == 5
     assert "at most 1,796" in refused("digits", hold_out=1797)
-    assert "leave data.size unset" in refused("digits", size=16)
+    assert "unknown option of digits 'size'" in refused("digits", size=16)
 
 
 def test_one_line_for_the_user():
-    config = DataConfig(name="digits", limit=100)
-    line = describe(config, *load_data(config))
+    line = Digits(limit=100).describe()
     for part in (
         "digits: 100 images to train on and 297 held out",
         "1×8×8",
@@ -121,9 +120,9 @@ def test_one_line_for_the_user():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"name": "digits", "path": "x"}, "set name=images"),
-        ({"name": "mnist", "channels": 3}, "one channel"),
-        ({"name": "cifar"}, "name"),
+        ({"name": "digits", "path": "x"}, "unknown option of digits"),
+        ({"name": "mnist", "channels": 3}, "unknown option of mnist"),
+        ({"name": "cifar"}, "unknown data source 'cifar'"),
         ({"name": "images", "channels": 2}, "channels"),
         ({"name": "images", "limit": 0}, "limit"),
         ({"name": "images", "folder": "x"}, "folder"),
@@ -131,7 +130,17 @@ def test_one_line_for_the_user():
 )
 def test_impossible_settings(settings, said):
     with pytest.raises(InputError, match=said):
-        validated(DataConfig, settings)
+        built(DataSource, settings)
+
+
+def test_what_version_0_1_kept_of_its_data_is_read():
+    """Mixtures apart, and options of other sources as null; a tuned map's law is its own, whatever it began with."""
+    old = {"name": "digits", "path": None, "size": None, "channels": None, "limit": 5, "hold_out": None, "labels": True}
+    law = {"means": [[0.0], [1.0]], "covariances": 0.5, "weights": None, "labels": [0, 1]}
+    assert read_source({"law": None, "data": old}) == Digits(limit=5, labels=True)
+    assert read_source({"law": law, "data": None}) == Mixture(means=[[0.0], [1.0]], covariances=0.5, labels=[0, 1])
+    assert read_source({"law": law, "data": old}).name == "mixture"
+    assert read_source({}) is None
 
 
 def test_importing_needs_no_pillow():

@@ -45,7 +45,7 @@ def states(law, n, seed="states"):
 
 
 def task(nodes=64):
-    return Exact(LAW.build(), LinearPath(), Navigation(), nodes)
+    return Exact(LAW.law(), LinearPath(), Navigation(), nodes)
 
 
 # -- quadrature --------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_mean_reward_and_share_are_derivatives_and_ratios_of_the_evidence():
 
 def test_the_navigation_task_is_resolved():
     """Halving the spacing changes nothing: the error of the coarser grid is the difference, and it falls fast."""
-    t, x = states(LAW.build(), 24)
+    t, x = states(LAW.law(), 24)
     fine = task(96).drift(t, x)
     coarse, middle = ((task(n).drift(t, x) - fine).norm(dim=1).max() for n in (32, 48))
     assert middle < 0.2 * coarse  # any fixed order p would give (32/48)^p: this is faster than order 4
@@ -121,7 +121,7 @@ def test_quadrature_agrees_with_monte_carlo():
 
 
 def test_without_a_reward_the_law_is_left_alone():
-    law = LAW.build()
+    law = LAW.law()
     exact, (t, x) = Exact(law, LinearPath(), Navigation(0.0), 32), states(law, 6)
     # normalised weights of a polynomial of degree 1: rounding alone, times 100 at t = .99
     torch.testing.assert_close(exact.drift(t, x), law.drift(exact.path, t, x), rtol=0, atol=1e-9)
@@ -166,7 +166,7 @@ def test_a_reward_too_rough_for_its_grid_is_refused():
         return ((x[:, 0] - 0.3005).abs() < 4e-4).to(x.dtype)
 
     with pytest.raises(InputError, match="smooth"):
-        Exact(LAW.build(), LinearPath(), stripe).sample(10, stream(0))
+        Exact(LAW.law(), LinearPath(), stripe).sample(10, stream(0))
 
 
 def test_exact_samples_are_at_the_floor_and_others_are_not():

@@ -19,7 +19,7 @@ from metaflowmaps.checkpoint import save_model
 from metaflowmaps.cli.context import Context
 from metaflowmaps.cli.encode import Encode
 from metaflowmaps.cli.encode import run as encode
-from metaflowmaps.data import DataConfig, ImageSet, load_data
+from metaflowmaps.data import ImageSet, Latents
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
@@ -31,6 +31,7 @@ from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.random import fresh_seeds, stream
+from metaflowmaps.work.choices import dumped
 from metaflowmaps.work.config import override, validated
 
 CLASSES, SIDE, SHAPE = 4, 64, (4, 8, 8)
@@ -210,7 +211,7 @@ def test_labels_and_guidance_reach_the_network(capsys, here, tmp_path, watch):
     assert set(watch.labels) == set(watch.guidance) == {None}
     watch.labels.clear()
     done(capsys, here, *generation, *sets(data, "labels=data"), out=tmp_path / "c")
-    held = load_data(validated(DataConfig, {"name": "latents", "path": str(here / "latents")}))[1].labels
+    held = Latents(path=str(here / "latents")).load()[1].labels
     order = torch.randperm(len(held), generator=stream(0, "held-out", "generation"))
     wanted = held[order[torch.arange(10) % len(held)]]
     assert all(torch.equal(part, wanted) for part in watch.labels[1:])
@@ -225,7 +226,7 @@ def test_a_noised_picture_keeps_its_class(capsys, here, tmp_path, watch):
     settings = ["samples=10", "times=[0.5]", "map_steps=[1]", "glass_steps=[]", "draws=2", "images=3",
                 f"data={here / 'latents'}"]  # fmt: skip
     done(capsys, here, "posterior", *sets(*settings), out=tmp_path / "a")
-    held = load_data(validated(DataConfig, {"name": "latents", "path": str(here / "latents")}))[1].labels
+    held = Latents(path=str(here / "latents")).load()[1].labels
     order = torch.randperm(len(held), generator=stream(0, "held-out", "recovery"))[torch.arange(10) % len(held)]
     single, several = watch.labels[1:3]
     assert torch.equal(single, held[order])
@@ -322,7 +323,7 @@ def test_fid_against_a_statistics_file(capsys, here, tmp_path, fidelity, statist
 def test_held_out_pictures_are_the_reference_without_one(capsys, here, tmp_path, fidelity):
     """And that is not called FID. torch-fidelity being there, its features are taken."""
     metrics = done(capsys, here, "generation", *FEW, *sets(f"data={here / 'latents'}"), out=tmp_path / "a")["metrics"]
-    held = load_data(validated(DataConfig, {"name": "latents", "path": str(here / "latents")}))[1]
+    held = Latents(path=str(here / "latents")).load()[1]
     pictures = tiny_codec().decode(held.tensor())
     expected = frechet_distance(by_means(samples_by_hand(24, 2.5)), by_means(pictures))
     assert metrics["by_sampler"]["refine-2"]["frechet"] == pytest.approx(expected, rel=1e-3)  # as above
@@ -404,7 +405,7 @@ def test_what_is_missing_is_said_in_one_line(capsys, here, tmp_path, no_fidelity
 
 def test_an_exported_run_knows_its_data(capsys, here, tmp_path):
     """And where they are gone, that is said."""
-    training = {"data": {**DataConfig(name="latents", path=str(here / "latents")).model_dump()}}
+    training = {"data": dumped(Latents(path=str(here / "latents")))}
     document = {"schema": 1, "guidance": None, "class_names": [], "vae": str(here / "vae")}
     save_model(tiny_map(), tmp_path / "exported", {"origin": {"training": training}}, {"pipeline.json": document})
     few = sets("samples=4", "refine_steps=[1]", "compose_steps=[]", "ode_steps=[]")
@@ -422,7 +423,7 @@ def test_an_exported_run_knows_its_data(capsys, here, tmp_path):
 
 def staged(here) -> Stage:
     """The map on its latents, told its classes."""
-    train, held = load_data(validated(DataConfig, {"name": "latents", "path": str(here / "latents")}))
+    train, held = Latents(path=str(here / "latents")).load()
     model, codec = tiny_map(), tiny_codec()
     stage = Stage(model, train, held, Judge(None, train, decode=codec.decode), open_codec=lambda: codec)
     stage.conditions = Conditions(mfm.Pipeline(model, guidance=2.5))

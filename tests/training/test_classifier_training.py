@@ -10,7 +10,7 @@ from test_resume import fingerprint
 
 from conftest import normal
 from metaflowmaps.checkpoint.models import load_classifier
-from metaflowmaps.data import DataConfig, ImageSet, load_data
+from metaflowmaps.data import Images, ImageSet
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.recipes import recipe
@@ -54,7 +54,7 @@ def test_shifted_moves_by_whole_pixels_and_copies_the_border():
 
 def test_a_batch_is_shifted_blurred_and_a_function_of_seed_and_step():
     config = small(batch_size=400, shift=1, noise=0.0)
-    data = load_data(config.data)[0]
+    data = config.data.load()[0]
     torch.manual_seed(1)
     batch = ClassifierObjective(data, config).batch(None, 4)
     torch.manual_seed(2)
@@ -84,7 +84,7 @@ def test_a_batch_is_shifted_blurred_and_a_function_of_seed_and_step():
 
 def test_the_loss_is_smoothed_cross_entropy():
     config = small(smoothing=0.1)
-    made = ClassifierObjective(load_data(config.data)[0], config)
+    made = ClassifierObjective(config.data.load()[0], config)
     logits = normal(12, 10)
     batch = made.batch(None, 0)
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
@@ -97,7 +97,7 @@ def test_the_loss_is_smoothed_cross_entropy():
 def test_micro_batches_give_the_same_sums():
     config = small()
     model = build_classifier(config).double()
-    made = ClassifierObjective(load_data(config.data)[0], config)
+    made = ClassifierObjective(config.data.load()[0], config)
     batch = made.batch(model, 3)
     batch = type(batch)(batch.x.double(), batch.label)
 
@@ -182,7 +182,7 @@ def test_a_second_of_training_learns_the_digits(tmp_path):
     torch.set_num_threads(1)
     network = {"name": "conv-classifier", "width": 16, "features": 32}
     config = small(network=network, steps=200, batch_size=64, log_every=100)
-    train_set, held_out = load_data(config.data)
+    train_set, held_out = config.data.load()
     before = accuracy(build_classifier(config), held_out)
     result = run_classifier_training(config, tmp_path)
     model = load_classifier(tmp_path)
@@ -234,8 +234,8 @@ def test_maps_and_classifiers_are_not_mistaken_for_one_another(tmp_path):
         ({"noise": -0.1}, "greater than or equal to 0"),
         ({"smoothing": 1.0}, "less than 1"),
         ({"micro_batches": 5}, "batch_size must be a multiple of micro_batches"),
-        ({"network": {"name": "mlp"}}, "'conv-classifier', 'patch-classifier'"),
-        ({"data": None}, "valid dictionary"),
+        ({"network": {"name": "mlp"}}, "allowed are conv-classifier, file.py:Name, patch-classifier"),
+        ({"data": None}, "a data source is one of"),
     ],
 )
 def test_configurations_that_cannot_be(changes, match):
@@ -246,7 +246,7 @@ def test_configurations_that_cannot_be(changes, match):
 
 def test_images_without_labels_are_refused(tmp_path):
     np.save(tmp_path / "plain.npy", np.arange(1280, dtype=np.uint8).reshape(20, 8, 8))
-    config = small(data=DataConfig(name="images", path=str(tmp_path / "plain.npy")))
+    config = small(data=Images(path=str(tmp_path / "plain.npy")))
     with pytest.raises(InputError, match="no labels to train a classifier with") as error:
         run_classifier_training(config, tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -13,21 +13,24 @@ from test_resume import fingerprint
 import metaflowmaps as mfm
 from conftest import F64, Case, bayes, coefficients, normal, uniform, worst_ks
 from metaflowmaps import losses
+from metaflowmaps.data import Mixture
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
-from metaflowmaps.training.config import ConditionConfig, LawConfig, LossConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Interrupted
-from metaflowmaps.training.objective import LabelledLaw, Objective
+from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import build_map, build_objective, exact_teacher, run_training
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, guided_drift
+from metaflowmaps.work.choices import dumped
 from metaflowmaps.work.config import validated
 
 MEANS, WEIGHTS, LABELS, NULL = [[-1.5, -1.0], [0.5, 1.2], [1.5, -0.7]], [0.5, 0.3, 0.2], [0, 1, 0], 2
 COVARIANCES = [[[0.5, 0.2], [0.2, 0.3]], [[0.4, -0.1], [-0.1, 0.6]], [[0.9, 0.0], [0.0, 0.3]]]
-LAW = LawConfig(means=MEANS, covariances=COVARIANCES, weights=WEIGHTS, labels=LABELS)
+LAW = Mixture(means=MEANS, covariances=COVARIANCES, weights=WEIGHTS, labels=LABELS)
 SCALES = (1.0, 2.5)
 
 
@@ -76,7 +79,7 @@ def guided(path, label, w, s, x_s, *context):
 
 
 def test_the_class_laws_are_the_conditional_laws():
-    labelled = LabelledLaw(LAW.build(), LABELS)
+    labelled = LabelledLaw(LAW.law(), LABELS)
     assert labelled.num_classes == 2
     x = 2 * normal(50, 2)
     for y in (0, 1):
@@ -92,7 +95,7 @@ def calibration(x, label):
 
 
 def test_labels_have_the_exact_posterior():
-    law = LAW.build()
+    law = LAW.law()
     x, label = LabelledLaw(law, LABELS).sample_labelled(40_000, stream(0, "labels"))
     assert label.dtype == torch.int64
     assert torch.equal(x, law.sample(40_000, stream(0, "labels")))  # conditional or not, the same data
@@ -108,7 +111,7 @@ def test_labels_have_the_exact_posterior():
 @pytest.mark.parametrize("labels", [[0, 2, 0], [1, 1, 1], [1, 2, 2]])
 def test_labels_leave_no_class_out(labels):
     with pytest.raises(InputError, match=r"labels must be 0, 1, … without gaps") as error:
-        validated(LawConfig, {**LAW.model_dump(), "labels": labels})
+        validated(Mixture, {**LAW.model_dump(), "labels": labels})
     assert "\n" not in str(error.value)
 
 
@@ -129,7 +132,7 @@ def plain_map(path=None, **options):
 
 def objective(n, loss=DATA, condition=None, teacher=None, seed=3):
     condition = condition or ConditionConfig(dropout=0.2, guidance=SCALES)
-    return Objective(LabelledLaw(LAW.build(), LABELS), loss, TimesConfig(), teacher, n, seed, condition)
+    return Objective(LabelledLaw(LAW.law(), LABELS), loss, TimesConfig(), teacher, n, seed, condition)
 
 
 def doubled(batch):
@@ -186,7 +189,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 def test_guidance_is_there_where_it_is_asked_for_and_labels_too():
     model = plain_map()
     assert set(objective(8, condition=ConditionConfig()).batch(model, 0).cond) == {"label"}
-    labelled = LabelledLaw(LAW.build(), LABELS)
+    labelled = LabelledLaw(LAW.law(), LABELS)
     free, bare = (
         Objective(source, DATA, TimesConfig(), None, 8, 3).batch(model, 0) for source in (labelled, labelled.law)
     )
@@ -417,7 +420,7 @@ def test_mean_flow_guides_with_the_diagonal():
 def config(**changes):
     data = {
         "recipe": "test",
-        "law": LAW.model_dump(),
+        "data": LAW,
         "model": {
             "data_std": 1.4,
             "network": {"name": "mlp", "width": 64, "depth": 3, "num_classes": 2, "guidance": True},
@@ -505,7 +508,7 @@ def test_a_learned_teacher_and_a_run_resumed(tmp_path, monkeypatch):
 
 
 def test_the_run_builds_what_the_configuration_says():
-    made = config(law={**LAW.model_dump(), "labels": None}, condition={}, model={"data_std": 1.4})
+    made = config(data={**dumped(LAW), "labels": None}, condition={}, model={"data_std": 1.4})
     assert build_objective(made, None).condition is None
     assert exact_teacher(made).classes == ()
     made = config()
@@ -516,15 +519,18 @@ def test_the_run_builds_what_the_configuration_says():
 
 
 NETWORK = {"name": "mlp", "num_classes": 2, "guidance": True}
-DIGITS = {"law": None, "teacher": "none", "loss": {"diagonal": "data", "consistency": "semigroup"}}
+DIGITS = {"teacher": "none", "loss": {"diagonal": "data", "consistency": "semigroup"}}
 REFUSED = {
-    "labels of another length": ({"law": {**LAW.model_dump(), "labels": [0, 1]}}, "one class a component: 3 of them"),
-    "a negative label": ({"law": {**LAW.model_dump(), "labels": [0, 1, -1]}}, "greater than or equal to 0"),
-    "too many classes": ({"model": {"network": {**NETWORK, "num_classes": 3}}}, "must be the number of classes"),
-    "no labels": ({"law": {**LAW.model_dump(), "labels": None}}, "number of classes in law.labels, or 0"),
+    "labels of another length": ({"data": {**dumped(LAW), "labels": [0, 1]}}, "one class a component: 3 of them"),
+    "a negative label": ({"data": {**dumped(LAW), "labels": [0, 1, -1]}}, "greater than or equal to 0"),
+    "too many classes": (
+        {"model": {"network": {**NETWORK, "num_classes": 3}}},
+        "the data have 2 classes",
+    ),
+    "no labels": ({"data": {**dumped(LAW), "labels": None}}, "num_classes=2, and the data have 0 classes"),
     "images without labels": (
         {**DIGITS, "data": {"name": "digits"}, "model": {"network": NETWORK}},
-        "set data.labels=true",
+        "set data.labels",
     ),
     "guidance without a network for it": (
         {"model": {"network": {**NETWORK, "guidance": False}}},
@@ -534,8 +540,8 @@ REFUSED = {
     "a scale below 1": ({"condition": {"guidance": [0.5]}}, "greater than or equal to 1"),
     "no scale": ({"condition": {"guidance": []}}, "at least 1 item"),
     "a dropout past 1": ({"condition": {"dropout": 1.5}}, "less than or equal to 1"),
-    "both": ({"data": {"name": "digits"}}, "either a law or data"),
-    "neither": ({"law": None}, "either a law or data"),
+    "a law that nobody knows": ({"data": {"name": "digits"}}, "set teacher=learned"),
+    "no data": ({"data": None}, "a data source is one of"),
 }
 
 

@@ -203,7 +203,7 @@ def test_a_non_finite_loss_stops_the_run_and_says_where(tmp_path):
     torch.set_num_threads(1)
     config = small(batch_size=64)
     model = build_map(config)
-    law = config.law.build()
+    law = config.data.law()
     objective = Poisoned(law, config.loss, config.times, ExactTeacher(model.path, law), 64, 0)
     with pytest.raises(NonFiniteLoss) as caught:
         train(model, objective, config, tmp_path)
@@ -220,7 +220,7 @@ def test_the_guard_looks_at_no_more_rows_at_a_time_than_a_step(tmp_path):
     """A batch that is cut because it does not fit whole would not fit the guard either."""
     config = small(batch_size=64, micro_batches=8)
     model = build_map(config)
-    law, sizes = config.law.build(), []
+    law, sizes = config.data.law(), []
 
     class Counted(Poisoned):
         def __call__(self, model, batch):

@@ -1,15 +1,16 @@
 """Measure a checkpoint; writes results.json and figures."""
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.cli.context import IN_SHARDS, Context, Name, OnCheckpoint, Results
 from metaflowmaps.cli.drawing import left_to_others, shared_claim
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.rewards import JUDGES, judge_of_pictures
+from metaflowmaps.data import DataSource
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.evaluate.images.experiments import EXPERIMENTS, STEERING, on_images, prepare, usual_steering
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
@@ -17,11 +18,21 @@ from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evalu
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.recipes.gmm import LAW
+from metaflowmaps.work.choices import build
 from metaflowmaps.work.config import override, validated
 from metaflowmaps.work.shards import Unfinished, discard
 
 EXACT = "exact"  # in the place of a checkpoint: the mixture itself
-LAWS = {"gmm": LAW}
+LAWS: dict[str, DataSource] = {"gmm": LAW}
+
+
+def law_named(name: str) -> DataSource:
+    """A law of :data:`LAWS`, or a data source of the user's own that knows its law."""
+    if ":" in name:
+        return build(DataSource, name, {})
+    if name not in LAWS:
+        raise unknown("law", name, [*LAWS, "file.py:Name"])
+    return LAWS[name]
 
 
 class Evaluation(OnCheckpoint):
@@ -37,8 +48,14 @@ class Evaluation(OnCheckpoint):
 class PosteriorEvaluation(Evaluation):
     """Of posterior draws."""
 
-    law: Literal["gmm"] = Field("gmm", description="Mixtures: the law whose posteriors are known.")
+    law: str = Field("gmm", description="Mixtures: the law whose posteriors are known: gmm, or file.py:Name.")
     samples: int | None = Field(None, ge=2, description="Samples a set (mixtures: 8192).")
+
+    @field_validator("law")
+    @classmethod
+    def _known(cls, law: str) -> str:
+        law_named(law)
+        return law
 
 
 class SteeringEvaluation(Evaluation):
@@ -173,7 +190,7 @@ def _uncut(context: Context) -> None:
 def posterior_of_mixture(config: PosteriorEvaluation, settings: PosteriorEvalConfig, context: Context) -> Results:
     """Relative sliced W2 at each t for the map and for GLASS with the map's own drift."""
     opened = OpenedModel.open(config.checkpoint, context.device)
-    law = opened.judging_law(LAWS[config.law], f"--law {config.law}")
+    law = opened.judging_law(law_named(config.law), f"--law {config.law}")
     identity = {"checkpoint": opened.digest, "law": config.law, **settings.model_dump()}
     if context.dry_run:
         return context.plan("eval posterior", identity, opened.cost_of(0))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metaflowmaps.data import read_examples
 from metaflowmaps.data.imagenet import class_names
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.evaluate.images.assemble import open_stage
@@ -101,7 +102,7 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
         strength: λ.
         data: where the images are now, for rewards that are made of them.
     """
-    images = opened.checkpoint.config.get("training", {}).get("data") is not None
+    images = read_examples(opened.checkpoint.config.get("training", {})) is not None
     fitting = [r for r in REWARDS.values() if r.of == "pictures" or r.of == ("images" if images else "mixtures")]
     asked = Asked(text or fitting[0].name, opened, strength, data)
     named = REWARDS.get(asked.kind)

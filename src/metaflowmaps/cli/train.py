@@ -10,7 +10,6 @@ from pydantic import Field
 from metaflowmaps.checkpoint import load_classifier
 from metaflowmaps.cli.context import TRAINS, Argument, Context, Name, Options, Results
 from metaflowmaps.cli.results import Request
-from metaflowmaps.data import describe, load_data
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.recipes import TASKS, recipe
@@ -89,8 +88,9 @@ def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
     if done is not None:
         context.say(f"{out} is complete: {config.steps} steps of {config.recipe}")
         return done
-    if config.data is not None:
-        context.say(describe(config.data, *load_data(config.data)))
+    described = config.data.describe()
+    if described is not None:
+        context.say(described)
     if ranks.size() > 1:
         context.say(told(config, ranks.size()))
     with training_progress(context.say) as report:
@@ -121,7 +121,7 @@ def _finish(
     """The figures and the results of a run that has reached its end."""
     metrics: Results = {"loss": result.loss, "parameters": parameters}
     if isinstance(config, ClassifierConfig):
-        classifier, parts = load_classifier(result.checkpoint), load_data(config.data)
+        classifier, parts = load_classifier(result.checkpoint), config.data.load()
         metrics |= {
             "accuracy": accuracy(classifier, parts[1]),
             "accuracy_on_training_images": accuracy(classifier, parts[0]),
@@ -130,14 +130,14 @@ def _finish(
         picture = _picture(config, config.seed)
         if picture is not None:
             picture(MetaFlowMap.from_pretrained(result.checkpoint), request.out / "posteriors.png")
-        if config.data is not None:
-            words = result_figures.RECOVERED + result_figures.COLOURS * (config.data.name == "latents")
+        if picture is not None and config.data.law() is None:
+            words = result_figures.RECOVERED + result_figures.COLOURS * config.data.latent
             metrics["captions"] = {"posteriors.png": words}
     plots.save(plots.training_curve(request.out / "metrics.jsonl"), request.out / "training.png")
     return request.write(metrics, {"seconds": result.seconds, "steps": result.step}, device)
 
 
-def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], None] | None:
+def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], object] | None:
     """What draws a picture of the map on its way."""
     picture = _picture(config, 0)
     if picture is None:
@@ -145,13 +145,14 @@ def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], Non
     return lambda model, step: picture(model, out / "samples" / f"step-{step:08d}.png")
 
 
-def _picture(config: TrainConfig, seed: int) -> Callable[[MetaFlowMap, Path], None] | None:
-    """What draws a picture of the map; laws that are not in the plane have none."""
-    if config.data is not None:
-        held_out = load_data(config.data)[1]
+def _picture(config: TrainConfig, seed: int) -> Callable[[MetaFlowMap, Path], object] | None:
+    """What draws a picture of the map; vectors have none, but for laws in the plane."""
+    law = config.data.law()
+    if law is None:
+        held_out = config.data.load()[1]
+        if len(held_out.event_shape) != 3:
+            return None
         return lambda model, file: result_figures.draws_picture(model, held_out, file)
-    assert config.law is not None
-    law = config.law.build()
     if law.dim != 2:
         return None
     return lambda model, file: plots.save(result_figures.panels(model, law, seed), file)

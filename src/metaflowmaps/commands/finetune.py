@@ -27,7 +27,7 @@ from metaflowmaps.commands.shared import (
     tuned,
 )
 from metaflowmaps.commands.stage import open_stage
-from metaflowmaps.data import DataConfig, load_data
+from metaflowmaps.data import read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.config import FinetuneConfig, usual
 from metaflowmaps.finetuning.meters import kept_records, measurements
@@ -84,8 +84,8 @@ class Subject:
         if known is not None:
             self.known = LinearGaussian(known.A, known.y, known.noise_std, known.strength * strength)
         self.law = law_of(self.found)
-        held = self.found.config.get("training", {}).get("data")
-        self.data = None if held is None else validated(DataConfig, held)
+        source = read_source(self.found.config.get("training", {}))
+        self.data = None if source is None or source.law() is not None else source
 
     @property
     def reward(self) -> Callable[..., Tensor]:
@@ -107,7 +107,7 @@ class Subject:
             return self.law
         if self.data is None:
             return None
-        return load_data(self.data.model_copy(update={"path": self.moved} if self.moved else {}))[0]
+        return (self.data.moved(self.moved) if self.moved else self.data).load()[0]
 
     def stage(self) -> Stage | None:
         """What judges images, which must be at hand; None for vectors and latents: the reward alone judges those."""
@@ -121,7 +121,6 @@ def resolve_finetuning(
     subject: Subject, given: dict[str, Any], settings: Sequence[str], max_steps: int | None
 ) -> FinetuneConfig:
     """The configuration of a run: the defaults of its kind, options, --set, --max-steps."""
-    trained = subject.found.config.get("training", {})
     law = subject.tilted
     _check_settings(subject, settings)
     start: dict[str, Any] = {
@@ -130,7 +129,7 @@ def resolve_finetuning(
         "reward": subject.reward_name,
         "reward_sha256": file_hash(subject.reward_name).get("reward_sha256"),
         "strength": subject.strength,
-        "data": trained.get("data"),
+        "data": subject.data,
         "data_moved": subject.moved,
         "law": None if law is None else {
             "means": law.means.tolist(), "covariances": law.covariances.tolist(), "weights": law.weights.tolist()

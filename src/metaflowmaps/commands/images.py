@@ -92,7 +92,7 @@ def image_task(task: str | None, checkpoint: str = "") -> str:
     if task is not None and task not in IMAGE_TASKS:
         raise unknown("task for images", task, IMAGE_TASKS)
     found = _found(checkpoint) if task is None else None
-    latent = found is not None and ("vae" in stored(found) or (data_of(found) or {}).get("name") == "latents")
+    latent = found is not None and ("vae" in stored(found) or getattr(data_of(found), "latent", False))
     return task or ("race" if latent else IMAGE_TASKS[0])
 
 

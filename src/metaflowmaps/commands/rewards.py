@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.stage import open_stage
+from metaflowmaps.data import read_examples
 from metaflowmaps.data.imagenet import class_names
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -47,7 +48,7 @@ def chosen_reward(
     A task's reward, ``file.py:function``, a preference model (:func:`judge`), or, for maps of images, one of their
     rewards: None then, since it is made of the map's own data and classifiers (:func:`image_reward_of`).
     """
-    images = found.config.get("training", {}).get("data") is not None
+    images = read_examples(found.config.get("training", {})) is not None
     text = text or (next(iter(REWARDS)) if images else next(iter(TASKS)))
     if images and text.partition(":")[0] in REWARDS:
         return None, None, text

@@ -10,13 +10,12 @@ import torch
 
 from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
 from metaflowmaps.commands.runs import claim
+from metaflowmaps.data import DataSource, read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.random import randn, stream
-from metaflowmaps.training.config import LawConfig
-from metaflowmaps.work.config import validated
 from metaflowmaps.work.devices import pick_device
 
 Say = Callable[[str], None]
@@ -70,21 +69,26 @@ def begun(out: Path, command: str, config: dict[str, Any]) -> Results | None:
     return None if done is None else {**done, "out": str(out / "results.json")}
 
 
-def judging_law(checkpoint: str, found: Checkpoint, law: LawConfig, option: str) -> GaussianMixture:
+def judging_law(checkpoint: str, found: Checkpoint, law: DataSource, option: str) -> GaussianMixture:
     """The law to judge a checkpoint by: that of the option, refused if it was trained on another; a tuned one's own."""
-    own = found.config.get("training", {}).get("law")
+    own = read_source(found.config.get("training", {}))
+    known = None if own is None else own.law()
     if tuned(found):
-        if own is None:
+        if known is None:
             raise InputError(f"{checkpoint} was tuned to a reward whose tilted law nobody knows: nothing to hold it to")
-        return validated(LawConfig, own).build()
-    if own not in (None, law.model_dump()):
+        return known
+    if known is not None and own != law:
         raise InputError(f"{checkpoint} was trained on another law than that of {option}: judge it with its own")
-    return law.build()
+    asked = law.law()
+    if asked is None:
+        raise InputError(f"{option} has no law: posteriors of examples are judged on images")
+    return asked
 
 
 def law_of(found: Checkpoint) -> GaussianMixture | None:
-    law = found.config.get("training", {}).get("law")
-    return None if law is None else validated(LawConfig, law).build()
+    """The law that a checkpoint was trained on or tuned to, where it is known."""
+    source = read_source(found.config.get("training", {}))
+    return None if source is None else source.law()
 
 
 def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> Any:

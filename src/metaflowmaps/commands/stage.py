@@ -10,7 +10,7 @@ import torch
 from metaflowmaps.checkpoint import Checkpoint, load_classifier, resolve_checkpoint
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.commands.shared import digest, run_of
-from metaflowmaps.data import DataConfig, Examples, ImageSet, load_data
+from metaflowmaps.data import DataSource, Examples, ImageSet, Latents, read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import codec_of, is_latent, stored
@@ -18,18 +18,19 @@ from metaflowmaps.lab.evaluate.images.judging import Judge, takes
 from metaflowmaps.lab.evaluate.images.stage import LATENT_BATCH, MOST, Conditions, ImageEvalConfig, Stage
 from metaflowmaps.metrics.frechet import read_statistics
 from metaflowmaps.metrics.inception import Inception
+from metaflowmaps.networks import read_network
 from metaflowmaps.pipeline import Pipeline
-from metaflowmaps.work.config import validated
 
 NONE = "none"  # data=none: leave them out
 
 
-def data_of(found: Checkpoint) -> dict[str, Any] | None:
-    """The data that a checkpoint was trained on by this package, a run's or those of the run that was exported."""
+def data_of(found: Checkpoint) -> DataSource | None:
+    """The images that a checkpoint was trained on by this package, a run's or those of the run that was exported."""
+    if len(read_network(found.config["network"])[1]) != 3:
+        return None
     origin = found.config.get("origin") or {}
-    training = found.config.get("training") or origin.get("training") or {}
-    data: dict[str, Any] | None = training.get("data")
-    return data
+    source = read_source(found.config.get("training") or origin.get("training") or {})
+    return None if source is None or source.law() is not None else source
 
 
 def open_stage(
@@ -118,7 +119,7 @@ def chosen_features(config: ImageEvalConfig, model: MetaFlowMap) -> str:
 
 def _data(
     checkpoint: str, found: Checkpoint, chosen: str | None, latent: bool, without_data: bool
-) -> DataConfig | None:
+) -> DataSource | None:
     """Which data: as told, or those of training; None where they are left out, and can be."""
     given = data_of(found)
     if without_data and (chosen == NONE or (chosen is None and (given is None or _gone(given)))):
@@ -126,17 +127,22 @@ def _data(
     if given is None and not latent:
         raise InputError(f"{checkpoint} was not trained on images by this package: nothing to judge it with")
     if chosen is None and (given is None or (latent and _gone(given))):
-        gone = "" if given is None else f" (those it was trained on are not in {given['path']})"
+        gone = "" if given is None else f" (those it was trained on are not in {_path(given)})"
         raise InputError(
             f"{checkpoint} names no pictures to judge it with{gone}: --set data=DIR, as mfm encode-latents SOURCE "
             "--out DIR makes it"
         )
-    base = given or {"name": "latents"}
-    return validated(DataConfig, {**base, **({"path": chosen} if chosen else {})})
+    base = given or Latents()
+    return base.moved(chosen) if chosen else base
 
 
-def _gone(given: dict[str, Any]) -> bool:
-    return given.get("path") is not None and not Path(given["path"]).expanduser().exists()
+def _path(given: DataSource) -> str | None:
+    return getattr(given, "path", None)
+
+
+def _gone(given: DataSource) -> bool:
+    path = _path(given)
+    return path is not None and not Path(path).expanduser().exists()
 
 
 def _check_data(checkpoint: str, stage: Stage, guide: Any, judge: Any) -> None:
@@ -177,13 +183,13 @@ def _judge(stage: Stage, classifier: Any, config: ImageEvalConfig) -> Judge:
     return Judge(classifier, stage.train, by, inception, decode)
 
 
-def _parts(data: DataConfig, labelled: bool) -> tuple[Examples, Examples]:
+def _parts(data: DataSource, labelled: bool) -> tuple[Examples, Examples]:
     """The images; with their classes too where classifiers know them, though the map was trained without."""
     try:
-        if labelled and not data.labels:
+        if labelled and data.classes == 0 and "labels" in type(data).model_fields:
             with suppress(InputError):
-                return load_data(data.model_copy(update={"labels": True}))
-        return load_data(data)
+                return data.model_copy(update={"labels": True}).load()
+        return data.load()
     except InputError as error:  # training calls it data.path, judging data
         raise InputError(str(error).replace("--set data.path=", "--set data=")) from None
 

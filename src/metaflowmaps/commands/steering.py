@@ -280,7 +280,7 @@ def _judged_model(
         place = out or Path("runs") / f"exact-{name}"
         return ExactModel(LinearPath(), task.law), task.law, "exact", place, pick_device("cpu")
     model, found, target = open_model(checkpoint, device)
-    law = judging_law(checkpoint, found, task.law_config, f"--task {task.name}")
+    law = judging_law(checkpoint, found, task.source, f"--task {task.name}")
     return model, law, digest(found), out or beside(checkpoint, found, name), target
 
 

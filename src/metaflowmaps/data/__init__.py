@@ -1,7 +1,20 @@
-"""Data sets: files in, samples out, images in [−1, 1] or latents of unit size."""
+"""Where samples come from: laws, and data sets of images in [−1, 1] or latents of unit size."""
 
-from metaflowmaps.data.config import DataConfig
+from metaflowmaps.data.data_source import DataSource, Samples, read_examples, read_source
 from metaflowmaps.data.image_set import Examples, ImageSet
-from metaflowmaps.data.load import describe, load_data
+from metaflowmaps.data.law_source import Mixture
+from metaflowmaps.data.load import Digits, Images, Latents, Mnist
 
-__all__ = ["DataConfig", "Examples", "ImageSet", "describe", "load_data"]
+__all__ = [
+    "DataSource",
+    "Digits",
+    "Examples",
+    "ImageSet",
+    "Images",
+    "Latents",
+    "Mixture",
+    "Mnist",
+    "Samples",
+    "read_examples",
+    "read_source",
+]

@@ -80,7 +80,7 @@ class LatentSet:
 
     def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The latents that sample draws from the same generator, with their classes (n,)."""
-        assert self.labels is not None, "load_data refuses labels=true where there are none"
+        assert self.labels is not None, "sources refuse labels=true where there are none"
         index = self._draw(n, generator)
         return self._resample(index, generator), self.labels[index]
 

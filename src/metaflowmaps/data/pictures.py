@@ -16,17 +16,19 @@ import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from metaflowmaps.data.config import DataConfig
 from metaflowmaps.data.limits import MAX_BYTES, MAX_SIDE
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import stream
+
+if TYPE_CHECKING:
+    from metaflowmaps.data.load import Images
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 LOOKED_AT = 2000  # files whose headers tell size and channels
@@ -51,10 +53,10 @@ class Pictures(Protocol):
         """(k, C, H, W): uint8 0..255, or float32 in [−1, 1]."""
 
 
-def open_pictures(config: DataConfig) -> Pictures:
+def open_pictures(config: "Images") -> Pictures:
     """The folder or the array at the configuration's path."""
     if config.path is None:
-        raise InputError("name=images needs to know where they are: --set data.path=FOLDER, or an .npy or .npz file")
+        raise InputError("images need to know where they are: --set data.path=FOLDER, or an .npy or .npz file")
     path = Path(config.path).expanduser()
     if path.is_dir():
         return Folder(path, config)
@@ -70,7 +72,7 @@ class Folder:
 
     dtype = torch.uint8
 
-    def __init__(self, path: Path, config: DataConfig) -> None:
+    def __init__(self, path: Path, config: "Images") -> None:
         self.path = path
         inside = sorted(f.relative_to(path) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         names = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
@@ -125,7 +127,7 @@ class Folder:
 class Array:
     """The images of an .npy file (read in parts) or of an .npz file (images or x; optional labels or y)."""
 
-    def __init__(self, path: Path, config: DataConfig) -> None:
+    def __init__(self, path: Path, config: "Images") -> None:
         self.path = path
         images, labels = _load_arrays(path, config.labels)
         self.images, self.channels_last = _laid_out(path, images)

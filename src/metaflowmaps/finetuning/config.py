@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.data import DataConfig
+from metaflowmaps.data import DataSource, Mixture
 from metaflowmaps.losses import MeanFlow
-from metaflowmaps.training.config import LawConfig, LossConfig, OptimizerConfig, RunConfig, TimesConfig
+from metaflowmaps.training.config import LossConfig, OptimizerConfig, RunConfig, TimesConfig
+from metaflowmaps.work.choices import Pick
 from metaflowmaps.work.config import Config
 
 Method = Literal["mfm-ft", "self-normalised", "adjoint-matching", "draft"]
@@ -63,8 +64,8 @@ class FinetuneConfig(RunConfig):
     reward: str
     reward_sha256: str | None = None
     strength: float = Field(1.0, gt=0)
-    law: LawConfig | None = None  # the exact tilted law, where it is known
-    data: DataConfig | None = None
+    law: Mixture | None = None  # the exact tilted law, where it is known
+    data: Annotated[DataSource, Pick(DataSource)] | None = None
     data_moved: str | None = None  # where the images are now
 
     method: Method = "mfm-ft"

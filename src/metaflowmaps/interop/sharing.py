@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from metaflowmaps._files import finite, write_whole
 from metaflowmaps.checkpoint import CheckpointError, resolve_checkpoint, save_model
-from metaflowmaps.data import imagenet
+from metaflowmaps.data import Latents, imagenet, read_examples
 from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -107,9 +107,9 @@ def of_run(run: str, wanted: Wanted) -> Shareable:
     found, (vae, guidance) = resolve_checkpoint(run), wanted
     model, training = MetaFlowMap.from_pretrained(run), found.config.get("training", {})
     stored = found.document(DOCUMENT) if found.has(DOCUMENT) else {}
-    data, names = training.get("data") or {}, stored.get("class_names") or ()
-    if data.get("name") == "latents" and (Path(data["path"]).expanduser() / INDEX).exists():
-        index = read_index(Path(data["path"]).expanduser())
+    data, names = read_examples(training), stored.get("class_names") or ()
+    if isinstance(data, Latents) and data.path and (Path(data.path).expanduser() / INDEX).exists():
+        index = read_index(Path(data.path).expanduser())
         vae, names = vae or index["vae"], names or index["classes"]
     _check_guidance(guidance, getattr(getattr(model.network, "config", None), "guidance", False))
     if guidance is None:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
+from metaflowmaps.data import DataSource, read_examples, read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import codec_of, is_latent, names_of, stored
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.networks import read_network
 from metaflowmaps.networks.flops import forward_flops
-from metaflowmaps.training.config import LawConfig
-from metaflowmaps.work.config import validated
 from metaflowmaps.work.devices import pick_device
 
 
@@ -80,16 +80,15 @@ class OpenedModel:
         return names_of(self.model, self.checkpoint)
 
     @property
-    def data(self) -> dict[str, Any] | None:
-        """The data that it was trained on by this package."""
-        data: dict[str, Any] | None = self.checkpoint.training.get("data")
-        return data
+    def data(self) -> DataSource | None:
+        """The images or latents that it was trained on by this package."""
+        return images_of(self.checkpoint)
 
     @property
     def law(self) -> GaussianMixture | None:
         """The mixture that it was trained on, or tuned to."""
-        law = self.checkpoint.config.get("training", {}).get("law")
-        return None if law is None else validated(LawConfig, law).build()
+        source = read_source(self.checkpoint.config.get("training", {}))
+        return None if source is None else source.law()
 
     def cost_of(self, calls: float) -> dict[str, float]:
         """What so many evaluations of the network take."""
@@ -102,20 +101,29 @@ class OpenedModel:
         codec = codec_of(self.model, self.checkpoint, vae)
         return None if codec is None else codec.to(self.device)
 
-    def judging_law(self, law: LawConfig, option: str) -> GaussianMixture:
+    def judging_law(self, source: DataSource, option: str) -> GaussianMixture:
         """The law to judge it by: that of an option, refused if it was trained on another; a tuned one's own."""
-        own = self.checkpoint.config.get("training", {}).get("law")
         if self.checkpoint.tuned:
-            if own is None:
+            if self.law is None:
                 raise InputError(
                     f"{self.name} was tuned to a reward whose tilted law nobody knows: nothing to hold it to"
                 )
-            return validated(LawConfig, own).build()
-        if own not in (None, law.model_dump()):
+            return self.law
+        if self.law is not None and read_source(self.checkpoint.config["training"]) != source:
             raise InputError(f"{self.name} was trained on another law than that of {option}: judge it with its own")
-        return law.build()
+        law = source.law()
+        if law is None:
+            raise InputError(f"{option} knows no law: give one that does")
+        return law
 
     def beside(self, name: str) -> Path:
         """Where results on it go: into the run that made it; for one from elsewhere, under runs/."""
         run = self.checkpoint.run
         return run / name if run is not None else Path("runs") / f"{Path(self.name).name}-{name}"
+
+
+def images_of(checkpoint: Checkpoint) -> DataSource | None:
+    """The images or latents that a checkpoint was trained on by this package; None for vectors."""
+    if len(read_network(checkpoint.config["network"])[1]) != 3:
+        return None
+    return read_examples(checkpoint.training)

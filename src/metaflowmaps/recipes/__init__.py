@@ -65,6 +65,4 @@ def recipe(name: str, fast: bool = False, data: str | None = None) -> TrainConfi
     config = RECIPES[name](fast=fast)
     if data is None:
         return config
-    if config.data is None or config.data.name == "digits":
-        raise InputError(f"recipe {name} takes no files: leave --data out, or train images --data {data}")
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
+    return config.model_copy(update={"data": config.data.moved(data)})

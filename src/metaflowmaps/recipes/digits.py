@@ -1,12 +1,12 @@
 """The 8×8 digits that come with the package: a map of images that a laptop trains, and its two classifiers."""
 
-from metaflowmaps.data import DataConfig
+from metaflowmaps.data import Digits
 from metaflowmaps.networks import MLPConfig
 from metaflowmaps.recipes.classifiers import guide, judge
 from metaflowmaps.recipes.images import TAUGHT
 from metaflowmaps.training.config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-DATA = DataConfig(name="digits")
+DATA = Digits()
 
 
 def digits(fast: bool = False) -> TrainConfig:

@@ -2,17 +2,18 @@
 
 import math
 
+from metaflowmaps.data import Mixture
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks import MLPConfig
-from metaflowmaps.training.config import LawConfig, ModelConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.config import ModelConfig, TimesConfig, TrainConfig
 
-LAW = LawConfig(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)
+LAW = Mixture(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)
 DATA_STD = math.sqrt(6.5)  # of a coordinate: 0.5 within a mode, 6 between them
 
 
 def paper_mixture() -> GaussianMixture:
     """Means (−3,−3), (0,0), (3,3), equal weights, covariance 0.5 Id."""
-    return LAW.build()
+    return LAW.law()
 
 
 def gmm(fast: bool = False) -> TrainConfig:
@@ -21,7 +22,7 @@ def gmm(fast: bool = False) -> TrainConfig:
     # fast: 50 s, at most 1.07 × at 8,192
     return TrainConfig(
         recipe="gmm",
-        law=LAW,
+        data=LAW,
         model=ModelConfig(data_std=DATA_STD, network=MLPConfig(width=128, depth=4)),
         # the posterior splits and merges around t = .2 to .5: half of the contexts go there
         times=TimesConfig(focus=(0.1, 0.6), focus_share=0.5),

@@ -12,7 +12,7 @@ losses those that docs/scale.md measures.
 
 from typing import Any, NamedTuple
 
-from metaflowmaps.data import DataConfig
+from metaflowmaps.data import Latents
 from metaflowmaps.networks import DiTConfig
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.training.config import (
@@ -66,7 +66,7 @@ def latents(fast: bool = False) -> TrainConfig:
 def _imagenet(name: str, size: str, parent: str, batch_size: int, micro_batches: int, fast: bool) -> TrainConfig:
     return TrainConfig(
         recipe=name,
-        data=DataConfig(name="latents", labels=True),
+        data=Latents(labels=True),
         model=ModelConfig(
             parameterization="plain",
             event_shape=LATENTS,

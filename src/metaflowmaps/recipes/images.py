@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from metaflowmaps.data import DataConfig
+from metaflowmaps.data import Images
 from metaflowmaps.recipes.classifiers import guide, judge
 from metaflowmaps.training.config import (
     ClassifierConfig,
@@ -13,7 +13,7 @@ from metaflowmaps.training.config import (
     TrainConfig,
 )
 
-DATA = DataConfig(name="images")
+DATA = Images()
 # how a map of images is taught: by a drift that is learned first, from whose weights it starts (docs/log.md)
 TAUGHT: dict[str, Any] = {
     "loss": LossConfig(diagonal_share=0.25),

@@ -1,12 +1,12 @@
 """MNIST from its IDX files (``--data-dir``): the map, and its two classifiers."""
 
-from metaflowmaps.data import DataConfig
+from metaflowmaps.data import Mnist
 from metaflowmaps.networks import MLPConfig, UNetConfig
 from metaflowmaps.recipes.classifiers import guide, judge
 from metaflowmaps.recipes.images import TAUGHT
 from metaflowmaps.training.config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-DATA = DataConfig(name="mnist")
+DATA = Mnist()
 DATA_STD = 0.518  # of a pixel about the mean image
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from metaflowmaps.data import Mixture
 from metaflowmaps.errors import unknown
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.random import stream
@@ -12,19 +13,18 @@ from metaflowmaps.recipes.gmm import LAW as GMM_LAW
 from metaflowmaps.recipes.mixture16 import DIM
 from metaflowmaps.recipes.mixture16 import LAW as LAW_16D
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.training.config import LawConfig
 
 
 class SteeringTask(NamedTuple):
     """A law and rewards on it; the first reward is the task's own."""
 
     name: str
-    law_config: LawConfig
+    source: Mixture
     rewards: dict[str, LinearGaussian]
 
     @property
     def law(self) -> GaussianMixture:
-        return self.law_config.build()
+        return self.source.law()
 
     def reward(self, name: str) -> LinearGaussian:
         """The reward of that name; "" is the task's own."""

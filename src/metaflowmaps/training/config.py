@@ -1,38 +1,16 @@
 """What a training run is made of. Recipes are functions that return a :class:`TrainConfig`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.data import DataConfig
-from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.data import DataSource
 from metaflowmaps.losses import Consistency, LagrangianDifference
 from metaflowmaps.networks import ClassifierNetworkConfig, ConvClassifierConfig, MLPConfig, NetworkConfig
 from metaflowmaps.work.choices import Pick
 from metaflowmaps.work.config import Config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LawConfig(Config):
-    """A Gaussian mixture, its components labelled with classes or not."""
-
-    means: list[Annotated[list[float], Field(min_length=1)]] = Field(min_length=1)
-    covariances: Any = 1.0
-    weights: list[float] | None = None
-    labels: list[Annotated[int, Field(ge=0)]] | None = None
-
-    @model_validator(mode="after")
-    def _possible(self) -> "LawConfig":
-        if self.labels is not None and len(self.labels) != len(self.means):
-            raise ValueError(f"labels needs one class a component: {len(self.means)} of them")
-        if self.labels is not None and set(self.labels) != set(range(max(self.labels) + 1)):
-            raise ValueError("labels must be 0, 1, … without gaps: the number after the last is the null class")
-        return self
-
-    def build(self) -> GaussianMixture:
-        """The mixture itself."""
-        return GaussianMixture(self.means, self.covariances, self.weights)
 
 
 class ModelConfig(Config):
@@ -144,10 +122,9 @@ class RunConfig(Config):
 
 
 class TrainConfig(RunConfig):
-    """A map's whole run: on a mixture (``law``) or on images (``data``)."""
+    """A map's whole run."""
 
-    law: LawConfig | None = None
-    data: DataConfig | None = None
+    data: Annotated[DataSource, Pick(DataSource)]
     model: ModelConfig = ModelConfig()
     times: TimesConfig = TimesConfig()
     loss: LossConfig = LossConfig()
@@ -160,12 +137,11 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> "TrainConfig":
-        if (self.law is None) == (self.data is None):
-            raise ValueError("a run learns either a law or data: give one of them")
+        law = self.data.law()
         if self.loss.taught and self.teacher == "none":
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
-        if self.law is None and self.teacher == "exact":
-            raise ValueError("nobody knows the exact drift of images: set teacher=learned, pretrained or none")
+        if law is None and self.teacher == "exact":
+            raise ValueError("nobody knows the exact drift of examples: set teacher=learned, pretrained or none")
         if (self.teacher == "pretrained") != (self.parent is not None):
             raise ValueError("teacher=pretrained and parent=CHECKPOINT go together: give both or neither")
         if self.start_from_drift and self.teacher not in ("learned", "pretrained"):
@@ -174,21 +150,19 @@ class TrainConfig(RunConfig):
             raise ValueError("teacher=learned needs drift_steps >= 1, the flow matching that makes it")
         if self.drift_batch_size % self.micro_batches:
             raise ValueError("drift_batch_size must be a multiple of micro_batches")
-        if self.data is None and None in (self.model.data_std, self.model.network):
+        if law is not None and None in (self.model.data_std, self.model.network):
             raise ValueError("a law's data_std and network are not measured: give both")
-        if self.data is None and self.model.data_mean == "image":
+        if law is not None and self.model.data_mean == "image":
             raise ValueError("data_mean=image is for images: give a number")
         if self.model.network is None:
             return self
-        classes = self.model.network.num_classes
-        labelled = classes or (self.data is not None and self.data.labels)  # their number is filled in from the data
-        if classes and self.law is not None and classes != len(set(self.law.labels or ())):
+        classes, known = self.model.network.num_classes, self.data.classes
+        if classes and known is not None and classes != known:
             raise ValueError(
-                "model.network.num_classes must be the number of classes in law.labels, or 0: a mixture without labels "
-                "has none to train classes with"
+                f"model.network.num_classes={classes}, and the data have {known} classes that are trained with: set "
+                f"data.labels, or model.network.num_classes={known}"
             )
-        if classes and self.data is not None and not self.data.labels:
-            raise ValueError("classes are trained with labels: set data.labels=true, or model.network.num_classes=0")
+        labelled = classes or known is None  # their number is filled in from the data
         if self.condition.guided and self.condition.dropout == 0:
             raise ValueError("condition.guidance guides away from the null class, which needs condition.dropout > 0")
         if self.condition.guided and not (labelled and self.model.network.guidance):
@@ -205,7 +179,7 @@ class TrainConfig(RunConfig):
 class ClassifierConfig(RunConfig):
     """A classifier's whole run, on labelled images."""
 
-    data: DataConfig
+    data: Annotated[DataSource, Pick(DataSource)]
     network: Annotated[ClassifierNetworkConfig, Pick(ClassifierNetworkConfig)] = ConvClassifierConfig()
     shift: int = Field(1, ge=0)  # pixels: images move by up to so many, at random
     noise: float = Field(0.2, ge=0)  # standard deviation of noise added to pixels

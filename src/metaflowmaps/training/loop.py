@@ -95,7 +95,7 @@ def train(
     device: torch.device | str = "cpu",
     start: Checkpoint | None = None,
     report: Callable[[Record], None] = lambda record: None,
-    on_sample: Callable[[Any, int], bool | None] | None = None,
+    on_sample: Callable[[Any, int], object] | None = None,
 ) -> TrainResult:
     """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``.
 
@@ -227,7 +227,7 @@ class _Look:
     """``on_sample``, every so many steps: the first rank shows it a whole model for all."""
 
     def __init__(
-        self, model: nn.Module, on_sample: Callable[[Any, int], bool | None] | None, every: int, device: torch.device
+        self, model: nn.Module, on_sample: Callable[[Any, int], object] | None, every: int, device: torch.device
     ) -> None:
         self.on_sample, self.every, self.device = on_sample, every, device
         self.whole: nn.Module | None = None  # before the model is sharded; on CPU until it is looked at

@@ -15,51 +15,22 @@ depend on the data, so each sample is trained by both terms in turn.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from metaflowmaps import losses
 from metaflowmaps._shapes import expand_time
+from metaflowmaps.data import Samples
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
-from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.precision import autocasting
 from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig
 from metaflowmaps.training.derivative import Differentiation, Precision, choose
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
-
-
-class DataSource(Protocol):
-    """Where x_1 comes from: n draws, a function of the generator. Classes ask for sample_labelled as well."""
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
-
-
-class LabelledLaw:
-    """A mixture whose components have labels 0, 1, … (LawConfig refuses gaps), as a source of (x_1, y)."""
-
-    def __init__(self, law: GaussianMixture, labels: list[int]) -> None:
-        self.num_classes = len(set(labels))
-        classes = [torch.tensor([label == y for label in labels]) for y in range(self.num_classes)]
-        self.law, self.weights = law, torch.stack([law.weights[mine].sum() for mine in classes])
-        self.classes = tuple(  # p(x_1 | y)
-            GaussianMixture(law.means[mine], law.covariances[mine], law.weights[mine] / weight)
-            for mine, weight in zip(classes, self.weights, strict=True)
-        )
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.law.sample(n, generator)
-
-    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """x_1 ~ p_1 and y ~ p(y | x_1)."""
-        x_1 = self.law.sample(n, generator)
-        evidence = torch.stack([law.log_prob(x_1.double()) for law in self.classes])
-        edges = (self.weights.log()[:, None] + evidence).softmax(0).cumsum(0)[:-1]
-        return x_1, (torch.rand(n, generator=generator, dtype=torch.float64) > edges).sum(0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +90,7 @@ class Objective:
 
     def __init__(
         self,
-        data: DataSource,
+        data: Samples,
         loss: LossConfig,
         times: TimesConfig,
         teacher: Teacher | None,

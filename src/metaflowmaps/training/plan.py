@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps.cost import Meter
-from metaflowmaps.data import load_data
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import DiT, DiTConfig, MLPConfig, NetworkConfig
@@ -164,7 +163,7 @@ class Noise:
 def subject(config: TrainConfig | ClassifierConfig) -> Subject:
     """What trains as configured, from data where their shape is not said."""
     if isinstance(config, ClassifierConfig):
-        return Subject(build_classifier(config), ClassifierObjective(load_data(config.data)[0], config))
+        return Subject(build_classifier(config), ClassifierObjective(config.data.load()[0], config))
     if config.model.event_shape is not None:
         return _stand_in(config, _network(config), config.model.event_shape)
     model = build_map(config)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, resolve_checkpoint
-from metaflowmaps.data import Examples, load_data
+from metaflowmaps.data import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.losses import NoConsistency
 from metaflowmaps.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, read_network
 from metaflowmaps.networks.dit import DiT
@@ -32,7 +33,7 @@ from metaflowmaps.training.config import (
 )
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import Record, TrainResult, train
-from metaflowmaps.training.objective import DataSource, LabelledLaw, Objective
+from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import differences, validated
@@ -42,11 +43,7 @@ def build_map(config: TrainConfig) -> MetaFlowMap:
     """The untrained map, a function of the configuration and its seed."""
     assert config.model.data_std is not None, "fitted() measures it"
     mean: Tensor | float
-    if config.model.data_mean == "image":
-        assert config.data is not None, "TrainConfig refuses data_mean=image without images"
-        mean = mean_image(load_data(config.data)[0])
-    else:
-        mean = config.model.data_mean
+    mean = mean_image(config.data.load()[0]) if config.model.data_mean == "image" else config.model.data_mean
     with _seeded(config.seed):
         return MetaFlowMap(
             network_of(config),
@@ -61,18 +58,11 @@ def fitted(config: TrainConfig) -> TrainConfig:
     """The configuration with what it leaves open measured on its images: shape, spread, network, classes."""
     if config.parent is not None and config.model.network is None:
         config = _like_parent(config)
-    if config.data is None:
-        return config
-    counted = bool(config.num_classes) or not config.data.labels
-    if config.data.name != "images" and None not in (config.model.data_std, config.model.network) and counted:
+    counted = bool(config.num_classes) or config.data.classes is not None
+    if not config.data.open and None not in (config.model.data_std, config.model.network) and counted:
         return config  # a full recipe
-    images = load_data(config.data)[0]
-    channels, size, _ = images.event_shape
-    data = (
-        config.data.model_copy(update={"size": size, "channels": channels})
-        if config.data.name == "images"
-        else config.data
-    )
+    images = config.data.load()[0]
+    data = config.data.settled(images)
     model = config.model
     if model.data_std is None:
         if model.data_mean == "image":
@@ -82,11 +72,11 @@ def fitted(config: TrainConfig) -> TrainConfig:
         model = model.model_copy(update={"data_std": round(math.sqrt(max(squared, 1e-6)), 4)})
     network = model.network
     if network is None:
-        network = sized(channels, size).model_copy(update={"guidance": config.condition.guided})
-    if data.labels and not network.num_classes:
+        network = sized(images.event_shape).model_copy(update={"guidance": config.condition.guided})
+    if data.classes is None and not network.num_classes:
         network = network.model_copy(update={"num_classes": images.num_classes})
     model = model.model_copy(update={"network": network})
-    return validated(TrainConfig, {**config.model_dump(), "data": data.model_dump(), "model": model.model_dump()})
+    return validated(TrainConfig, {**config.model_dump(), "data": data, "model": model.model_dump()})
 
 
 def _like_parent(config: TrainConfig) -> TrainConfig:
@@ -105,8 +95,11 @@ def _like_parent(config: TrainConfig) -> TrainConfig:
     return validated(TrainConfig, {**config.model_dump(), "model": model})
 
 
-def sized(channels: int, size: int) -> NetworkConfig:
-    """A network for images of this size: a perceptron to 12 pixels a side, a U-Net to 64, a transformer above."""
+def sized(event_shape: tuple[int, ...]) -> NetworkConfig:
+    """A network for samples of this shape: a perceptron to 12 pixels a side, a U-Net to 64, a transformer above."""
+    if len(event_shape) != 3:
+        return MLPConfig(width=256, depth=4)
+    channels, size, _ = event_shape
     if size <= 12:
         return MLPConfig(width=256 if channels == 1 else 512, depth=6, modulation=True)
     if size <= 64:
@@ -131,11 +124,8 @@ def mean_image(images: Examples) -> Tensor:
 
 
 def event_shape(config: TrainConfig) -> tuple[int, ...]:
-    """The shape of a sample, as the law or the data have it."""
-    if config.law is not None:
-        return (len(config.law.means[0]),)
-    assert config.data is not None
-    shape = tuple(load_data(config.data)[0].event_shape)
+    """The shape of a sample, as the law or the examples have it."""
+    shape = config.data.event_shape()
     if config.model.event_shape not in (None, shape):
         raise InputError(
             f"{config.recipe} is for samples of shape {config.model.event_shape}, the data have {shape}: "
@@ -152,9 +142,9 @@ def network_of(config: TrainConfig) -> nn.Module:
 
 def build_classifier(config: ClassifierConfig) -> nn.Module:
     """The untrained classifier."""
-    train_set, _ = load_data(config.data)
+    train_set, _ = config.data.load()
     if train_set.labels is None:
-        raise InputError(f"{config.data.path} has no labels to train a classifier with: --set data.labels=true")
+        raise InputError(f"{train_set.name} has no labels to train a classifier with: --set data.labels=true")
     with _seeded(config.seed):
         return config.network.network(train_set.event_shape, train_set.num_classes)
 
@@ -169,24 +159,18 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def build_objective(config: TrainConfig, teacher: Teacher | None) -> Objective:
     """The objective of the configuration."""
-    data: DataSource
-    if config.law is None:
-        assert config.data is not None
-        data = load_data(config.data)[0]
-    else:
-        law = config.law.build()
-        data = law if config.law.labels is None else LabelledLaw(law, config.law.labels)
     condition = config.condition if config.num_classes else None
-    return Objective(data, config.loss, config.times, teacher, config.batch_size, config.seed, condition)
+    return Objective(
+        config.data.samples(), config.loss, config.times, teacher, config.batch_size, config.seed, condition
+    )
 
 
 def exact_teacher(config: TrainConfig) -> ExactTeacher:
     """The mixture as its own teacher."""
-    assert config.law is not None, "TrainConfig refuses an exact teacher without a law"
-    law, path = config.law.build(), make_path(config.model.path)
-    if config.law.labels is None or not config.num_classes:
-        return ExactTeacher(path, law)
-    return ExactTeacher(path, law, LabelledLaw(law, config.law.labels).classes)
+    law, samples, path = config.data.law(), config.data.samples(), make_path(config.model.path)
+    assert law is not None, "TrainConfig refuses an exact teacher without a law"
+    classes = samples.classes if config.num_classes and isinstance(samples, LabelledLaw) else ()
+    return ExactTeacher(path, law, classes)
 
 
 def run_training(
@@ -196,7 +180,7 @@ def run_training(
     device: torch.device | str = "cpu",
     resume: str = "auto",
     report: Callable[[str, Record], None] = lambda stage, record: None,
-    on_sample: Callable[[MetaFlowMap, int], None] | None = None,
+    on_sample: Callable[[MetaFlowMap, int], object] | None = None,
     parent: Any = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
@@ -316,7 +300,7 @@ def run_classifier_training(
     ranks.together(lambda: prepare(classifier, config, device))
     return train(
         classifier,
-        ClassifierObjective(load_data(config.data)[0], config),
+        ClassifierObjective(config.data.load()[0], config),
         config,
         out,
         device=device,

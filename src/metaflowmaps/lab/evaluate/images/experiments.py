@@ -16,7 +16,7 @@ from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig, evaluate_r
 from metaflowmaps.lab.evaluate.images.rollout_value import ImageValueConfig, evaluate_image_value
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Stage
 from metaflowmaps.lab.figures import result_figures as figures
-from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.opened import OpenedModel, images_of
 
 Say = Callable[[str], None]
 Measured = tuple[dict[str, Any], Callable[[Path], dict[str, str]]]  # metrics; what writes the figures -> captions
@@ -74,7 +74,7 @@ PIXELS_ONLY = ("class-mixture", "inverse")
 
 def on_images(checkpoint: Checkpoint) -> bool:
     """Whether this is a map of images or of latents, and not of a mixture; published ones have an autoencoder."""
-    return checkpoint.training.get("data") is not None or "vae" in stored(checkpoint)
+    return images_of(checkpoint) is not None or "vae" in stored(checkpoint)
 
 
 def usual_steering(checkpoint: Checkpoint) -> str:
