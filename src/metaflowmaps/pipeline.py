@@ -44,7 +44,7 @@ MADE_AT_A_TIME, STEERED_AT_A_TIME = 64, 8  # pictures
 
 
 @dataclass
-class Pictures:
+class PipelineOutput:
     """What a call made; ``images`` as asked for, everything else as tensors."""
 
     images: Any
@@ -168,7 +168,7 @@ class Pipeline:
         callback: Callable[[int, int], Any] | None = None,
         progress: bool = True,
         output: str = "pil",
-    ) -> Pictures:
+    ) -> PipelineOutput:
         """``num_images`` pictures a label by K-step refinement (Alg. 1), K network calls each.
 
         ``label``: a class's name or number, several of them, or None for no class. A picture is a function of its seed
@@ -193,7 +193,7 @@ class Pipeline:
             latents = torch.cat(made)
             images = self.decode(latents)
         kept = len(latents)
-        return Pictures(
+        return PipelineOutput(
             from_tensor(images, output), latents, None if labels is None else labels[:kept], seeds[:kept],
             meter.cost(), interrupted=kept < n,
         )  # fmt: skip
@@ -210,7 +210,7 @@ class Pipeline:
         *,
         generator: torch.Generator | None = None,
         output: str = "pil",
-    ) -> Pictures:
+    ) -> PipelineOutput:
         """Noise pictures to time t, then draw what they may have been: ``images[draw][picture]``.
 
         ``image``: one or several, of the pipeline's size. ``info["noisy"]`` is the state they are drawn for.
@@ -226,7 +226,7 @@ class Pipeline:
         with self._metered() as meter, self.autocast():
             latents = self.model.draw(t, x_t, num_draws, steps, generator, self.condition(labels, guidance, n))
             images = self.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        return Pictures([from_tensor(draw, output) for draw in images] if output != "tensor" else images,
+        return PipelineOutput([from_tensor(draw, output) for draw in images] if output != "tensor" else images,
                         latents, labels, None, meter.cost(), info={"noisy": x_t})  # fmt: skip
 
     def steer(
@@ -243,7 +243,7 @@ class Pipeline:
         callback: Callable[[Step], Any] | None = None,
         progress: bool = True,
         output: str = "pil",
-    ) -> Pictures:
+    ) -> PipelineOutput:
         """Sample towards e^r, r a reward on pictures (B, 3, H, W) in [−1, 1].
 
         ``method``, ``process`` and ``seed`` are those of ``mfm.steer``. Where memory runs out, a batch is halved and
@@ -270,7 +270,7 @@ class Pipeline:
         kept = len(result.samples)
         with torch.no_grad(), self.autocast():
             images = from_tensor(self.decode(result.samples), output)
-        return Pictures(
+        return PipelineOutput(
             images,
             result.samples,
             None if labels is None else labels[:kept],
@@ -312,7 +312,7 @@ class Pipeline:
     # -- between pictures and latents --------------------------------------------------------------------------------
 
     def encode(self, image: Any) -> Tensor:
-        """Pictures of any kind -> the model's samples, (B, *event): the mean of their latents."""
+        """PipelineOutput of any kind -> the model's samples, (B, *event): the mean of their latents."""
         x = to_tensor(image, self.image_shape[0]).to(self.device, self.model.dtype)
         if tuple(x.shape[1:]) != tuple(self.image_shape):
             wanted = "×".join(map(str, self.image_shape[1:]))

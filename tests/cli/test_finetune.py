@@ -21,7 +21,7 @@ from metaflowmaps import cli
 from metaflowmaps.checkpoint import writing
 from metaflowmaps.data import Mixture
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.lab.evaluate.steering_error import Judge
+from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.laws.mixture import GaussianMixture
@@ -104,8 +104,8 @@ def quick_judgement():
     with pytest.MonkeyPatch.context() as patched:
         few = TunedEvalConfig(samples=64, seeds=1, ode_steps=3)
         patched.setattr(import_module("metaflowmaps.commands.finetune"), "TunedEvalConfig", lambda **_: few)
-        patched.setattr(Judge, "REFERENCE", 2**12)
-        patched.setattr(Judge, "EXACT_SETS", 2)
+        patched.setattr(ExactJudge, "REFERENCE", 2**12)
+        patched.setattr(ExactJudge, "EXACT_SETS", 2)
         patched.setattr(os, "fsync", lambda descriptor: None)
         yield
 
@@ -589,7 +589,7 @@ def test_exact_answers_of_a_base_with_classes_are_not_called_wrong(capsys, place
     reward, n = LinearGaussian(torch.tensor([1.2, -0.8]), -1.0, 0.2), 4096
     each = torch.stack([one.tilt(reward).sample(n, stream(0, "exact")) for one in law.classes])
     exact = each[torch.randint(3, (n,), generator=stream(0, "label")), torch.arange(n)]
-    judge = Judge(law.law, reward)
+    judge = ExactJudge(law.law, reward)
     apart = judge.exact(n).floor()
     mine = Curves()
     mine.add(curves(exact, judge.along))

@@ -399,9 +399,9 @@ def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
     x = images(4)
     stage = made(guide=Nearest(x), judge=Nearest(x))
 
-    def broken(stage, name, reward, n, steps, generator, **options):
+    def broken(stage, v, reward, n, process, generator):
         samples = x[torch.arange(n) % 4].clone()
-        samples[: n if name == "dps" else 3] = torch.nan
+        samples[: n if v.name == "dps" else 3] = torch.nan
         cost = dict.fromkeys(("forwards", "backwards", "reward_calls", "reward_backwards", "seconds"), 1.0)
         return samples, SteerResult(samples, samples[:, 0, 0, 0], torch.arange(n), cost, {})
 
@@ -526,9 +526,9 @@ def test_a_whole_race(monkeypatch):
     stage = made(guide=Nearest(x))
     broken = race.run
 
-    def run(stage, name, reward, *rest, **options):
-        samples, result = broken(stage, name, reward, *rest, **options)
-        return (samples * torch.nan if name == "dps" else samples), result
+    def run(stage, v, reward, *rest):
+        samples, result = broken(stage, v, reward, *rest)
+        return (samples * torch.nan if v.name == "dps" else samples), result
 
     monkeypatch.setattr(race, "run", run)
     config = race.RaceConfig(

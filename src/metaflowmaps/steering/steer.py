@@ -1,7 +1,10 @@
 """``steer``: the loop, written once, for every method, on one time grid and one meter.
 
 Samples are made in batches: as many rows of state at a time as ``batch_size`` says, and half as many where memory runs
-out. A sample is a function of its own seed, so nothing depends on how they are batched.
+out. Each sample is a function of its own seed, whatever n and ``batch_size``: ``seed=result.seeds[i : i + 1]`` makes
+sample i again alone, up to rounding. Particles that are returned together are made again as a whole system: one seed a
+system, num_samples=particles (unset: as many as were one system, at most ``batch_size``). A model without ``push`` that
+draws by its own ``draw(…, generator=)`` is the exception: its draws depend on the batch.
 """
 
 import warnings
@@ -76,11 +79,7 @@ def steer(
         method: an object such as ``mfm.MFMGF(num_draws=4)``, or a name with its defaults.
         process: ``mfm.ODE(steps=250, …)``, ``mfm.SDE(…)`` or a name; None is what the method prefers.
         cond: None or a mapping of tensors, one row a sample.
-        seed: a number, a generator, or (n,) int64 seeds. Each sample is a function of its own seed, whatever n and
-            batch_size, and ``seed=result.seeds[i : i + 1]`` makes sample i again alone, up to rounding. Particles that
-            are returned together are made again as a whole system: one seed a system, num_samples=particles (unset: as
-            many as were one system, at most batch_size). A model without ``push`` that draws by its own
-            ``draw(…, generator=)`` is the exception: its draws depend on the batch.
+        seed: a number, a generator, or (n,) int64 seeds (the module says what a seed stands for).
         batch_size: rows of state at a time (draws multiply it, by at most the method's ``chunk``).
         callback: is told of every :class:`Step`.
         progress: show a bar on stderr.
@@ -120,14 +119,14 @@ def steer(
     return result
 
 
-class Batch(NamedTuple):
-    """Samples that are made together, and the range of seeds they are made from."""
+class SampleRange(NamedTuple):
+    """A batch: samples that are made together, and the seeds they are made from."""
 
     samples: slice
     seeds: slice
 
 
-def _batches(problem: SteeringProblem, method: Method, num_samples: int, rows: int) -> list[Batch]:
+def _batches(problem: SteeringProblem, method: Method, num_samples: int, rows: int) -> list[SampleRange]:
     """As even as possible; whole systems of particles, rows of a row-by-row reward together."""
     check_count(rows, "batch_size")
     like = torch.zeros(1, *problem.event_shape, dtype=problem.dtype, device=problem.device)
@@ -154,11 +153,11 @@ def _batches(problem: SteeringProblem, method: Method, num_samples: int, rows: i
     return _cut([num_samples // count + (i < num_samples % count) for i in range(count)], method.system)
 
 
-def _cut(sizes: list[int], system: int | None) -> list[Batch]:
+def _cut(sizes: list[int], system: int | None) -> list[SampleRange]:
     batches, sample, seed = [], 0, 0
     for size in sizes:
         seeds = size // (system or size)
-        batches.append(Batch(slice(sample, sample + size), slice(seed, seed + seeds)))
+        batches.append(SampleRange(slice(sample, sample + size), slice(seed, seed + seeds)))
         sample, seed = sample + size, seed + seeds
     return batches
 
@@ -186,8 +185,8 @@ class _Run:
     failure: Exception | None = None
     made: list[_Made] = field(default_factory=list)
 
-    def all(self, batches: list[Batch], seeds: Tensor, cond: Cond) -> None:
-        """Batch after batch, until the end, an interruption or an error: what is finished stays finished."""
+    def all(self, batches: list[SampleRange], seeds: Tensor, cond: Cond) -> None:
+        """SampleRange after batch, until the end, an interruption or an error: what is finished stays finished."""
         unit = self.method.system or max(batch.samples.stop - batch.samples.start for batch in batches)
         for number, batch in enumerate(batches):
             first, of_seeds = batch.samples.start, seeds[batch.seeds]

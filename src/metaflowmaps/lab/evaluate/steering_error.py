@@ -70,7 +70,7 @@ class SteeringEvalConfig(Config):
 
 
 @dataclass
-class Judge:
+class ExactJudge:
     """The exact law and everything known about samples of it."""
 
     law: GaussianMixture
@@ -130,7 +130,7 @@ def evaluate_steering(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
     planned = list(cells(config, data_std))  # an option that does not exist is refused before the first hour, not after
-    judge = Judge(law, reward, config.seed)
+    judge = ExactJudge(law, reward, config.seed)
     methods: dict[str, dict[str, Any]] = {}
     pictures: dict[str, Tensor] = {}
     for cell_of in planned:
@@ -167,7 +167,7 @@ def cells(config: SteeringEvalConfig, data_std: float | None = None) -> Iterator
             yield v._replace(method=v.method.with_draws(n)) if n else v
 
 
-def _cell(model: Any, judge: Judge, config: SteeringEvalConfig, cell: Variant) -> tuple[dict[str, Any], Tensor]:
+def _cell(model: Any, judge: ExactJudge, config: SteeringEvalConfig, cell: Variant) -> tuple[dict[str, Any], Tensor]:
     base = ExactModel(model.path, judge.law) if cell.method.exact else model
     samples = _affordable(config, cell.method)
     process = cell.process(config.on())
@@ -193,7 +193,7 @@ def _affordable(config: SteeringEvalConfig, method: Method) -> int:
 
 
 def _judged(
-    judge: Judge, config: SteeringEvalConfig, runs: list[SteerResult], samples: int, said: list[str]
+    judge: ExactJudge, config: SteeringEvalConfig, runs: list[SteerResult], samples: int, said: list[str]
 ) -> dict[str, Any]:
     mine, pooled, lost, mmd = Curves(), [], 0, []
     for i, run in enumerate(runs):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaflowmaps.flow_map import Cond, MetaFlowMap
 from metaflowmaps.lab.evaluate.images.stage import Stage, table
-from metaflowmaps.lab.evaluate.steering_error import Judge as ExactJudge
+from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
