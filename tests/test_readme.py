@@ -1,4 +1,4 @@
-"""README's section on published weights, command by command: the hub is a stand-in, everything after it is real."""
+"""README's lines, and the guide's section on published weights: the hub is a stand-in, everything after it is real."""
 
 import importlib
 import re
@@ -22,7 +22,8 @@ from metaflowmaps.metrics import inception
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.embed import positions
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "docs" / "imagenet.md"
 XL = {"width": 32, "depth": 2, "heads": 4, "encoder_depth": 1}
 PUBLISHED = {"adh1s/mfm": ("mfm", "mfm-xl2.pt"), "kyungmnlee/DMF": ("dmf", "dmf_xl_2_256.pt")}
 SMALL = {  # what a command is given besides, to take a second: amounts, never names
@@ -41,7 +42,7 @@ SMALL = {  # what a command is given besides, to take a second: amounts, never n
 
 
 def commands():
-    section = README.read_text().split("## With the published weights")[1].split("\n## ")[0]
+    section = GUIDE.read_text().split("## With the published weights")[1].split("\n## ")[0]
     blocks = [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", section, re.S | re.M) if not kind]
     lines = [line for block in blocks for line in block.splitlines() if line]
     return [line for line in lines if not line.startswith("pip ")]
@@ -131,7 +132,7 @@ def world(shop, monkeypatch, tmp_path):
 
 
 def typed(line):
-    """The words of a README line, with what makes it small."""
+    """The words of a line of the guide, with what makes it small."""
     words = shlex.split(line)
     if words[0] == "torchrun":  # one rank of it
         words = ["mfm", *words[words.index("metaflowmaps.cli") + 1 :]]
@@ -160,15 +161,27 @@ def test_every_command_does_what_it_says(world, command):
 
 def test_the_python_runs_as_it_stands(world, command):
     assert command(*typed(commands()[0]))[0] == 0
-    section = README.read_text().split("## With the published weights")[1].split("\n## ")[0]
+    section = GUIDE.read_text().split("## With the published weights")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.S)
     small = block.replace('device="cuda"', 'device="cpu"').replace('.to("cuda")', '.to("cpu")')
     small = small.replace("num_images=8", "num_images=1").replace("num_draws=8", "num_draws=2")
     small = small.replace("mfm.ODE(", "mfm.ODE(steps=2, ")
     small = small.replace("pipe.estimate(8,", "pipe.estimate(1,")
     names = {}
-    exec(compile(small, "README.md", "exec"), names)
+    exec(compile(small, "imagenet.md", "exec"), names)
     assert len(names["cats"]) == 4
     assert len(names["again"]) == 2
     assert names["liked"][0].size == (256, 256)
     assert ("PickScore", "a tabby cat in the snow") in world
+
+
+def test_the_dozen_lines_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 100
+    (lines,) = re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)
+    names: dict[str, object] = {}
+    exec(compile(lines, "README.md", "exec"), names)
+    assert names["draws"].shape == (100, 1, 1, 8, 8)  # type: ignore[attr-defined]
+    assert float(names["sevens"].rewards.mean()) > 10  # log-odds of a seven; unsteered samples are far below 0
+    assert (tmp_path / "sevens.png").stat().st_size > 10_000
