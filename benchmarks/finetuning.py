@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, RUNS, machine, say, trained
+from metaflowmaps.cli.results import environment
 from metaflowmaps.commands.finetune import Subject, finetune, judge_of, others_of, resolve_finetuning
-from metaflowmaps.commands.runs import environment
 from metaflowmaps.commands.shared import typed
 from metaflowmaps.lab.evaluate.images.stage import cost_of, table
 from metaflowmaps.lab.evaluate.images.steered import image_variant

@@ -12,7 +12,7 @@ from pathlib import Path
 import metaflowmaps
 from metaflowmaps.checkpoint import export_run
 from metaflowmaps.checkpoint.shipped import FOLDER
-from metaflowmaps.cli.results import read_json
+from metaflowmaps.work.claims import read_json
 
 LIMIT = 4_000_000  # bytes, in all
 MODELS = {

@@ -91,13 +91,19 @@ def sweep(folder: Path) -> None:
                 file.unlink()
 
 
-def lock(path: Path, *, wait: bool = True) -> int | None:
-    """An advisory lock, held until the number returned is closed; None where another process has it."""
+def lock(path: Path, *, wait: bool = True, shared: bool = False) -> int | None:
+    """An advisory lock, held until the number returned is closed; None where another process is in the way.
+
+    Args:
+        path: The lock's own file, made if need be.
+        wait: Whether to wait for the other process.
+        shared: Whether others may hold it too, if they share it.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(file)
         return None
@@ -107,6 +113,14 @@ def lock(path: Path, *, wait: bool = True) -> int | None:
         os.close(file)
         raise
     return file
+
+
+def share_lock(file: int) -> None:
+    """Let others in who share a lock that was held alone."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_image_commands import EXPERIMENTS
 
 from conftest import mfm_command as mfm
-from metaflowmaps.cli import results as runs
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import generation
+from metaflowmaps.work import claims
 from metaflowmaps.work import shards as sharding
 from metaflowmaps.work.shards import Shard, Share, Worker
 
@@ -273,25 +273,25 @@ def test_torchrun_says_who_a_process_is(capsys, tmp_path, short, monkeypatch):
 
 def test_many_may_share_a_claim_of_the_same(tmp_path, monkeypatch):
     """What another process does is done here on another file descriptor: flock tells descriptors apart."""
-    monkeypatch.setattr(runs, "CLAIMING", 0.1)
+    monkeypatch.setattr(claims, "CLAIM_SECONDS", 0.1)
     out, config = tmp_path / "o", {"a": 1}
-    assert runs.claim(out, "sample", config, shared=True) is None
-    other = os.open(out / runs.LOCK, os.O_RDWR)
+    assert claims.claim(out, "sample", config, shared=True) is None
+    other = os.open(out / claims.LOCK, os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)  # another worker comes in
-    runs.release(out)
-    assert runs.claim(out, "sample", config, shared=True) is None
-    runs.release(out)
+    claims.release(out)
+    assert claims.claim(out, "sample", config, shared=True) is None
+    claims.release(out)
     with pytest.raises(InputError, match="another process"):  # nothing is made yet, but somebody is there
-        runs.claim(out, "sample", {"a": 2}, shared=True)
+        claims.claim(out, "sample", {"a": 2}, shared=True)
     with pytest.raises(InputError, match="another process"):
-        runs.claim(out, "sample", config)  # not shared: alone or not at all
+        claims.claim(out, "sample", config)  # not shared: alone or not at all
     assert json.loads((out / "run.json").read_text())["config"] == config
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # both have let go; now one that does not share
     with pytest.raises(InputError, match="another process"):
-        runs.claim(out, "sample", config, shared=True)
+        claims.claim(out, "sample", config, shared=True)
     os.close(other)
-    assert runs.claim(out, "sample", {"a": 2}, shared=True) is None
-    runs.release(out)
+    assert claims.claim(out, "sample", {"a": 2}, shared=True) is None
+    claims.release(out)
 
 
 def test_seconds_by_the_clock_are_those_in_which_somebody_worked():

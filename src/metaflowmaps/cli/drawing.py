@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from metaflowmaps.cli.context import Results
-from metaflowmaps.cli.results import Request, read_json, release
+from metaflowmaps.cli.results import Request
+from metaflowmaps.work.claims import read_json, release
 from metaflowmaps.work.shards import (
     SHARD_SIZE,
     Shard,

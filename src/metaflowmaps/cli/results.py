@@ -1,11 +1,7 @@
 """A command's place on disk: one directory, claimed by one request, with results.json at the end."""
 
 import json
-import os
-import shutil
 import subprocess
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,18 +11,9 @@ import torch
 
 from metaflowmaps._files import finite, write_json
 from metaflowmaps.cli.context import Context, Results
-from metaflowmaps.errors import InputError
-from metaflowmaps.work.config import differences
-from metaflowmaps.work.shards import FOLDERS, is_empty
+from metaflowmaps.work.claims import Occupied, claim
 
 SCHEMA = 1
-LOCK = ".lock"
-CLAIM_SECONDS = 10.0  # what another process needs to claim a directory takes far less
-_held: dict[str, int] = {}
-
-
-class Occupied(InputError):
-    """The directory holds another request."""
 
 
 @dataclass
@@ -77,101 +64,6 @@ class Request:
         return self.told(results)
 
 
-def claim(out: Path, command: str, config: dict[str, Any], shared: bool = False) -> dict[str, Any] | None:
-    """Take ``out`` for this command and configuration; the results, if it is complete already.
-
-    A directory that holds another configuration is refused and left as it is, unless nothing but its claim was written.
-    ``shared``: together with every process that claims it for the very same, until ``release(out)``.
-    """
-    wanted = {"command": command, "config": config}
-    wanted = json.loads(json.dumps(wanted))  # tuples and such as they will come back
-    mark = out / "run.json"
-    try:
-        if mark.exists():
-            _check_same(out, wanted)
-        else:
-            if out.exists() and not out.is_dir():
-                raise InputError(f"--out {out} is a file: give a directory")
-            if out.exists() and any(path.name == "manifest.json" for path in out.iterdir()):
-                raise InputError(f"--out {out} is a checkpoint: give another directory")
-            out.mkdir(parents=True, exist_ok=True)
-        alone = _lock(out, shared)
-        if not mark.exists() or not _check_same(out, wanted):  # again: another may have come first
-            if not alone:
-                release(out)
-                raise InputError(f"another process is writing to {out}: wait for it, or choose another --out")
-            for folder in FOLDERS:  # of the claim that is replaced: nothing is finished in it
-                shutil.rmtree(out / folder, ignore_errors=True)
-            write_json(mark, wanted)
-        if shared and alone:
-            _let_others_in(out)
-            if not _check_same(out, wanted):
-                release(out)
-                raise InputError(f"another process has just claimed {out}: choose another --out")
-        results = out / "results.json"
-        return read_json(results) if results.exists() else None
-    except OSError as error:
-        raise InputError(f"cannot write to --out {out}: {error.strerror}; choose another directory") from None
-
-
-def release(out: Path) -> None:
-    """Let go of a directory before this process ends."""
-    file = _held.pop(str(out.resolve()), None)
-    if file is not None:
-        os.close(file)
-
-
-def _check_same(out: Path, wanted: dict[str, Any]) -> bool:
-    """Does ``out`` hold what is wanted? Another run is refused, unless nothing of it was written."""
-    held = read_json(out / "run.json")
-    if held == wanted:
-        return True
-    # a directory where nothing but the claim was written holds nothing: a failed start does not occupy it
-    begun = any(
-        path.name not in ("run.json", LOCK) and not (path.name in FOLDERS and is_empty(path)) for path in out.iterdir()
-    )
-    if begun:
-        lines = differences(held, wanted)
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise Occupied(
-            f"{out} holds another run ({'; '.join(lines[:3])}{more}): choose another --out, or repeat its settings"
-        )
-    return False
-
-
-def _lock(out: Path, shared: bool) -> bool:
-    """Hold ``out`` until this process ends or releases it: two writers would mix their files. Is it alone there?
-
-    A shared claim is taken alone first, where nobody else is there, and the others then let in.
-    """
-    try:
-        import fcntl
-    except ImportError:  # no advisory locks on this platform
-        return True
-    if str(out.resolve()) in _held:
-        return True
-    file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    end = time.monotonic() + CLAIM_SECONDS
-    while True:
-        for kind in (fcntl.LOCK_EX, *([fcntl.LOCK_SH] if shared else [])):
-            with suppress(BlockingIOError):
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                _held[str(out.resolve())] = file
-                return kind == fcntl.LOCK_EX
-        if not shared or time.monotonic() > end:
-            os.close(file)
-            raise InputError(f"another process is writing to {out}: wait for it, or choose another --out")
-        time.sleep(0.02)
-
-
-def _let_others_in(out: Path) -> None:
-    """From alone to shared."""
-    with suppress(ImportError):
-        import fcntl
-
-        fcntl.flock(_held[str(out.resolve())], fcntl.LOCK_SH)
-
-
 def environment(seed: int, device: torch.device | str) -> dict[str, Any]:
     """What a figure depends on besides its configuration."""
     return {
@@ -181,17 +73,6 @@ def environment(seed: int, device: torch.device | str) -> dict[str, Any]:
         "commit": _commit(),
         "seed": seed,
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a damaged file is refused by name."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"{path} is damaged: move it away and run the command again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object: move it away and run the command again")
-    return value
 
 
 def _device_name(device: torch.device) -> str:

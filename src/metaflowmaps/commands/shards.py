@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.commands.runs import claim, read_json, release
 from metaflowmaps.commands.shared import Results, Say
+from metaflowmaps.work.claims import claim, read_json, release
 from metaflowmaps.work.shards import (
     SHARD_SIZE,
     Shard,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
-from metaflowmaps.commands.runs import claim
 from metaflowmaps.data import DataSource, read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.random import randn, stream
+from metaflowmaps.work.claims import claim
 from metaflowmaps.work.devices import pick_device
 
 Say = Callable[[str], None]
