@@ -451,7 +451,18 @@ def test_sample_posterior_and_steer_write_pictures_and_seeds(capsys, runs, tmp_p
     code, _, err = mfm(capsys, "posterior", runs / "digits", *options)
     assert code == 0, err
     assert load_file(tmp_path / "p" / "draws.safetensors")["draws"].shape == (12, 1, 8, 8)
-    options = ["--reward", "margin:7", "--num", "6", "--steps", "3", "--method", "mfm-gf", "--out", tmp_path / "m"]
+    options = [
+        "--reward",
+        "margin:7",
+        "--num",
+        "6",
+        "--steps",
+        "3",
+        "--method",
+        "mfm-gf",
+        "--out",
+        tmp_path / "m",
+    ]
     code, text, err = mfm(capsys, "steer", runs / "digits", *options, "--json")
     assert code == 0, err
     assert json.loads(text)["config"]["reward"] == "margin:7"
@@ -499,7 +510,7 @@ def test_rewards_of_the_command_line(capsys, runs, tmp_path):
 
 def test_help_names_what_there_is(capsys):
     for command, says in (
-        (["eval", "steering"], "class-mixture, race, inverse"), (["steer"], "margin:7"), (["train"], "--data"),
+        (["eval", "steering"], "class-mixture, race, inverse"), (["steer"], "margin[:CLASS]"), (["train"], "--data"),
         (["eval", "generation"], "refinement"),
     ):  # fmt: skip
         code, out, _ = mfm(capsys, *command, "--help")

@@ -14,7 +14,7 @@ CASES = {
     "sample": ["sample", "--steps", "3"],
     "sample, compose": ["sample", "--steps", "2", "--method", "compose"],
     "steer, mfm-gf": ["steer", *STEER, "mfm-gf"],
-    "steer, tds": ["steer", *STEER, "tds", "--set", "particles=3", "--set", "returns=one"],
+    "steer, tds": ["steer", *STEER, "tds", "--set", "method.particles=3", "--set", "method.returns=one"],
 }
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # a batch of two rounds otherwise than one of twenty
 
@@ -31,7 +31,7 @@ def test_chosen_samples_are_made_again(capsys, run, tmp_path, name):  # noqa: F8
     whole, results = made(capsys, tmp_path / "all", command, run, *options, "--num", "20", "--seed", "3")
     assert whole["seeds"].shape == (20,)
     assert whole["seeds"].dtype == torch.int64
-    assert "only" not in results["config"]
+    assert results["config"]["only"] == []
     chosen = whole["seeds"][[11, 4]].tolist()
     only = [part for seed in chosen for part in ("--only", seed)]
     again, results = made(capsys, tmp_path / "two", command, run, *options, *only)
@@ -48,7 +48,7 @@ def test_chosen_samples_are_made_again(capsys, run, tmp_path, name):  # noqa: F8
 
 
 def test_particle_systems_are_made_again_whole(capsys, run, tmp_path):  # noqa: F811
-    options = [*STEER, "mfm-smc", "--set", "particles=4"]
+    options = [*STEER, "mfm-smc", "--set", "method.particles=4"]
     whole, _ = made(capsys, tmp_path / "all", "steer", run, *options, "--num", "12")
     seeds = whole["seeds"][:3]  # row m·S + s: one a system
     assert whole["seeds"].tolist() == seeds.repeat(4).tolist()
@@ -56,7 +56,7 @@ def test_particle_systems_are_made_again_whole(capsys, run, tmp_path):  # noqa: 
     assert results["metrics"]["num"] == 4
     torch.testing.assert_close(again["samples"], whole["samples"][1::3], **CLOSE)
     code, _, err = mfm(capsys, "steer", run, *STEER, "mfm-smc", "--only", "5", "--out", tmp_path / "no")
-    assert (code, err.count("\n"), "--set particles=" in err) == (2, 1, True)
+    assert (code, err.count("\n"), "--set method.particles=" in err) == (2, 1, True)
     assert not (tmp_path / "no").exists()
 
 

@@ -30,9 +30,10 @@ CASES = {
     "mfm-g, sde": ["steer", *WEAK, "--num", "27", "--steps", "4", "--method", "mfm-g", "--process", "sde"],
     "best-of-n": ["steer", *WEAK, "--num", "27", "--steps", "3", "--method", "best-of-n"],
     "mfm-search": ["steer", *WEAK, "--num", "27", "--steps", "3", "--method", "mfm-search", "--num-draws", "2"],
-    "mfm-smc, systems": ["steer", *WEAK, "--num", "28", "--steps", "4", "--method", "mfm-smc", "--set", "particles=4"],
-    "tds, one of each": ["steer", *WEAK, "--num", "27", "--steps", "4", "--method", "tds", "--set", "particles=3",
-                         "--set", "returns=one"],
+    "mfm-smc, systems": ["steer", *WEAK, "--num", "28", "--steps", "4", "--method", "mfm-smc",
+                         "--set", "method.particles=4"],
+    "tds, one of each": ["steer", *WEAK, "--num", "27", "--steps", "4", "--method", "tds",
+                         "--set", "method.particles=3", "--set", "method.returns=one"],
 }  # fmt: skip
 BY = ["--shard-size", "8"]  # 4 shards, the last one smaller
 # another batch size rounds otherwise, and steering multiplies it: 2.1e-4 at most here; another seed differs by 0.1 to 1
@@ -240,7 +241,7 @@ def test_a_start_that_made_nothing_does_not_occupy_the_directory(capsys, tmp_pat
 
 def test_what_cannot_be_cut_is_refused(capsys, tmp_path):
     steer = ["steer", "digits", *WEAK, "--steps", "2", "--out", tmp_path / "x", "--num"]
-    systems = ["--set", "particles=6"]
+    systems = ["--set", "method.particles=6"]
     for arguments, says in (
         (["12", "--method", "tds", "--worker", "0/2"], "--set particles=64"),
         (["12", "--method", "mfm-smc", "--shard-size", "4"], "--set particles=64"),

@@ -1,8 +1,12 @@
 """Measure a checkpoint; writes results.json and figures."""
 
 import time
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
 from pydantic import Field, field_validator
 
 from metaflowmaps.checkpoint import resolve_checkpoint
@@ -15,11 +19,18 @@ from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.evaluate.images.experiments import EXPERIMENTS, STEERING, on_images, prepare, usual_steering
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
-from metaflowmaps.lab.figures import plots, result_figures
+from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, cells, evaluate_steering
+from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
+from metaflowmaps.lab.evaluate.variants import variant
+from metaflowmaps.lab.figures import plots, result_figures, steering_figures
 from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.path import LinearPath
+from metaflowmaps.posterior import ExactModel
 from metaflowmaps.recipes.gmm import LAW
+from metaflowmaps.recipes.tasks import SteeringTask, steering_task
 from metaflowmaps.work.choices import build
-from metaflowmaps.work.config import override, validated
+from metaflowmaps.work.config import Config, override, validated
 from metaflowmaps.work.shards import Unfinished, discard
 
 EXACT = "exact"  # in the place of a checkpoint: the mixture itself
@@ -102,26 +113,22 @@ def steering(config: SteeringEvaluation, context: Context) -> Results:
         if task not in STEERING:
             raise unknown("task for images", task, STEERING)
         return _experiment(task, config, context, config.samples)
-    from metaflowmaps.commands.steering import eval_steering
-
     _uncut(context)
-    return eval_steering(
-        config.checkpoint, config.task or "gmm-inverse", config.samples, context.out, config.settings,
-        context.seed or 0, context.device, context.invocation, context.say,
-    )  # fmt: skip
+    task = steering_task(config.task or "gmm-inverse")
+    given = {"seed": context.seed or 0, **({} if config.samples is None else {"samples": config.samples})}
+    settings = override(validated(SteeringEvalConfig, given), config.settings)
+    return steering_of_mixture(_judged(config.checkpoint, task, context), settings, context)
 
 
 def value(config: ValueEvaluation, context: Context) -> Results:
     """The value from posterior draws, map and GLASS by calls. Mixtures: against the exact one; images: rollouts."""
     if config.checkpoint != EXACT and _of_images(config):
         return _experiment("value", config, context)
-    from metaflowmaps.commands.steering import eval_value
-
     _uncut(context)
-    return eval_value(
-        config.checkpoint, config.task, context.out, config.settings, context.seed or 0, context.device,
-        context.invocation, context.say,
-    )  # fmt: skip
+    if config.checkpoint == EXACT:
+        raise InputError("mfm eval value judges a checkpoint; the exact value is what it compares with")
+    settings = override(validated(ValueEvalConfig, {"seed": context.seed or 0}), config.settings)
+    return value_of_mixture(_judged(config.checkpoint, steering_task(config.task), context), settings, context)
 
 
 def generation(config: GenerationEvaluation, context: Context) -> Results:
@@ -187,21 +194,108 @@ def _uncut(context: Context) -> None:
         raise InputError("on mixtures evaluations are not cut into shards: leave --worker and --shard-size out")
 
 
+@dataclass(frozen=True)
+class JudgedModel:
+    """What a task judges, and the law it is judged by: that of a model tuned to a reward is tilted already."""
+
+    task: SteeringTask
+    model: Any
+    law: GaussianMixture
+    digest: str
+    opened: OpenedModel | None  # None: the mixture itself
+
+    def request(self, command: str, settings: Config, context: Context) -> Request:
+        """An evaluation of it; results go beside the model."""
+        identity = {"checkpoint": self.digest, "task": self.task.name, **settings.model_dump()}
+        name = f"{command.replace(' ', '-')}-{self.task.name}"
+        place = Path("runs") / f"exact-{name}" if self.opened is None else self.opened.beside(name)
+        return Request(context, command, identity, place)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return torch.device("cpu") if self.opened is None else self.opened.device
+
+
+def _judged(checkpoint: str, task: SteeringTask, context: Context) -> JudgedModel:
+    if checkpoint == EXACT:
+        return JudgedModel(task, ExactModel(LinearPath(), task.law), task.law, EXACT, None)
+    opened = OpenedModel.open(checkpoint, context.device)
+    return JudgedModel(
+        task, opened.model, opened.judging_law(task.source, f"--task {task.name}"), opened.digest, opened
+    )
+
+
+def _measured(
+    request: Request,
+    device: torch.device,
+    measure: Callable[[Callable[[str], None]], tuple[Results, Callable[[Path], None]]],
+    planned: Results,
+) -> Results:
+    """Claim the request's directory, measure, draw, write; ``measure(say)`` returns metrics and what draws them."""
+    context, command = request.context, request.command
+    if context.dry_run:
+        return context.plan(command, request.config, planned)
+    done = request.begin()
+    if done is not None:
+        return done
+    began = time.perf_counter()
+    metrics, draw = measure(lambda line: context.say(f"{command}: {line}"))
+    cost = {"seconds": time.perf_counter() - began, **metrics.pop("cost", {})}
+    draw(request.out)
+    return request.write(metrics, cost, device)
+
+
+def steering_of_mixture(judged: JudgedModel, settings: SteeringEvalConfig, context: Context) -> Results:
+    """Every method against the exact tilted law."""
+    if judged.opened is None:  # draws of a mixture have no pathwise gradient
+        variants = {name: variant(name).method for name in settings.methods}
+        kept = tuple(name for name, method in variants.items() if not (method.draws and method.gradients))
+        if kept != settings.methods:
+            context.say("eval steering: exact draws have no gradient in the state; leaving mfm-g out")
+        settings = validated(SteeringEvalConfig, {**settings.model_dump(), "methods": kept})
+    reward = judged.task.reward(settings.reward)
+    data_std = None if judged.opened is None else judged.opened.model.data_std
+
+    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
+        metrics, samples = evaluate_steering(judged.model, judged.law, reward, settings, say, data_std)
+        return metrics, lambda out: result_figures.steering(metrics, samples, judged.law.tilt(reward), out)
+
+    each = sum(cell.method.calls_per_step for cell in cells(settings, data_std))
+    calls = settings.seeds * settings.samples * settings.steps * each
+    return _measured(judged.request("eval steering", settings, context), judged.device, measure, {"calls": calls})
+
+
+def value_of_mixture(judged: JudgedModel, settings: ValueEvalConfig, context: Context) -> Results:
+    """V̂ of map and GLASS against the exact value."""
+    reward = judged.task.reward(settings.reward)
+
+    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
+        metrics = evaluate_value(judged.model, judged.law, reward, settings, say)
+        return metrics, lambda out: plots.save(steering_figures.value_error(metrics), out / "value-against-calls.png")
+
+    rows = settings.states * len(settings.times) * settings.num_draws
+    calls = rows * (sum(settings.map_steps) + sum(settings.glass_steps))
+    assert judged.opened is not None
+    planned = judged.opened.cost_of(calls)
+    return _measured(judged.request("eval value", settings, context), judged.device, measure, planned)
+
+
 def posterior_of_mixture(config: PosteriorEvaluation, settings: PosteriorEvalConfig, context: Context) -> Results:
     """Relative sliced W2 at each t for the map and for GLASS with the map's own drift."""
     opened = OpenedModel.open(config.checkpoint, context.device)
     law = opened.judging_law(law_named(config.law), f"--law {config.law}")
     identity = {"checkpoint": opened.digest, "law": config.law, **settings.model_dump()}
-    if context.dry_run:
-        return context.plan("eval posterior", identity, opened.cost_of(0))
+
+    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
+        measured = evaluate_posterior(opened.model, law, settings, say)
+        metrics = measured.metrics()
+
+        def draw(out: Path) -> None:
+            plots.save(result_figures.panels(opened.model, law, settings.seed), out / "posteriors.png")
+            plots.save(plots.error_against_calls(metrics), out / "error-against-calls.png")
+
+        return {**metrics, "cost": {"seconds_by_sampler": measured.seconds}}, draw
+
     request = Request(context, "eval posterior", identity, opened.beside(f"eval-posterior-{settings.samples}"))
-    done = request.begin()
-    if done is not None:
-        return done
-    began = time.perf_counter()
-    measured = evaluate_posterior(opened.model, law, settings, lambda line: context.say(f"eval posterior: {line}"))
-    metrics = measured.metrics()
-    cost = {"seconds": time.perf_counter() - began, "seconds_by_sampler": measured.seconds}
-    plots.save(result_figures.panels(opened.model, law, settings.seed), request.out / "posteriors.png")
-    plots.save(plots.error_against_calls(metrics), request.out / "error-against-calls.png")
-    return request.write(metrics, cost, opened.device)
+    return _measured(request, opened.device, measure, opened.cost_of(0))

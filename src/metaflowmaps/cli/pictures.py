@@ -41,7 +41,7 @@ class DrawingOptions(OnCheckpoint):
         if any(not 0 <= seed < 2**63 for seed in self.only):
             raise InputError(f"--only takes saved seeds, from 0 to {2**63 - 1}, got {min(self.only)}")
         if self.only and num is not None and num != len(self.only):
-            raise InputError(f"--only names {len(self.only)} samples and {num} are asked for: leave the number out")
+            raise InputError(f"--only names {len(self.only)} samples and --num asks for {num}: leave --num out")
         return len(self.only) or num or SAMPLES
 
 

@@ -18,7 +18,7 @@ from metaflowmaps.lab.evaluate.images.inverse_problems import PROBLEMS, Solved
 from metaflowmaps.lab.evaluate.images.race import Raced
 from metaflowmaps.lab.evaluate.images.recovery import Recovered
 from metaflowmaps.lab.evaluate.images.steered import image_variant
-from metaflowmaps.lab.figures import image_figures
+from metaflowmaps.lab.figures import image_figures, steering_figures
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.random import randn, stream
@@ -30,6 +30,7 @@ TIMES = (0.0, 0.1, 0.2, 0.5, 0.8)
 PANEL_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 DRAWS = 8
 GRID = 64  # samples in a picture of samples
+SHOWN_DRAWS = 4  # of num_draws, the panels show the one nearest to this
 TITLE = 46  # letters over a single panel
 DRAWN = 24  # draws in a picture of draws
 COLOURS = " Latents are shown by their first three channels, as colours."
@@ -308,3 +309,35 @@ def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> "Figure":
         contexts.append(x_t[0].cpu())
     title = "Draws of the map in one call, exact posteriors as contours"
     return figures.posterior_panels(model.path, law, PANEL_TIMES, contexts, draws, title)
+
+
+def steering(metrics: dict[str, Any], samples: dict[str, Tensor], tilted: GaussianMixture, out: Path) -> None:
+    """Every method's samples over the exact law, its error against its cost, and its course.
+
+    Args:
+        metrics: those of an evaluation of steering.
+        samples: the first samples of each cell, "method.num_draws".
+        tilted: the exact law.
+        out: the directory.
+    """
+    shown = _one_a_method(samples)
+    if tilted.dim == 2:
+        figures.save(steering_figures.panels(tilted, metrics, shown), out / "steered.png")
+    figures.save(steering_figures.error_against_cost(metrics), out / "error-against-cost.png")
+    curves = {
+        name: cell["trajectory"]
+        for name, by_draws in metrics["methods"].items()
+        for key, cell in by_draws.items()
+        if f"{name}.{key}" in shown
+    }
+    figures.save(steering_figures.trajectory(curves), out / "trajectory.png")
+
+
+def _one_a_method(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One cell a method: the number of draws nearest to SHOWN_DRAWS."""
+    best: dict[str, str] = {}
+    for cell in samples:
+        name, key = cell.rsplit(".", 1)
+        if name not in best or abs(int(key) - SHOWN_DRAWS) < abs(int(best[name]) - SHOWN_DRAWS):
+            best[name] = key
+    return {f"{name}.{key}": samples[f"{name}.{key}"] for name, key in best.items()}
