@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps._shapes import (
+    Cond,
     Time,
     as_numbers,
     batch_time,
@@ -27,6 +28,8 @@ from metaflowmaps._shapes import (
     check_time,
     expand_time,
     positive,
+    repeat_cond,
+    repeat_rows,
 )
 from metaflowmaps.checkpoint import Pretrained
 from metaflowmaps.errors import InputError, unknown
@@ -36,7 +39,6 @@ from metaflowmaps.parameterization import Chart, chart_class
 from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.random import RowNoise, Source, check_seeds, randn
 
-Cond = Mapping[str, Tensor] | None
 CONDITIONS = ("guidance", "label")
 
 
@@ -57,9 +59,9 @@ class Anchored:
         copies = z.shape[0] // self.chart.context.shape[0]
         context, context_time, cond = self.chart.context, self.chart.context_time, self.cond
         if copies > 1:
-            context = context.repeat(copies, *([1] * (context.ndim - 1)))
+            context = repeat_rows(context, copies)
             context_time = context_time.repeat(copies)
-            cond = {k: v.repeat(copies) for k, v in cond.items()}
+            cond = dict(repeat_cond(cond, copies) or {})
         out: Tensor = self.network(z, a, b, context, context_time, **cond)
         return out
 
@@ -184,10 +186,9 @@ class MetaFlowMap(Pretrained):
         self._check_cond(cond, x_t)
         check_time(t)
         noise = randn((num_draws, *x_t.shape), generator, x_t.dtype, x_t.device)
-        contexts = x_t.expand(num_draws, *x_t.shape).flatten(0, 1)
+        contexts = repeat_rows(x_t, num_draws)
         times = batch_time(t, x_t).repeat(num_draws)
-        wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
-        return self.push(noise.flatten(0, 1), times, contexts, steps, wide).reshape(noise.shape)
+        return self.push(noise.flatten(0, 1), times, contexts, steps, repeat_cond(cond, num_draws)).reshape(noise.shape)
 
     @torch.no_grad()
     def generate(

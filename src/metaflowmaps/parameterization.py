@@ -36,7 +36,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import expand_time
+from metaflowmaps._shapes import expand_time, repeat_rows
 from metaflowmaps.errors import unknown
 from metaflowmaps.path import Path, TrigonometricPath
 
@@ -199,7 +199,7 @@ class ResidualChart(PlainChart):
         chunks = list(zip(a.split(n), b.split(n), z.split(n), strict=True))
         white = torch.cat([self.white.state_in(a, z) for a, _, z in chunks])
         gaussian = torch.cat([self.white.gaussian_velocity(a, b, z) for a, b, z in chunks])
-        tau = self.white.tau.repeat(len(chunks), *([1] * (z.ndim - 1)))
+        tau = repeat_rows(self.white.tau, len(chunks))
         return gaussian + tau * network(white, a, b)
 
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count, check_time, select_cond
+from metaflowmaps._shapes import Cond, check_count, check_time, select_cond
 from metaflowmaps.checkpoint import save_model
 from metaflowmaps.cost import Meter
 from metaflowmaps.data import imagenet
 from metaflowmaps.data.imaging import check_kind, from_tensor, to_tensor
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, stored
 from metaflowmaps.random import Seed, as_seeds, randn

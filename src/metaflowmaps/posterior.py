@@ -15,9 +15,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Time, batch_time, check_count, check_state, check_time, expand_time
+from metaflowmaps._shapes import (
+    Cond,
+    Time,
+    batch_time,
+    check_count,
+    check_state,
+    check_time,
+    expand_time,
+    repeat_cond,
+    repeat_rows,
+)
 from metaflowmaps.errors import unknown
-from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.parameterization import GaussianChart
 from metaflowmaps.path import Drift, Path, as_path, call_drift, glass_drift
@@ -105,9 +115,9 @@ class GlassPosterior:
     ) -> Tensor:
         _check(t, x_t, num_draws)
         noise = randn((num_draws, *x_t.shape), generator, x_t.dtype, x_t.device)
-        contexts = x_t.repeat(num_draws, *([1] * (x_t.ndim - 1)))
+        contexts = repeat_rows(x_t, num_draws)
         times = batch_time(t, x_t).repeat(num_draws)
-        wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
+        wide = repeat_cond(cond, num_draws)
         return self.push(noise.flatten(0, 1), times, contexts, wide).reshape(noise.shape)
 
     def push(self, noise: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
@@ -149,8 +159,8 @@ class RolloutPosterior:
         cond: Cond = None,
     ) -> Tensor:
         _check(t, x_t, num_draws)
-        x = x_t.expand(num_draws, *x_t.shape).flatten(0, 1)
-        wide = None if cond is None else {k: v.repeat(num_draws) for k, v in cond.items()}
+        x = repeat_rows(x_t, num_draws)
+        wide = repeat_cond(cond, num_draws)
         start = batch_time(t, x_t).repeat(num_draws)
         times = [start + (1 - start) * (i / self.steps) for i in range(self.steps)] + [torch.ones_like(start)]
         for now, then in pairwise(times):

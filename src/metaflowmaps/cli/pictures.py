@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._files import write_whole
+from metaflowmaps._shapes import Cond
 from metaflowmaps.cli.context import IN_SHARDS, OnCheckpoint, Results, say
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import Cond
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.pipeline import Pipeline
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._files import write_whole
+from metaflowmaps._shapes import Cond
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.commands.shared import Say
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import codec_of, is_latent, names_of, stored
 from metaflowmaps.pipeline import Pipeline
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from metaflowmaps._shapes import check_count, check_state
+from metaflowmaps._shapes import Cond, check_count, check_state
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import Source, randn
-from metaflowmaps.rewards.base import Cond, describe, is_differentiable, rows_of
+from metaflowmaps.rewards.base import describe, is_differentiable, rows_of
 from metaflowmaps.rewards.checked import checked_reward
 
 SD_VAE = "stabilityai/sd-vae-ft-mse"

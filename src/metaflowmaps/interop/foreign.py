@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import Time, batch_time, check_count, check_state, check_time, expand_time
+from metaflowmaps._shapes import Cond, Time, batch_time, check_count, check_state, check_time, expand_time
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.flow_map import CONDITIONS, Cond
+from metaflowmaps.flow_map import CONDITIONS
 from metaflowmaps.interop.schedules import Schedule, View, schedule_of
 from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.posterior import GlassPosterior

@@ -6,9 +6,8 @@ r"""Rewards whose tilt of a Gaussian mixture is known in closed form.
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import as_numbers, positive
+from metaflowmaps._shapes import Cond, as_numbers, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond
 
 
 class LinearGaussian:

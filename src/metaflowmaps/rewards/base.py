@@ -4,14 +4,12 @@ A plain function works. A class in this package also declares ``differentiable``
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import event_sum
-
-Cond = Mapping[str, Tensor] | None
+from metaflowmaps._shapes import Cond, event_sum
 
 
 @runtime_checkable

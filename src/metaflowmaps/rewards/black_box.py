@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import positive
+from metaflowmaps._shapes import Cond, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, call_reward, describe
+from metaflowmaps.rewards.base import call_reward, describe
 
 
 class BlackBox:

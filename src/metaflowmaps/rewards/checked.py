@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, call_reward, is_differentiable
+from metaflowmaps.rewards.base import call_reward, is_differentiable
 
 MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # other in training than in use
 

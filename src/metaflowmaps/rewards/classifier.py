@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import as_numbers, positive
+from metaflowmaps._shapes import Cond, as_numbers, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, describe
+from metaflowmaps.rewards.base import describe
 
 Classifier = Callable[[Tensor], Tensor]
 

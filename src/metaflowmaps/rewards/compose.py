@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import as_numbers, positive
+from metaflowmaps._shapes import Cond, as_numbers, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, describe, is_differentiable, no_reward
+from metaflowmaps.rewards.base import describe, is_differentiable, no_reward
 from metaflowmaps.rewards.checked import checked_reward
 
 PAIRS = "WeightedSum takes pairs (weight, reward), as in [(1.0, first), (0.5, second)]"

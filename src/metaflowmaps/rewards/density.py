@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps._shapes import positive
+from metaflowmaps._shapes import Cond, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, call_reward, describe, no_reward
+from metaflowmaps.rewards.base import call_reward, describe, no_reward
 
 
 class LogDensity:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import as_numbers, check_state, event_sum, positive
+from metaflowmaps._shapes import Cond, as_numbers, check_state, event_sum, positive
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import randn
-from metaflowmaps.rewards.base import Cond, describe
+from metaflowmaps.rewards.base import describe
 
 Operator = Callable[[Tensor], Tensor]
 

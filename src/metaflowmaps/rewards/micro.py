@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from metaflowmaps._shapes import check_count
+from metaflowmaps._shapes import Cond, check_count
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, call_reward, describe, is_differentiable, rows_of
+from metaflowmaps.rewards.base import call_reward, describe, is_differentiable, rows_of
 
 PerRow = Mapping[str, Tensor]  # what goes with the rows, (B, …) each
 Score = Callable[[Tensor, PerRow], Tensor]

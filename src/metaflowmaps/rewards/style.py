@@ -7,9 +7,8 @@ r"""Rewards measured from pixels in [−1, 1], with p = (x + 1)/2 as the amount 
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import positive
+from metaflowmaps._shapes import Cond, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond
 
 
 class Ink:

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import expand_time
+from metaflowmaps._shapes import Cond, expand_time
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import Cond
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.losses import Velocity
 from metaflowmaps.parameterization import Chart

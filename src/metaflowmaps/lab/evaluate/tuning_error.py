@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps._shapes import Cond
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.images.stage import Stage, table
 from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.laws.mixture import GaussianMixture

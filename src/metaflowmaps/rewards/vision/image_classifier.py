@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.rewards.base import Cond
 from metaflowmaps.rewards.micro import PerRow
 from metaflowmaps.rewards.vision.judge import Judge, exact
 from metaflowmaps.rewards.vision.pixels import Pixels

@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import positive
+from metaflowmaps._shapes import Cond, positive
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond, no_reward
+from metaflowmaps.rewards.base import no_reward
 from metaflowmaps.rewards.micro import Parts, PerRow
 from metaflowmaps.rewards.vision.pixels import Pixels
 

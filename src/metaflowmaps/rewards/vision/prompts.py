@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import Cond
 
 SLOT = "{label}"
 Names = Sequence[str] | Mapping[int, str]

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.flow_map import Cond
+from metaflowmaps._shapes import Cond
 from metaflowmaps.lab.evaluate.images.stage import (
     ImageEvalConfig,
     Say,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import Cond, select_cond
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.flow_map import Cond
 from metaflowmaps.interop.autoencoder import Decoded
 from metaflowmaps.lab.evaluate.images.judging import BATCH, PART, takes
 from metaflowmaps.lab.evaluate.images.stage import Stage
@@ -125,7 +125,7 @@ def scores_of(rewards: Mapping[str, Any], x: Tensor, cond: Cond = None) -> dict[
     parts: dict[str, list[Tensor]] = {name: [] for name in rewards}
     for begin in range(0, len(x), size):
         part = x[begin : begin + size]
-        told = None if cond is None else {k: v[begin : begin + size] for k, v in cond.items()}
+        told = select_cond(cond, slice(begin, begin + size))
         pictures = part if codec is None else codec.decode(part)
         for name, reward in rewards.items():
             looks = isinstance(reward, Decoded)

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from metaflowmaps._shapes import repeat_rows
 from metaflowmaps.errors import unknown
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, per_sample, table
 from metaflowmaps.lab.evaluate.images.steered import CHUNK, calls, image_variant, quiet_steer
@@ -136,7 +137,7 @@ def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig)
     parts: list[Tensor] = []
     totals: dict[str, float] = {}
     for ys in seen.y.split(together):
-        rows = ys[0] if system else ys.repeat(draws, *([1] * (ys.ndim - 1)))
+        rows = ys[0] if system else repeat_rows(ys, draws)
         n = (v.method.system or draws) if system else draws * len(ys)
         problem = InverseProblem(seen.operator, rows, seen.noise_std)
         result = quiet_steer(stage.model, problem, n, v.method, v.process(ODE(steps=config.steps)), seed=g)
@@ -156,8 +157,8 @@ def _for_draws(name: str, draws: int) -> Variant:
 @torch.no_grad()
 def _judge(stage: Stage, x: Tensor, truth: Tensor, labels: Tensor | None, seen: InverseProblem) -> dict[str, float]:
     flat = x.flatten(0, 1)
-    repeated = truth.repeat(len(x), *([1] * (truth.ndim - 1)))
-    residual = (seen.operator(flat) - seen.y.repeat(len(x), *([1] * (seen.y.ndim - 1)))) / seen.noise_std
+    repeated = repeat_rows(truth, len(x))
+    residual = (seen.operator(flat) - repeat_rows(seen.y, len(x))) / seen.noise_std
     cell = {
         "psnr_mean": float(psnr(x.mean(0), truth).mean()),
         "psnr": float(psnr(flat, repeated).mean()),

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.flow_map import Cond
+from metaflowmaps._shapes import Cond, repeat_cond, repeat_rows, select_cond
 from metaflowmaps.lab.evaluate.images.stage import (
     LATENT_BATCH,
     ImageEvalConfig,
@@ -190,14 +190,14 @@ def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> 
     def make() -> Shard:
         x_t, _, cond = _noised(stage, config, t, slice(config.images))
         many = _several(stage, config, t, tuple(x_t.shape))
-        repeated = x_t.repeat(config.draws, *([1] * (x_t.ndim - 1)))
-        told = None if cond is None else {k: v.repeat(config.draws) for k, v in cond.items()}
+        repeated = repeat_rows(x_t, config.draws)
+        told = repeat_cond(cond, config.draws)
         size = LATENT_BATCH if stage.latent else len(repeated)
         parts = []
         with stage.autocast():
             for begin in range(0, len(repeated), size):
                 part = slice(begin, begin + size)
-                here = None if told is None else {k: v[part] for k, v in told.items()}
+                here = select_cond(told, part)
                 parts.append(push(many.flatten(0, 1)[part], t, repeated[part], here))
         return Shard({"draws": torch.cat(parts).reshape(many.shape)}, {})
 

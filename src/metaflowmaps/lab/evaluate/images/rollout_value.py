@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from metaflowmaps.flow_map import Cond
+from metaflowmaps._shapes import Cond
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward
 from metaflowmaps.lab.evaluate.images.stage import LATENT_BATCH, ImageEvalConfig, Say, Stage, Timed, table
 from metaflowmaps.lab.evaluate.value_error import pearson

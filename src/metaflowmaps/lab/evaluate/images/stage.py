@@ -23,10 +23,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import Cond
 from metaflowmaps.cost import Meter
 from metaflowmaps.data import Examples
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import Cond, MetaFlowMap
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.images.judging import BATCH, PART, Judge
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import Moments, frechet_distance
