@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import metaflowmaps as mfm
@@ -353,6 +354,32 @@ def _command(arguments: list[str]) -> None:
     assert not ended.value.code, said.getvalue()
 
 
+def commands() -> Figures:
+    """What commands leave in their folders, and what they count: on the shipped digits."""
+    usual = ("--seed", "5", "--device", "cpu", "--json")
+    cases = {
+        "sample": "sample digits --num 2 --steps 2",
+        "posterior": "posterior digits --t 0.4 --num-draws 3",
+        "steer, mfm-gf": "steer digits --reward ink --method mfm-gf --num-draws 2 --steps 4 --num 3",
+        "steer, mfm-g": "steer digits --reward margin:7 --strength 2 --method mfm-g --num-draws 2 --steps 4 --num 2",
+        "steer, sde": "steer digits --reward ink --method dps --steps 4 --process sde --num 2",
+    }
+    figures: Figures = {}
+    for name, line in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            _command([*line.split(), *usual, "--out", f"{folder}/run"])
+            (file,) = Path(folder, "run").glob("*.safetensors")
+            tensors = load_file(file)
+            cost = json.loads(Path(folder, "run", "results.json").read_text())["cost"]
+        seeds = tensors.pop("seeds")
+        figures[name] = {
+            **{key: numbers(tensor.flatten()[:: max(1, tensor.numel() // 24)]) for key, tensor in tensors.items()},
+            "seeds": [str(seed) for seed in seeds.tolist()],
+            "cost": {key: int(cost[key]) for key in ("forwards", "backwards", "reward_calls", "reward_backwards")},
+        }
+    return figures
+
+
 def training() -> Figures:
     """Adam, for whose first steps rounding is harmless: SOAP turns by eigenvectors, which machines disagree about."""
     figures: Figures = {}
@@ -428,6 +455,7 @@ SECTIONS = {
         steering, 1e-8, "float64; eight steps under a reward whose gradient grows errors tenfold a step"
     ),
     "steering_digits": Section(steering_digits, 1e-8, "the same"),
+    "commands": Section(commands, 1e-4, "float32; four steps, each of which multiplies a rounding by a few"),
     "training": Section(training, 1e-4, "float32; eight steps of Adam, whose first divides a gradient by its size"),
     "finetuning": Section(finetuning, 1e-4, "float32; three steps of Adam on weighted targets"),
 }
