@@ -32,7 +32,7 @@ class DataSource(Config, Choice):
     latent: ClassVar[bool] = False  # examples are of an autoencoder's latent space
 
     def law(self) -> GaussianMixture | None:
-        """The law itself, where it is known."""
+        """The law itself, where it is known; of means in float32, as samples are."""
         return None
 
     def load(self) -> Parts:
