@@ -32,7 +32,7 @@ from metaflowmaps.work.shards import Worker
 from tiny_codec import tiny_codec
 
 SIZE, SHARD = 32, 4
-# float16 keeps 11 bits of values below 1; convolutions of another batch size differ by 2e-5 (tests/test_codec.py)
+# float16 keeps 11 bits of values below 1; convolutions of another batch size differ by 2e-5 (test_autoencoder.py)
 STORED = 2.0**-11 + 2e-5
 
 

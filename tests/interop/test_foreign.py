@@ -175,7 +175,7 @@ def test_it_draws_from_posteriors_and_generates():
     assert bool(((samples.std(0) / truth.std(0) - 1).abs() < 0.1).all())
     # to the few-draws methods it is a model like any other, its draws counted by their steps
     reward = mfm.rewards.LinearGaussian([[1.0, 0.5]], [0.3], 0.7)
-    one, two = (mfm.steer(model, reward, 4, method="mfm-gf", num_draws=n, steps=2, generator=g) for n in (1, 3))
+    one, two = (mfm.steer(model, reward, 4, mfm.MFMGF(num_draws=n), mfm.ODE(steps=2), seed=0) for n in (1, 3))
     assert two.cost["forwards"] - one.cost["forwards"] >= 4 * 2 * 2 * 30
 
 

@@ -160,7 +160,7 @@ print(peak(checked, 2), peak(checked, 10), peak(plain, 10))
 
 def test_peak_memory_under_a_gradient_is_flat_in_the_number_of_rows():
     """In a process of its own, which hands small blocks back at once: elsewhere one sees what others have left."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     given = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PEAKS], env={**os.environ, **given}, capture_output=True, text=True
@@ -305,7 +305,7 @@ def test_decodes_are_counted_wherever_the_codec_is(codec):
 
 
 def test_the_page_about_latents_runs(tmp_path):
-    page = (Path(__file__).parent.parent / "docs" / "latents.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "latents.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     tiny_vae().save_pretrained(tmp_path / "vae")
     names: dict = {}
