@@ -34,10 +34,10 @@ from benchmarks.control_estimators import (
 )
 from metaflowmaps.cli.context import Context
 from metaflowmaps.cli.results import Request
-from metaflowmaps.draws import Draws
-from metaflowmaps.finetuning.config import FinetuneConfig, MetersConfig
-from metaflowmaps.finetuning.problem import Problem
-from metaflowmaps.finetuning.run import make_objective, make_problem, make_student
+from metaflowmaps.finetuning import MFMFT, AdjointMatching, DRaFT, SelfNormalised, TuningObjective
+from metaflowmaps.finetuning.tune import make_objective, make_problem, make_student
+from metaflowmaps.finetuning.tuning_config import FinetuneConfig, MetersConfig
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.networks import MLPConfig
@@ -51,21 +51,14 @@ OUT = RUNS / "control"
 COMMAND = "python -m benchmarks control"
 LOOKS = 64  # a run is looked at after 1/64, 1/32, 1/16 … of its steps
 
-METHODS: dict[str, dict[str, Any]] = {
-    **{
-        f"mfm-ft {form} {n}": {"method": "mfm-ft", "form": form, "num_draws": n}
-        for form in ("blend", "gradient", "gradient-free")
-        for n in (1, 4)
-    },
-    **{
-        f"self-normalised gradient {n}": {"method": "self-normalised", "form": "gradient", "num_draws": n}
-        for n in (1, 4, 16)
-    },
-    "self-normalised gradient-free 4": {"method": "self-normalised", "form": "gradient-free", "num_draws": 4},
-    "self-normalised gradient-free 64": {"method": "self-normalised", "form": "gradient-free", "num_draws": 64},
-    "self-normalised blend 16": {"method": "self-normalised", "form": "blend", "num_draws": 16},
-    "adjoint-matching": {"method": "adjoint-matching"},
-    "draft": {"method": "draft"},
+METHODS: dict[str, TuningObjective] = {
+    **{f"mfm-ft {form} {n}": MFMFT(n, form) for form in ("blend", "gradient", "gradient-free") for n in (1, 4)},
+    **{f"self-normalised gradient {n}": SelfNormalised(n, "gradient") for n in (1, 4, 16)},
+    "self-normalised gradient-free 4": SelfNormalised(4, "gradient-free"),
+    "self-normalised gradient-free 64": SelfNormalised(64, "gradient-free"),
+    "self-normalised blend 16": SelfNormalised(16, "blend"),
+    "adjoint-matching": AdjointMatching(),
+    "draft": DRaFT(),
 }
 # one optimizer for all, but for this: at the others' rate adjoint matching ends worse than in mid-run
 RATES = {"adjoint-matching": 1e-3}
@@ -179,7 +172,7 @@ def _settings(name: str, config: ControlConfig, seed: int, steps: int) -> Finetu
             lr=RATES.get(name, 3e-3), schedule="constant", clip=10.0, warmup_steps=config.warmup_steps
         ), steps=steps,
         batch_size=config.batch_size, seed=seed, threads=1, log_every=10**9, checkpoint_every=10**9,
-        sample_every=max(1, steps // LOOKS), meters=MetersConfig(every=0), **METHODS[name],
+        sample_every=max(1, steps // LOOKS), meters=MetersConfig(every=0), method=METHODS[name],
     )  # fmt: skip
 
 
@@ -200,7 +193,7 @@ def _affordable(name: str, config: ControlConfig, base: MetaFlowMap) -> int:
     return LOOKS * max(1, round((config.seconds - start) / a_step / LOOKS))
 
 
-def _train(settings: FinetuneConfig, base: MetaFlowMap, out: Path, look: Any) -> Problem:
+def _train(settings: FinetuneConfig, base: MetaFlowMap, out: Path, look: Any) -> TuningProblem:
     shutil.rmtree(out, ignore_errors=True)
     problem = make_problem(settings, base, Navigation())
     objective = make_objective(settings, problem)
@@ -211,7 +204,7 @@ def _train(settings: FinetuneConfig, base: MetaFlowMap, out: Path, look: Any) ->
 
 def _run(name: str, config: ControlConfig, base: MetaFlowMap, probes: Probes, seed: int, steps: int) -> dict[str, Any]:
     """The averaged model's drift at the probes at times along one run, and samples at its end."""
-    one_step, made = METHODS[name]["method"] == "draft", {"steps": [], "seconds": [], "flows": []}
+    one_step, made = not METHODS[name].tunes_drift, {"steps": [], "seconds": [], "flows": []}
     settings = _settings(name, config, seed, steps)
     watch = Stopwatch()
     state: dict[str, Any] = {}
@@ -302,18 +295,17 @@ def _targets(config: ControlConfig, exact: Exact, base: MetaFlowMap) -> dict[str
     probes = make_probes(exact, base, config.target_probes, config.last, seed=1)
     settings = _settings("mfm-ft blend 4", config, 0, 64)
     problem = make_problem(settings, base, Navigation())
-    place = problem.place(probes.t.float(), probes.x.float(), {})
-    made = problem.draws(place, config.target_draws, True, stream(0, "targets"))
-    made = Draws(made.x_1, made.rewards, made.gradients)
+    states = problem.at(probes.t.float(), probes.x.float(), {})
+    draws = problem.draws(states, config.target_draws, True, stream(0, "targets"))
     out: dict[str, Any] = {}
     for form in FORMS:
-        objective = make_objective(settings.model_copy(update={"form": form}), problem)
+        objective = make_objective(settings.model_copy(update={"method": MFMFT(4, form)}), problem)
         if form == "blend":  # its λ is learned along a run; at the base it is learned here, and then stays
             for step in range(200):
                 objective.batch(base, step)
         out[form] = {}
         for n in DRAWS:
-            errors = target_errors(problem, objective, probes, made, n)
+            errors = target_errors(problem, objective, probes, draws, n)
             out[form][str(n)] = {"plain": errors.plain._asdict(), "weighted": errors.weighted._asdict()}
         say(f"targets, {form}: {[round(out[form][str(n)]['plain']['bias_squared'], 4) for n in DRAWS]}")
     return out

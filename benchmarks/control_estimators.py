@@ -35,7 +35,7 @@ from metaflowmaps._shapes import Time, batch_time, positive
 from metaflowmaps.data import Mixture
 from metaflowmaps.draws import Draws
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.problem import Place, Problem, in_parts, student_flow
+from metaflowmaps.finetuning.tuning_problem import BaseStates, TuningProblem, in_parts, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
@@ -241,9 +241,9 @@ def decomposed(estimates: Tensor, exact: Tensor, gain: Tensor | float = 1.0) -> 
 
 
 class Targets(Protocol):
-    """Regression targets from draws, as :class:`metaflowmaps.finetuning.objective.MFMFT` makes them."""
+    """Regression targets from draws, as :class:`metaflowmaps.finetuning.mfm_ft.WeightedRegression` makes them."""
 
-    def targets(self, place: Place, made: Draws, level: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def targets(self, states: BaseStates, draws: Draws, level: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class TargetParts(NamedTuple):
@@ -263,7 +263,7 @@ class TargetErrors(NamedTuple):
 
 @torch.no_grad()
 def target_errors(
-    problem: Problem, objective: Targets, probes: Probes, made: Draws, num_draws: int, rows: int = 2**15
+    problem: TuningProblem, objective: Targets, probes: Probes, made: Draws, num_draws: int, rows: int = 2**15
 ) -> TargetErrors:
     """Bias and variance of the targets that groups of ``num_draws`` of the draws (M, n, 2) give at the probes."""
     n, groups = len(probes.t), len(made.x_1) // num_draws
@@ -280,9 +280,9 @@ def target_errors(
             return y.transpose(0, 1).flatten(1, 2)
 
         t, x = probes.t.to(made.x_1).repeat(count), probes.x.to(made.x_1).repeat(count, 1)
-        place = problem.place(t, x, {})
+        states = problem.at(t, x, {})
         drawn = Draws(together(made.x_1), together(made.rewards), together(made.gradients))
-        target, weight, _ = objective.targets(place, drawn, torch.zeros_like(t))
+        target, weight, _ = objective.targets(states, drawn, torch.zeros_like(t))
         targets.append(target.double().reshape(count, n, 2))
         weights.append(weight.double().reshape(count, n, 1))
     v, w = torch.cat(targets), torch.cat(weights)

@@ -117,7 +117,7 @@ def world(shop, monkeypatch, tmp_path):
     for name in ("PickScore", "HPSv2", "ImageReward", "AestheticScore"):
         monkeypatch.setattr(getattr(mfm.rewards, name), "from_pretrained", reward(name))
     monkeypatch.setitem(SIZES, "XL", XL)
-    monkeypatch.setattr("metaflowmaps.finetuning.run.PROBED", 8)  # samples that a reward is tried on
+    monkeypatch.setattr("metaflowmaps.finetuning.reward_probe.PROBED", 8)  # samples that a reward is tried on
     few = TunedEvalConfig(samples=64, seeds=1, ode_steps=1)
     tuning = importlib.import_module("metaflowmaps.commands.finetune")  # the package has a function of that name
     monkeypatch.setattr(tuning, "TunedEvalConfig", lambda **settings: few)

@@ -66,7 +66,7 @@ def finetune(
     map="distil"|"direct"|"none", low_rank=8, states={"base": 1.0}, stop="distance<2"``. The strength λ lives in the
     reward. Interrupted, the same call goes on from ``out``; finished, it returns what is there.
     """
-    from metaflowmaps.finetuning.run import tune  # what trains is loaded by those who train
+    from metaflowmaps.finetuning.tune import tune  # what trains is loaded by those who train
 
     return tune(model, reward, str(out), device=device, **settings)
 

@@ -149,12 +149,13 @@ def fitting(text: str) -> float:
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "unknown method": (["--method", "mfmft"], "'mfm-ft', 'self-normalised', 'adjoint-matching' or 'draft'"),
-    "unknown map": (["--map", "distill"], "'distil', 'direct' or 'none'"),
+    "unknown method": (["--method", "mfmft"], "did you mean 'mfm-ft'"),
+    "unknown map": (["--map", "distill"], "'distil' or 'none'"),
     "unknown form": (sets("form=gradinet"), "'gradient'"),
-    "unknown baseline": (sets("baseline.kind=runing"), "'running'"),
-    "unknown setting": (sets("baselin.kind=none"), "did you mean 'baseline.kind'"),
-    "unknown setting of states": (sets("states.pol=64"), "did you mean 'states.pool'"),
+    "unknown baseline": (sets("method.baseline=runing"), "'running'"),
+    "unknown setting": (sets("metod.form=blend"), "did you mean 'method.form'"),
+    "option of another method": (["--method", "draft", "--num-draws", "4"], "unknown option of draft 'num_draws'"),
+    "unknown setting of states": (sets("states.pol=64"), "did you mean 'pool'"),
     "direct with another method": (["--map", "direct", "--method", "adjoint-matching"], "it takes method=mfm-ft"),
     "draft with a map to distil": (["--method", "draft", "--map", "distil"], "set map=none"),
     "a constant sigma in the blend": (sets("sigma_squared=200"), "form=gradient"),
@@ -180,7 +181,7 @@ BAD = {
     "constant reward": (["--reward", ":constant"], "check the reward"),
     "reward NaN": (["--reward", ":nan"], "it must be finite"),
     "reward infinite": (["--reward", ":infinite"], "it must be finite"),
-    "nothing left without a baseline": (["--reward", ":low", *sets("baseline.kind=none")], "baseline.kind=running"),
+    "nothing left without a baseline": (["--reward", ":low", *sets("baseline.kind=none")], "method.baseline=running"),
     "everything forbidden": (["--reward", ":forbidden"], "finite on none"),
     "reward of a wrong shape": (["--reward", ":wide"], "one number a sample"),
     "reward that is no function": (["--reward", ":number"], "a reward is a function"),
@@ -232,7 +233,7 @@ LATE = {
     "a black box for draft": (["--reward", ":black", "--method", "draft"], "method=mfm-ft"),
     "a reward without slope": (["--reward", ":steps"], "form=gradient-free"),
     "a reward by numpy": (["--reward", ":by_numpy"], "BlackBox"),
-    "fewer rows than steps of the adjoint": (["--method", "adjoint-matching"], "batch_size >= adjoint_steps"),
+    "fewer rows than steps of the adjoint": (["--method", "adjoint-matching"], "batch_size >= method.steps"),
     "steps that explode": (["--reward", ":right", *sets("optimizer.lr=1e30")], "optimizer.lr"),
     "weights that explode": (["--reward", ":right", "--strength", "1000"], "--strength"),
     "strength beyond all resolution": (["--reward", ":right", "--strength", "1e10"], "--strength"),
@@ -296,7 +297,7 @@ def test_a_tilt_that_rests_on_few_samples_is_warned_of_with_a_strength_that_rest
 @pytest.mark.parametrize("kind", ["none", "running", "learned", "draws"])
 def test_hard_constraints_are_no_obstacle(capsys, place, tmp_path, kind):
     """Where every draw is forbidden the weight is 0, whatever it is divided by."""
-    arguments = ["--reward", ":half_plane", *sets(f"baseline.kind={kind}", "baseline.draws=1"), "--num-draws", 1]
+    arguments = ["--reward", ":half_plane", *sets(f"method.baseline={kind}"), "--num-draws", 1]
     code, _, err = mfm(capsys, *command(place, *arguments, "--map", "none", *QUIET, out=tmp_path / "out"))
     assert code == 0, err
     assert "Traceback" not in err
@@ -415,7 +416,7 @@ def test_max_steps_bounds_both_stages_and_raises_neither(capsys, place, tmp_path
         code, text, err = mfm(capsys, *command(place, *steps, steps=3, out=tmp_path / "x"), "--dry-run", "--json")
         assert code == 0, err
         config = json.loads(text)["config"]
-        assert (config["steps"], config["distil_steps"]) == bounded
+        assert (config["steps"], config["distil"]["steps"]) == bounded
 
 
 def test_a_run_without_a_place_goes_beside_its_base(capsys, place, tuned, tmp_path, monkeypatch):

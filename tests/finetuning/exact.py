@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import metaflowmaps as mfm
 from conftest import F64, coefficients
 from metaflowmaps.draws import DrawOptions, make_draws
-from metaflowmaps.finetuning.baseline import Running
-from metaflowmaps.finetuning.config import BaselineConfig
-from metaflowmaps.finetuning.objective import MFMFT, TargetBatch
-from metaflowmaps.finetuning.problem import Problem
+from metaflowmaps.finetuning import MFMFT, SelfNormalised, TargetBatch, TuningSetup
+from metaflowmaps.finetuning.baseline import RunningLevel
+from metaflowmaps.finetuning.mfm_ft import WeightedRegression
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.networks.mlp import MLP
 
 LEVEL = 4.5  # of |z|: two-sided probability 7e-6 a statistic; the suite looks at about a thousand of them, seeds fixed
@@ -112,13 +112,13 @@ class MixtureMap(mfm.MetaFlowMap):
         return x - (distribution(x) - distribution(x).detach()) / density  # its value is x, its derivative as above
 
 
-class DrawnExactly(Problem):
+class DrawnExactly(TuningProblem):
     """A problem whose draws are a mixture's own: any dimension, and no gradient."""
 
-    def draws(self, place, num_draws, differentiate, generator):
+    def draws(self, states, num_draws, differentiate, generator):
         posterior = mfm.ExactPosterior(self.path, self.base.network.law)
         options = DrawOptions(num_draws, differentiate, chunk=num_draws)
-        return make_draws(posterior, self.reward, place.t, place.x, options, generator)
+        return make_draws(posterior, self.reward, states.t, states.x, options, generator)
 
 
 class Case:
@@ -149,7 +149,7 @@ class Case:
         return gaussian_map(self.path, self.mean, self.std, self.dtype)
 
     def problem(self, reward=None, **options):
-        kind = DrawnExactly if self.name == "mixture-2d" else Problem
+        kind = DrawnExactly if self.name == "mixture-2d" else TuningProblem
         return kind(self.base(), reward or self.reward, **options)
 
     def student(self, seed=1):
@@ -201,7 +201,7 @@ class Round:
         self.mean = (MEAN / STD**2 + WANTED / NOISE**2) / precision
 
     def problem(self, **options):
-        return Problem(gaussian_map(self.path, MEAN, STD, torch.float32), self.reward, **options)
+        return TuningProblem(gaussian_map(self.path, MEAN, STD, torch.float32), self.reward, **options)
 
     def tuned(self, width=4):
         """The exact map of the tilted law: in its own chart, a network of zeros."""
@@ -215,7 +215,7 @@ class Round:
 
 def running():
     """A running baseline, from a start that is off by some units."""
-    return Running(BaselineConfig(), 0.5)
+    return RunningLevel(32, 0.01, 0.5)
 
 
 def features(batch: TargetBatch) -> Tensor:
@@ -261,5 +261,6 @@ def fitted_z(batch: TargetBatch, x: Tensor, expected: Tensor) -> Tensor:
 
 def regression(case: Case, baseline, form, num_draws, size=2000, kind="base", seed=0, **options):
     """MFM-FT on a case's own problem."""
-    problem = options.pop("problem", None) or case.problem()
-    return MFMFT(problem, case.states(kind), baseline, num_draws, size, seed, form, **options)
+    problem, weighted = options.pop("problem", None) or case.problem(), options.pop("weighted", True)
+    chosen = (MFMFT if weighted else SelfNormalised)(num_draws, form, **options)
+    return WeightedRegression(chosen, TuningSetup(problem, case.states(kind), size, seed), baseline)

@@ -12,7 +12,7 @@ import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.alternatives import AdjointMatching, Draft
+from metaflowmaps.finetuning import AdjointMatching, DRaFT, TuningSetup
 from metaflowmaps.random import stream
 
 # -- adjoint matching --------------------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ def residuals(case, student, answers, steps, trajectories, batches=2, functions=
 
     What varies independently is a trajectory: its visited states are summed first. One pair for each answer.
     """
-    objective = AdjointMatching(case.problem(), None, trajectories * steps, 0, steps)
+    objective = AdjointMatching(steps).start(TuningSetup(case.problem(), None, trajectories * steps, 0))
     sums = [[] for _ in answers]
     for step in range(batches):
         batch = objective.batch(student, step)
@@ -64,7 +64,7 @@ def test_one_step_before_the_end_the_adjoint_is_exact():
     """From there the last step goes to D_t(x) itself: for a Gaussian the target is the tilted drift, without noise."""
     case = Case("gaussian-2d", mfm.LinearPath())
     student = MixtureMap(case.path, case.tilted, case.mean, case.std)
-    batch = AdjointMatching(case.problem(), None, 200, 0, 2).batch(student, 0)
+    batch = AdjointMatching(2).start(TuningSetup(case.problem(), None, 200, 0)).batch(student, 0)
     assert len(batch) == 100
     torch.testing.assert_close(batch.target, case.answer(batch), rtol=1e-10, atol=1e-10)
 
@@ -90,7 +90,7 @@ def test_the_visited_states_follow_the_student(path):
     """
     case, steps, m = Case("gaussian-1d", path), 64, 4000
     student = MixtureMap(path, case.tilted, case.mean, case.std)
-    batch = AdjointMatching(case.problem(), None, m * steps, 0, steps).batch(student, 0)
+    batch = AdjointMatching(steps).start(TuningSetup(case.problem(), None, m * steps, 0)).batch(student, 0)
     last = batch.rows(len(batch) - m, len(batch))
     assert (last.t == last.t[0]).all()
     alpha, beta = coefficients(path, last.t[:1])[:2]
@@ -103,7 +103,7 @@ def test_the_visited_states_follow_the_student(path):
 def test_adjoint_matching_meets_all_times():
     """The shift moves the grid: over 60 steps of 4-step trajectories every one of 20 bins of (0.125, 0.94) is met."""
     case = Case("gaussian-1d", mfm.LinearPath())
-    objective = AdjointMatching(case.problem(), None, 4, 0, 4)
+    objective = AdjointMatching(4).start(TuningSetup(case.problem(), None, 4, 0))
     a = torch.cat([objective.batch(case.base(), step).a for step in range(60)])
     low, high = 0.5 / 4, 3.5 / 4
     assert a.min() >= low - 1e-6
@@ -113,10 +113,12 @@ def test_adjoint_matching_meets_all_times():
 
 def test_adjoint_matching_refuses_what_it_cannot_do():
     case = Case("gaussian-1d", mfm.LinearPath())
-    with pytest.raises(InputError, match="no gradient"):
-        AdjointMatching(case.problem(mfm.rewards.BlackBox(lambda x: x[:, 0])), None, 64, 0, 8)
+    for objective in (AdjointMatching(), DRaFT()):
+        with pytest.raises(InputError, match="takes its gradient: use method=mfm-ft"):
+            objective.check_reward(declared=False)
+        objective.check_reward(declared=True)
     with pytest.raises(InputError, match="batch_size"):
-        AdjointMatching(case.problem(), None, 7, 0, 8)
+        AdjointMatching(8).start(TuningSetup(case.problem(), None, 7, 0))
 
 
 # -- draft -------------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def test_draft_differentiates_the_mean_reward_of_the_students_draws(path):
     """Its gradient against autograd through the map written out here; to rounding."""
     case = Case("gaussian-2d", path)
     student = random_map(path, case.mean, case.std, 2)
-    objective = Draft(case.problem(), case.states("base"), 64, 3, 0.5)
+    objective = DRaFT(0.5).start(TuningSetup(case.problem(), case.states("base"), 64, 3))
     batch = objective.batch(student, 5)
     objective(student, batch).mean().backward()
     ours = [p.grad.clone() for p in student.parameters()]
@@ -152,7 +154,7 @@ def test_draft_differentiates_the_mean_reward_of_the_students_draws(path):
 def test_draft_generates_in_the_share_it_is_told(share):
     """4,000 rows: the share to 4.5 standard deviations of a binomial; rows at t = 0 are pure noise."""
     case, n = Case("gaussian-1d", mfm.LinearPath()), 4000
-    batch = Draft(case.problem(), case.states("tilted"), n, 0, share).batch(case.base(), 0)
+    batch = DRaFT(share).start(TuningSetup(case.problem(), case.states("tilted"), n, 0)).batch(case.base(), 0)
     generated = batch.t == 0
     assert abs(float(generated.double().mean()) - share) <= LEVEL * math.sqrt(share * (1 - share) / n)
     one, zero = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
@@ -167,7 +169,7 @@ def test_draft_generates_in_the_share_it_is_told(share):
 def test_draft_climbs_beyond_the_tilted_law():
     """Nothing holds it to the base: its mean reward rises at each look and past E[r] under p ∝ p_1 e^r."""
     case = Case("gaussian-2d", mfm.LinearPath())
-    objective = Draft(case.problem(), case.states("base"), 256, 0, 0.5)
+    objective = DRaFT(0.5).start(TuningSetup(case.problem(), case.states("base"), 256, 0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = copy.deepcopy(gaussian_map(case.path, case.mean, case.std, width=16)).requires_grad_(True)
@@ -199,9 +201,9 @@ def test_calls_are_counted_as_hooks_count_them(method):
     case, meter = Case("gaussian-2d", mfm.LinearPath()), Meter()
     problem = case.problem(meter.counted(case.reward, "reward_calls", "reward_backwards"))
     objective = (
-        AdjointMatching(problem, None, 60, 0, 6)
+        AdjointMatching(6).start(TuningSetup(problem, None, 60, 0))
         if method == "adjoint-matching"
-        else Draft(problem, case.states("base"), 60, 0, 0.5)
+        else DRaFT(0.5).start(TuningSetup(problem, case.states("base"), 60, 0))
     )
     student = case.student()
     meter.watch(problem.base.network)

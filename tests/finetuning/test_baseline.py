@@ -11,18 +11,19 @@ from conftest import F64, normal, uniform
 from metaflowmaps.checkpoint.flatten import flatten_state, unflatten_state
 from metaflowmaps.draws import equal_log_weights
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.baseline import IndependentDraws, Learned, NoBaseline, Running, make_baseline
-from metaflowmaps.finetuning.config import BaselineConfig
+from metaflowmaps.finetuning.baseline import Baseline, DrawnLevel, LearnedLevel, Level, RunningLevel
+from metaflowmaps.finetuning.state_laws import log_mean_exp
 from metaflowmaps.random import stream
 from metaflowmaps.value import log_mean
+from metaflowmaps.work.choices import build
 
 KINDS = ("none", "running", "learned", "draws")
 LINEAR = mfm.LinearPath()
 
 
 def made(kind, problem, start=-0.5, **options):
-    config = BaselineConfig(kind=kind, width=16, **options)
-    return make_baseline(config, problem, torch.full((4,), start, dtype=F64), seed=0)
+    small = {"width": 16} if kind == "learned" else {}
+    return build(Baseline, kind, {**small, **options}).start(problem, start, seed=0)
 
 
 def places(case, problem, n, seed="states"):
@@ -30,7 +31,7 @@ def places(case, problem, n, seed="states"):
     g = stream(0, seed, n)
     x_1 = case.law.sample(n, g).to(case.dtype)
     noise = torch.randn(n, case.dim, generator=g, dtype=F64).to(case.dtype)
-    return problem.at(problem.times(n, g).to(case.dtype), x_1, noise, {})
+    return problem.noised(problem.times(n, g).to(case.dtype), x_1, noise, {})
 
 
 def exact(case, place):
@@ -49,7 +50,7 @@ def test_the_running_level_is_an_average_of_exponentials():
     case = Case("gaussian-1d", LINEAR)
     place = places(case, case.problem(), 40)
     place = place._replace(a=torch.cat([torch.full((30,), 0.3, dtype=F64), torch.full((10,), 0.9, dtype=F64)]))
-    baseline = Running(BaselineConfig(bins=4, rate=0.25), 0.2)
+    baseline = RunningLevel(4, 0.25, 0.2)
     assert torch.equal(baseline(place, stream(0)), torch.full((40,), 0.2, dtype=F64))
     value = normal(40)
     value[0] = -torch.inf
@@ -63,7 +64,7 @@ def test_the_running_level_is_an_average_of_exponentials():
 def test_hopeless_bins_keep_their_level():
     case = Case("gaussian-1d", LINEAR)
     place = places(case, case.problem(), 40)
-    baseline = Running(BaselineConfig(rate=0.25), 0.2)
+    baseline = RunningLevel(32, 0.25, 0.2)
     baseline.update(place, torch.full((40,), -torch.inf, dtype=F64))
     assert torch.equal(baseline(place, stream(0)), torch.full((40,), 0.2, dtype=F64))
 
@@ -75,7 +76,7 @@ def test_the_running_level_of_base_states_is_the_log_mean_of_the_reward(path):
     place = places(case, problem, 40_000)
     rewards = problem.draws(place, 2, False, stream(1)).rewards
     value = log_mean(rewards, equal_log_weights(rewards))
-    baseline = Running(BaselineConfig(bins=8, rate=1.0), 3.0)
+    baseline = RunningLevel(8, 1.0, 3.0)
     baseline.update(place, value)
     evidence = float(case.law.log_evidence(case.reward))
     for b in range(8):
@@ -137,7 +138,7 @@ def test_independent_draws_estimate_the_value_without_bias(draws, path):
     problem = case.problem()
     place = places(case, problem, 20_000)
     value = exact(case, place)
-    ratio = (made("draws", problem, draws=draws)(place, stream(1)) - value).exp()
+    ratio = (made("draws", problem, num_draws=draws)(place, stream(1)) - value).exp()
     assert abs(float(ratio.mean() - 1)) < LEVEL * float(ratio.std()) / math.sqrt(len(ratio))
     assert ratio.std() > 0.1
 
@@ -184,7 +185,9 @@ def test_levels_do_not_look_at_the_draws_they_weigh(kind, monkeypatch):
     case, levels = Case("gaussian-2d", LINEAR, torch.float32), []
     for extra in (0.0, 3.0):
         problem = case.problem()
-        watched = Watched(made(kind, problem, rate=0.5, lr=0.1))
+        watched = Watched(
+            made(kind, problem, **{"none": {}, "learned": {"rate": 0.5, "lr": 0.1}}.get(kind, {"rate": 0.5}))
+        )
         honest = problem.draws
 
         def draws(*arguments, honest=honest, watched=watched, extra=extra):
@@ -208,7 +211,7 @@ def test_independent_draws_are_not_those_of_the_batch():
     """All that the reward sees in one batch differs: N draws and the baseline's, none of them twice."""
     case, seen = Case("gaussian-2d", LINEAR), []
     problem = case.problem(lambda x: (seen.append(x.clone()), case.reward(x))[1])
-    regression(case, made("draws", problem, draws=3), "gradient-free", 2, size=50, problem=problem).batch(None, 0)
+    regression(case, made("draws", problem, num_draws=3), "gradient-free", 2, size=50, problem=problem).batch(None, 0)
     rows = torch.cat(seen)
     assert len(rows) == 50 * (2 + 3)
     assert len(rows.unique(dim=0)) == len(rows)
@@ -223,15 +226,15 @@ def test_baselines_start_at_the_log_mean_of_the_pool():
     rewards = torch.cat([normal(100), torch.tensor([-torch.inf])])
     place = places(case, problem, 10)
     start = math.log(float(rewards.exp().mean()))
-    kinds = {"none": NoBaseline, "running": Running, "learned": Learned, "draws": IndependentDraws}
+    kinds = {"none": Level, "running": RunningLevel, "learned": LearnedLevel, "draws": DrawnLevel}
     for kind, expected in kinds.items():
-        baseline = make_baseline(BaselineConfig(kind=kind), problem, rewards, 0)
+        baseline = build(Baseline, kind, {}).start(problem, log_mean_exp(rewards), 0)
         assert type(baseline) is expected
         if kind in ("running", "learned"):
             torch.testing.assert_close(baseline(place, stream(0)), torch.full((10,), start), rtol=1e-6, atol=0)
-    assert not NoBaseline()(place, stream(0)).any()
+    assert not Level()(place, stream(0)).any()
     with pytest.raises(InputError, match="finite reward"):
-        make_baseline(BaselineConfig(), problem, torch.full((8,), -torch.inf), 0)
+        log_mean_exp(torch.full((8,), -torch.inf))
 
 
 @pytest.mark.parametrize("kind", KINDS)

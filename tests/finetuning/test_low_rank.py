@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_run import base, small, tune
+from test_tune import base, small, tune
 from torch import nn
 
 import metaflowmaps as mfm
@@ -233,7 +233,7 @@ def test_ranks_that_save_nothing_are_refused(rank):
 
 def test_tuning_can_go_on_from_what_was_tuned_at_low_rank(run, tmp_path):
     """Another factor on top: again only factors move, now beside the folded weights."""
-    from metaflowmaps.finetuning.run import run_finetuning
+    from metaflowmaps.finetuning.tune import run_finetuning
 
     model = MetaFlowMap.from_pretrained(run)
     before = {key: value.clone() for key, value in model.state_dict().items()}

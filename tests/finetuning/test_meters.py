@@ -10,9 +10,9 @@ from exact import LEVEL, MEAN, NOISE, STD, WANTED, Case, MixtureMap, Round, gaus
 
 import metaflowmaps as mfm
 from conftest import F64, coefficients
-from metaflowmaps.finetuning.config import MetersConfig
-from metaflowmaps.finetuning.meters import Meters, kept_records
-from metaflowmaps.finetuning.problem import Problem
+from metaflowmaps.finetuning.meters import Meters, Watched, kept_records
+from metaflowmaps.finetuning.tuning_config import MetersConfig
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.random import stream
 
 
@@ -29,7 +29,7 @@ def test_the_distance_to_the_base_is_the_divergence_of_the_processes(last, path)
     Both Gaussian. Eight seeds of 2,000 samples each give the mean and its standard error; the samples are exact.
     """
     exact = Round(path)
-    problem = Problem(gaussian_map(path, MEAN, STD), exact.reward, last=last)
+    problem = TuningProblem(gaussian_map(path, MEAN, STD), exact.reward, last=last)
     student = gaussian_map(path, exact.mean, exact.std).requires_grad_(False)
     found = []
     for seed in range(8):
@@ -53,9 +53,9 @@ def test_the_bound_is_reached_at_the_tilted_law_alone(path):
     for the Euler steps. Diversity, which is slow, is looked at on few.
     """
     exact, n = Round(path), 4000
-    problem = Problem(gaussian_map(path, MEAN, STD), exact.reward)
+    problem = TuningProblem(gaussian_map(path, MEAN, STD), exact.reward)
     settings = MetersConfig(samples=n, steps=100)
-    meters = Meters(problem, settings, 0, Path(), features=lambda x: x[:16])
+    meters = Meters(problem, settings, 0, Path(), Watched(features=lambda x: x[:16]))
     evidence = float(mfm.GaussianMixture(MEAN[None], STD**2).log_evidence(exact.reward))
     figures = {}
     for name, mean, std in (("base", MEAN, STD), ("tilted", exact.mean, exact.std), ("beyond", 2 * exact.mean, 0.3)):
@@ -125,7 +125,7 @@ def test_records_are_written_and_not_billed(tmp_path):
     case = Case("gaussian-2d", mfm.LinearPath())
     problem = case.problem()
     others = {"first": lambda x: x[:, 0]}
-    meters = Meters(problem, MetersConfig(samples=64, steps=2), 0, tmp_path, others)
+    meters = Meters(problem, MetersConfig(samples=64, steps=2), 0, tmp_path, Watched(others))
     student = MixtureMap(case.path, case.tilted, case.mean, case.std)
     records = [meters(student, step) for step in (0, 500, 1000)]
     assert not any(problem.calls.values())

@@ -9,22 +9,21 @@ from exact import LEVEL, LOUD, MEAN, STD, Case, Round, gaussian_map, running, z_
 import metaflowmaps as mfm
 from conftest import F64, ks_bound, ks_distance
 from metaflowmaps.cost import Meter
-from metaflowmaps.finetuning.config import FinetuneConfig, StatesConfig
-from metaflowmaps.finetuning.problem import Problem, gather
-from metaflowmaps.finetuning.states import States
-from metaflowmaps.finetuning.tilted_map import DirectObjective, distillation, pick
+from metaflowmaps.finetuning import Direct, StateMixture, TuningSetup
+from metaflowmaps.finetuning.direct import WeightedMapObjective, pick
+from metaflowmaps.finetuning.distillation import distillation
+from metaflowmaps.finetuning.tuning_problem import TuningProblem, gather
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training.config import LossConfig
 
 
-def config(**options):
-    return FinetuneConfig(checkpoint="-", checkpoint_sha256="-", reward="-", **options)
-
-
-def direct(problem, source, size, num_draws, diagonal_share=0.5, **options):
+def direct(problem, source, size, num_draws, diagonal_share=0.5):
     loss = LossConfig(diagonal="data", consistency="mean-flow", diagonal_share=diagonal_share)
-    settings = config(map="direct", batch_size=size, num_draws=num_draws, loss=loss, **options)
-    return DirectObjective(settings, problem, source, running())
+    return WeightedMapObjective(Direct(num_draws), TuningSetup(problem, source, size, 0, loss), running())
+
+
+def distilled(problem, tuned, pool, steps=50, size=512):
+    return distillation(TuningSetup(problem, None, size, 0, Direct.__base__.map_loss), tuned, pool, steps)
 
 
 # -- one of N draws ----------------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def test_direct_losses_do_not_depend_on_the_split_of_their_batch():
 def test_distillation_has_the_map_of_the_tuned_drift_as_fixed_point(path):
     """Taught by the exact tilted drift, the exact tilted map has no loss (float32: 1e-4 squared), the base's has."""
     exact = Round(path)
-    objective = distillation(config(distil_pool=2000, distil_batch_size=256), exact.problem(), exact.tuned())
+    objective = distilled(exact.problem(), exact.tuned(), 2000, size=256)
     for model, loss in ((exact.tuned(), None), (gaussian_map(path, MEAN, STD, torch.float32), 0.1)):
         found = objective(model, objective.batch(model, 0)).mean()
         assert (found < 1e-6) if loss is None else (found > loss)
@@ -129,7 +128,7 @@ def test_distillation_has_the_map_of_the_tuned_drift_as_fixed_point(path):
 def test_distillation_learns_on_samples_of_the_tuned_drift(path):
     """KS of its data in both coordinates; 50 Euler steps leave a spread off by a few per cent: 0.02 is added."""
     exact = Round(path)
-    objective = distillation(config(distil_pool=8000, distil_pool_steps=50), exact.problem(), exact.tuned())
+    objective = distilled(exact.problem(), exact.tuned(), 8000)
     x_1 = objective.data.x_1
     one = torch.ones(1, dtype=F64)
     for i in range(2):
@@ -142,7 +141,7 @@ def test_distillation_learns_on_samples_of_the_tuned_drift(path):
 
 def labelled_problem(guidance):
     network = MLP(2, 8, 1, num_classes=3, guidance=True)
-    return Problem(mfm.MetaFlowMap(network, mfm.LinearPath()), lambda x: -x.square().sum(1), guidance=guidance)
+    return TuningProblem(mfm.MetaFlowMap(network, mfm.LinearPath()), lambda x: -x.square().sum(1), guidance=guidance)
 
 
 @pytest.mark.parametrize("stage", ["direct", "distil"])
@@ -150,13 +149,12 @@ def labelled_problem(guidance):
 def test_maps_are_tuned_under_the_conditions_of_their_samples(stage, guidance):
     """Every row has the label that its sample was made with, and the one scale; the null class has nothing to guide."""
     problem = labelled_problem(guidance)
-    settings = {"states": StatesConfig(pool=64, pool_steps=1), "distil_pool": 64, "distil_pool_steps": 2}
     if stage == "direct":
-        states = States(problem, settings["states"], 0)
+        states = StateMixture(pool=64, pool_steps=1).start(problem, 0)
         objective, held = direct(problem, states, 400, 2), states.pool
         label = states.cond["label"]
     else:
-        objective = distillation(config(**settings), problem, problem.base)
+        objective = distilled(problem, problem.base, 64, 2)
         held, label = objective.data.x_1, objective.data.label
     batch = objective.batch(problem.base, 0)
     if stage == "distil":  # in the other, x_1 is a draw from the posterior of a state made from the sample
@@ -178,12 +176,10 @@ def test_maps_are_tuned_under_the_conditions_of_their_samples(stage, guidance):
 def test_calls_are_counted_as_hooks_count_them(stage):
     exact, meter = Round(mfm.LinearPath()), Meter()
     reward = meter.counted(exact.reward, "reward_calls", "reward_backwards")
-    problem = Problem(gaussian_map(exact.path, MEAN, STD, torch.float32), reward)
+    problem = TuningProblem(gaussian_map(exact.path, MEAN, STD, torch.float32), reward)
     student, tuned = exact.tuned(), exact.tuned().requires_grad_(False)
-    if stage == "direct":
-        objective = direct(problem, exact.source, 64, 2)
-    else:
-        objective = distillation(config(distil_pool=64, distil_pool_steps=1, distil_batch_size=64), problem, tuned)
+    direct_stage = stage == "direct"
+    objective = direct(problem, exact.source, 64, 2) if direct_stage else distilled(problem, tuned, 64, 1, 64)
     before = dict(problem.calls)
     for network in (problem.base.network, student.network, tuned.network):
         meter.watch(network)

@@ -8,6 +8,8 @@ from metaflowmaps.cli.context import TRAINS, Context, Name, OnCheckpoint, Result
 from metaflowmaps.cli.rewards import REWARD_HELP
 from metaflowmaps.work import ranks
 
+METHODS = "mfm-ft, self-normalised, adjoint-matching, draft, direct, or file.py:Name."
+
 
 class Finetune(OnCheckpoint):
     """The reward, the method and what is tuned."""
@@ -16,10 +18,8 @@ class Finetune(OnCheckpoint):
 
     reward: str | None = Field(None, description=REWARD_HELP)
     strength: float = Field(1.0, description="λ: the reward is multiplied by it.")
-    method: str = Field("mfm-ft", description="mfm-ft, self-normalised, adjoint-matching or draft.")
-    map: str | None = Field(
-        None, description="distil (tune the drift, then its whole map), direct (one stage) or none (drift)."
-    )
+    method: str = Field("mfm-ft", description=METHODS)
+    map: str | None = Field(None, description="distil (another stage makes the tuned drift's map) or none.")
     num_draws: int | None = Field(None, ge=1, description="Posterior draws a state (N).")
     guidance: float = Field(1.0, description="Scale w of a base with classes, throughout.")
     vae: str | None = Field(None, description="Autoencoder of latents: a folder or hub id, where not known.")
@@ -35,8 +35,7 @@ def run(config: Finetune, context: Context) -> Results:
 
     ranks.alone("mfm finetune")
     given = {"method": config.method, "guidance": config.guidance, "stop": config.stop}
-    whole = config.map or ("none" if config.method == "draft" else None)
-    more = {"map": whole, "num_draws": config.num_draws, "seed": context.seed}
+    more = {"map": config.map, "num_draws": config.num_draws, "seed": context.seed}
     given |= {k: v for k, v in more.items() if v is not None}
     moved = next((s.partition("=")[2] for s in config.settings if s.startswith("data=")), None)
     own = [s for s in config.settings if not s.startswith("data=")]

@@ -29,17 +29,11 @@ from metaflowmaps.commands.shared import (
 from metaflowmaps.commands.stage import open_stage
 from metaflowmaps.data import read_source
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.config import FinetuneConfig, usual
-from metaflowmaps.finetuning.meters import kept_records, measurements
-from metaflowmaps.finetuning.run import (
-    PROBED,
-    check_rule,
-    make_objective,
-    make_problem,
-    make_student,
-    probe,
-    run_finetuning,
-)
+from metaflowmaps.finetuning.meters import Watched, kept_records, measurements
+from metaflowmaps.finetuning.reward_probe import PROBED, probe
+from metaflowmaps.finetuning.stop_rule import StopRule
+from metaflowmaps.finetuning.tune import TuningContext, make_objective, make_problem, make_student, run_finetuning
+from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate import tuning_error as tuning
 from metaflowmaps.lab.evaluate.images.class_mixture import wished
@@ -51,7 +45,7 @@ from metaflowmaps.lab.figures import tuning_figures
 from metaflowmaps.rewards import LinearGaussian, Tempered
 from metaflowmaps.training.loop import NonFiniteLoss
 from metaflowmaps.work import ranks
-from metaflowmaps.work.config import override, validated
+from metaflowmaps.work.config import merged, override
 from metaflowmaps.work.progress import training_progress
 
 
@@ -135,19 +129,17 @@ def resolve_finetuning(
             "means": law.means.tolist(), "covariances": law.covariances.tolist(), "weights": law.weights.tolist()
         },
     }  # fmt: skip
-    config = override(validated(FinetuneConfig, start), usual(subject.base.event_shape))
-    config = validated(FinetuneConfig, {**config.model_dump(), **given})
-    config = override(config, settings)
+    config = override(resolved(start, subject.base.event_shape, given), settings)
     _check_guidance(subject, config.guidance)
     if max_steps is not None:
-        changes = {"steps": min(config.steps, max_steps), "distil_steps": min(config.distil_steps, max_steps)}
-        config = validated(FinetuneConfig, {**config.model_dump(), **changes})
+        shorter = {"steps": min(config.steps, max_steps), "distil": {"steps": min(config.distil.steps, max_steps)}}
+        config = merged(config, shorter)
     return config
 
 
 GIVEN = {  # settings that say what the run is about
     "strength": "--strength", "reward": "--reward", "checkpoint": "the CHECKPOINT argument", "data": "",
-    "law": "", "recipe": "", "checkpoint_sha256": "", "reward_sha256": "", "data_moved": "",
+    "law": "", "tuned": "", "recipe": "", "checkpoint_sha256": "", "reward_sha256": "", "data_moved": "",
 }  # fmt: skip
 
 
@@ -193,10 +185,12 @@ def finetune(
     if judged is None:
         few = TunedEvalConfig(samples=256 if subject.scene.latent else 2048, seeds=1, ode_steps=50)
         judged = few if len(subject.base.event_shape) == 3 else TunedEvalConfig()
-    tried = probe(config, subject.base, subject.plain)
+    tried = probe(config, make_problem(config, subject.base, subject.plain))
     stage = subject.stage()
     others = others_of(subject, stage)
-    check_rule(config, measurements(others, config.method != "draft"))
+    rule = StopRule.of(config.stop)
+    if rule is not None:
+        rule.check(measurements(others, config.tuned["drift"]))
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise InputError(f"--resume {resume}: no such run; give auto or none, or the directory of a tuning run")
     if (out / "checkpoints").is_dir() and not (out / "run.json").exists():
@@ -216,11 +210,9 @@ def finetune(
     )
     try:
         with training_progress(say) as report:
-            run = run_finetuning(
-                config, subject.base, subject.reward, out, data=subject.source() if config.states.data else None,
-                device=subject.device, resume=resume, report=report, others=others,
-                features=None if stage is None else stage.judge.features, picture=_picture(subject),
-            )  # fmt: skip
+            watched = Watched(others, None if stage is None else stage.judge.features, _picture(subject))
+            context = TuningContext(subject.device, resume, _data(subject, config), report, watched)
+            run = run_finetuning(config, subject.base, subject.reward, out, context)
     except NonFiniteLoss as error:
         _forget(out)
         raise NonFiniteLoss(f"{error}; or a lower --strength ({tried.fitting:.2g})") from error
@@ -232,8 +224,7 @@ def finetune(
     problem = make_problem(config, subject.base, subject.reward)
     metrics = evaluate_tuned(
         model, subject.base, judge_of(subject, stage, others), judged, config.seed,
-        has_map=config.map != "none" or config.method == "draft", has_drift=config.method != "draft",
-        conditions=problem.conditions,
+        config.tuned, problem.conditions,
     )  # fmt: skip
     meters = kept_records(out / "drift" if config.map == "distil" else out, 2**62)
     metrics |= {
@@ -269,10 +260,10 @@ def _forget(out: Path) -> None:
 def dry_run(subject: Subject, config: FinetuneConfig) -> Results:
     """Resolve, try the reward, count, time a step of the first stage; write nothing."""
     torch.set_num_threads(config.threads)
-    tried = probe(config, subject.base, subject.plain)
+    tried = probe(config, make_problem(config, subject.base, subject.plain))
     problem = make_problem(config, subject.base, subject.reward)
     student = make_student(config, subject.base)
-    objective = make_objective(config, problem, subject.source() if config.states.data else None)
+    objective = make_objective(config, problem, _data(subject, config))
     seconds = 0.0
     for step in range(3):  # the first ones allocate and warm up
         began = time.perf_counter()
@@ -287,6 +278,11 @@ def dry_run(subject: Subject, config: FinetuneConfig) -> Results:
     }  # fmt: skip
     config_ = config.model_dump()
     return {"schema": 1, "command": "finetune", "dry_run": True, "config": config_, "metrics": metrics, "cost": {}}
+
+
+def _data(subject: Subject, config: FinetuneConfig) -> Any:
+    """The base's own data, where states are made from them."""
+    return subject.source() if config.states.needs_data else None
 
 
 # -- internals -----------------------------------------------------------------------------------------
@@ -335,7 +331,7 @@ def _draw(
     out: Path,
 ) -> None:
     """The figures of a finished run."""
-    has_map = config.map != "none" or config.method == "draft"
+    has_map = config.tuned["map"]
     sampler = "map-1" if has_map else "ode-50"
     words = "one network call each" if has_map else "50 steps of the drift"
     title = f"Tuned to {config.reward}, λ = {config.strength:g}:\n{words}"
@@ -347,7 +343,7 @@ def _draw(
     elif subject.base.event_shape == (2,):
         x = tuning.drawn(model, sampler, 4000, 7)
         figures.save(figures.scatter(x.cpu(), title, subject.tilted), out / "samples.png")
-        if config.map != "none" and subject.tilted is not None:
+        if all(config.tuned.values()) and subject.tilted is not None:
             figures.save(panels(model, subject.tilted, config.seed), out / "posteriors.png")
     figures.save(figures.training_curve(out / "metrics.jsonl"), out / "training.png")
     if len(meters) > 1:
@@ -361,7 +357,7 @@ def _summary(config: FinetuneConfig, metrics: dict[str, Any]) -> str:
         return f"Tuned to {config.reward} with λ = {config.strength:g}: no finite samples are left."
     near = f" Sliced W2 to the exact tilted law is {cell['ratio']:.2f} times its floor." if "ratio" in cell else ""
     return (
-        f"Tuned to {config.reward} with λ = {config.strength:g} by {config.method}: mean λr {cell['reward']:.3g} by "
-        f"{tuning.sampler_title(first)}, {before['reward']:.3g} before; mean distance between samples "
-        f"{cell['distance']:.3g}, {before['distance']:.3g} before.{near}"
+        f"Tuned to {config.reward} with λ = {config.strength:g} by {config.method.titled()}: mean λr "
+        f"{cell['reward']:.3g} by {tuning.sampler_title(first)}, {before['reward']:.3g} before; mean distance between "
+        f"samples {cell['distance']:.3g}, {before['distance']:.3g} before.{near}"
     )

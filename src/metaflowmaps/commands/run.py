@@ -9,7 +9,7 @@ from metaflowmaps.commands.finetune import Subject, default_place, finetune, res
 from metaflowmaps.commands.images import EXPERIMENTS, evaluate_images
 from metaflowmaps.commands.shared import Results, Say
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.config import FinetuneConfig
+from metaflowmaps.finetuning.tuning_config import FinetuneConfig
 from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
 from metaflowmaps.networks import DiT, DiTConfig, NetworkConfig, read_network
 from metaflowmaps.networks.dit import SIZES
@@ -93,16 +93,15 @@ def plan_task(name: str, checkpoint: str | None, settings: Iterable[str], fast: 
 def _tuning(own: tuple[str, ...], settings: Iterable[str], options: dict[str, Any]) -> tuple[FinetuneConfig, float]:
     """A fine-tuning's configuration and evaluations.
 
-    A row of the first stage is the student with its gradient, the base's drift, and a differentiated draw for each of
-    ``num_draws``; a row of the second the map's two differentiated calls and one of the tuned drift.
+    A row of the first stage costs what its method says; a row of the second the map's two differentiated calls and one
+    of the tuned drift.
     """
     start = {"checkpoint": "MFM-XL/2", "checkpoint_sha256": "", **options}
     config = override(validated(FinetuneConfig, start), [*own, *(s for s in settings if not s.startswith("data="))])
-    first = config.steps * config.batch_size * (PASSES + 1 + PASSES * config.num_draws)
-    second = config.distil_steps * config.distil_batch_size * (2 * PASSES + 1)
-    second += config.distil_pool * config.distil_pool_steps
-    pool = config.states.pool * config.states.pool_steps
-    return config, float(first + pool + (second if config.map == "distil" else 0))
+    first = config.states.evaluations() + config.steps * config.batch_size * config.method.evaluations()
+    second = config.distil.steps * config.distil.batch_size * (2 * PASSES + 1)
+    second += config.distil.pool * config.distil.pool_steps
+    return config, float(first + (second if config.map == "distil" else 0))
 
 
 def _network(checkpoint: str) -> tuple[NetworkConfig, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import torch
 from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
 from metaflowmaps.data import DataSource, read_source
 from metaflowmaps.errors import InputError
+from metaflowmaps.finetuning.tuning_config import tuned_parts
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.laws.mixture import GaussianMixture
@@ -26,8 +27,7 @@ PICTURE_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 def open_model(checkpoint: str, device: str, needs_map: bool = True) -> tuple[MetaFlowMap, Checkpoint, torch.device]:
     """The model, what it was read from, and its device; a map of which only the drift was tuned has no draws."""
     target, found = pick_device(device), resolve_checkpoint(checkpoint)
-    training = found.config.get("training", {})
-    if needs_map and tuned(found) and training.get("map") == "none" and training.get("method") != "draft":
+    if needs_map and tuned(found) and not tuned_parts(found.config["training"])["map"]:
         raise InputError(
             f"only the drift of {checkpoint} was tuned, its map belongs to no model: sample it with --method ode, "
             "steer it with none, dps or tds, or tune again with --map distil"

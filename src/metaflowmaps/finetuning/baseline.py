@@ -3,114 +3,166 @@ r"""Baselines c(t, x): they keep e^{r − c} in range and leave the fixed point 
 The residual of MFM-FT at a state is multiplied by e^{−c(t, x)}, which is not zero anywhere. Two conditions: ∇_x does
 not act on c, and c does not look at the draws it weighs (with V̂ of the same draws one is back at the self-normalised
 estimate and its bias). All kinds here are used first and updated after.
-
-    none      c = 0; e^r may overflow
-    running   log-mean of e^r in bins of the inner time: a state counts by e^{V − c}, likely ones more
-    learned   a perceptron fitted to V by ``E[e^{r − c} + c]``, whose minimum is c = V: all states count alike
-    draws     V̂ from independent draws, not far below the running level
 """
 
 import copy
 import math
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from metaflowmaps.draws import equal_log_weights
-from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.config import BaselineConfig
-from metaflowmaps.finetuning.problem import Place, Problem
+from metaflowmaps.finetuning.tuning_problem import BaseStates, TuningProblem
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.value import log_mean
+from metaflowmaps.work.choices import Choice
 
 LIMIT = 5.0  # of r − c, beyond which the fit of a learned baseline goes on linearly
 BELOW = 3.0  # the running level, is the floor of an estimate from few draws
 REACH = 20.0  # of a learned baseline around the running one: where e^r is 0 it would fall without end
 
-
-class Baseline(Protocol):
-    """c(t, x) and what it learns."""
-
-    def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
-        """c: (B,)."""
-        ...
-
-    def update(self, place: Place, value: Tensor) -> None:
-        """Learn from log-means of e^r over this batch's draws."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+Bins = Annotated[int, Field(ge=1)]  # of the inner time, in which running means are kept
+Rate = Annotated[float, Field(gt=0, le=1)]  # of their averages
 
 
-class NoBaseline:
-    """c = 0."""
+class Level:
+    """A baseline at work; by default c = 0, which learns nothing."""
 
-    def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
-        return torch.zeros_like(place.t)
+    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
+        """c(t, x): (B,)."""
+        return torch.zeros_like(states.t)
 
-    def update(self, place: Place, value: Tensor) -> None:
-        pass
+    def update(self, states: BaseStates, value: Tensor) -> None:
+        """Learn from log-means (B,) of e^r over this batch's draws."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What it has learned."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Take up what state_dict gave."""
 
 
-class Running:
+class Baseline(Choice):
+    """A kind of c(t, x). Members are frozen dataclasses."""
+
+    def start(self, problem: TuningProblem, level: float, seed: int) -> Level:
+        """The baseline at work, from ``level`` = log E[e^r] of the base."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoBaseline(Baseline):
+    """c = 0; e^r may overflow."""
+
+    name: ClassVar[str] = "none"
+
+    def start(self, problem: TuningProblem, level: float, seed: int) -> Level:
+        """c = 0."""
+        return Level()
+
+
+@dataclass(frozen=True)
+class RunningBaseline(Baseline):
+    """Log-mean of e^r in bins of the inner time: a state counts by e^{V − c}, likely ones more."""
+
+    name: ClassVar[str] = "running"
+    bins: Bins = 32
+    rate: Rate = 0.01
+
+    def start(self, problem: TuningProblem, level: float, seed: int) -> "RunningLevel":
+        """All bins at the level."""
+        return RunningLevel(self.bins, self.rate, level)
+
+
+@dataclass(frozen=True)
+class LearnedBaseline(Baseline):
+    """A perceptron fitted to V by ``E[e^{r − c} + c]``, whose minimum is c = V: all states count alike."""
+
+    name: ClassVar[str] = "learned"
+    bins: Bins = 32
+    rate: Rate = 0.01
+    width: Annotated[int, Field(ge=1)] = 64
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+
+    def start(self, problem: TuningProblem, level: float, seed: int) -> "LearnedLevel":
+        """A perceptron that says 0, beside the level."""
+        return LearnedLevel(self, problem, level, seed)
+
+
+@dataclass(frozen=True)
+class DrawnBaseline(Baseline):
+    """V̂ from independent draws, not far below the running level."""
+
+    name: ClassVar[str] = "draws"
+    num_draws: Annotated[int, Field(ge=1)] = 4
+    bins: Bins = 32
+    rate: Rate = 0.01
+
+    def start(self, problem: TuningProblem, level: float, seed: int) -> "DrawnLevel":
+        """Draws over a running floor."""
+        return DrawnLevel(problem, self.num_draws, RunningLevel(self.bins, self.rate, level))
+
+
+class RunningLevel(Level):
     """Log-mean of e^r a bin, an exponential average; a bin that nothing fell into yet has the mean over all."""
 
-    def __init__(self, config: BaselineConfig, start: float) -> None:
-        self.config, self.level = config, torch.full((config.bins,), start, dtype=torch.float64)
+    def __init__(self, bins: int, rate: float, start: float) -> None:
+        self.rate, self.level = rate, torch.full((bins,), start, dtype=torch.float64)
 
-    def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
-        return self.level.to(place.t)[bins_of(place.a, self.config.bins)]
+    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
+        """The level of each state's bin."""
+        return self.level.to(states.t)[bins_of(states.a, len(self.level))]
 
-    def update(self, place: Place, value: Tensor) -> None:
-        index = bins_of(place.a, self.config.bins).cpu()
+    def update(self, states: BaseStates, value: Tensor) -> None:
+        """e^level moves by the rate towards the mean of e^value of its bin."""
+        index = bins_of(states.a, len(self.level)).cpu()
         value = value.detach().double().cpu()
         for b in index.unique().tolist():
             mine = value[index == b]
             seen = torch.logsumexp(mine, 0) - math.log(len(mine))
             if bool(seen.isfinite()):
-                rates = torch.tensor([1 - self.config.rate, self.config.rate], dtype=torch.float64).log()
+                rates = torch.tensor([1 - self.rate, self.rate], dtype=torch.float64).log()
                 self.level[b] = torch.logsumexp(rates + torch.stack([self.level[b], seen]), 0)
 
     def state_dict(self) -> dict[str, Any]:
+        """The level of each bin."""
         return {"level": self.level.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what state_dict gave."""
         self.level = state["level"]
 
 
-class Learned:
+class LearnedLevel(Level):
     """A running level plus a perceptron of (a, z)."""
 
-    def __init__(self, config: BaselineConfig, start: float, problem: Problem, seed: int) -> None:
-        self.running = Running(config, start)
+    def __init__(self, options: LearnedBaseline, problem: TuningProblem, start: float, seed: int) -> None:
+        self.running = RunningLevel(options.bins, options.rate, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = _Value(math.prod(problem.base.event_shape), config.width)
+            network = _ValueNetwork(math.prod(problem.base.event_shape), options.width)
         self.network = network.to(problem.base.device, problem.base.dtype)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=options.lr)
 
     @torch.no_grad()
-    def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
-        return self.running(place, generator) + self._beside(place)
+    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
+        """The running level and what the perceptron adds."""
+        return self.running(states, generator) + self._added(states)
 
-    def _beside(self, place: Place) -> Tensor:
-        out: Tensor = REACH * torch.tanh(self.network(place.a, place.z) / REACH)
+    def _added(self, states: BaseStates) -> Tensor:
+        out: Tensor = REACH * torch.tanh(self.network(states.a, states.z) / REACH)
         return out
 
     @torch.enable_grad()
-    def update(self, place: Place, value: Tensor) -> None:
-        level = self.running(place, torch.Generator())
+    def update(self, states: BaseStates, value: Tensor) -> None:
+        """A step of Adam on ``e^{r − c} + c``, then the running level."""
+        level = self.running(states, torch.Generator())
         self.optimizer.zero_grad()
-        c = self._beside(place)
+        c = self._added(states)
         # a logarithm of a mean is below V on average, its exponential is right: the loss weighs e^{r − c}
         over = value.detach() - level - c
         weight = torch.where(over > LIMIT, math.exp(LIMIT) * (1 + over - LIMIT), over.clamp_max(LIMIT).exp())
@@ -118,9 +170,10 @@ class Learned:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        self.running.update(place, value)
+        self.running.update(states, value)
 
     def state_dict(self) -> dict[str, Any]:
+        """The running level, the perceptron and Adam's moments."""
         return {
             "running": self.running.state_dict(),
             "network": {k: v.clone() for k, v in self.network.state_dict().items()},
@@ -128,33 +181,38 @@ class Learned:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what state_dict gave."""
         self.running.load_state_dict(state["running"])
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-class IndependentDraws:
+class DrawnLevel(Level):
     """V̂ from draws of its own over a floor: few draws of a sharp reward may all miss, and e^{r − c} had no bound."""
 
-    def __init__(self, config: BaselineConfig, problem: Problem, start: float) -> None:
-        self.draws, self.problem, self.running = config.draws, problem, Running(config, start)
+    def __init__(self, problem: TuningProblem, num_draws: int, running: RunningLevel) -> None:
+        self.problem, self.num_draws, self.running = problem, num_draws, running
 
-    def __call__(self, place: Place, generator: torch.Generator) -> Tensor:
-        rewards = self.problem.draws(place, self.draws, False, generator).rewards
+    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
+        """log(e^V̂ + e^{level − BELOW})."""
+        rewards = self.problem.draws(states, self.num_draws, False, generator).rewards
         value = log_mean(rewards, equal_log_weights(rewards))
-        return torch.logaddexp(value, self.running(place, generator) - BELOW)
+        return torch.logaddexp(value, self.running(states, generator) - BELOW)
 
-    def update(self, place: Place, value: Tensor) -> None:
-        self.running.update(place, value)
+    def update(self, states: BaseStates, value: Tensor) -> None:
+        """The floor learns."""
+        self.running.update(states, value)
 
     def state_dict(self) -> dict[str, Any]:
+        """The floor."""
         return {"running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what state_dict gave."""
         self.running.load_state_dict(state["running"])
 
 
-class _Value(nn.Module):
+class _ValueNetwork(nn.Module):
     """(a, z) -> a number; 0 at first."""
 
     def __init__(self, dim: int, width: int) -> None:
@@ -175,15 +233,3 @@ class _Value(nn.Module):
 def bins_of(a: Tensor, bins: int) -> Tensor:
     """Which bin each inner time falls into."""
     return (a * bins).long().clamp(0, bins - 1)
-
-
-def make_baseline(config: BaselineConfig, problem: Problem, rewards: Tensor, seed: int) -> Baseline:
-    """The baseline of a configuration; it starts at log E[e^r] over the pool's rewards."""
-    start = float(torch.logsumexp(rewards, 0) - math.log(len(rewards)))
-    if not math.isfinite(start):
-        raise InputError("no sample of the base has a finite reward: there is nothing to tilt towards")
-    if config.kind == "running":
-        return Running(config, start)
-    if config.kind == "learned":
-        return Learned(config, start, problem, seed)
-    return IndependentDraws(config, problem, start) if config.kind == "draws" else NoBaseline()

@@ -12,54 +12,70 @@ p_1 e^r alone. A reward may always be bought with more distance, the bound may n
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaflowmaps._files import write_whole
 from metaflowmaps._shapes import event_sum
-from metaflowmaps.finetuning.config import MetersConfig
-from metaflowmaps.finetuning.problem import Problem
-from metaflowmaps.finetuning.states import student_samples
+from metaflowmaps.finetuning.state_laws import samples_stream, student_samples
+from metaflowmaps.finetuning.tuning_config import MetersConfig
+from metaflowmaps.finetuning.tuning_problem import Cond, TuningProblem, rows_of_cond
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.checked import checked_reward
 
+PICTURED = 64  # samples of a picture
 
-class Features(Protocol):
-    """Features in which samples are compared: (n, *event) -> (n, d)."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+@dataclass(frozen=True)
+class Watched:
+    """What meters look at besides the reward.
+
+    Args:
+        others: rewards by name that are not trained on.
+        features: ``(n, *event) -> (n, d)``, in which samples are compared; None: the samples themselves.
+        picture: draws samples into a file.
+    """
+
+    others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    features: Callable[[Tensor], Tensor] | None = None
+    picture: Callable[[Tensor, Path], None] | None = None
 
 
 class Meters:
-    """Measures a student; appends records to ``meters.jsonl`` in its run."""
+    """Measures a student; appends records to ``meters.jsonl`` in its run.
+
+    Args:
+        problem: the base, the reward and the bill.
+        config: how many samples, and how often.
+        seed: of the samples.
+        out: the run's directory.
+        watched: what else to look at.
+        one_step: whether the map is tuned: its one-step samples are measured then, not those of its ODE.
+        has_drift: whether the drift is: without it (DRaFT) there is no distance to the base.
+    """
 
     def __init__(
         self,
-        problem: Problem,
+        problem: TuningProblem,
         config: MetersConfig,
         seed: int,
         out: Path,
-        others: Mapping[str, Callable[..., Tensor]] | None = None,
-        features: Features | None = None,
-        picture: Callable[[Tensor, int], None] | None = None,
+        watched: Watched = Watched(),
         one_step: bool = False,
         has_drift: bool = True,
     ) -> None:
-        """``one_step``: what is tuned is the map, and its one-step samples are measured, not those of its ODE.
-
-        Without ``has_drift`` (DRaFT) the model's drift means nothing, and there is no distance to the base.
-        """
-        self.problem, self.config, self.seed, self.one_step = problem, config, seed, one_step
-        self.has_drift = has_drift
-        self.file = out / "meters.jsonl"
-        self.others = {name: checked_reward(reward) for name, reward in (others or {}).items()}
-        self.features = features or (lambda x: x.flatten(1))
-        self.picture = picture
+        self.problem, self.config, self.seed = problem, config, seed
+        self.one_step, self.has_drift = one_step, has_drift
+        self.out, self.file = out, out / "meters.jsonl"
+        self.others = {name: checked_reward(reward) for name, reward in watched.others.items()}
+        self.features = watched.features or (lambda x: x.flatten(1))
+        self.picture = watched.picture
 
     @property
     def names(self) -> list[str]:
@@ -84,9 +100,9 @@ class Meters:
             cond = self.problem.conditions(c.samples, g)
             x = model.generate(c.samples, 1, g, cond or None)
         else:
-            x, cond = student_samples(self.problem, model, c.samples, c.steps, self.seed, "meters")
+            x, cond = self._samples(model, c.samples, "meters")
         finite = x.flatten(1).isfinite().all(1)
-        x, cond = x[finite], {k: v[finite] for k, v in cond.items()}
+        x, cond = x[finite], rows_of_cond(cond, finite)
         if len(x) < 8:
             return {"lost": float(int((~finite).sum()))}
         reward = self.problem.rewards(x, cond)
@@ -102,27 +118,31 @@ class Meters:
         return figures
 
     @torch.no_grad()
-    def distance_to_base(self, model: MetaFlowMap, x_1: Tensor, cond: dict[str, Tensor]) -> float:
+    def distance_to_base(self, model: MetaFlowMap, x_1: Tensor, cond: Cond) -> float:
         """KL of the path measures, at states made from the student's samples."""
         g, n = stream(self.seed, "meters-states"), len(x_1)
         a = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=g)] * self.problem.last
         noise = randn(tuple(x_1.shape), g, x_1.dtype, x_1.device)
-        place = self.problem.at(a.to(x_1), x_1, noise, cond)
-        apart = event_sum((model.drift(place.t, place.x, cond or None) - place.drift).square())
-        sigma = self.problem.path.sigma_squared(place.t.clamp_min(1e-6))
+        states = self.problem.noised(a.to(x_1), x_1, noise, cond)
+        apart = event_sum((model.drift(states.t, states.x, cond or None) - states.drift).square())
+        sigma = self.problem.path.sigma_squared(states.t.clamp_min(1e-6))
         # times are uniform in the angle a: dt = (dt/da) da
         h = 1e-3
         ahead, behind = (a + h).clamp(max=1).to(x_1), (a - h).clamp(min=0).to(x_1)
-        speed = (place.chart.time_out(ahead) - place.chart.time_out(behind)) / (ahead - behind)
+        speed = (states.chart.time_out(ahead) - states.chart.time_out(behind)) / (ahead - behind)
         return float(2 * (apart / sigma * speed).mean() * self.problem.last)
 
     def draw(self, model: MetaFlowMap, step: int) -> None:
         """The picture of a step, where there is one to draw."""
         if self.picture is not None:
             calls = dict(self.problem.calls)
-            x, _ = student_samples(self.problem, model, 64, self.config.steps, self.seed, "picture")
+            x, _ = self._samples(model, PICTURED, "picture")
             self.problem.calls = calls
-            self.picture(x, step)
+            self.picture(x, self.out / "samples" / f"step-{step:08d}.png")
+
+    def _samples(self, model: MetaFlowMap, n: int, name: str) -> tuple[Tensor, Cond]:
+        """n samples of the student's ODE, the same noise at each look."""
+        return student_samples(self.problem, model, n, self.config.steps, samples_stream(self.seed, name))
 
 
 def measurements(others: Iterable[str], has_drift: bool = True) -> list[str]:

@@ -4,8 +4,8 @@
 """
 
 import json
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +17,7 @@ class Config(BaseModel):
     """The base of every configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}  # settings of an earlier version: what they are called now
 
 
 C = TypeVar("C", bound=Config)
@@ -29,34 +30,63 @@ def override(config: C, settings: Iterable[str]) -> C:
         key, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set takes key=value, got {setting!r}")
-        place, value = data, _parse(text)
-        owner: Any = config
-        *parents, last = key.strip().split(".")
-        for parent in parents:
-            if not isinstance(place.get(parent), dict):
-                raise unknown("setting", key, _keys(data))
-            place, owner = place[parent], getattr(owner, parent, None)
-        if last not in place and not isinstance(owner, Choice):  # which knows its own options
-            raise unknown("setting", key, _keys(data))
-        if isinstance(place.get(last), dict) and not isinstance(value, dict):
-            if not (isinstance(getattr(owner, last, None), Choice) and isinstance(value, str)):
-                raise InputError(f"{key} is a group of settings: set one of {', '.join(place[last])}")
-            value = {"name": value}  # another choice begins with its own defaults
-        if last == "name" and isinstance(owner, Choice) and place.get(last) != value:
-            place.clear()
-        place[last] = value
+        _put(config, data, key.strip(), _parse(text))
     return validated(type(config), data)
 
 
-def merged(config: C, settings: dict[str, Any]) -> C:
-    """config with settings by name on top; a group may be given in part, as a dictionary."""
+def merged(config: C, settings: Mapping[str, Any]) -> C:
+    """config with settings by name on top; a group or a choice may be given in part, as a dictionary."""
     data = config.model_dump()
-    for name, value in settings.items():
-        if name not in data:
-            raise unknown("setting", name, data)
-        both = isinstance(data[name], dict) and isinstance(value, dict)
-        data[name] = {**data[name], **value} if both else value
+    for name, value in _choices_first(config, settings):
+        held: Any = data
+        for part in _now(config, name).split("."):
+            held = held.get(part) if isinstance(held, dict) else None
+        if isinstance(held, dict) and isinstance(value, dict):
+            same = value.get("name", held.get("name")) == held.get("name")
+            value = {**held, **value} if same else value
+        _put(config, data, name, value)
     return validated(type(config), data)
+
+
+def _choices_first(config: Config, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings in an order in which no choice takes back the options that are given with it under earlier names."""
+    items: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        split = isinstance(value, dict) and any(old.startswith(f"{name}.") for old in config.renamed)
+        items += [(f"{name}.{key}", v) for key, v in value.items()] if split else [(name, value)]
+    named = [(_now(config, name), name, value) for name, value in items]
+    named.sort(key=lambda item: (item[0] != item[1], not item[0].endswith(".name")))
+    return [(name, value) for _, name, value in named]
+
+
+def _now(config: Config, key: str) -> str:
+    """What a setting is called that an earlier version named otherwise."""
+    for old, new in config.renamed.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
+
+
+def _put(config: Config, data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a dumped configuration; a choice that is named anew begins with its own defaults."""
+    *parents, last = _now(config, key).split(".")
+    place: dict[str, Any] = data
+    owner: Any = config
+    for parent in parents:
+        if isinstance(owner, Choice):
+            place.setdefault(parent, {})
+        if not isinstance(place.get(parent), dict):
+            raise unknown("setting", key, _keys(data))
+        place, owner = place[parent], getattr(owner, parent, None)
+    if last not in place and not isinstance(owner, Choice):  # which knows its own options
+        raise unknown("setting", key, _keys(data))
+    if isinstance(place.get(last), dict) and isinstance(value, str | int | float | None):
+        if not (isinstance(getattr(owner, last, None), Choice) and isinstance(value, str)):
+            raise InputError(f"{key} is a group of settings: set one of {', '.join(place[last])}")
+        value = {"name": value}
+    if last == "name" and isinstance(owner, Choice) and place.get(last) != value:
+        place.clear()
+    place[last] = value
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

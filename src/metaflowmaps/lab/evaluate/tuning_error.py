@@ -8,6 +8,7 @@ classes under a judge that no reward uses, and beside the base model throughout.
 import math
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -211,13 +212,22 @@ def evaluate_tuned(
     judge: SampleJudge,
     config: TunedEvalConfig,
     seed: int,
-    has_map: bool = True,
-    has_drift: bool = True,
+    parts: Mapping[str, bool] = MappingProxyType({"drift": True, "map": True}),
     conditions: Conditions = lambda n, g: {},
 ) -> dict[str, Any]:
-    """metrics.samplers[name] and metrics.base[name], name = map-1, map-4, ode-K; metrics.target where it is known."""
+    """metrics.samplers[name] and metrics.base[name], name = map-1, map-4, ode-K; metrics.target where it is known.
+
+    Args:
+        tuned: the tuned model.
+        base: what it was tuned from.
+        judge: of the samples of either.
+        config: how many samples.
+        seed: of the samples.
+        parts: whether the ``drift`` and the ``map`` were tuned: only these are sampled.
+        conditions: ``(n, generator)`` -> those of n samples.
+    """
     ode = f"ode-{config.ode_steps}"
-    names = [*(["map-1", "map-4"] if has_map else []), *([ode] if has_drift else [])]
+    names = [*(["map-1", "map-4"] if parts["map"] else []), *([ode] if parts["drift"] else [])]
 
     target = judge.target(base, seed, conditions)
 

@@ -20,9 +20,8 @@ from benchmarks.control_estimators import (
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, normal, uniform
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.baseline import NoBaseline
-from metaflowmaps.finetuning.objective import MFMFT
-from metaflowmaps.finetuning.problem import Problem
+from metaflowmaps.finetuning import MFMFT, NoBaseline, TuningSetup
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.mlp import MLP
@@ -315,15 +314,15 @@ def test_bias_and_variance_of_weighted_targets_that_have_both(weighted):
 def made():
     """A Gaussian law under a linear-Gaussian reward, an exact map, and draws at its probes."""
     exact, model = linear_exact(), exact_map()
-    problem = Problem(model, linear_gaussian())
+    problem = TuningProblem(model, linear_gaussian())
     probes = make_probes(exact, model, 48, 0.95)
-    place = problem.place(probes.t.float(), probes.x.float(), {})
-    return problem, probes, problem.draws(place, 2048, True, stream(0, "draws"))
+    states = problem.at(probes.t.float(), probes.x.float(), {})
+    return problem, probes, problem.draws(states, 2048, True, stream(0, "draws"))
 
 
 def errors(made, form, n):
     problem, probes, draws = made
-    objective = MFMFT(problem, None, NoBaseline(), n, 1, 0, form)
+    objective = MFMFT(n, form, NoBaseline()).start(TuningSetup(problem, None, 1, 0))
     return target_errors(problem, objective, probes, draws, n, rows=2**12)
 
 
@@ -369,8 +368,9 @@ def test_more_draws_bring_the_self_normalised_target_nearer(made):
 
 def test_too_few_draws_for_two_groups_are_refused(made):
     problem, probes, draws = made
+    objective = MFMFT(4, "gradient", NoBaseline()).start(TuningSetup(problem, None, 1, 0))
     with pytest.raises(InputError, match="two groups"):
-        target_errors(problem, MFMFT(problem, None, NoBaseline(), 4, 1, 0, "gradient"), probes, draws, 2048)
+        target_errors(problem, objective, probes, draws, 2048)
 
 
 def test_the_reward_is_usable_by_the_package():

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.config import FinetuneConfig, Rule
+from metaflowmaps.finetuning.stop_rule import StopRule
+from metaflowmaps.finetuning.tuning_config import FinetuneConfig
 from metaflowmaps.work.config import validated
 
 BASE = {"checkpoint": "base", "checkpoint_sha256": "", "reward": "r"}
@@ -24,12 +25,12 @@ def measured(*values, name="reward"):
 
 def fired(text, values):
     """Whether a rule says stop, measurement after measurement."""
-    rule, records = Rule.of(text), measured(*values)
+    rule, records = StopRule.of(text), measured(*values)
     return [rule.fires(records[: i + 1]) for i in range(len(records))]
 
 
 def test_no_rule_is_no_rule():
-    assert Rule.of("none") is None
+    assert StopRule.of("none") is None
     assert validated(FinetuneConfig, BASE).stop == "none"
 
 
@@ -37,15 +38,15 @@ def test_no_rule_is_no_rule():
 @given(NAMES, st.sampled_from("<>"), NUMBERS, st.sampled_from(["{}{}{}", "{} {} {}", " {}{} {} "]))
 def test_a_rule_is_read_back_as_it_was_written(name, sign, number, layout):
     """However Python writes the number: 1e-07 and 1e+16 too."""
-    rule = Rule.of(layout.format(name, sign, number))
+    rule = StopRule.of(layout.format(name, sign, number))
     assert (rule.name, rule.sign, rule.number) == (name, sign, number)
     held = validated(FinetuneConfig, {**BASE, "stop": layout.format(name, sign, number)}).stop
-    assert Rule.of(held).number == number
+    assert StopRule.of(held).number == number
 
 
 @pytest.mark.parametrize("text", ["reward stalls 4", "reward  stalls  4", " reward stalls 4 "])
 def test_spaces_do_not_matter_to_patience(text):
-    rule = Rule.of(text)
+    rule = StopRule.of(text)
     assert (rule.name, rule.sign, rule.number) == ("reward", "stalls", 4)
 
 
@@ -94,12 +95,12 @@ def test_patience_against_counting_by_hand(values, patience):
 
 def test_measurements_that_are_missing_do_not_count():
     """Where no finite sample was left there is no record of a reward."""
-    rule = Rule.of("reward>2")
+    rule = StopRule.of("reward>2")
     assert not rule.fires([])
     assert not rule.fires([{"step": 0, "lost": 512.0}])
     assert rule.fires([*measured(3.0), {"step": 100, "lost": 512.0}])
-    assert not Rule.of("reward stalls 1").fires([*measured(3.0), {"step": 100, "lost": 512.0}])
-    assert Rule.of("reward>2").fires(measured(-math.inf, 3.0))
+    assert not StopRule.of("reward stalls 1").fires([*measured(3.0), {"step": 100, "lost": 512.0}])
+    assert StopRule.of("reward>2").fires(measured(-math.inf, 3.0))
 
 
 def test_a_rule_needs_meters():

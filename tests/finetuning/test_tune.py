@@ -18,20 +18,21 @@ from torch import nn
 import metaflowmaps as mfm
 from metaflowmaps.checkpoint import CheckpointStore, resolve_checkpoint
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.config import FinetuneConfig
-from metaflowmaps.finetuning.meters import Meters
-from metaflowmaps.finetuning.run import make_problem, run_finetuning
+from metaflowmaps.finetuning import meters
+from metaflowmaps.finetuning.meters import Meters, Watched
+from metaflowmaps.finetuning.tune import TuningContext, make_problem, run_finetuning
+from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training.config import OptimizerConfig
 from metaflowmaps.training.loop import Interrupted
 from metaflowmaps.training.state import TrainState
-from metaflowmaps.work.config import validated
 
 load_map = MetaFlowMap.from_pretrained
 
 REWARD = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8]), -1.0, 1.5)
 CLASSES, SCALE = 3, 2.5
+DISTIL = {"batch_size": 8, "pool": 64, "pool_steps": 2}
 
 
 def base(num_classes: int = 0) -> mfm.MetaFlowMap:
@@ -48,24 +49,26 @@ def base(num_classes: int = 0) -> mfm.MetaFlowMap:
 def small(**changes) -> FinetuneConfig:
     """A run of a few steps a stage, with odd intervals: checkpoints, records, measurements and replay never line up."""
     data = {
-        "checkpoint": "base", "checkpoint_sha256": "", "reward": "a line", "threads": 1, "steps": 5, "distil_steps": 4,
-        "batch_size": 8, "distil_batch_size": 8, "distil_pool": 64, "distil_pool_steps": 2, "checkpoint_every": 3,
-        "log_every": 1, "keep_best": False, "adjoint_steps": 4, "meters": {"every": 2, "samples": 8, "steps": 2},
+        "threads": 1, "steps": 5, "batch_size": 8, "distil": {"steps": 4, **DISTIL},
+        "checkpoint_every": 3, "log_every": 1, "keep_best": False, "meters": {"every": 2, "samples": 8, "steps": 2},
         "states": {"pool": 64, "pool_steps": 1, "replay": 0.5, "replay_pool": 64, "replay_steps": 2,
                    "refresh_every": 2},
         **changes,
     }  # fmt: skip
-    return validated(FinetuneConfig, data)
+    about = {"checkpoint": "base", "checkpoint_sha256": "", "reward": "a line"}
+    return resolved(about, (2,), {name: value for name, value in data.items() if name not in about})
 
 
 def tune(config: FinetuneConfig, out: Path, **options):
     torch.set_num_threads(1)
-    return run_finetuning(config, base(CLASSES if config.guidance != 1 else 0), REWARD, out, **options)
+    watched = Watched(**{name: options.pop(name) for name in ("others", "picture") if name in options})
+    context = TuningContext(**options, watched=watched)
+    return run_finetuning(config, base(CLASSES if config.guidance != 1 else 0), REWARD, out, context)
 
 
 def fingerprint(out: Path) -> dict[str, str]:
-    """The hash of every file that must not depend on interruptions."""
-    files = [p for p in out.rglob("*") if p.is_file() and p.name != "timings.jsonl"]
+    """The hash of every file that must not depend on interruptions; a kill may leave one half written, of no name."""
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "timings.jsonl" and p.suffix != ".tmp"]
     assert files
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -97,7 +100,7 @@ KINDS = {
     "none": {"baseline": {"kind": "none"}, "form": "gradient-free"},
     "self-normalised": {"method": "self-normalised"},
     "direct": {"map": "direct", "baseline": {"kind": "learned", "width": 4}},
-    "adjoint-matching": {"method": "adjoint-matching", "map": "none"},
+    "adjoint-matching": {"method": "adjoint-matching", "adjoint_steps": 4, "map": "none"},
     "draft": {"method": "draft", "map": "none"},
     "low rank": {"low_rank": 1},
     "with classes": {"guidance": SCALE},
@@ -113,7 +116,7 @@ def test_stopped_at_every_step_a_run_ends_as_if_it_never_was(tmp_path, kind):
     config = small(**KINDS[kind])
     seen = []
     whole = tune(config, tmp_path / "whole", report=lambda stage, record: seen.append((stage, record.step)))
-    assert len(seen) == config.steps + (config.distil_steps if config.map == "distil" else 0)
+    assert len(seen) == config.steps + (config.distil.steps if config.map == "distil" else 0)
     for i, moment in enumerate(seen[:-1]):  # at the last step nothing is left to be stopped
         by_signal = i % 2 == 0 and moment[0] == seen[i + 1][0]  # at a stage's last step: the next test
 
@@ -158,11 +161,11 @@ def worker(data: dict, out: str, started) -> None:
 
 def test_killed_at_random_moments(tmp_path):
     """A process of its own, killed some times between two steps, while measuring or while writing."""
-    config = small(steps=60, distil_steps=40, baseline={"kind": "learned", "width": 4}, keep_last=1)
+    config = small(steps=60, distil={"steps": 40, **DISTIL}, baseline={"kind": "learned", "width": 4}, keep_last=1)
     tune(config, tmp_path / "whole")
     context, out, chance = multiprocessing.get_context("forkserver"), tmp_path / "killed", random.Random(1)
     # the optimizer imports torch._dynamo when it first steps: seconds that every child would pay for again
-    context.set_forkserver_preload(["metaflowmaps.finetuning.run", "torch._dynamo", "pytest"])
+    context.set_forkserver_preload(["metaflowmaps.finetuning.tune", "torch._dynamo", "pytest"])
     kills = 0
     for _ in range(40):
         started = context.Event()
@@ -180,6 +183,10 @@ def test_killed_at_random_moments(tmp_path):
     assert process.exitcode == 0
     assert kills >= 2, "the run must be long enough to be killed"
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
+
+
+def raise_killed(*arguments):
+    raise Killed
 
 
 def killed_at(step, config, out):
@@ -212,16 +219,16 @@ def test_measurements_outlive_a_kill_while_they_are_cut_back(tmp_path, monkeypat
     config = small(map="none", checkpoint_every=2, meters={"every": 1, "samples": 8, "steps": 2})
     tune(config, tmp_path / "whole")
     killed_at(4, config, tmp_path / "killed")
-    write = Path.write_text
+    write = meters.write_whole
 
-    def torn(path, text, *rest, **options):
-        if "meters.jsonl" not in path.name:
-            return write(path, text, *rest, **options)
-        write(path, text[: len(text) // 2])
-        raise Killed
+    def cut_short(path, data):
+        """Killed while the disk is waited for, before the new file has its name."""
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", raise_killed)
+            write(path, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", torn)
+        patched.setattr(meters, "write_whole", cut_short)
         with pytest.raises(Killed):
             tune(config, tmp_path / "killed")
     tune(config, tmp_path / "killed")
@@ -320,18 +327,15 @@ def test_a_run_that_ended_early_stays_ended(tmp_path, monkeypatch, moment):
     config = measured_every_step(stop="distance_to_base>-1", checkpoint_every=50)
     tune(config, tmp_path / "whole")
     assert max(r["step"] for r in records(tmp_path / "whole" / "drift")) == 1
-    assert max(r["step"] for r in records(tmp_path / "whole")) == config.distil_steps  # the map's stage has no rule
+    assert max(r["step"] for r in records(tmp_path / "whole")) == config.distil.steps  # the map's stage has no rule
 
     def stop(stage, record):
         if (stage, record.step) == {"before its checkpoint": ("drift", 1), "in the next stage": ("map", 2)}.get(moment):
             raise Killed
 
-    def killed(*arguments):
-        raise Killed
-
     with monkeypatch.context() as patched:
         if moment == "after its checkpoint":
-            patched.setattr("metaflowmaps.finetuning.run.distillation", killed)
+            patched.setattr("metaflowmaps.finetuning.tune.distillation", raise_killed)
         if moment == "never":
             tune(config, tmp_path / "killed")
         else:
@@ -372,7 +376,7 @@ GUIDED = {
         "map": "direct", "loss": {"diagonal": "data", "consistency": "semigroup"}
     },
     "distilled by the Eulerian loss": {"loss": {"consistency": "eulerian"}},
-    "adjoint-matching": {"method": "adjoint-matching"},
+    "adjoint-matching": {"method": "adjoint-matching", "adjoint_steps": 4},
     "draft": {"method": "draft", "map": "none"},
 }  # fmt: skip
 
@@ -421,9 +425,8 @@ def test_rewards_see_the_labels_of_their_samples(tmp_path):
 def settings() -> dict:
     """Those of small(), as mfm.finetune takes them."""
     return small().model_dump(
-        include={"threads", "steps", "distil_steps", "batch_size", "distil_batch_size", "distil_pool",
-                 "distil_pool_steps", "checkpoint_every", "meters", "states"}
-    )  # fmt: skip
+        include={"threads", "steps", "batch_size", "distil", "checkpoint_every", "meters", "states"}
+    )
 
 
 @pytest.mark.usefixtures("no_sync")
@@ -471,7 +474,7 @@ def test_from_python_what_is_impossible_is_one_line(tmp_path):
     for place, changes, says in (
         ("file", {}, "is a file"),
         ("x", {"stepz": 3}, "did you mean 'steps'"),
-        ("x", {"states": {"pol": 3}}, "states.pol"),
+        ("x", {"states": {"pol": 3}}, "option of mixture 'pol'"),
         ("x", {"guidance": 3.0}, "guidance"),
         ("x", {"strength": 3.0}, "strength"),  # it lives in the reward
         ("x", {"checkpoint": "another"}, "checkpoint"),

@@ -26,13 +26,28 @@ import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.baseline import NoBaseline, Running, make_baseline
-from metaflowmaps.finetuning.config import BaselineConfig
-from metaflowmaps.finetuning.objective import BINS, MFMFT, Mixing, TargetBatch
-from metaflowmaps.finetuning.problem import Problem
+from metaflowmaps.finetuning import (
+    MFMFT,
+    DrawnBaseline,
+    LearnedBaseline,
+    NoBaseline,
+    RunningBaseline,
+    TargetBatch,
+    TuningSetup,
+)
+from metaflowmaps.finetuning.baseline import Level, RunningLevel
+from metaflowmaps.finetuning.mfm_ft import BINS, Mixing, WeightedRegression
+from metaflowmaps.finetuning.state_laws import log_mean_exp
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.random import randn, stream
 
 FORMS = ("gradient", "gradient-free", "blend")
+QUICK = {  # baselines that learn fast
+    "none": NoBaseline(),
+    "running": RunningBaseline(rate=0.2),
+    "learned": LearnedBaseline(rate=0.2, lr=0.03, width=16),
+    "draws": DrawnBaseline(rate=0.2),
+}
 CASES = ("gaussian-1d", "gaussian-2d", "mixture-1d", "mixture-2d")
 
 
@@ -101,8 +116,7 @@ def test_any_baseline_has_the_same_fixed_point(kind, form):
     """Each is used and updated from step to step, from a start that is far off; learned ones learn fast."""
     case = Case("gaussian-2d", mfm.TrigonometricPath(), torch.float32)
     problem = case.problem()
-    config = BaselineConfig(kind=kind, rate=0.2, lr=0.03, width=16)
-    baseline = make_baseline(config, problem, torch.full((8,), 0.5, dtype=F64), seed=0)
+    baseline = QUICK[kind].start(problem, 0.5, seed=0)
     check(case, regression(case, baseline, form, 1, problem=problem))
 
 
@@ -125,10 +139,10 @@ def test_early_targets_are_finite_and_right(t, form, path):
     case, n = Case("gaussian-2d", path), 20_000
     objective = regression(case, running(), form, 1)
     objective.mixing.moments[0] = 1.0
-    place = objective.problem.place(torch.full((n,), t, dtype=F64), normal(n, 2), {})
+    place = objective.problem.at(torch.full((n,), t, dtype=F64), normal(n, 2), {})
     made = objective.problem.draws(place, 1, True, stream(0))
     target, weight, _ = objective.targets(place, made, torch.zeros(n, dtype=F64))
-    batch = TargetBatch(place.t, place.a, place.z, target, weight, {})
+    batch = TargetBatch(t=place.t, a=place.a, z=place.z, target=target, weight=weight)
     assert target.isfinite().all()
     weighted, functions = weight[:, None], torch.cat([torch.ones(n, 1, dtype=F64), place.x], 1)
     assert z_scores(weighted * (case.answer(batch) - target), functions).abs().max() < LEVEL
@@ -140,7 +154,7 @@ def test_forbidden_samples_have_no_say():
     case = Case("gaussian-1d", mfm.LinearPath())
     reward = mfm.rewards.BlackBox(lambda x: torch.where(x[:, 0] < 0.5, -torch.inf, 0.0))
     problem = case.problem(reward)
-    objective = MFMFT(problem, case.states("base"), Running(BaselineConfig(), -1.0), 4, 2000, 0)
+    objective = regression(case, RunningLevel(32, 0.01, -1.0), "auto", 4, problem=problem)
     assert objective.form == "gradient-free"
     batch = collect(objective, case.student(), 10)
     t, x = unwhitened(case.path, case.mean, case.std, batch.a, batch.z)
@@ -163,11 +177,11 @@ def test_a_gradient_that_is_not_a_number_has_no_say_where_the_reward_is_minus_in
     """The logarithm of a density on a half-line: −inf outside, with gradient 0/0; a row's other draws still count."""
     case = Case("gaussian-1d", mfm.LinearPath(), torch.float32)
     problem = case.problem(lambda x: torch.log(torch.exp(-((x[:, 0] - 1) ** 2)) * (x[:, 0] > 0.5)))
-    objective = MFMFT(problem, case.states("base"), Running(BaselineConfig(), -1.0), 4, 500, 0, form)
+    objective = regression(case, RunningLevel(32, 0.01, -1.0), form, 4, size=500, problem=problem)
     for step in range(2):
         batch = objective.batch(case.student(), step)
         assert batch.target.isfinite().all()
-    place = objective.place(case.student(), 0, stream(0))
+    place = objective.states(case.student(), 0, stream(0))
     made = problem.draws(place, 4, True, stream(1))
     forbidden = made.rewards == -torch.inf
     assert (forbidden.any(0) & ~forbidden.all(0)).any()
@@ -187,10 +201,10 @@ def test_a_constant_added_to_the_reward_changes_nothing(kind, form, path):
     """
     single = kind == "learned"
     case = Case("gaussian-2d", path, torch.float32 if single else F64)
-    config, rewards, batches = BaselineConfig(kind=kind, rate=0.2, lr=0.03, width=16), -uniform(64), []
+    level, batches = log_mean_exp(-uniform(64)), []
     for extra in (0.0, 7.0):
         problem = case.problem(lambda x, extra=extra: case.reward(x) + extra)
-        baseline = make_baseline(config, problem, rewards + extra, seed=0)
+        baseline = QUICK[kind].start(problem, level + extra, seed=0)
         batches.append(collect(regression(case, baseline, form, 2, size=200, problem=problem), case.student(), 10))
     plain, shifted = batches
     tolerance = 1e-3 if single else 1e-9
@@ -222,20 +236,20 @@ def test_the_loss_has_the_gradient_of_the_papers_loss(parameterization, num_draw
     mean, std = torch.tensor([0.4, -0.3], dtype=F64), 0.8
     base, student = (random_map(path, mean, std, seed, parameterization=parameterization) for seed in (1, 2))
     reward = mfm.rewards.LinearGaussian(torch.tensor([[1.0, -0.6]]), 1.0, 0.7)
-    problem = Problem(base, reward)
+    problem = TuningProblem(base, reward)
     source = lambda model, step, n, g: (mean + std * randn((n, 2), g, F64), {})  # noqa: E731
-    objective = MFMFT(problem, source, Wavy(), num_draws, 64, 3, "gradient")
+    objective = WeightedRegression(MFMFT(num_draws, "gradient"), TuningSetup(problem, source, 64, 3), Wavy())
 
     batch = objective.batch(student, 5)
     late = batch.t >= 0.01  # before, σ² is replaced by what it stands for
     assert 0 < late.sum() <= 64
-    batch = TargetBatch(*(v[late] for v in (batch.t, batch.a, batch.z, batch.target, batch.weight)), {})
+    batch = TargetBatch(**{name: getattr(batch, name)[late] for name in ("t", "a", "z", "target", "weight")})
     objective(student, batch).sum().backward()
     ours = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
 
     g = stream(3, "finetune", 5)
-    place = objective.place(student, 5, g)  # leaves the generator where the draws begin
+    place = objective.states(student, 5, g)  # leaves the generator where the draws begin
     eps, level = randn((num_draws, 64, 2), g, F64)[:, late], Wavy()(place, g)[late]
     t, x = place.t[late].double(), place.x[late].requires_grad_(True)
     draws = [base.push(e, t, x) for e in eps]
@@ -266,12 +280,13 @@ T = 0.5  # one time, at which the tilted drift of a Gaussian is affine in x
 
 def targets_at(case, num_draws, form, n=40_000, weighted=True, **options):
     """Targets at states on a square, and the states."""
-    objective = regression(case, NoBaseline(), form, num_draws, **options)
+    objective = regression(case, Level(), form, num_draws, **options)
     x = 4 * uniform(n, case.dim) - 2
-    place = objective.problem.place(torch.full((n,), T, dtype=F64), x, {})
+    place = objective.problem.at(torch.full((n,), T, dtype=F64), x, {})
     made = objective.problem.draws(place, num_draws, form != "gradient-free", stream(1))
     target, weight, _ = objective.targets(place, made, torch.zeros(n, dtype=F64))
-    return TargetBatch(place.t, place.a, place.z, target, weight if weighted else torch.ones_like(weight), {}), x
+    weight = weight if weighted else torch.ones_like(weight)
+    return TargetBatch(t=place.t, a=place.a, z=place.z, target=target, weight=weight), x
 
 
 def in_flow(case, x, velocity):
@@ -359,7 +374,7 @@ def test_the_mixture_of_least_variance_is_found():
 def test_a_batch_has_no_say_in_how_its_own_forms_are_mixed():
     """Of the first batch nothing is known before: it is gradient-free. The second follows the first."""
     case, model = Case("gaussian-2d", mfm.LinearPath()), Case("gaussian-2d", mfm.LinearPath()).student()
-    blend, free = (regression(case, NoBaseline(), form, 1) for form in ("blend", "gradient-free"))
+    blend, free = (regression(case, Level(), form, 1) for form in ("blend", "gradient-free"))
     firsts = [objective.batch(model, 0) for objective in (blend, free)]
     assert torch.equal(firsts[0].target, firsts[1].target)
     assert not torch.equal(blend.batch(model, 1).target, free.batch(model, 1).target)
@@ -370,7 +385,7 @@ def test_the_blend_is_no_noisier_than_either_form(name):
     """Variance of the weighted residual at b*, λ learned on 20 batches; 5 % is left for what it has to learn."""
     case, spread = Case(name, mfm.LinearPath()), {}
     for form in FORMS:
-        objective = regression(case, NoBaseline(), form, 1)
+        objective = regression(case, Level(), form, 1)
         collect(objective, case.student(), 20)
         batch = TargetBatch(**{k: v for k, v in vars(objective.batch(case.student(), 20)).items() if k != "figures"})
         spread[form] = float((batch.weight[:, None] * (case.answer(batch) - batch.target)).square().mean())
@@ -385,7 +400,7 @@ def test_the_blend_is_no_noisier_than_either_form(name):
 def test_calls_are_counted_as_hooks_count_them(form, kind):
     case, meter = Case("gaussian-2d", mfm.LinearPath()), Meter()
     problem = case.problem(meter.counted(case.reward, "reward_calls", "reward_backwards"))
-    baseline = make_baseline(BaselineConfig(kind=kind, draws=3), problem, torch.zeros(4), seed=0)
+    baseline = (DrawnBaseline(3) if kind == "draws" else NoBaseline()).start(problem, 0.0, seed=0)
     objective = regression(case, baseline, form, 2, size=50, problem=problem)
     student = case.student()
     meter.watch(problem.base.network)

@@ -8,9 +8,9 @@ import metaflowmaps as mfm
 from conftest import F64, ks_bound, ks_distance
 from metaflowmaps.checkpoint.flatten import flatten_state, unflatten_state
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.config import StatesConfig
-from metaflowmaps.finetuning.problem import Problem
-from metaflowmaps.finetuning.states import States, base_pool, student_samples
+from metaflowmaps.finetuning import StateMixture
+from metaflowmaps.finetuning.state_laws import MixedStates, base_pool, samples_stream, student_samples
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.random import stream
 
@@ -26,7 +26,7 @@ class Ones:
 
 def states(problem, own=None, **options):
     settings = {"pool": 64, "pool_steps": 1, "replay_pool": 64, "replay_steps": 2, "data": 0, "base": 0, "tilted": 0}
-    return States(problem, StatesConfig(**{**settings, **options}), 0, own)
+    return MixedStates(problem, StateMixture(**{**settings, **options}), 0, own)
 
 
 def tuned(case):
@@ -103,13 +103,13 @@ def test_samples_of_the_student_follow_its_ode_whatever_the_chunks():
     """x_1 by an Euler grid written out here; the noise does not depend on the chunks."""
     case = Case("mixture-1d", LINEAR)
     model = tuned(case)
-    made, _ = student_samples(case.problem(chunk=7), model, 50, 5, 3, "name")
+    made, _ = student_samples(case.problem(chunk=7), model, 50, 5, samples_stream(3, "name"))
     x = torch.randn(50, 1, generator=stream(3, "finetune-samples", "name"), dtype=F64)
     for k in range(5):
         x = x + 0.2 * case.tilted.drift(LINEAR, 0.2 * k, x)
     torch.testing.assert_close(made, x, rtol=1e-10, atol=1e-10)
-    assert torch.equal(student_samples(case.problem(), model, 50, 5, 3, "name")[0], made)
-    assert not torch.equal(student_samples(case.problem(), model, 50, 5, 3, "other")[0], made)
+    assert torch.equal(student_samples(case.problem(), model, 50, 5, samples_stream(3, "name"))[0], made)
+    assert not torch.equal(student_samples(case.problem(), model, 50, 5, samples_stream(3, "other"))[0], made)
 
 
 def test_the_replay_is_renewed_a_quarter_at_a_time():
@@ -125,7 +125,7 @@ def test_the_replay_is_renewed_a_quarter_at_a_time():
     for step, rows in enumerate(changed, start=1):
         assert rows.sum() == (16 if step % 3 == 0 else 0)
     assert torch.stack(changed).sum(0).tolist() == [1] * 64
-    fresh = student_samples(case.problem(), model, 16, 2, 0, "replay-12")[0]
+    fresh = student_samples(case.problem(), model, 16, 2, samples_stream(0, "replay-12"))[0]
     assert torch.equal(seen[12][changed[11]], fresh)
 
 
@@ -148,7 +148,7 @@ def test_states_go_on_from_their_state():
 
 def labelled(guidance=1.0, null_share=0.2):
     network = MLP(2, 8, 1, num_classes=4, guidance=True)
-    return Problem(mfm.MetaFlowMap(network, LINEAR), lambda x: x[:, 0], guidance=guidance, null_share=null_share)
+    return TuningProblem(mfm.MetaFlowMap(network, LINEAR), lambda x: x[:, 0], guidance=guidance, null_share=null_share)
 
 
 @pytest.mark.parametrize("null_share", [0.0, 0.2, 1.0])
@@ -185,7 +185,7 @@ def test_rows_keep_the_conditions_of_their_samples():
         for name in ("label", "guidance"):
             assert torch.equal(cond[name][rows], known[name][place])
     made(problem.base, 500, 8, stream(1))  # a quarter of the replay anew
-    fresh, known = student_samples(problem, problem.base, 16, 2, 0, "replay-500")
+    fresh, known = student_samples(problem, problem.base, 16, 2, samples_stream(0, "replay-500"))
     place = (fresh[:, None] == made.replay[None]).all(2).long().argmax(1)
     for name in ("label", "guidance"):
         assert torch.equal(made.replay_cond[name][place], known[name])
@@ -195,4 +195,4 @@ def test_states_ask_for_what_is_missing():
     with pytest.raises(InputError, match=r"states.base"):
         states(Case("gaussian-2d", LINEAR).problem(), data=1)
     with pytest.raises(ValueError, match="share"):
-        StatesConfig(base=0, tilted=0)
+        StateMixture(base=0, tilted=0)

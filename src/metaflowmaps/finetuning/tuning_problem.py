@@ -23,8 +23,8 @@ Cond = dict[str, Tensor]
 COUNTS = ("forwards", "backwards", "reward_calls", "reward_backwards")
 
 
-class Place(NamedTuple):
-    """States (t, x) with the base's drift there, in both coordinates: its own and the student's (a, z, F)."""
+class BaseStates(NamedTuple):
+    """States (t, x) with the base's drift there, in its own coordinates and in the student's (a, z, F)."""
 
     t: Tensor
     x: Tensor
@@ -35,13 +35,22 @@ class Place(NamedTuple):
     drift: Tensor
     flow: Tensor  # F of the base's drift
 
-    def carried(self, velocity: Tensor) -> Tensor:
-        """A velocity at (t, x) as F."""
+    def as_flow(self, velocity: Tensor) -> Tensor:
+        """A velocity (B, *event) at these states as F."""
         return self.chart.velocity_in(self.t, self.x, velocity)
 
 
-class Problem:
-    """The base and the reward. Everything about the base is without gradient in its weights."""
+class TuningProblem:
+    """The base and the reward. Everything about the base is without gradient in its weights.
+
+    Args:
+        base: the map that is tuned; it is frozen and put in evaluation mode.
+        reward: ``(x, cond) -> (B,)``, times its strength.
+        last: inner times of states stay below.
+        guidance: the one scale w of a base with classes.
+        null_share: of the null class among labels.
+        chunk: rows differentiated at a time.
+    """
 
     def __init__(
         self,
@@ -78,48 +87,49 @@ class Problem:
         """(n,) inner times of states, uniform below ``last``."""
         return self.last * rand((n,), generator)
 
-    def at(self, a: Tensor, x_1: Tensor, noise: Tensor, cond: Cond) -> Place:
-        """The states α ε + β x_1 at inner times a, and the base there."""
+    def noised(self, a: Tensor, x_1: Tensor, noise: Tensor, cond: Cond) -> BaseStates:
+        """The states α ε + β x_1 at inner times a (B,), and the base there."""
         chart = self.base.anchor(torch.zeros_like(a), torch.zeros_like(x_1)).chart
         t = chart.time_out(a).clamp(0, 1)
-        return self.place(t, self.path.interpolate(noise, x_1, t), cond)
+        return self.at(t, self.path.interpolate(noise, x_1, t), cond)
 
     @torch.no_grad()
-    def place(self, t: Tensor, x: Tensor, cond: Cond) -> Place:
+    def at(self, t: Tensor, x: Tensor, cond: Cond) -> BaseStates:
         """The states (t, x), and the base there."""
         flow = self.base.anchor(torch.zeros_like(t), torch.zeros_like(x), cond)
         chart = flow.chart
         a, z = chart.time_in(t), chart.state_in(t, x)
         f = flow(a, a, z)
         self.count(forwards=len(t))
-        return Place(t, x, cond, chart, a, z, chart.velocity_out(t, t, x, f), f)
+        return BaseStates(t, x, cond, chart, a, z, chart.velocity_out(t, t, x, f), f)
 
-    def draws(self, place: Place, num_draws: int, differentiate: bool, generator: torch.Generator) -> Draws:
-        """num_draws of p(x_1 | x_t) by the base map, with rewards and, if asked for, their gradients in x_t."""
-        n = len(place.t)
+    def draws(self, states: BaseStates, num_draws: int, differentiate: bool, generator: torch.Generator) -> Draws:
+        """num_draws of p(x_1 | x_t) by the base map, with rewards and, if asked for, their gradients in x_t.
+
+        Returns:
+            Draws of shape (num_draws, B, *event), rewards (num_draws, B) and gradients or None.
+        """
+        n = len(states.t)
         options = DrawOptions(num_draws, differentiate, chunk=max(1, self.chunk // n))
         parts = [
             make_draws(
-                MapPosterior(self.base), self.reward, place.t[s], place.x[s], options, generator,
-                {k: v[s] for k, v in place.cond.items()} or None,
+                MapPosterior(self.base), self.reward, states.t[s], states.x[s], options, generator,
+                rows_of_cond(states.cond, s) or None,
             )
             for s in in_parts(n, self.chunk)
         ]  # fmt: skip
         gradients = torch.cat([p.gradients for p in parts if p.gradients is not None], 1) if differentiate else None
-        made = Draws(torch.cat([p.x_1 for p in parts], 1), torch.cat([p.rewards for p in parts], 1), gradients)
+        drawn = Draws(torch.cat([p.x_1 for p in parts], 1), torch.cat([p.rewards for p in parts], 1), gradients)
         calls = n * num_draws
         self.count(forwards=calls, reward_calls=calls)
         if differentiate:
             self.count(backwards=calls, reward_backwards=calls)
-        return made
+        return drawn
 
     @torch.no_grad()
     def rewards(self, x_1: Tensor, cond: Cond) -> Tensor:
-        """r(x_1), in parts."""
-        parts = [
-            self.reward(x_1[i : i + self.chunk], {k: v[i : i + self.chunk] for k, v in cond.items()} or None)
-            for i in range(0, len(x_1), self.chunk)
-        ]
+        """r(x_1): (B,), in parts."""
+        parts = [self.reward(x_1[s], rows_of_cond(cond, s) or None) for s in in_parts(len(x_1), self.chunk)]
         self.count(reward_calls=len(x_1))
         return torch.cat(parts)
 
@@ -148,6 +158,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def in_parts(n: int, size: int) -> Sequence[slice]:
     """Slices that cover n rows."""
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def rows_of_cond(cond: Cond, rows: slice | Tensor) -> Cond:
+    """The conditions of some rows."""
+    return {name: value[rows] for name, value in cond.items()}
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
