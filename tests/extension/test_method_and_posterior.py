@@ -73,7 +73,7 @@ def run(tmp_path_factory):
 def test_the_command_line_takes_them(run, tmp_path):
     common = (run, "--reward", "gmm-inverse", "--strength", "0.01", "--num", "8", "--steps", "3")
     mfm_run(
-        "steer", *common, "--method", METHOD, "--num-draws", "2", "--set", "method.keep=1", "--out", tmp_path / "method"
+        "steer", *common, "--method", METHOD, "--num-draws", "4", "--set", "method.keep=3", "--out", tmp_path / "method"
     )
     mfm_run(
         "steer",
