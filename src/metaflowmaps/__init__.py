@@ -62,9 +62,18 @@ def finetune(
 ) -> MetaFlowMap:
     """A map of p_1 e^r: the model's copy with the tilt in its weights, trained in the directory ``out``.
 
-    ``settings`` are those of ``mfm finetune --set``, groups as dictionaries: ``steps=3000, num_draws=4,
-    map="distil"|"direct"|"none", low_rank=8, states={"base": 1.0}, stop="distance<2"``. The strength λ lives in the
-    reward. Interrupted, the same call goes on from ``out``; finished, it returns what is there.
+    Interrupted, the same call goes on from ``out``; finished, it returns what is there.
+
+    Args:
+        model: the base map.
+        reward: a function of x (B, *event) -> (B,); the strength λ lives in it.
+        out: the directory of the run.
+        device: where it trains.
+        settings: those of ``mfm finetune --set``, groups as dictionaries: ``steps=3000, num_draws=4,
+            map="distil"|"direct"|"none", low_rank=8, states={"base": 1.0}, stop="distance<2"``.
+
+    Returns:
+        The tuned map, on ``device``.
     """
     from metaflowmaps.finetuning.tune import tune  # what trains is loaded by those who train
 

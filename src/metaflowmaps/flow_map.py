@@ -73,8 +73,12 @@ class Anchored:
 class MetaFlowMap(Pretrained):
     """A network on a path, in a parameterisation; see the module for what it computes.
 
-    ``network(z, a, b, context, context_time, **cond)`` has ``event_shape``; ``data_mean`` (a number or an event-shaped
-    tensor) and ``data_std`` (a number) describe the data for the gaussian parameterisation.
+    Args:
+        network: ``network(z, a, b, context, context_time, **cond) -> (B, *event)``, with an ``event_shape``.
+        path: the interpolant.
+        parameterization: gaussian, plain or residual.
+        data_mean: of the data, for the gaussian parameterisation: a number or (*event).
+        data_std: of a coordinate of the data about that mean.
     """
 
     kind = "meta-flow-map"

@@ -324,7 +324,19 @@ def call_drift(drift: Drift, t: Time, x: Tensor, cond: Mapping[str, Tensor] | No
 
 
 def glass_drift(path: Path, drift: Drift, s: Time, x_s: Tensor, t: Time, x_t: Tensor) -> Tensor:
-    """b̄_s(x̄_s; t, x_t) from any ``drift(t, x)``, Eq. 32: x_s, x_t (B, *event) -> (B, *event)."""
+    """The auxiliary drift b̄_s(x̄_s; t, x_t) from any drift, Eq. 32.
+
+    Args:
+        path: of the drift.
+        drift: ``drift(t, x)``, (B,) and (B, *event) -> (B, *event).
+        s: inner time, a float or (B,).
+        x_s: inner state, (B, *event).
+        t: context time, a float or (B,).
+        x_t: context state, (B, *event).
+
+    Returns:
+        (B, *event).
+    """
     check_time(s, "s")
     check_time(t, "t")
     check_state(x_s, "x_s")

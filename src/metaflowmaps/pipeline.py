@@ -58,7 +58,14 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """A map with what turns its samples into pictures and its classes into names; the map is frozen as it is taken."""
+    """A map with what turns its samples into pictures and its classes into names; the map is frozen as it is taken.
+
+    Args:
+        model: the map.
+        codec: the autoencoder of its latents; None where samples are pictures.
+        class_names: one a class, or none at all.
+        guidance: the scale that is meant where a call does not say one.
+    """
 
     def __init__(
         self,
@@ -67,7 +74,6 @@ class Pipeline:
         class_names: Sequence[str] = (),
         guidance: float | None = None,
     ) -> None:
-        """``guidance``: the scale that is meant where a call does not say one."""
         self.model, self.codec = model.eval().requires_grad_(False), codec
         self.class_names = tuple(class_names)
         self.guidance = guidance

@@ -52,7 +52,12 @@ class Posterior(Protocol):
 
 
 class MapPosterior:
-    """X_{0,1}(ε; t, x) in ``steps`` jumps."""
+    """X_{0,1}(ε; t, x) in ``steps`` jumps.
+
+    Args:
+        model: the map.
+        steps: jumps, and network calls, a draw.
+    """
 
     def __init__(self, model: MetaFlowMap, steps: int = 1) -> None:
         check_count(steps, "steps")
@@ -83,6 +88,13 @@ class GlassPosterior:
     Steps are equal in s, or, given the data's ``data_std``, equal in the angle of
     :mod:`metaflowmaps.parameterization`: late contexts form their posterior near s = 1, where
     equal steps in s have nearly nothing left.
+
+    Args:
+        path: of the drift.
+        drift: ``drift(t, x)`` or ``drift(t, x, cond)``, (B, *event) -> (B, *event).
+        steps: of the inner ODE.
+        method: its integrator.
+        data_std: of a coordinate of the data; None for steps equal in s.
     """
 
     def __init__(
@@ -178,7 +190,12 @@ class RolloutPosterior:
 
 
 class ExactPosterior:
-    """A mixture's own posterior, drawn exactly. A draw picks a component: it has no pathwise gradient in x_t."""
+    """A mixture's own posterior, drawn exactly. A draw picks a component: it has no pathwise gradient in x_t.
+
+    Args:
+        path: the interpolant.
+        law: of the data.
+    """
 
     pathwise = False
 
@@ -202,7 +219,12 @@ class ExactPosterior:
 
 
 class TweediePosterior:
-    """The point mass at D_t(x): what DPS-like methods put in place of the posterior."""
+    """The point mass at D_t(x): what DPS-like methods put in place of the posterior.
+
+    Args:
+        path: of the drift.
+        drift: ``drift(t, x)`` or ``drift(t, x, cond)``.
+    """
 
     def __init__(self, path: Path, drift: Drift) -> None:
         self.path, self.drift = as_path(path), drift
@@ -225,7 +247,12 @@ class TweediePosterior:
 
 
 class ExactModel:
-    """A mixture in the form of a model: path, event_shape, drift, draw, value."""
+    """A mixture in the form of a model: path, event_shape, drift, draw, value.
+
+    Args:
+        path: the interpolant.
+        law: of the data.
+    """
 
     pathwise = False
 

@@ -174,7 +174,11 @@ class Estimator(Choice, ABC):
 
 @dataclass(frozen=True)
 class Gradient(Estimator):
-    """MFM-G (Eq. 22): Σ w_i ∇_x r(X(ε_i; t, x)); ``passes=2`` differentiates only draws that carry weight."""
+    """MFM-G (Eq. 22): Σ w_i ∇_x r(X(ε_i; t, x)).
+
+    Args:
+        passes: 2 makes weights first and differentiates only draws that carry weight.
+    """
 
     name = "gradient"
     differentiates = True
@@ -191,7 +195,11 @@ class Gradient(Estimator):
 
 @dataclass(frozen=True)
 class GradientFree(Estimator):
-    """MFM-GF (Eq. 20): (β/α²)(D* − D) from reward values alone; D from the same draws or (``denoise``) the drift."""
+    """MFM-GF (Eq. 20): (β/α²)(D* − D) from reward values alone.
+
+    Args:
+        centre: D from the same ``draws``, or from the drift (``denoise``).
+    """
 
     name = "gradient-free"
     differentiates = False

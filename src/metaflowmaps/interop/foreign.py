@@ -131,7 +131,15 @@ class ForeignModel(nn.Module):
 
     It steers and can be distilled by its ``drift``, draws from posteriors by GLASS and generates by its ODE. With
     classes, ``cond`` may hold "label" (``num_classes`` is the null class) and "guidance" w, by which the drift is
-    guided, ``b_∅ + w (b_y − b_∅)``.
+    guided, ``b_∅ + w (b_y − b_∅)``. :func:`wrap` makes it.
+
+    Args:
+        network: what is called at every time, with its labels and fixed arguments bound.
+        prediction: what the network predicts.
+        schedule: how its clock and its noise are ours.
+        path: of this model.
+        event_shape: the shape of one sample; None where it is not known.
+        num_classes: how many classes it knows; the number itself is the null class.
     """
 
     def __init__(

@@ -34,8 +34,10 @@ from metaflowmaps.rewards.analytic import LinearGaussian
 class GaussianMixture:
     """A mixture over (d,) vectors, or, as ``posterior`` returns it, one such mixture for each row of a batch.
 
-    means (K, d); covariances a variance (a number or (K,)) or a matrix ((d, d) or (K, d, d)); weights (K,), or None for
-    uniform ones.
+    Args:
+        means: (K, d).
+        covariances: a variance, a number or (K,); or a matrix, (d, d) or (K, d, d).
+        weights: (K,), summing to one; None for uniform ones.
     """
 
     def __init__(self, means: Any, covariances: Any, weights: Any = None) -> None:

@@ -89,7 +89,14 @@ def load_with_source(
     revision: str | None = None,
     check: bool = True,
 ) -> Published:
-    """``load``, with all that is known of the file."""
+    """:func:`load`, with all that is known of the file.
+
+    Args:
+        path: as in ``load``, like family:, config:, revision: and check:.
+
+    Returns:
+        The map, its family, the file's source and hash, and which way its time runs.
+    """
     if family not in ("auto", *FAMILIES):
         raise unknown("family", family, ("auto", *FAMILIES))
     given = dict(config or {})

@@ -38,7 +38,19 @@ class Direction(NamedTuple):
 def time_direction(
     drift: Drift, event_shape: tuple[int, ...], num: int = 4, steps: int = 6, like: Tensor | None = None, seed: int = 0
 ) -> Direction:
-    """Compare ``drift(t, x)`` on the linear path with ``−drift(1 − t, x)``: 2·num·(2·steps + 3) evaluations."""
+    """Compare ``drift(t, x)`` on the linear path with ``−drift(1 − t, x)``: 2·num·(2·steps + 3) evaluations.
+
+    Args:
+        drift: ``drift(t, x)``, (B,) and (B, *event) -> (B, *event).
+        event_shape: of one sample.
+        num: samples that are made and explained.
+        steps: of the ODE that makes them.
+        like: a tensor of the dtype and on the device to compute in.
+        seed: of the noise.
+
+    Returns:
+        The verdict, and R for the drift as given and reversed.
+    """
     like = torch.zeros(()) if like is None else like
     given = _knowledge(drift, (num, *event_shape), steps, like, seed)
     other = _knowledge(lambda t, x: -drift(1 - t, x), (num, *event_shape), steps, like, seed)

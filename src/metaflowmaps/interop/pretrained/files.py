@@ -48,7 +48,14 @@ def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[st
 
 
 def holds_weights(folder: Path) -> bool:
-    """Is this a folder of published weights, and not a checkpoint or a run of ours?"""
+    """Is this a folder of published weights, and not a checkpoint or a run of ours?
+
+    Args:
+        folder: that exists.
+
+    Returns:
+        Whether it is.
+    """
     ours = (folder / "manifest.json").exists() or (folder / "checkpoints").exists()
     return not ours and any(file.suffix in SUFFIXES for file in folder.iterdir())
 
