@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, RUNS, machine, say, trained
+from metaflowmaps.cli.context import Context, typed_settings
+from metaflowmaps.cli.finetune import Finetune, choose_subject, resolve, tune
 from metaflowmaps.cli.results import environment
-from metaflowmaps.commands.finetune import Subject, finetune, judge_of, others_of, resolve_finetuning
-from metaflowmaps.commands.shared import typed
 from metaflowmaps.lab.evaluate.images.stage import cost_of, table
 from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.evaluate.images.steered import run as steered
 from metaflowmaps.lab.evaluate.tuning_error import Drawn, TunedEvalConfig
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.figures import tuning_figures
+from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.random import stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.steering import ODE
@@ -215,9 +216,9 @@ def _bills(cell: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 def _steered(reward: str, strength: float) -> dict[str, Any]:
     """Steered samples of the base, judged as tuned ones are."""
-    subject = Subject("digits", reward, strength, None, "cpu")
-    stage = subject.stage()
-    judge = judge_of(subject, stage, others_of(subject, stage))
+    asked = Finetune(checkpoint="digits", reward=reward, strength=strength)
+    subject, _ = choose_subject(OpenedModel.open("digits", "cpu"), asked)
+    stage, judge = subject.stage, subject.judge
     judge.target(subject.base, 0, lambda n, g: {})
     out: dict[str, Any] = {}
     for name in STEERED:
@@ -246,13 +247,14 @@ def _run(
     judged: TunedEvalConfig,
 ) -> dict[str, Any]:
     """A run of mfm finetune, or what it ended with."""
-    subject = Subject(base, reward, strength, None, "cpu")
+    asked = Finetune(checkpoint=base, reward=reward, strength=strength)
+    subject, chosen = choose_subject(OpenedModel.open(base, "cpu"), asked)
     settings = [THREADS, "meters.every=1000", *settings]
-    config = resolve_finetuning(subject, given, settings, None)
     out = PLACE / f"{'gmm' if base != 'digits' else base}-{reward}-{strength:.4g}-{name}"
     say(f"{out.name}")
-    command = typed(f"finetune {base} --reward {reward} --strength {strength:.4g}", settings)
-    results = finetune(subject, config, out, "auto", command, lambda line: None, judged)
+    command = typed_settings(f"finetune {base} --reward {reward} --strength {strength:.4g}", settings)
+    context = Context(out=out, device="cpu", invocation=command)
+    results = tune(subject, resolve(subject, chosen, given, tuple(settings), context), context, judged)
     return {**{k: results["metrics"].get(k) for k in ("samplers", "base", "target", "probe")}, "cost": results["cost"]}
 
 

@@ -1,6 +1,5 @@
 """README's lines, and the guide's section on published weights: the hub is a stand-in, everything after it is real."""
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +17,7 @@ from metaflowmaps.interop import autoencoder as codec
 from metaflowmaps.interop.pretrained import FAMILIES
 from metaflowmaps.interop.pretrained.layout import Shape, expected
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
+from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
 from metaflowmaps.metrics import inception
 from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.embed import positions
@@ -119,8 +119,7 @@ def world(shop, monkeypatch, tmp_path):
     monkeypatch.setitem(SIZES, "XL", XL)
     monkeypatch.setattr("metaflowmaps.finetuning.reward_probe.PROBED", 8)  # samples that a reward is tried on
     few = TunedEvalConfig(samples=64, seeds=1, ode_steps=1)
-    tuning = importlib.import_module("metaflowmaps.commands.finetune")  # the package has a function of that name
-    monkeypatch.setattr(tuning, "TunedEvalConfig", lambda **settings: few)
+    monkeypatch.setattr(TuningSubject, "usual_judgement", lambda subject: few)
     monkeypatch.chdir(tmp_path)
     for label, wnid in enumerate(("n01440764", "n01443537")):
         folder = tmp_path / "imagenet" / "train" / wnid

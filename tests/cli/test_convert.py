@@ -139,4 +139,4 @@ def test_a_thousand_other_classes_keep_their_names():
 
 def test_run_refuses_what_tuning_cannot_use(command, tmp_path):
     code, _, err = command("run", "imagenet-xl2-finetune", "digits", "--set", "strength=abc")
-    assert (code, "give a number" in err, err.count("\n")) == (2, True, 1), err
+    assert (code, "strength" in err, err.count("\n")) == (2, True, 1), err

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,20 @@ from safetensors.torch import load_file
 from conftest import mfm_command as mfm
 from metaflowmaps import cli
 from metaflowmaps.checkpoint import writing
+from metaflowmaps.cli import evaluate
 from metaflowmaps.data import Mixture
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
+from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
 from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.sliced_w2 import Curves, curves
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.rewards import LinearGaussian
 from metaflowmaps.training.config import TrainConfig
-from metaflowmaps.training.objective import LabelledLaw
 from metaflowmaps.training.run import run_training
 from metaflowmaps.work.config import validated
 
@@ -55,6 +56,8 @@ QUIET = sets("meters.every=0")
 REWARDS = '''
 import torch
 import metaflowmaps as mfm
+from metaflowmaps.cli import evaluate
+from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
 
 def right(x):
     return x[:, 0]
@@ -103,7 +106,7 @@ def quick_judgement():
     """The last word on a model takes seconds: here it takes few samples. And fsync guards against power cuts alone."""
     with pytest.MonkeyPatch.context() as patched:
         few = TunedEvalConfig(samples=64, seeds=1, ode_steps=3)
-        patched.setattr(import_module("metaflowmaps.commands.finetune"), "TunedEvalConfig", lambda **_: few)
+        patched.setattr(TuningSubject, "usual_judgement", lambda subject: few)
         patched.setattr(ExactJudge, "REFERENCE", 2**12)
         patched.setattr(ExactJudge, "EXACT_SETS", 2)
         patched.setattr(os, "fsync", lambda descriptor: None)
@@ -175,7 +178,7 @@ BAD = {
     "rank too large": (sets("low_rank=8"), "lower it"),
     "negative rank": (sets("low_rank=-1"), "low_rank"),
     "no such file": (["--reward", "nowhere.py:f"], "no file nowhere.py"),
-    "no such function": (["--reward", ":nothing"], "has no nothing"),
+    "no such function": (["--reward", ":nothing"], "unknown name in"),
     "no function named": (["--reward", "rewards.py"], "name the function too"),
     "reward of another space": (["--reward", "mixture-16d"], "16 coordinates, the mixture has 2"),
     "constant reward": (["--reward", ":constant"], "check the reward"),
@@ -185,7 +188,7 @@ BAD = {
     "everything forbidden": (["--reward", ":forbidden"], "finite on none"),
     "reward of a wrong shape": (["--reward", ":wide"], "one number a sample"),
     "reward that is no function": (["--reward", ":number"], "a reward is a function"),
-    "data for a mixture": (sets("data=/tmp"), "leave it out"),
+    "data for a mixture": (sets("data=/tmp"), "give it as --data"),
     "resume from elsewhere": (["--resume", "/no/such"], "auto or none"),
     "no such device": (["--device", "tpu9"], "auto, cpu or cuda"),
     "output is a file": (["--out", __file__], "is a file"),
@@ -454,11 +457,12 @@ def test_the_tuned_map_is_a_map_like_any_other(capsys, tuned, tmp_path, monkeypa
     small = sets("contexts=2", "sets=2", "other_contexts=1", "times=[0.5]", "glass_steps=[1]", "map_steps=[1]")
     tiny = sets("states=8", "num_draws=4", "glass_steps=[1]", "map_steps=[1]", "times=[0.5]")
     laws = []
-    for module, name in (("judge", "posterior"), ("steering", "steering"), ("steering", "value")):
-        home = import_module(f"metaflowmaps.commands.{module}")
-        judge = getattr(home, f"evaluate_{name}")
+    for name in ("posterior", "steering", "value"):
+        judge = getattr(evaluate, f"evaluate_{name}")
         monkeypatch.setattr(
-            home, judge.__name__, lambda model, law, *rest, judge=judge: laws.append(law) or judge(model, law, *rest)
+            evaluate,
+            judge.__name__,
+            lambda model, law, *rest, judge=judge: laws.append(law) or judge(model, law, *rest),
         )
     for name, arguments in {
         "sample": ["sample", tuned, "--num", "64"],

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning import TuningSetup
 from metaflowmaps.finetuning.tuning_config import tuned_parts
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
+from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.work.choices import outside
 
@@ -64,7 +64,7 @@ def test_from_python_by_object_and_by_name(tmp_path):
 
 def test_from_the_command_line_and_into_the_report(tmp_path, capsys, monkeypatch):
     few = TunedEvalConfig(samples=64, seeds=1, ode_steps=3)
-    monkeypatch.setattr(import_module("metaflowmaps.commands.finetune"), "TunedEvalConfig", lambda **_: few)
+    monkeypatch.setattr(TuningSubject, "usual_judgement", lambda subject: few)
     small_map().save_pretrained(tmp_path / "base")
     (tmp_path / "rewards.py").write_text("def right(x):\n    return x[:, 0]\n")
     settings = [

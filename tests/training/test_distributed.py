@@ -433,7 +433,8 @@ def test_tuning_runs_in_one_process(monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     assert ranks.launched() == (0, 2, 0)
-    from metaflowmaps.commands import finetune
+    from metaflowmaps.cli.context import Context
+    from metaflowmaps.cli.finetune import Finetune, run
 
     with pytest.raises(InputError, match="mfm finetune runs in one process: start it without torchrun"):
-        finetune(None, None, Path("x"), "auto", "", print)
+        run(Finetune(checkpoint="digits"), Context())

@@ -11,7 +11,8 @@ class ListRecipes(Options):
 
 def run(config: ListRecipes, context: Context) -> str:
     """A line a recipe."""
-    from metaflowmaps.recipes import RECIPES, TASKS
+    from metaflowmaps.lab.imagenet_tasks import TASKS
+    from metaflowmaps.recipes import RECIPES
 
     every = {**RECIPES, **TASKS}.items()
     return "\n".join(f"{name:21s} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in every)

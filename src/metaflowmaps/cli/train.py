@@ -10,9 +10,11 @@ from pydantic import Field
 from metaflowmaps.checkpoint import load_classifier
 from metaflowmaps.cli.context import TRAINS, Argument, Context, Name, Options, Results
 from metaflowmaps.cli.results import Request
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
-from metaflowmaps.recipes import TASKS, recipe
+from metaflowmaps.lab.imagenet_tasks import TASKS
+from metaflowmaps.recipes import recipe
 from metaflowmaps.training.classifier import accuracy
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
 from metaflowmaps.training.distributed import check_division, told
@@ -44,10 +46,10 @@ class Train(Options):
 
 def run(config: Train, context: Context) -> Results:
     """Train a recipe; several ranks of torchrun are one run."""
-    if context.dry_run and config.recipe in TASKS:
-        from metaflowmaps.cli.run import RunTask, plan_task
-
-        return plan_task(RunTask(task=config.recipe, fast=config.fast, settings=config.settings), context)
+    if config.recipe in TASKS:
+        raise InputError(
+            f"{config.recipe} needs a map, and trains none from nothing: mfm run {config.recipe} CHECKPOINT"
+        )
     with ranks.session():
         resolved = ranks.together(
             lambda: resolve(recipe(config.recipe, config.fast, config.data), config.settings, context)

@@ -9,6 +9,7 @@ import torch
 from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
 from metaflowmaps.data import DataSource, read_examples, read_source
 from metaflowmaps.errors import InputError
+from metaflowmaps.finetuning.tuning_config import tuned_parts
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import codec_of, is_latent, names_of, stored
 from metaflowmaps.laws.mixture import GaussianMixture
@@ -35,9 +36,7 @@ class OpenedModel:
             needs_map: whether draws are wanted of it.
         """
         target, checkpoint = pick_device(device), resolve_checkpoint(name)
-        training = checkpoint.config.get("training", {})
-        only_drift = training.get("map") == "none" and training.get("method") != "draft"
-        if needs_map and checkpoint.tuned and only_drift:
+        if needs_map and checkpoint.tuned and not tuned_parts(checkpoint.config["training"])["map"]:
             raise InputError(
                 f"only the drift of {name} was tuned, its map belongs to no model: sample it with --method ode, "
                 "steer it with none, dps or tds, or tune again with --map distil"

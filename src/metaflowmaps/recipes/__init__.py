@@ -7,14 +7,8 @@ from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.recipes.digits import digits, digits_guide, digits_judge
 from metaflowmaps.recipes.gmm import gmm, gmm_from_data
 from metaflowmaps.recipes.imagenet import (
-    Task,
     imagenet_b2,
-    imagenet_fid,
-    imagenet_posterior,
-    imagenet_steer,
-    imagenet_value,
     imagenet_xl2,
-    imagenet_xl2_finetune,
     latents,
 )
 from metaflowmaps.recipes.images import images, images_guide, images_judge
@@ -42,22 +36,6 @@ RECIPES: dict[str, Callable[..., TrainConfig | ClassifierConfig]] = {
 }
 
 
-TASKS: dict[str, Callable[..., Task]] = {  # on a map: mfm run NAME CHECKPOINT
-    "imagenet-xl2-finetune": imagenet_xl2_finetune,
-    "imagenet-steer": imagenet_steer,
-    "imagenet-posterior": imagenet_posterior,
-    "imagenet-value": imagenet_value,
-    "imagenet-fid": imagenet_fid,
-}
-
-
-def task(name: str, fast: bool = False) -> Task:
-    """The task of that name."""
-    if name not in TASKS:
-        raise unknown("recipe to run on a map", name, TASKS)
-    return TASKS[name](fast=fast)
-
-
 def recipe(name: str, fast: bool = False, data: str | None = None) -> TrainConfig | ClassifierConfig:
     """The configuration of that name, on the files at ``data`` where it takes any.
 
@@ -71,10 +49,8 @@ def recipe(name: str, fast: bool = False, data: str | None = None) -> TrainConfi
 
 
 def _inside(name: str, fast: bool) -> TrainConfig | ClassifierConfig:
-    if name in TASKS:
-        raise InputError(f"{name} needs a map, and trains none from nothing: mfm run {name} CHECKPOINT")
     if name not in RECIPES:
-        raise unknown("recipe", name, (*RECIPES, *TASKS, "file.py:name"))
+        raise unknown("recipe", name, (*RECIPES, "file.py:name"))
     return RECIPES[name](fast=fast)
 
 

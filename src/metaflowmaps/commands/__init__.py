@@ -1,1 +1,0 @@
-"""Commands that are not yet of the command line's one shape."""
