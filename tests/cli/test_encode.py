@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import mfm_command as mfm
-from metaflowmaps.data.latents import Shards
+from metaflowmaps.data.latents import LatentShards
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.interop.autoencoder import AutoencoderCodec
 from tiny_codec import tiny_codec, tiny_vae
@@ -61,7 +61,7 @@ def test_encode_train_and_verify(capsys, pictures, vae, tmp_path):
     config = json.loads(printed)["config"]
     assert config["model"]["network"]["num_classes"] == 2
     # what is left of the spread about the mean image; rounded to four digits
-    bend = Shards(out).mean_image - result["metrics"]["mean"]
+    bend = LatentShards(out).mean_image - result["metrics"]["mean"]
     rest = (result["metrics"]["std"] ** 2 - float(bend.square().mean())) ** 0.5
     assert config["model"]["data_std"] == pytest.approx(rest, abs=1e-4)
 

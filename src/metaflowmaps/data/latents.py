@@ -42,7 +42,7 @@ class LatentSet:
     """Pictures at ``index`` of an encoded set; what is drawn of them is (n, C, h, w) float32."""
 
     name: str
-    shards: "Shards"
+    shards: "LatentShards"
     index: Tensor  # (k,) int64, places in the whole set
     top: float = math.inf  # what is drawn has no levels
 
@@ -110,7 +110,7 @@ class LatentSet:
         return torch.addcmul(mean, std, randn(tuple(mean.shape), generator))
 
 
-class Shards:
+class LatentShards:
     """All shards of a directory, mapped when they are first asked for."""
 
     def __init__(self, folder: Path) -> None:

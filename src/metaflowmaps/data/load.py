@@ -160,11 +160,11 @@ class Latents(ExampleSource):
 
     def read(self) -> Parts:
         """The latents, shuffled once."""
-        from metaflowmaps.data.latents import LatentSet, Shards
+        from metaflowmaps.data.latents import LatentSet, LatentShards
 
         if self.path is None:
             raise InputError("latents need their directory: --set data.path=DIR, as mfm encode-latents SOURCE wrote it")
-        shards = Shards(Path(self.path).expanduser())
+        shards = LatentShards(Path(self.path).expanduser())
         if len(shards) < 2:
             raise InputError(f"{self.path} holds {len(shards)} pictures, at least 2 are needed: encode more")
         if self.labels and not shards.class_names:

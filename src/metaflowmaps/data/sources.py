@@ -48,7 +48,7 @@ class Classes:
     names: tuple[str, ...] = ()
 
 
-class Source:
+class PictureSource:
     """Pictures in a fixed order, as the bytes of their files, with their classes.
 
     Args:
@@ -77,7 +77,7 @@ class BadPicture(InputError):
     """One picture that cannot be read."""
 
 
-def open_source(place: str, classes: str = "auto") -> Source:
+def open_source(place: str, classes: str = "auto") -> PictureSource:
     """The pictures at a folder, a tar, ``hf:owner/name[:split]`` or a dataset saved to disk.
 
     Args:
@@ -101,7 +101,7 @@ def open_source(place: str, classes: str = "auto") -> Source:
     return _tars(path, tars, classes) if tars and not folders else _folder(path, classes)
 
 
-def picture(source: Source, i: int, size: int) -> np.ndarray:
+def picture(source: PictureSource, i: int, size: int) -> np.ndarray:
     """Read and crop a picture.
 
     Args:
@@ -150,7 +150,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 # -- folders and tars ------------------------------------------------------------------------------------------------
 
 
-def _folder(path: Path, classes: str) -> Source:
+def _folder(path: Path, classes: str) -> PictureSource:
     """Picture files under a folder."""
     files = {}
     for folder, inside, names in os.walk(path, onerror=_refuse_folder, followlinks=True):
@@ -161,7 +161,9 @@ def _folder(path: Path, classes: str) -> Source:
                 files[name if base == "." else f"{base}/{name}"] = f"{folder}/{name}"
     kept = _for_training(path, list(files))
     ordered = [files[name] for name in kept]
-    return Source(kept, lambda i: ordered[i], lambda i: Path(ordered[i]).read_bytes(), _by_folder(path, kept, classes))
+    return PictureSource(
+        kept, lambda i: ordered[i], lambda i: Path(ordered[i]).read_bytes(), _by_folder(path, kept, classes)
+    )
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -182,7 +184,7 @@ class _Member(NamedTuple):
             return file.read(self.size)
 
 
-def _tars(path: Path, tars: list[Path], classes: str) -> Source:
+def _tars(path: Path, tars: list[Path], classes: str) -> PictureSource:
     """The pictures of uncompressed tar files, read in place."""
     found: dict[str, _Member] = {}
     for tar in tars:
@@ -192,7 +194,7 @@ def _tars(path: Path, tars: list[Path], classes: str) -> Source:
     members = [found[name] for name in kept]
     web = any(name.endswith(".cls") for name in found)
     known = _by_key(kept, found, classes) if web else _by_folder(path, kept, classes)
-    return Source(kept, lambda i: f"{members[i].tar}, member {kept[i]}", lambda i: members[i].read(), known)
+    return PictureSource(kept, lambda i: f"{members[i].tar}, member {kept[i]}", lambda i: members[i].read(), known)
 
 
 def _by_key(names: list[str], found: dict[str, _Member], classes: str) -> Classes:
@@ -242,7 +244,7 @@ def _inside(tar: Path, file: BinaryIO, start: int, size: int, prefix: str) -> It
 # -- datasets --------------------------------------------------------------------------------------------------------
 
 
-def _dataset(rows: Any, place: str, classes: str) -> Source:
+def _dataset(rows: Any, place: str, classes: str) -> PictureSource:
     """A dataset of the package ``datasets``: its picture column and its class column."""
     import datasets
 
@@ -270,7 +272,7 @@ def _dataset(rows: Any, place: str, classes: str) -> Source:
         data: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         return data
 
-    return Source([str(i) for i in range(len(rows))], lambda i: f"{place}, row {i}", read, known)
+    return PictureSource([str(i) for i in range(len(rows))], lambda i: f"{place}, row {i}", read, known)
 
 
 def _by_column(given: list[Any], kind: Any, what: str, classes: str) -> Classes:

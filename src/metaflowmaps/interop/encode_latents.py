@@ -21,12 +21,12 @@ from torch import Tensor
 
 from metaflowmaps._files import sweep, write_json
 from metaflowmaps.data.latents import ENCODING, INDEX, SCHEMA, SHARD, SIDES, is_whole, read_index
-from metaflowmaps.data.sources import BadPicture, Source, picture
+from metaflowmaps.data.sources import BadPicture, PictureSource, picture
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import Codec
 from metaflowmaps.random import stream
 from metaflowmaps.work.config import differences
-from metaflowmaps.work.shards import PLAN, Say, Shard, ShardFolder, Unfinished, Worker, discard, ranges, read_plan
+from metaflowmaps.work.shards import Say, Shard, ShardEntry, ShardFolder, Unfinished, Worker, discard, ranges, read_plan
 
 PREFIX = "latents-"
 
@@ -49,7 +49,7 @@ class Encoding:
 class Plan:
     """Which pictures, encoded how, to where."""
 
-    source: Source
+    source: PictureSource
     codec: Codec
     settings: Encoding
     out: Path
@@ -91,10 +91,10 @@ def encode(
     parts = ranges(len(chosen), size, PREFIX)
     _check_place(plan)
     sweep(plan.out)
-    if (plan.out / INDEX).exists() and not _reopen(plan, verify):
-        return read_index(plan.out)
     folder = plan.out / ENCODING
     shards = ShardFolder(folder, worker, (plan.out / INDEX).exists, say, product=plan.out)
+    if (plan.out / INDEX).exists() and not _reopen(plan, shards, verify):
+        return read_index(plan.out)
     shards.begin(list(parts), size, vars(plan.settings))
     if verify:
         _drop_damaged(shards)
@@ -214,7 +214,7 @@ def _check_place(plan: Plan) -> None:
         if (out / INDEX).exists():
             held = read_index(out)["settings"]
         elif begun is not None:
-            held = begun.get("settings", {})
+            held = begun.settings
         else:  # shards whose index was damaged and deleted are made again
             held = vars(plan.settings)
             own = (p.name for p in out.iterdir() if not p.name.startswith(".") and not SHARD.fullmatch(p.name))
@@ -237,20 +237,18 @@ def _named(difference: str) -> str:
     return {"source": "other pictures or classes", "vae": "another autoencoder"}.get(kind, difference)
 
 
-def _reopen(plan: Plan, verify: bool) -> bool:
+def _reopen(plan: Plan, shards: ShardFolder, verify: bool) -> bool:
     """Where a shard of a finished directory is missing or damaged, take the index apart into entries again."""
     entries = read_index(plan.out)["shards"]
     if all(is_whole(plan.out / entry["file"], entry, verify) for entry in entries):
         discard(plan.out / ENCODING)  # of a process that was killed after it wrote the index
         return False
-    folder = plan.out / ENCODING
-    folder.mkdir(exist_ok=True)
+    shards.folder.mkdir(exist_ok=True)
     names = [entry["file"].removesuffix(".safetensors") for entry in entries]
     for name, entry in zip(names, entries, strict=True):
         facts = {"rows": entry["examples"], "skipped": entry["skipped"], "span": [0.0, 0.0]}
-        write_json(folder / f"{name}.json", {"sha256": entry["sha256"], "bytes": entry["bytes"], "facts": facts})
-    size = plan.settings.shard_size
-    write_json(folder / PLAN, {"size": size, "names": names, "settings": vars(plan.settings)})
+        shards.vouch(name, ShardEntry(entry["sha256"], entry["bytes"], facts))
+    shards.begin(names, plan.settings.shard_size, vars(plan.settings))
     (plan.out / INDEX).unlink(missing_ok=True)
     return True
 
@@ -259,8 +257,8 @@ def _drop_damaged(shards: ShardFolder) -> None:
     """Withdraw the entries of shards whose hash is wrong."""
     for name in shards.names:
         entry = shards.entry(name)
-        if entry is not None and not is_whole(shards.tensors_of(name), entry, by_hash=True):
-            (shards.folder / f"{name}.json").unlink(missing_ok=True)
+        if entry is not None and not is_whole(shards.tensors_of(name), entry._asdict(), by_hash=True):
+            shards.vouch(name, None)
 
 
 def _index(plan: Plan, shards: ShardFolder, described: dict[str, Any]) -> dict[str, Any]:
@@ -269,9 +267,8 @@ def _index(plan: Plan, shards: ShardFolder, described: dict[str, Any]) -> dict[s
     for name in shards.names:
         entry = shards.entry(name)
         assert entry is not None, "work returns where all shards are there"
-        facts = entry["facts"]
-        held = {"file": f"{name}.safetensors", "examples": facts["rows"]}
-        entries.append({**held, "bytes": entry["bytes"], "sha256": entry["sha256"], "skipped": facts["skipped"]})
+        held = {"file": f"{name}.safetensors", "examples": entry.facts["rows"], "bytes": entry.bytes}
+        entries.append({**held, "sha256": entry.sha256, "skipped": entry.facts["skipped"]})
     if not any(entry["examples"] for entry in entries):
         first = shards.folder / f"{shards.names[0]}.json"
         raise InputError(f"none of the pictures could be read: see {first} for their names")

@@ -16,7 +16,6 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
 from metaflowmaps.interop.autoencoder import SD_VAE
 from metaflowmaps.interop.opening import DOCUMENT, is_latent
-from metaflowmaps.interop.pretrained.layout import Family
 
 VAE = "vae"  # the folder of an autoencoder beside its map
 FAMILIES = {  # what the map is, and under whose licence
@@ -33,9 +32,6 @@ FAMILIES = {  # what the map is, and under whose licence
         "that of the published weights (nyu-visionx/SiT-collections)",
     ),
 }
-
-
-Published = tuple[MetaFlowMap, Family, pretrained.Source, pretrained.Direction | None]
 
 
 class Wanted(NamedTuple):
@@ -69,7 +65,7 @@ class Shareable(NamedTuple):
         return not there
 
 
-def of_file(published: Published, config: Mapping[str, Any], wanted: Wanted) -> Shareable:
+def of_file(published: pretrained.Published, config: Mapping[str, Any], wanted: Wanted) -> Shareable:
     """What becomes of a published file.
 
     Args:

@@ -33,7 +33,7 @@ class Bar:
             self._progress.advance(self._task, by)
 
 
-class Step(Protocol):
+class StepReport(Protocol):
     """Where a run stands: a step of so many, the seconds until it, what was measured."""
 
     step: int
@@ -42,7 +42,7 @@ class Step(Protocol):
     metrics: Mapping[str, float]
 
 
-Report = Callable[[str, Any], None]  # the name of a stage, and its Step
+Report = Callable[[str, Any], None]  # the name of a stage, and its StepReport
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def training_progress(say: Callable[[str], None]) -> Iterator[Report]:
     with _progress(*columns) as progress:
         tasks: dict[str, Any] = {}
 
-        def report(stage: str, now: Step) -> None:
+        def report(stage: str, now: StepReport) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=now.steps, loss="–", rate=0.0)
             progress.update(tasks[stage], completed=now.step, loss=f"{now.metrics['loss']:.2e}", rate=_rate(now))
@@ -78,7 +78,7 @@ def training_progress(say: Callable[[str], None]) -> Iterator[Report]:
 def _plain(say: Callable[[str], None]) -> Report:
     shown: dict[str, int] = {}
 
-    def report(stage: str, now: Step) -> None:
+    def report(stage: str, now: StepReport) -> None:
         tenth = 10 * now.step // now.steps
         if shown.get(stage) == tenth:
             return
@@ -91,7 +91,7 @@ def _plain(say: Callable[[str], None]) -> Report:
     return report
 
 
-def _rate(now: Step) -> float:
+def _rate(now: StepReport) -> float:
     return now.step / now.seconds if now.seconds else 0.0
 
 

@@ -40,13 +40,30 @@ FOLDERS = ("shards", "cells")  # of samples, of an evaluation
 PLAN = "plan.json"
 SHARD_SIZE = 64  # samples, where work is shared and nobody says
 Say = Callable[[str], None]
+Facts = dict[str, Any]  # JSON
 
 
 class Shard(NamedTuple):
     """Tensors and, in JSON, what else is known of them."""
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    facts: Facts
+
+
+class ShardEntry(NamedTuple):
+    """What vouches for a shard on disk."""
+
+    sha256: str
+    bytes: int
+    facts: Facts
+
+
+class ShardPlan(NamedTuple):
+    """How work is cut: samples a shard, the names of all shards in order, and the settings that the plan is for."""
+
+    size: int
+    names: list[str]
+    settings: Facts
 
 
 @dataclass(frozen=True)
@@ -134,16 +151,16 @@ class ShardFolder:
         plan = read_plan(self.folder)
         if plan is None:
             return share.size or default
-        if share.size not in (None, plan["size"]):
+        if share.size not in (None, plan.size):
             raise InputError(
-                f"{self.folder} is cut into shards of {plan['size']}: leave --shard-size out, or choose another --out"
+                f"{self.folder} is cut into shards of {plan.size}: leave --shard-size out, or choose another --out"
             )
-        return int(plan["size"])
+        return plan.size
 
     def begin(self, names: Sequence[str], size: int, settings: Mapping[str, Any] | None = None) -> None:
         """Write the plan, with the settings that it is for, or find it written."""
         self.names = list(names)
-        wanted = {"size": size, "names": self.names, **({"settings": dict(settings)} if settings else {})}
+        wanted = ShardPlan(size, self.names, dict(settings or {}))
         alone = self.worker is None and len(self.names) == 1 and self._product is None
         self._in_memory = alone and read_plan(self.folder) is None
         if self._in_memory:
@@ -153,7 +170,7 @@ class ShardFolder:
         with locked(self.folder / "plan.lock"):
             held = read_plan(self.folder)
             if held is None:
-                write_json(self.folder / PLAN, wanted)
+                write_json(self.folder / PLAN, wanted._asdict())
             elif held != wanted:
                 raise InputError(
                     f"{self.folder} is cut in another way: leave --shard-size out, or choose another --out"
@@ -196,7 +213,7 @@ class ShardFolder:
         """Is a shard there, by its entry and its size? Its hash is looked at when it is read."""
         entry = self.entry(name)
         with suppress(FileNotFoundError):
-            return entry is not None and self.tensors_of(name).stat().st_size == entry["bytes"]
+            return entry is not None and self.tensors_of(name).stat().st_size == entry.bytes
         return False
 
     def read(self, name: str) -> Shard | None:
@@ -207,17 +224,23 @@ class ShardFolder:
         if entry is not None:
             with suppress(FileNotFoundError):
                 data = self.tensors_of(name).read_bytes()
-                if sha256(data).hexdigest() == entry["sha256"]:
-                    return Shard(load(data), entry["facts"])
+                if sha256(data).hexdigest() == entry.sha256:
+                    return Shard(load(data), entry.facts)
         return None
 
-    def entry(self, name: str) -> dict[str, Any] | None:
-        """What is known of a shard on disk: {"sha256", "bytes", "facts"}; None where it is not there."""
-        with suppress(FileNotFoundError, ValueError):
-            entry = json.loads((self.folder / f"{name}.json").read_bytes())
-            if isinstance(entry, dict) and {"sha256", "bytes", "facts"} <= entry.keys():
-                return entry
+    def entry(self, name: str) -> ShardEntry | None:
+        """What is known of a shard on disk; None where it is not there."""
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            return ShardEntry(**json.loads((self.folder / f"{name}.json").read_bytes()))
         return None
+
+    def vouch(self, name: str, entry: ShardEntry | None) -> None:
+        """Write what is known of a shard, or withdraw it."""
+        file = self.folder / f"{name}.json"
+        if entry is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_json(file, entry._asdict())
 
     def tensors_of(self, name: str) -> Path:
         """Where its tensors are."""
@@ -238,11 +261,11 @@ class ShardFolder:
             os.close(self._merging)
             self._merging = None
 
-    def _facts(self, name: str) -> dict[str, Any] | None:
+    def _facts(self, name: str) -> Facts | None:
         if name in self._kept:
             return self._kept[name].facts
         entry = self.entry(name)
-        return None if entry is None else entry["facts"]
+        return None if entry is None else entry.facts
 
     def _make(self, name: str, make: Callable[[str], Shard], wait: bool) -> bool:
         """Make a shard unless it is there by now; False where another process is at it."""
@@ -253,12 +276,11 @@ class ShardFolder:
                 return True
             if self.tensors_of(name).exists():
                 self.say(f"{self.tensors_of(name)} is damaged: making it again")
-                (self.folder / f"{name}.json").unlink(missing_ok=True)  # it must not come to vouch for other bytes
+                self.vouch(name, None)  # its entry must not come to vouch for other bytes
             shard = self._make_one(name, make)
             data = save(shard.tensors)
             write_whole(self.tensors_of(name), data)
-            entry = {"sha256": sha256(data).hexdigest(), "bytes": len(data), "facts": shard.facts}
-            write_json(self.folder / f"{name}.json", entry)
+            self.vouch(name, ShardEntry(sha256(data).hexdigest(), len(data), shard.facts))
             if len(self.names) > 1:
                 self.say(f"{name} is made: {sum(map(self.has, self.names))} of {len(self.names)} are there")
         return True
@@ -312,12 +334,11 @@ def joined(shards: Sequence[Shard]) -> dict[str, Tensor]:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_plan(folder: Path) -> dict[str, Any] | None:
-    """{"size", "names", "settings"}; None where nothing was begun."""
+def read_plan(folder: Path) -> ShardPlan | None:
+    """The plan of a folder; None where nothing was begun."""
     with suppress(FileNotFoundError):
         try:
-            plan: dict[str, Any] = json.loads((folder / PLAN).read_bytes())
-            return {**plan, "size": int(plan["size"]), "names": [str(name) for name in plan["names"]]}
+            return ShardPlan(**{"settings": {}, **json.loads((folder / PLAN).read_bytes())})
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{folder / PLAN} is damaged: remove {folder} and run the command again") from None
     return None

@@ -15,7 +15,7 @@ from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.pretrained.direction import Direction, time_direction
 from metaflowmaps.interop.pretrained.dmf import DMF
-from metaflowmaps.interop.pretrained.files import HUB_FILES, SUFFIXES, Source, holds_weights, read_weights
+from metaflowmaps.interop.pretrained.files import HUB_FILES, SUFFIXES, WeightsOrigin, holds_weights, read_weights
 from metaflowmaps.interop.pretrained.layout import (
     OVERRIDES,
     Family,
@@ -38,7 +38,7 @@ __all__ = [
     "SUFFIXES",
     "Direction",
     "Published",
-    "Source",
+    "WeightsOrigin",
     "holds_weights",
     "load",
     "load_with_source",
@@ -54,7 +54,7 @@ class Published(NamedTuple):
 
     model: MetaFlowMap
     family: Family
-    source: Source
+    source: WeightsOrigin
     direction: Direction | None
 
 

@@ -26,7 +26,7 @@ NESTED = ("ema", "model_ema", "state_dict", "model", "module", "net")  # the ave
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.", "net.", "dit.")
 
 
-class Source(NamedTuple):
+class WeightsOrigin(NamedTuple):
     """Where weights were read from, as a model card says it; of a local file, what it holds."""
 
     name: str
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     sha256: str | None = None
 
 
-def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[str, Tensor], Source]:
+def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[str, Tensor], WeightsOrigin]:
     """The tensors of a file, of the one weights file in a folder, or of ``owner/name[/file][@revision]`` on the hub."""
     local, source = Path(path).expanduser(), None
     if not local.exists():
@@ -44,7 +44,7 @@ def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[st
     if local.suffix not in SUFFIXES:
         raise InputError(f"{local}: weights are read from {', '.join(SUFFIXES)}, not from {local.suffix or 'this'}")
     weights = bare(_unwrapped(_tensors(local), local), local)
-    return weights, source or Source(Path(path).expanduser().absolute().name, None, _sha256(local))
+    return weights, source or WeightsOrigin(Path(path).expanduser().absolute().name, None, _sha256(local))
 
 
 def holds_weights(folder: Path) -> bool:
@@ -122,7 +122,7 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, Source]:
+def _download(name: str, revision: str | None) -> tuple[Path, WeightsOrigin]:
     match = HUB_FILE.fullmatch(name)
     if match is None or (Path(name).suffix in SUFFIXES and name.count("/") < 2):
         raise InputError(f"{name}: no such file; give one, or owner/name/file@revision on the hub")
@@ -145,4 +145,4 @@ def _download(name: str, revision: str | None) -> tuple[Path, Source]:
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{name}: no such file, and not on the hub ({line}): check the spelling") from error
-    return Path(local), Source(f"{repo}/{file}", info.sha)
+    return Path(local), WeightsOrigin(f"{repo}/{file}", info.sha)
