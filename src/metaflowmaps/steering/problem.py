@@ -48,11 +48,20 @@ class SteeringProblem:
         self.cond: Cond = None
         self.seeds = torch.empty(0, dtype=torch.int64)
         self._streams: dict[tuple[str | float, ...], RowNoise] = {}
+        self._made: dict[str, float] = {}
 
     def begin(self, seeds: Tensor, cond: Cond) -> None:
         """A new batch: the seeds of its samples or whole particle systems, and its conditions."""
         self.seeds, self.cond = seeds.to(self.device), cond
         self._streams = {}
+
+    def once(self, name: str, make: Callable[[], float]) -> float:
+        """A number that is made once for all batches, or where there are conditions for each."""
+        if self.cond is not None:
+            return make()
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def stream(self, *name: str | float, rows: int | None = None) -> RowNoise:
         """The noise of one purpose, for each row of state, or without ``rows`` for each seed.

@@ -2,8 +2,8 @@ r"""Rejection: one-step samples of the base model, accepted with probability e^{
 
 Exact where r ≤ bound: what is accepted has the law p_1 e^r, and a sample costs e^{bound}/E[e^r] calls on average. A
 bound that is **given** is held to: a reward above it is an error that says so. One that is **learned** is the largest
-reward of a pilot pool, raised whenever a larger one is met; what was accepted before then is slightly too uniform,
-which is the risk.
+reward of a pilot pool, which each sample raises by what it meets itself; where the pool has missed the largest rewards,
+what is accepted is too uniform, which is the risk. With conditions the pool is made under those of the batch.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Accepted(NamedTuple):
 
     x: Tensor
     proposals: Tensor  # (rows,)
-    bound: float
+    bound: Tensor  # (rows,)
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class Rejection(Method):
 
     def start(self, problem: SteeringProblem, x: Tensor) -> Accepted:
         """Noise of the first proposals, and the bound."""
-        return Accepted(x, x.new_ones(len(x)), self._pilot_bound(problem) if self.bound is None else float(self.bound))
+        bound = self.bound if self.bound is not None else problem.once("pilot", lambda: self._pilot_bound(problem))
+        return Accepted(x, x.new_ones(len(x)), torch.full((len(x),), bound, dtype=torch.float64, device=x.device))
 
     def step(
         self, problem: SteeringProblem, process: Process, state: Accepted, t: float, u: float
     ) -> tuple[Accepted, Info]:
         """Propose for the rows that have no sample yet, until all have one."""
-        propose, bound = OneStep(problem), state.bound
+        propose, bound = OneStep(problem), state.bound.clone()
         everyone = len(state.x)
         proposals = torch.zeros(everyone, dtype=torch.float64, device=state.x.device)
         samples, waiting = torch.zeros_like(state.x), torch.ones(everyone, dtype=torch.bool, device=state.x.device)
@@ -75,13 +76,13 @@ class Rejection(Method):
             rows = waiting.nonzero()[:, 0]
             x = propose.samples_of(noise, rows)
             r = problem.reward(x, propose.cond_of(rows, everyone)).double()
-            bound = self._checked(r, bound)
+            bound[rows] = self._raised(r, bound[rows])
             proposals[rows] += 1
-            kept = coin[rows].log() < r - bound
+            kept = coin[rows].log() < r - bound[rows]
             samples[rows[kept]] = x[kept].to(samples.dtype)
             waiting[rows[kept]] = False
             if not bool(waiting.any()):
-                info = {"proposals": proposals, "bound": torch.full_like(proposals, bound)}
+                info = {"proposals": proposals, "bound": bound}
                 return Accepted(samples, proposals, bound), info
             noise = problem.noise("propose", everyone)
         raise InputError(
@@ -93,13 +94,13 @@ class Rejection(Method):
         """What was accepted."""
         return state.x, {}
 
-    def _checked(self, r: Tensor, bound: float) -> float:
-        largest = float(r.max()) if len(r) else bound
+    def _raised(self, r: Tensor, bound: Tensor) -> Tensor:
         if self.bound is None:
-            return max(bound, largest)
-        if largest > bound + 1e-6 * max(1.0, abs(bound)):  # rounding of the reward's dtype
+            return torch.maximum(bound, r)
+        largest = float(r.max())
+        if largest > self.bound + 1e-6 * max(1.0, abs(self.bound)):  # rounding of the reward's dtype
             raise InputError(
-                f"a reward of {largest:g} is above bound={bound:g}: give a larger bound, or none to learn it"
+                f"a reward of {largest:g} is above bound={self.bound:g}: give a larger bound, or none to learn it"
             )
         return bound
 
