@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
 
 STALE_SECONDS = 3600.0  # after which a file that is half written belongs to nobody: writing one takes a few
@@ -63,8 +64,6 @@ def write_json(path: Path, value: Any, *, replace: bool = True) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
-    from safetensors.torch import save
-
     # to bytes first: writing them here gives an OSError, which callers know how to report
     write_whole(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
 

@@ -214,10 +214,10 @@ def export_run(path_or_hub_id: str | FilePath, out: str | FilePath, notes: Mappi
 
     They are stored in float16 (an error of 5e-4 of a weight) and become float32 again when loaded.
     """
-    found = resolve_checkpoint(path_or_hub_id)
-    stored = found.tensors(EMA if found.has(EMA) else MODEL)
+    checkpoint = resolve_checkpoint(path_or_hub_id)
+    stored = checkpoint.tensors(EMA if checkpoint.has(EMA) else MODEL)
     weights = {name: value.half() if value.is_floating_point() else value for name, value in stored.items()}
-    write_checkpoint(out, {MODEL: weights}, {CONFIG: {**found.config, **notes, "dtype": "float32"}})
+    write_checkpoint(out, {MODEL: weights}, {CONFIG: {**checkpoint.config, **notes, "dtype": "float32"}})
 
 
 def _misfit(model: nn.Module, stored: Mapping[str, Tensor]) -> str:

@@ -183,12 +183,12 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(FilePath(self.path) / INDEX, "rb") as stream:
             try:
-                found = _Indices(stream).load()
+                metadata = _Indices(stream).load()
             except Exception as error:
                 raise CheckpointError(FilePath(self.path) / INDEX, f"is not an index of shards: {INSTEAD}") from error
-        if not isinstance(found, Metadata):
+        if not isinstance(metadata, Metadata):
             raise CheckpointError(FilePath(self.path) / INDEX, f"is not an index of shards: {INSTEAD}")
-        return found
+        return metadata
 
 
 class _Verified(FileSystem):

@@ -7,8 +7,8 @@ FOLDER = Path(__file__).parents[1] / "shipped"
 
 def shipped(name: str) -> Path | None:
     """The checkpoint of that name, if the package carries one."""
-    found = FOLDER / name
-    return found if "/" not in name and (found / "manifest.json").is_file() else None
+    folder = FOLDER / name
+    return folder if "/" not in name and (folder / "manifest.json").is_file() else None
 
 
 def names() -> list[str]:

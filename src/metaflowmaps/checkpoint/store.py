@@ -66,8 +66,8 @@ class CheckpointStore:
             return self.latest_valid()
 
         def look() -> tuple[FilePath | None, list[str]]:
-            found, skipped = self.latest_valid()
-            return (None if found is None else found.path), skipped
+            newest, skipped = self.latest_valid()
+            return (None if newest is None else newest.path), skipped
 
         path, skipped = ranks.first(look)
         return (None if path is None else ranks.together(lambda: read_checkpoint(path, known_good=True))), skipped

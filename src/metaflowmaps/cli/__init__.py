@@ -35,7 +35,7 @@ def _run() -> tuple[int, int]:
 
     from metaflowmaps.cli.app import main as commands
     from metaflowmaps.cli.context import complain, say
-    from metaflowmaps.work.ranks import launched, told_elsewhere
+    from metaflowmaps.work.ranks import launched, reported_by_first_rank
 
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     ranks = launched().size
@@ -51,7 +51,7 @@ def _run() -> tuple[int, int]:
         say(f"error: {' '.join(error.format_message().split())} (see {where} --help)")
         return 2, ranks
     except InputError as error:
-        if not told_elsewhere(error):
+        if not reported_by_first_rank(error):
             complain(f"error: {error}")
         return 1 if _disk_full(error.__cause__) else 2, ranks
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def _failed(error: Exception) -> int:
     """The exit code of what else may end a command, with its line; what nobody foresaw is raised."""
     from metaflowmaps.cli.context import Failed, say
     from metaflowmaps.training.loop import Interrupted, NonFiniteLoss
-    from metaflowmaps.work.ranks import told_elsewhere
+    from metaflowmaps.work.ranks import reported_by_first_rank
 
     if isinstance(error, Interrupted):
         say(str(error))
@@ -84,6 +84,6 @@ def _failed(error: Exception) -> int:
     if _disk_full(error):
         say("error: no space left on the device: free some and run the same command again; checkpoints are intact")
         return 1
-    if told_elsewhere(error):
+    if reported_by_first_rank(error):
         return 1
     raise error

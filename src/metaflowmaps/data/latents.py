@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
@@ -167,8 +168,6 @@ class LatentShards:
         return self._mapped[k]
 
     def _map(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        from safetensors import safe_open
-
         file, shape = self.folder / entry["file"], (entry["examples"], *self.event_shape)
         wanted = {name: (torch.float16, shape) for side in SIDES[: 1 + self.flips] for name in side}
         wanted |= dict.fromkeys(("sum", "square"), (torch.float64, self.event_shape))

@@ -16,31 +16,34 @@ from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec
 DOCUMENT = "pipeline.json"
 
 
-def stored(found: Checkpoint | None) -> dict[str, Any]:
+def stored(checkpoint: Checkpoint | None) -> dict[str, Any]:
     """pipeline.json of a checkpoint that has one."""
-    return dict(found.document(DOCUMENT)) if found is not None and found.has(DOCUMENT) else {}
+    return dict(checkpoint.document(DOCUMENT)) if checkpoint is not None and checkpoint.has(DOCUMENT) else {}
 
 
-def names_of(model: MetaFlowMap, found: Checkpoint | None) -> tuple[str, ...]:
+def names_of(model: MetaFlowMap, checkpoint: Checkpoint | None) -> tuple[str, ...]:
     """The names of a map's classes: those that its checkpoint holds, ImageNet's for a thousand of them."""
-    names = stored(found).get("class_names")
+    names = stored(checkpoint).get("class_names")
     if names == "imagenet" or (not names and int(getattr(model.network, "num_classes", 0)) == 1000):
         return imagenet.class_names()
     return tuple(names or ())
 
 
 def codec_of(
-    model: MetaFlowMap, found: Checkpoint | None, vae: str | FilePath | AutoencoderCodec | None = None, **options: Any
+    model: MetaFlowMap,
+    checkpoint: Checkpoint | None,
+    vae: str | FilePath | AutoencoderCodec | None = None,
+    **options: Any,
 ) -> AutoencoderCodec | None:
     """The autoencoder of a map: as told, as its checkpoint names it, or the usual one of latents; None for pixels."""
     if isinstance(vae, AutoencoderCodec):
         return vae
-    known = stored(found)
+    known = stored(checkpoint)
     place = vae or known.get("vae") or (SD_VAE if is_latent(model) else None)
     if place is None:
         return None
-    if vae is None and found is not None and (found.path / place).is_dir():
-        place = found.path / place
+    if vae is None and checkpoint is not None and (checkpoint.path / place).is_dir():
+        place = checkpoint.path / place
     return AutoencoderCodec.from_pretrained(place, **options)
 
 

@@ -100,9 +100,9 @@ def of_file(published: pretrained.Published, config: Mapping[str, Any], wanted: 
 
 def of_run(run: str, wanted: Wanted) -> Shareable:
     """A run of ours: its averaged weights, and what its data say of the autoencoder and the classes."""
-    found, (vae, guidance) = resolve_checkpoint(run), wanted
-    model, training = MetaFlowMap.from_pretrained(run), found.config.get("training", {})
-    stored = found.document(DOCUMENT) if found.has(DOCUMENT) else {}
+    checkpoint, (vae, guidance) = resolve_checkpoint(run), wanted
+    model, training = MetaFlowMap.from_pretrained(run), checkpoint.config.get("training", {})
+    stored = checkpoint.document(DOCUMENT) if checkpoint.has(DOCUMENT) else {}
     data, names = read_examples(training), stored.get("class_names") or ()
     if isinstance(data, Latents) and data.path and (Path(data.path).expanduser() / INDEX).exists():
         index = read_index(Path(data.path).expanduser())
@@ -110,17 +110,17 @@ def of_run(run: str, wanted: Wanted) -> Shareable:
     _check_guidance(guidance, getattr(getattr(model.network, "config", None), "guidance", False))
     if guidance is None:
         guidance = stored.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
-    own = found.path / str(stored.get("vae"))
+    own = checkpoint.path / str(stored.get("vae"))
     folder, vae = _autoencoder(vae or (str(own) if own.is_dir() else stored.get("vae")))
     document = _document(model, names, vae, guidance if guidance != 1 else None)
     asked: dict[str, Any] = {
         "file": Path(run).resolve().name,
-        "revision": found.digest[:16],
+        "revision": checkpoint.digest[:16],
         "family": "ours",
         "config": {},
     }
     recipe, position = training.get("recipe", "a checkpoint"), "position.json"
-    steps = f" at step {found.document(position)['step']:,}" if found.has(position) else ""
+    steps = f" at step {checkpoint.document(position)['step']:,}" if checkpoint.has(position) else ""
     how = f"Exported on {date.today().isoformat()} from a run of `{recipe}`{steps}: its averaged weights."
     what = "A meta flow map: one-step draws from every posterior p(x_1 | x_t)."
     return Shareable(
@@ -154,20 +154,20 @@ def _autoencoder(vae: str | None) -> tuple[Path | None, str | None]:
     return folder, VAE
 
 
-def _beside(out: Path, found: Shareable) -> None:
+def _beside(out: Path, shareable: Shareable) -> None:
     """The card, and the files of an autoencoder of this machine; what is there already stays."""
-    if found.vae is not None and not (out / VAE).exists():
+    if shareable.vae is not None and not (out / VAE).exists():
         staging = out / f".tmp-{VAE}"
         shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
         try:
             staging.mkdir()
-            for file in (found.vae / "config.json", *sorted(found.vae.glob("*.safetensors*"))):
+            for file in (shareable.vae / "config.json", *sorted(shareable.vae.glob("*.safetensors*"))):
                 shutil.copyfile(file, staging / file.name)
             staging.rename(out / VAE)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if not (out / "README.md").exists():
-        write_whole(out / "README.md", found.card.encode())
+        write_whole(out / "README.md", shareable.card.encode())
 
 
 def _document(model: MetaFlowMap, names: Sequence[str], vae: str | None, guidance: float | None) -> dict[str, Any]:
@@ -182,16 +182,16 @@ def _document(model: MetaFlowMap, names: Sequence[str], vae: str | None, guidanc
     return document
 
 
-def _refuse_another(out: Path, found: Shareable) -> None:
+def _refuse_another(out: Path, shareable: Shareable) -> None:
     """Is what lies in ``out`` the same conversion? Anything else is refused and left as it is."""
     try:
         there = resolve_checkpoint(str(out))
     except CheckpointError as error:
         raise InputError(f"--out {out} holds other files ({error.problem}): choose another directory") from None
     held = there.config.get("origin")
-    if held is None or any(held.get(key) != value for key, value in found.asked.items()):
+    if held is None or any(held.get(key) != value for key, value in shareable.asked.items()):
         raise InputError(f"--out {out} holds another checkpoint: choose another directory")
-    if not there.has(DOCUMENT) or there.document(DOCUMENT) != found.document:
+    if not there.has(DOCUMENT) or there.document(DOCUMENT) != shareable.document:
         raise InputError(
             f"--out {out} holds this conversion with another autoencoder, guidance or names: choose another directory"
         )

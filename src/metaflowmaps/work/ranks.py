@@ -166,7 +166,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def told_elsewhere(error: BaseException) -> bool:
+def reported_by_first_rank(error: BaseException) -> bool:
     """Whether the first rank reports this error, so that this one need not."""
     return launched().rank > 0 and getattr(error, "raised_by_all_ranks", False)
 
