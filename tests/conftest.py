@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,9 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
 F64 = torch.float64
+TINY = ["--set", "model.network.width=16", "--set", "model.network.depth=2", "--set", "batch_size=32"]
+TINY += ["--set", "checkpoint_every=20", "--set", "log_every=5", "--set", "threads=1"]
+TINY_RUN = [*TINY, "--max-steps", "40"]
 PATHS = {"linear": mfm.LinearPath(), "trigonometric": mfm.TrigonometricPath()}
 
 
@@ -39,19 +41,30 @@ def interop_files() -> Path:
     return Path(__file__).parent / "interop" / "fixtures"
 
 
-def mfm_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """``mfm`` in this process: exit code, stdout, stderr."""
+def mfm_in_process(*arguments: object) -> int:
+    """``mfm`` in this process: its exit code."""
     from metaflowmaps import cli
 
-    before = sys.argv
-    sys.argv = ["mfm", *map(str, arguments)]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mfm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-    finally:
-        sys.argv = before
+    return int(ended.value.code or 0)
+
+
+def mfm_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """``mfm`` in this process: exit code, stdout, stderr."""
+    code = mfm_in_process(*arguments)
     out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
+    return code, out, err
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny finished training run in the plane, made once a worker: leave it as it is."""
+    out = tmp_path_factory.mktemp("gmm") / "run"
+    assert mfm_in_process("train", "gmm", *TINY_RUN, "--out", out) == 0
+    return out
 
 
 @pytest.fixture

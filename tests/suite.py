@@ -40,6 +40,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ[DEVICES] = _given
 
 
+# -- long files first: the last ones to begin are then short -----------------------------------------------------------
+
+LONG = ("test_distributed.py", "test_readme.py", "test_sharding.py", "test_rehearsal.py", "test_dit_scale.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take files in this order, with ``--no-loadscope-reorder``."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.rehearsal import CLASSES, SIZES, Rehearsal
 from PIL import Image
 
-from metaflowmaps import cli
+from conftest import mfm_in_process
 from metaflowmaps.checkpoint import resolve_checkpoint
 
 
@@ -19,10 +19,7 @@ class InOneProcess(Rehearsal):
         began = time.perf_counter()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.out)
-            patch.setattr("sys.argv", ["mfm", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        assert not ended.value.code
+            assert mfm_in_process(*arguments) == 0
         self.note(shlex.join(["mfm", *map(str, arguments)]), began)
 
 

@@ -14,23 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import TINY
 from conftest import mfm_command as mfm
-
-TINY = ["--set", "model.network.width=16", "--set", "model.network.depth=2", "--set", "batch_size=32"]
-TINY += ["--set", "checkpoint_every=20", "--set", "log_every=5", "--set", "threads=1"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A tiny finished training run."""
-    out = tmp_path_factory.mktemp("cli") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "metaflowmaps.cli", "train", "gmm", *TINY, "--max-steps", "40", "--out", str(out)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return out
-
 
 BAD = {
     "no such command": (["trian"], "train"),

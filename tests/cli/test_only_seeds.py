@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_main import run  # noqa: F401  (a fixture)
 
 from conftest import mfm_command as mfm
 
@@ -26,7 +25,7 @@ def made(capsys, out, command, checkpoint, *arguments):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_chosen_samples_are_made_again(capsys, run, tmp_path, name):  # noqa: F811
+def test_chosen_samples_are_made_again(capsys, run, tmp_path, name):
     command, *options = CASES[name]
     whole, results = made(capsys, tmp_path / "all", command, run, *options, "--num", "20", "--seed", "3")
     assert whole["seeds"].shape == (20,)
@@ -47,7 +46,7 @@ def test_chosen_samples_are_made_again(capsys, run, tmp_path, name):  # noqa: F8
     torch.testing.assert_close(few["samples"], whole["samples"][:7], **CLOSE)
 
 
-def test_particle_systems_are_made_again_whole(capsys, run, tmp_path):  # noqa: F811
+def test_particle_systems_are_made_again_whole(capsys, run, tmp_path):
     options = [*STEER, "mfm-smc", "--set", "method.particles=4"]
     whole, _ = made(capsys, tmp_path / "all", "steer", run, *options, "--num", "12")
     seeds = whole["seeds"][:3]  # row m·S + s: one a system
@@ -61,7 +60,7 @@ def test_particle_systems_are_made_again_whole(capsys, run, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("command", ["sample", "steer"])
-def test_bad_seeds_are_one_line(capsys, run, tmp_path, command):  # noqa: F811
+def test_bad_seeds_are_one_line(capsys, run, tmp_path, command):
     for arguments, says in (
         (["--only", "first"], "--only"),
         (["--only", "-1"], "--only"),
@@ -74,7 +73,7 @@ def test_bad_seeds_are_one_line(capsys, run, tmp_path, command):  # noqa: F811
     assert not (tmp_path / "x").exists()
 
 
-def test_chosen_posterior_draws_are_made_again(capsys, run, tmp_path):  # noqa: F811
+def test_chosen_posterior_draws_are_made_again(capsys, run, tmp_path):
     options = ["--t", "0.4", "--seed", "3"]  # the noisy state is the seed's
     code, _, err = mfm(capsys, "posterior", run, *options, "--num-draws", "20", "--out", tmp_path / "all")
     assert code == 0, err

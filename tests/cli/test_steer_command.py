@@ -8,7 +8,6 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from test_main import run  # noqa: F401  (a fixture)
 
 import metaflowmaps
 from conftest import mfm_command as mfm
@@ -33,7 +32,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD)
-def test_bad_usage_is_one_line_and_nothing_is_begun(capsys, run, tmp_path, monkeypatch, arguments, says):  # noqa: F811
+def test_bad_usage_is_one_line_and_nothing_is_begun(capsys, run, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     code, out, err = mfm(capsys, "steer", run, *arguments, "--out", tmp_path / "s")
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -41,7 +40,7 @@ def test_bad_usage_is_one_line_and_nothing_is_begun(capsys, run, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_steer_keeps_samples_rewards_costs_and_pictures(capsys, run, tmp_path):  # noqa: F811
+def test_steer_keeps_samples_rewards_costs_and_pictures(capsys, run, tmp_path):
     out = tmp_path / "s"
     code, text, _ = mfm(capsys, "steer", run, *QUICK, "--method", "mfm-gf", "--out", out, "--json")
     assert code == 0
@@ -61,7 +60,7 @@ def test_steer_keeps_samples_rewards_costs_and_pictures(capsys, run, tmp_path): 
     assert (code, "another run" in err) == (2, True)
 
 
-def test_strength_multiplies_and_zero_is_no_steering(capsys, run, tmp_path):  # noqa: F811
+def test_strength_multiplies_and_zero_is_no_steering(capsys, run, tmp_path):
     for name, arguments in {
         "zero": ["--method", "mfm-gf", "--strength", "0"],
         "none": ["--method", "none"],
@@ -73,7 +72,7 @@ def test_strength_multiplies_and_zero_is_no_steering(capsys, run, tmp_path):  # 
     assert bool((one != none).any())
 
 
-def test_a_reward_of_your_own(capsys, run, tmp_path):  # noqa: F811
+def test_a_reward_of_your_own(capsys, run, tmp_path):
     (tmp_path / "mine.py").write_text("def right(x):\n    return 3 * x[:, 0]\n\ndef broken(x):\n    return x\n")
     code, text, err = mfm(
         capsys, "steer", run, *QUICK, "--reward", f"{tmp_path}/mine.py:right", "--out", tmp_path / "r", "--json"
@@ -89,7 +88,7 @@ def test_a_reward_of_your_own(capsys, run, tmp_path):  # noqa: F811
     assert (code, "ModuleNotFoundError" in err, err.count("\n")) == (2, True, 1)
 
 
-def test_a_reward_that_fails_late_keeps_the_finished_samples(capsys, run, tmp_path):  # noqa: F811
+def test_a_reward_that_fails_late_keeps_the_finished_samples(capsys, run, tmp_path):
     (tmp_path / "late.py").write_text(
         "calls = [0]\ndef f(x):\n    calls[0] += 1\n    return x[:, 0] * (float('nan') if calls[0] > 5 else 1)\n"
     )
@@ -102,7 +101,7 @@ def test_a_reward_that_fails_late_keeps_the_finished_samples(capsys, run, tmp_pa
     assert load_file(tmp_path / "f" / "samples.safetensors")["samples"].shape == (32, 2)
 
 
-def test_ctrl_c_keeps_finished_samples(run, tmp_path):  # noqa: F811
+def test_ctrl_c_keeps_finished_samples(run, tmp_path):
     out = tmp_path / "long"
     process = subprocess.Popen(
         [sys.executable, "-m", "metaflowmaps.cli", "steer", str(run), "--num", "100000", "--steps", "3",
@@ -124,7 +123,7 @@ def test_ctrl_c_keeps_finished_samples(run, tmp_path):  # noqa: F811
     assert not (out / "results.json").exists()  # it is not complete: the same command begins again
 
 
-def test_eval_steering_has_the_agreed_keys(capsys, run, tmp_path):  # noqa: F811
+def test_eval_steering_has_the_agreed_keys(capsys, run, tmp_path):
     settings = ["steps=3", "seeds=2", "num_draws=[2]", 'methods=["none","mfm-gf","mfm-smc","tds","mfm-search","exact"]']
     arguments = [part for s in settings for part in ("--set", s)]
     code, text, err = mfm(
@@ -159,7 +158,7 @@ def test_eval_steering_takes_the_exact_mixture_and_leaves_gradients_out(capsys, 
     assert "leaving mfm-g out" in err
 
 
-def test_eval_steering_refuses_what_does_not_fit(capsys, run, tmp_path):  # noqa: F811
+def test_eval_steering_refuses_what_does_not_fit(capsys, run, tmp_path):
     for arguments, says in (
         (["--task", "mixture-16d"], "another law"),
         (["--task", "gmm-invers"], "did you mean 'gmm-inverse"),
@@ -172,7 +171,7 @@ def test_eval_steering_refuses_what_does_not_fit(capsys, run, tmp_path):  # noqa
         assert says in err
 
 
-def test_eval_value_compares_with_the_exact_value(capsys, run, tmp_path):  # noqa: F811
+def test_eval_value_compares_with_the_exact_value(capsys, run, tmp_path):
     code, text, err = mfm(
         capsys, "eval", "value", run, "--set", "states=16", "--set", "num_draws=8", "--set", "glass_steps=[2]", "--set",
         "map_steps=[1]", "--set", "times=[0.2,0.5]", "--out", tmp_path / "v", "--json",

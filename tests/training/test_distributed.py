@@ -80,15 +80,14 @@ def test_the_yardstick(alone):
 
 @pytest.mark.parametrize(
     ("kind", "size", "shard"),
-    [("mlp", 2, 0), ("mlp", 2, 1), ("mlp", 4, 0), ("mlp", 4, 2), ("dit", 2, 0), ("dit", 4, 2)],
+    [("mlp", 2, 0), ("mlp", 2, 1), ("mlp", 4, 2), ("dit", 2, 0)],
 )
 def test_every_loss_form_on_many_ranks(tmp_path, alone, kind, size, shard):
     """Sharded over all ranks, copied, and both: all as on one rank. The costlier cases take the forms that differ most:
 
     forward-mode derivatives without and with a gradient through them, several calls in one graph.
     """
-    few = kind == "dit" or (size, shard) == (4, 0)
-    forms = ("eulerian", "lagrangian", "lagrangian-difference", "semigroup") if few else FORMS
+    forms = ("eulerian", "lagrangian", "lagrangian-difference", "semigroup") if kind == "dit" else FORMS
     runs = [(config_of(form, shard=shard, checkpoint_every=4).model_dump(), str(tmp_path / form)) for form in forms]
     assert launch(size, go_all, kind, runs) == [0] * size
     for form in forms:
