@@ -297,7 +297,7 @@ def test_mfm_steer_with_a_judge(places, tmp_path, capsys):
     reward = f"clip@{places / 'clip'}:a dog"
     code, text, err = mfm_command(
         capsys, "steer", "digits", "--reward", reward, "--strength", "2", "--num", "4", "--steps", "2",
-        "--num-draws", "2", "--out", tmp_path / "out", "--json",
+        "--method", "mfm-g", "--num-draws", "2", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert code == 0, err
     results = json.loads(text)

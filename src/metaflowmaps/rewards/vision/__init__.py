@@ -4,7 +4,7 @@ from metaflowmaps.rewards.vision.aesthetic import AestheticScore
 from metaflowmaps.rewards.vision.clip import ClipScore, HPSv2, PickScore
 from metaflowmaps.rewards.vision.image_classifier import ImageClassifierReward
 from metaflowmaps.rewards.vision.image_reward import ImageReward, ImageRewardNetwork
-from metaflowmaps.rewards.vision.judge import Judge
+from metaflowmaps.rewards.vision.picture_reward import PictureReward
 from metaflowmaps.rewards.vision.pixels import Pixels
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "ImageClassifierReward",
     "ImageReward",
     "ImageRewardNetwork",
-    "Judge",
     "PickScore",
+    "PictureReward",
     "Pixels",
 ]

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.micro import PerRow
 from metaflowmaps.rewards.vision.clip import CLIP_L
-from metaflowmaps.rewards.vision.judge import Judge, unit
+from metaflowmaps.rewards.vision.picture_reward import PictureReward, unit
 from metaflowmaps.rewards.vision.pixels import Pixels
-from metaflowmaps.rewards.vision.weights import fetched, linear_chain, loading, read_tensors, transformers
+from metaflowmaps.rewards.vision.weights import linear_chain, loading, published, read_tensors, transformers
 
 HUB = ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4")
 FILE = "aesthetic-model.pth"
 PARTS = ("vision_model", "visual_projection")
 
 
-class AestheticScore(Judge):
+class AestheticScore(PictureReward):
     """r(x) = strength · the rating a picture would get: (B,)."""
 
     def __init__(
@@ -68,9 +68,8 @@ class AestheticScore(Judge):
         ``options``: strength, micro_batch, processor.
         """
         package = transformers(cls.__name__)
-        revision = HUB[1] if str(place) == HUB[0] and revision is None else revision
         clip_revision = CLIP_L[1] if str(clip) == CLIP_L[0] and clip_revision is None else clip_revision
-        state = read_tensors(fetched(place, (file,), revision), inside="state_dict")
+        state = read_tensors(published(place, file, revision, HUB), inside="state_dict")
         with loading(clip):
             model = package.CLIPVisionModelWithProjection.from_pretrained(
                 clip, revision=clip_revision, dtype=dtype or torch.float32

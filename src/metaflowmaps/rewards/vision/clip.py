@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.micro import PerRow
-from metaflowmaps.rewards.vision.judge import Judge, exact, unit
+from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact, unit
 from metaflowmaps.rewards.vision.pixels import Pixels
 from metaflowmaps.rewards.vision.prompts import Names, Prompts, check_prompt
 from metaflowmaps.rewards.vision.weights import (
@@ -28,6 +28,8 @@ from metaflowmaps.rewards.vision.weights import (
     filled,
     loading,
     needed,
+    published,
+    published_tokenizer,
     read_tensors,
     transformers,
 )
@@ -64,7 +66,7 @@ OUTSIDE = {
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 
-class _Similarity(Judge):
+class _Similarity(PictureReward):
     """λ · scale · cos(f(x), g(prompt)) by a CLIPModel of transformers; the embedding of a prompt is computed once."""
 
     def __init__(
@@ -208,14 +210,10 @@ class HPSv2(_Similarity):
 
         ``options``: strength, classes, micro_batch, processor.
         """
-        package = transformers(cls.__name__)
+        transformers(cls.__name__)
         check_prompt(prompt, options.get("classes"))
-        revision = HPS[1] if str(place) == HPS[0] and revision is None else revision
-        model = from_open_clip(read_tensors(fetched(place, (file,), revision), inside="state_dict"))
-        name, pinned = CLIP_H if tokenizer_place is None else (str(tokenizer_place), None)
-        with loading(name):
-            tokenizer = package.AutoTokenizer.from_pretrained(name, revision=pinned)
-        return cls(model, prompt, tokenizer, dtype=dtype, **options)
+        model = from_open_clip(read_tensors(published(place, file, revision, HPS), inside="state_dict"))
+        return cls(model, prompt, published_tokenizer(tokenizer_place, CLIP_H), dtype=dtype, **options)
 
 
 # -- open_clip ---------------------------------------------------------------------------------------------------------

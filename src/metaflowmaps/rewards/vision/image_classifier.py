@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.rewards.micro import PerRow
-from metaflowmaps.rewards.vision.judge import Judge, exact
+from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact
 from metaflowmaps.rewards.vision.pixels import Pixels
 from metaflowmaps.rewards.vision.weights import PREPROCESSOR, fetched, loading, transformers
 
@@ -23,7 +23,7 @@ HUB = ("google/vit-base-patch16-224", "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
 KINDS = ("log-probability", "margin")
 
 
-class ImageClassifierReward(Judge):
+class ImageClassifierReward(PictureReward):
     """r(x) = strength · the log-probability or log-odds of a class, given by number or name; None: cond["label"]."""
 
     def __init__(

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.micro import PerRow
-from metaflowmaps.rewards.vision.judge import Judge, exact
+from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact
 from metaflowmaps.rewards.vision.pixels import Pixels
 from metaflowmaps.rewards.vision.prompts import Names, Prompts, check_prompt
 from metaflowmaps.rewards.vision.weights import (
     depth,
-    fetched,
     filled,
     linear_chain,
     loading,
     needed,
+    published,
+    published_tokenizer,
     read_tensors,
     transformers,
 )
@@ -73,7 +74,7 @@ class ImageRewardNetwork(nn.Module):
         return score
 
 
-class ImageReward(Judge):
+class ImageReward(PictureReward):
     """r(x) = strength · the score of ImageReward v1.0 for a picture and a prompt: (B,)."""
 
     def __init__(
@@ -128,14 +129,10 @@ class ImageReward(Judge):
 
         ``options``: strength, classes, micro_batch, processor.
         """
-        package = transformers(cls.__name__)
+        transformers(cls.__name__)
         check_prompt(prompt, options.get("classes"))
-        revision = HUB[1] if str(place) == HUB[0] and revision is None else revision
-        model = from_original(read_tensors(fetched(place, (file,), revision)))
-        name, pinned = BERT if tokenizer_place is None else (str(tokenizer_place), None)
-        with loading(name):
-            tokenizer = package.AutoTokenizer.from_pretrained(name, revision=pinned)
-        return cls(model, prompt, tokenizer, dtype=dtype, **options)
+        model = from_original(read_tensors(published(place, file, revision, HUB)))
+        return cls(model, prompt, published_tokenizer(tokenizer_place, BERT), dtype=dtype, **options)
 
 
 # -- the original layout -----------------------------------------------------------------------------------------------

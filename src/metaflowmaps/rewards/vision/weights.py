@@ -57,6 +57,25 @@ def fetched(place: str | Path, names: Sequence[str], revision: str | None) -> Pa
         return Path(hf_hub_download(str(place), names[-1], revision=revision))
 
 
+def published(place: str | Path, file: str, revision: str | None, usual: tuple[str, str]) -> Path:
+    """A published file, at its pinned revision unless another is given.
+
+    Args:
+        place: the file, its folder, or a hub id.
+        file: its name there.
+        revision: of the hub id.
+        usual: the hub id it was published under, and the revision to take of that.
+    """
+    return fetched(place, (file,), usual[1] if str(place) == usual[0] and revision is None else revision)
+
+
+def published_tokenizer(place: str | Path | None, usual: tuple[str, str]) -> Any:
+    """The tokenizer in a folder or of a hub id; None: the usual one, at its pinned revision."""
+    name, revision = usual if place is None else (str(place), None)
+    with loading(name):
+        return transformers(name).AutoTokenizer.from_pretrained(name, revision=revision)
+
+
 def read_tensors(path: Path, inside: str | None = None) -> dict[str, Tensor]:
     """The named tensors of a .pt or .safetensors file, of its entry ``inside`` where there is one; no code is run."""
     try:

@@ -13,7 +13,7 @@ from metaflowmaps.rewards.micro import Parts, PerRow
 from metaflowmaps.rewards.vision.pixels import Pixels
 
 
-class Judge(ABC):
+class PictureReward(ABC):
     """r(x) = strength · score(pixels(x)), pictures (B, 3, H, W) in [−1, 1] to (B,).
 
     The network that is given is put in evaluation mode, frozen, and cast where ``dtype`` says so; it follows x from

@@ -1,0 +1,72 @@
+"""Rewards that stand outside the package work through Python, the command line and the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import metaflowmaps as mfm
+from conftest import mfm_command as run
+from metaflowmaps.errors import InputError
+from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.work.choices import outside
+
+FILE = Path(__file__).parent / "my_reward.py"
+right, quadrant = outside(f"{FILE}:right"), outside(f"{FILE}:quadrant")
+TUNING = {"steps": 2, "batch_size": 16, "threads": 1, "meters": {"every": 0}, "map": "none",
+          "states": {"pool": 64, "pool_steps": 1}}  # fmt: skip
+NAMES = [f"{FILE}:right", f"{FILE}:quadrant"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return mfm.MetaFlowMap(MLP(2, 8, 2), mfm.LinearPath())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward") / "base"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("reward", [right, quadrant], ids=["function", "class"])
+def test_steer_uses_a_reward_from_outside(model, reward):
+    result = mfm.steer(model, reward, 8, "mfm-gf", mfm.ODE(steps=3), seed=0)
+    torch.testing.assert_close(result.rewards, reward(result.samples))
+
+
+@pytest.mark.parametrize(("reward", "estimator"), [(right, "gradient"), (quadrant, "gradient-free")])
+def test_value_gradient_uses_a_reward_from_outside(model, reward, estimator):
+    posterior = mfm.MapPosterior(model)
+    estimate = mfm.value_gradient(posterior, reward, 0.5, torch.zeros(3, 2), 4, estimator)
+    torch.testing.assert_close(estimate.rewards, torch.stack([reward(x) for x in estimate.draws]))
+    assert estimate.gradient.isfinite().all()
+
+
+def test_what_a_reward_declares_is_believed(model):
+    with pytest.raises(InputError, match="not differentiable"):
+        mfm.steer(model, quadrant, 8, "mfm-g", mfm.ODE(steps=3), seed=0)
+
+
+@pytest.mark.parametrize("reward", [right, quadrant], ids=["function", "class"])
+def test_finetune_uses_a_reward_from_outside(model, reward, tmp_path):
+    tuned = mfm.finetune(model, reward, tmp_path / "run", **TUNING)
+    assert any(not torch.equal(p, q) for p, q in zip(tuned.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("reward", NAMES, ids=["function", "class"])
+def test_the_commands_and_the_report_use_a_reward_from_outside(checkpoint, reward, tmp_path, capsys):
+    steer = ["steer", checkpoint, "--reward", reward, "--method", "mfm-gf", "--steps", "2", "--num", "8"]
+    settings = ["threads=1", "meters.every=0", "batch_size=16", "states.pool=64", "states.pool_steps=1"]
+    tune = ["finetune", checkpoint, "--reward", reward, "--map", "none", "--max-steps", "1"]
+    tune += [part for setting in settings for part in ("--set", setting)]
+    for name, command in (("steered", steer), ("tuned", tune)):
+        code, text, err = run(capsys, *command, "--out", tmp_path / name, "--json")
+        assert code == 0, err
+        assert reward in json.dumps(json.loads(text)["config"])
+    code, _, err = run(capsys, "report", tmp_path / "steered", tmp_path / "tuned", "--out", tmp_path / "report.html")
+    assert code == 0, err
+    assert Path(reward).name in (tmp_path / "report.html").read_text()
