@@ -8,8 +8,10 @@ from typing import Annotated
 import pytest
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.losses import Eulerian, Lagrangian
+from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.work.choices import Choice, Pick, build, built, choose, dumped, spelled
-from metaflowmaps.work.config import Config, override, validated
+from metaflowmaps.work.config import Config, merged, override, validated
 
 
 class Fruit(Choice, ABC):
@@ -86,3 +88,13 @@ def test_wrong_options_and_names_are_one_line_with_the_nearest(pear: str, tmp_pa
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(InputError, match="division by zero"):
         choose(Fruit, f"{tmp_path / 'broken.py'}:Pear")
+
+
+def test_a_group_given_in_part_keeps_the_rest_when_its_name_changes_and_a_choice_begins_anew():
+    """The optimiser is a group of settings, whatever its name; a loss of another name is another object."""
+    config = override(gmm(), ["optimizer.clip=7", "loss.consistency.name=lagrangian", "loss.consistency.h=0.01"])
+    assert merged(config, {"optimizer": {"name": "adam"}}).optimizer.clip == 7
+    assert merged(config, {"loss.consistency": {"velocity": "self"}}).loss.consistency == Lagrangian(
+        velocity="self", h=0.01
+    )
+    assert merged(config, {"loss.consistency": {"name": "eulerian"}}).loss.consistency == Eulerian()

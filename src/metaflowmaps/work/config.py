@@ -39,11 +39,12 @@ def merged(config: C, settings: Mapping[str, Any]) -> C:
     data = config.model_dump()
     for name, value in _choices_first(config, settings):
         held: Any = data
+        owner: Any = config
         for part in _now(config, name).split("."):
-            held = held.get(part) if isinstance(held, dict) else None
+            held, owner = held.get(part) if isinstance(held, dict) else None, getattr(owner, part, None)
         if isinstance(held, dict) and isinstance(value, dict):
-            same = value.get("name", held.get("name")) == held.get("name")
-            value = {**held, **value} if same else value
+            another = isinstance(owner, Choice) and value.get("name", held.get("name")) != held.get("name")
+            value = value if another else {**held, **value}
         _put(config, data, name, value)
     return validated(type(config), data)
 
