@@ -67,3 +67,22 @@ def test_the_fine_tuning_page_runs_and_is_right(capsys, monkeypatch, tmp_path):
     assert abs(float(x[:, 1].mean())) < 4 * 0.5 / 4096**0.5 + 0.03
     assert abs(float(x[:, 0].std()) - (0.25 * 0.09 / 0.34) ** 0.5) < 0.03
     assert "tensor" in capsys.readouterr().out
+
+
+def test_every_file_that_the_guides_name_is_there():
+    """Files of the repository, or of the package, by their path; what is linked, by where the page stands."""
+    root, missing = DOCS.parent, []
+    pages = [*DOCS.glob("*.md"), root / "README.md", root / "CONTRIBUTING.md"]
+    for page in pages:
+        if page.name == "log.md":  # which speaks of its day
+            continue
+        text = page.read_text()
+        named = re.findall(r"`([\w/]+/\w+\.py)`", text)
+        missing += [
+            f"{page.name}: {n}"
+            for n in named
+            if not any((at / n).is_file() for at in (root, root / "src/metaflowmaps"))
+        ]
+        linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+        missing += [f"{page.name}: {n}" for n in linked if not (page.parent / n).exists()]
+    assert not missing
