@@ -80,9 +80,11 @@ class MapObjective(Objective):
         return target  # draws and drifts of the base are guided already
 
     def state_dict(self) -> dict[str, Any]:
+        """The calls on the bill."""
         return {"calls": dict(self.problem.calls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what state_dict gave."""
         self.problem.calls = dict(state["calls"])
 
 

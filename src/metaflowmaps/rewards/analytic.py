@@ -11,7 +11,14 @@ from metaflowmaps.errors import InputError
 
 
 class LinearGaussian:
-    """r(x) = −strength · ‖y − A x‖² / (2 noise_std²); A is (p, d) or (d,), y is (p,) or a number."""
+    """r(x) = −strength · ‖y − A x‖² / (2 noise_std²); A is (p, d) or (d,), y is (p,) or a number.
+
+    Args:
+        A: (p, d), or (d,) for one number.
+        y: (p,), or a number.
+        noise_std: σ of the observation.
+        strength: λ, which the reward is multiplied by.
+    """
 
     differentiable = True
 
@@ -37,6 +44,7 @@ class LinearGaussian:
         return self.strength / self.noise_std**2
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         residual = self.y.to(x) - x.flatten(1) @ self.A.to(x).T
         return -0.5 * self.precision * residual.square().sum(1)
 

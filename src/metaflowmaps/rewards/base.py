@@ -19,11 +19,20 @@ class Reward(Protocol):
     differentiable: bool
     strength: float
 
-    def __call__(self, x: Tensor, cond: Cond = None) -> Tensor: ...
+    def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
+        ...
 
 
 def is_differentiable(reward: Callable[..., Any]) -> bool:
-    """What the reward declares; True where it declares nothing."""
+    """What the reward declares.
+
+    Args:
+        reward: any callable.
+
+    Returns:
+        Its ``differentiable``; True where it declares nothing.
+    """
     return bool(getattr(reward, "differentiable", True))
 
 
@@ -52,6 +61,14 @@ def call_reward(reward: Callable[..., Any], x: Tensor, cond: Cond = None) -> Any
 
     The place is a parameter named ``cond``, or else a second positional one. A default stays as it is when there is no
     condition, and always when it is not None: ``scale=2.0`` is an option of the function, not a place for cond.
+
+    Args:
+        reward: any callable.
+        x: (B, *event).
+        cond: None, or tensors by name, one row a sample.
+
+    Returns:
+        What the callable does: (B,) where it is a reward.
     """
     try:
         signature = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)

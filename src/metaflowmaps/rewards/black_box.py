@@ -17,6 +17,10 @@ class BlackBox:
 
     It is given a copy of x that nothing is differentiated through; what it returns comes out in the dtype and on the
     device of x. Such rewards steer with gradient-free methods.
+
+    Args:
+        function: of x (B, *event) and maybe cond, to B numbers.
+        strength: λ, which the reward is multiplied by.
     """
 
     differentiable = False
@@ -29,6 +33,7 @@ class BlackBox:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         if self.strength == 0:  # 0 · (−inf) would be NaN
             return x.new_zeros(len(x))
         out = call_reward(self.function, x.clone(), cond)

@@ -18,6 +18,9 @@ class CheckedReward:
     """``reward(x, cond) -> (B,)`` in the dtype of x, or one line that says what is wrong with it.
 
     −inf is allowed (a hard constraint); NaN and +inf at a finite x are not.
+
+    Args:
+        reward: any callable of x, or of x and cond.
     """
 
     def __init__(self, reward: Callable[..., Any]) -> None:
@@ -32,6 +35,7 @@ class CheckedReward:
         self.differentiable = is_differentiable(reward)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         version = _version(x)
         try:
             out = call_reward(self.reward, x, cond)

@@ -19,7 +19,13 @@ Classifier = Callable[[Tensor], Tensor]
 
 
 class ClassifierMixture:
-    """r(x) = strength · log Σ_i w_i p(y_i | x), w >= 0 and normalised: only the ratios of weights matter."""
+    """r(x) = strength · log Σ_i w_i p(y_i | x), w >= 0 and normalised: only the ratios of weights matter.
+
+    Args:
+        classifier: (B, *event) -> logits (B, classes).
+        weights: w, one a class.
+        strength: λ, which the reward is multiplied by.
+    """
 
     differentiable = True
 
@@ -35,6 +41,7 @@ class ClassifierMixture:
         self.strength = positive(strength, "strength", or_zero=True)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         log_p = _logits(self.classifier, x, len(self.weights), "weights").log_softmax(1)
         log_w = self.weights.log().to(log_p)  # −inf for a weight of 0: no part in the value, a gradient of 0
         return (self.strength * (log_p + log_w).logsumexp(1)).to(x.dtype)
@@ -48,7 +55,13 @@ class ClassifierMixture:
 
 
 class LogitMargin:
-    """r(x) = strength · (ℓ_label − log Σ_{j≠label} e^{ℓ_j}), the log-odds of a class."""
+    """r(x) = strength · (ℓ_label − log Σ_{j≠label} e^{ℓ_j}), the log-odds of a class.
+
+    Args:
+        classifier: (B, *event) -> logits (B, classes).
+        label: the class.
+        strength: λ, which the reward is multiplied by.
+    """
 
     differentiable = True
 
@@ -63,6 +76,7 @@ class LogitMargin:
         self.strength = positive(strength, "strength", or_zero=True)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         logits = _logits(self.classifier, x)
         classes = logits.shape[1]
         if classes < 2 or self.label >= classes:

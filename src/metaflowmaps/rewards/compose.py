@@ -19,6 +19,10 @@ class WeightedSum:
 
     Differentiable if every part with a weight other than 0 is. If one is not, the sum carries no gradient at all: that
     of the other parts would be the gradient of another reward.
+
+    Args:
+        parts: pairs (w_i, r_i).
+        strength: λ, which the reward is multiplied by.
     """
 
     def __init__(self, parts: Iterable[tuple[float, Callable[..., Any]]], strength: float = 1.0) -> None:
@@ -41,6 +45,7 @@ class WeightedSum:
         return [self._part(i, x, cond) for i in range(len(self.rewards))]
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             # a part of weight 0 may be −inf, and 0 · (−inf) is NaN
             values = [scale * self._part(i, x, cond) for i, (_, scale) in enumerate(self._scaled()) if scale]
@@ -61,7 +66,12 @@ class WeightedSum:
 
 
 class Tempered:
-    """r(x) = strength · reward(x); with strength 0 the reward is not called and the gradient is 0."""
+    """r(x) = strength · reward(x); with strength 0 the reward is not called and the gradient is 0.
+
+    Args:
+        reward: ``(x, cond) -> (B,)``.
+        strength: λ.
+    """
 
     def __init__(self, reward: Callable[..., Any], strength: float) -> None:
         self.reward = checked_reward(reward)
@@ -69,6 +79,7 @@ class Tempered:
         self.differentiable = self.strength == 0 or is_differentiable(reward)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         if self.strength == 0:  # 0 · (−inf) would be NaN
             return no_reward(x)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):

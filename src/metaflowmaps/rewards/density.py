@@ -11,7 +11,12 @@ from metaflowmaps.rewards.base import call_reward, describe, no_reward
 
 
 class LogDensity:
-    """r(x) = strength · log q(x), from an object with ``log_prob(x) -> (B,)`` or from that function itself."""
+    """r(x) = strength · log q(x), from an object with ``log_prob(x) -> (B,)`` or from that function itself.
+
+    Args:
+        log_prob: log q, (B, *event) -> (B,), or an object that has it.
+        strength: λ, which the reward is multiplied by.
+    """
 
     differentiable = True
 
@@ -26,6 +31,7 @@ class LogDensity:
         self.strength = positive(strength, "strength", or_zero=True)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         if self.strength == 0:  # 0 · (−inf) outside the support would be NaN
             return no_reward(x)
         out = call_reward(self.log_prob, x, cond)

@@ -22,6 +22,12 @@ class InverseProblem:
     """r(x) = −strength · ‖y − A(x)‖² / (2 noise_std²); y is one observation, or (B, …) with one a row.
 
     An x of k·B rows is k copies of the batch, as draws for a batch of states are.
+
+    Args:
+        operator: A, (B, *event) -> one row a sample.
+        y: the observation, or one a row.
+        noise_std: σ of its noise.
+        strength: λ, which the reward is multiplied by.
     """
 
     differentiable = True
@@ -67,6 +73,7 @@ class InverseProblem:
         return self.strength / self.noise_std**2
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         seen = _observations(self.operator, x)
         one, rows = tuple(seen.shape[1:]), tuple(seen.shape)
         y = self.y

@@ -95,6 +95,10 @@ class MicroBatched:
     """The same reward, at most ``rows`` rows at a time; its gradient goes to x alone (not to parameters), once.
 
     Where each row has an observation of its own (``rows_for``), such rows stay together.
+
+    Args:
+        reward: ``(x, cond) -> (B,)``.
+        rows: at most; None: all, and fewer where memory runs out.
     """
 
     def __init__(self, reward: Callable[..., Any], rows: int | None = None) -> None:
@@ -106,6 +110,7 @@ class MicroBatched:
         self.parts = Parts(rows)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         given = {} if cond is None else dict(cond)
         per_row = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.shape[:1] == x.shape[:1]}
         shared = {k: v for k, v in given.items() if k not in per_row}

@@ -19,6 +19,9 @@ class Mask:
 
     Not mask · x: an observation holds what was seen and nothing else. Noise on it is noise on p numbers, ‖y − A(x)‖²/σ²
     has p degrees of freedom, and no constant from noise at hidden pixels enters the reward.
+
+    Args:
+        mask: 1 (observed) or 0 (hidden), in the shape of one sample.
     """
 
     def __init__(self, mask: Any) -> None:
@@ -33,6 +36,7 @@ class Mask:
         self.index = given.flatten().nonzero()[:, 0]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A(x), one row a sample."""
         check_state(x)
         if x.shape[1:] != self.mask.shape:
             raise InputError(
@@ -50,6 +54,10 @@ class Blur:
 
     Pixels beyond the border are copies of the border's (replicate padding): a constant picture stays as it is and a
     kernel may be larger than the picture. Two matrix products: exact in float32, where a convolution may run in TF32.
+
+    Args:
+        std: of the kernel, in pixels.
+        kernel_size: odd; None: 2⌈3 std⌉ + 1.
     """
 
     def __init__(self, std: float, kernel_size: int | None = None) -> None:
@@ -71,6 +79,7 @@ class Blur:
         return torch.zeros(n, n, dtype=torch.float64).scatter_add(1, target, self.kernel.expand(n, -1))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A(x), one row a sample."""
         _check_images(x, "Blur")
         return self.matrix(x.shape[2]).to(x) @ x @ self.matrix(x.shape[3]).to(x).mT
 
@@ -83,13 +92,18 @@ class Blur:
 
 
 class Downsample:
-    """A(x) = the mean over factor × factor blocks: (B, C, H, W) -> (B, C, H/factor, W/factor)."""
+    """A(x) = the mean over factor × factor blocks: (B, C, H, W) -> (B, C, H/factor, W/factor).
+
+    Args:
+        factor: side of a block, in pixels.
+    """
 
     def __init__(self, factor: int) -> None:
         check_count(factor, "factor")
         self.factor = factor
 
     def __call__(self, x: Tensor) -> Tensor:
+        """A(x), one row a sample."""
         _check_images(x, "Downsample")
         f, (height, width) = self.factor, x.shape[2:]
         if height % f or width % f:

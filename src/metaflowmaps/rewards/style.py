@@ -12,7 +12,11 @@ from metaflowmaps.errors import InputError
 
 
 class Ink:
-    """r(x) = strength · mean of (x + 1)/2 over channels and pixels."""
+    """r(x) = strength · mean of (x + 1)/2 over channels and pixels.
+
+    Args:
+        strength: λ, which the reward is multiplied by.
+    """
 
     differentiable = True
 
@@ -20,6 +24,7 @@ class Ink:
         self.strength = positive(strength, "strength", or_zero=True)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         _check(x, "Ink")
         return self.strength * (x.flatten(1).mean(1) + 1) / 2
 
@@ -28,7 +33,11 @@ class Ink:
 
 
 class Slant:
-    """r(x) = strength · the shear of the ink: columns to the right for each row upwards; 0 for an empty image."""
+    """r(x) = strength · the shear of the ink: columns to the right for each row upwards; 0 for an empty image.
+
+    Args:
+        strength: λ, which the reward is multiplied by.
+    """
 
     differentiable = True
 
@@ -36,6 +45,7 @@ class Slant:
         self.strength = positive(strength, "strength", or_zero=True)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         _check(x, "Slant")
         ink = ((x + 1) / 2).clamp_min(0).mean(1)
         height, width = ink.shape[1:]

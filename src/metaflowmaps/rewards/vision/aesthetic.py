@@ -22,7 +22,13 @@ PARTS = ("vision_model", "visual_projection")
 
 
 class AestheticScore(PictureReward):
-    """r(x) = strength · the rating a picture would get: (B,)."""
+    """r(x) = strength · the rating a picture would get: (B,).
+
+    Args:
+        model: CLIP, or its vision tower.
+        head: from the embedding (B, 768) to a rating (B, 1).
+        processor: how it sees pictures; None: as CLIP does.
+    """
 
     def __init__(
         self,
@@ -42,12 +48,14 @@ class AestheticScore(PictureReward):
         self.head = head.eval().requires_grad_(False).to(self.device)
 
     def score(self, x: Tensor, rows: PerRow) -> Tensor:
+        """The unscaled score, (b,)."""
         network: Any = self.model
         image = unit(network.visual_projection(network.vision_model(pixel_values=self.seen(x)).pooler_output))
         rating: Tensor = self.head(image.to(next(self.head.parameters()).dtype))[:, 0]
         return rating
 
     def to(self, device: torch.device | str) -> Self:
+        """Move the weights, the head's too."""
         self.head.to(device)
         return super().to(device)
 

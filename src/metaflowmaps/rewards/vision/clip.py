@@ -67,7 +67,15 @@ TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "tex
 
 
 class _Similarity(PictureReward):
-    """λ · scale · cos(f(x), g(prompt)) by a CLIPModel of transformers; the embedding of a prompt is computed once."""
+    """λ · scale · cos(f(x), g(prompt)) by a CLIPModel of transformers; the embedding of a prompt is computed once.
+
+    Args:
+        model: a CLIPModel of transformers.
+        prompt: one text, one a row, or one with ``{label}``.
+        tokenizer: of the model; None where prompts are token ids.
+        processor: how it sees pictures; None: as its release does.
+        classes: the names that ``{label}`` stands for.
+    """
 
     def __init__(
         self,

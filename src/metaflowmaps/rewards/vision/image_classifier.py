@@ -24,7 +24,14 @@ KINDS = ("log-probability", "margin")
 
 
 class ImageClassifierReward(PictureReward):
-    """r(x) = strength · the log-probability or log-odds of a class, given by number or name; None: cond["label"]."""
+    """r(x) = strength · the log-probability or log-odds of a class, given by number or name; None: cond["label"].
+
+    Args:
+        model: gives logits (B, classes).
+        label: the class; None: each row's own.
+        processor: how it sees pictures.
+        kind: ``log-probability`` or ``margin`` (log-odds, without a ceiling).
+    """
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class ImageClassifierReward(PictureReward):
         self.label = None if label is None else class_number(label, self.names)
 
     def per_row(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """The label of each row."""
         if self.label is not None:
             return {"label": torch.full((len(x),), self.label, dtype=torch.long, device=x.device)}
         label = None if cond is None else cond.get("label")
@@ -59,6 +67,7 @@ class ImageClassifierReward(PictureReward):
         return {"label": label.long()}
 
     def score(self, x: Tensor, rows: PerRow) -> Tensor:
+        """The unscaled score, (b,)."""
         logits = exact(self.model(pixel_values=self.seen(x)).logits)
         y = rows["label"][:, None]
         if self.kind == "log-probability":

@@ -58,13 +58,20 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.
 
 
 class ImageRewardNetwork(nn.Module):
-    """h(T(ids | V(pixels))): (B,), before it is made standard."""
+    """h(T(ids | V(pixels))): (B,), before it is made standard.
+
+    Args:
+        vision: tower of the picture.
+        text: tower of the prompt, which looks at the picture.
+        head: from the text's first token to a number.
+    """
 
     def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.vision, self.text, self.head = vision, text, head
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """h(T(ids | V(pixels))): (B,)."""
         seen = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=seen, is_decoder=False
@@ -75,7 +82,15 @@ class ImageRewardNetwork(nn.Module):
 
 
 class ImageReward(PictureReward):
-    """r(x) = strength · the score of ImageReward v1.0 for a picture and a prompt: (B,)."""
+    """r(x) = strength · the score of ImageReward v1.0 for a picture and a prompt: (B,).
+
+    Args:
+        model: an :class:`ImageRewardNetwork`.
+        prompt: one text, one a row, or one with ``{label}``.
+        tokenizer: BERT's; None where prompts are token ids.
+        processor: how it sees pictures; None: as its release does.
+        classes: the names that ``{label}`` stands for.
+    """
 
     def __init__(
         self,
@@ -102,11 +117,13 @@ class ImageReward(PictureReward):
         return self.prompts.rows
 
     def per_row(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """The prompt of each row, as tokens."""
         which = self.prompts.which(x, cond).cpu()
         ids, mask = self.prompts.input_ids[which], self.prompts.attention_mask[which]
         return {"input_ids": ids.to(x.device), "attention_mask": mask.to(x.device)}
 
     def score(self, x: Tensor, rows: PerRow) -> Tensor:
+        """The unscaled score, (b,)."""
         raw: Tensor = self.model(self.seen(x), rows["input_ids"], rows["attention_mask"])
         return (raw - MEAN) / STD
 

@@ -18,6 +18,13 @@ class PictureReward(ABC):
 
     The network that is given is put in evaluation mode, frozen, and cast where ``dtype`` says so; it follows x from
     device to device. Its last numbers are float32 (or more) whatever its own dtype is.
+
+    Args:
+        model: the network, of transformers.
+        processor: how it sees pictures: a :class:`Pixels`, or what transformers has.
+        strength: λ, which the reward is multiplied by.
+        micro_batch: rows that go through it together; None: all, and fewer where memory runs out.
+        dtype: of its weights; None: as they are.
     """
 
     differentiable = True
@@ -43,6 +50,7 @@ class PictureReward(ABC):
         return {}
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
+        """r(x): (B,)."""
         if self.strength == 0 or len(x) == 0:
             return no_reward(x)
         if x.device != self.device and not x.is_meta:  # weights would not come back from there
@@ -56,10 +64,12 @@ class PictureReward(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Of the weights."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return next(self.model.parameters()).dtype
 
     def to(self, device: torch.device | str) -> Self:

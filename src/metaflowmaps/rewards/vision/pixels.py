@@ -30,7 +30,15 @@ REFUSED = ("do_pad", "rescale_offset", "include_top", "do_flip_channel_order", "
 class Pixels:
     """[−1, 1] pictures (B, 3, H, W), or grey ones (B, 1, H, W), as a vision tower reads them: (B, 3, h, w).
 
-    ``fit``: the shortest side becomes size[0], the longest does (black around it), both do, or nothing is resized.
+    Args:
+        size: (h, w) after resizing.
+        fit: the ``shortest`` side becomes size[0], the ``longest`` (black around it), both (``exact``), or ``none``.
+        crop: (h, w) cut from the centre; None: no cut.
+        mean: of a channel, subtracted.
+        std: of a channel, divided by.
+        resample: ``bicubic`` or ``bilinear``.
+        scale: what [0, 1] is multiplied by before mean and std.
+        clip: to [0, 1] after each pass of resizing, as 8 bits do.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -39,8 +47,8 @@ class Pixels:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     resample: str = "bicubic"
-    scale: float = 1.0  # what [0, 1] is multiplied by before mean and std
-    clip: bool = True  # to [0, 1] after each pass of resizing, as 8 bits do
+    scale: float = 1.0
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if self.fit not in FITS or self.resample not in FILTERS.values():
@@ -52,6 +60,7 @@ class Pixels:
             raise InputError(f"mean and std must be three numbers each, std above 0; got {self.mean} and {self.std}")
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Pictures (B, 1 or 3, H, W) as the tower reads them."""
         check_state(x)
         if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:]:
             raise InputError(
