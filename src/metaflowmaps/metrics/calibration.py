@@ -47,7 +47,17 @@ class RankTest(NamedTuple):
 def rank_statistics(
     samples: Tensor, truth: Tensor, generator: torch.Generator | None = None, resolution: float = 0.0
 ) -> Tensor:
-    """Rank 0..N of the truth (B, *event) among draws (N, B, *event) at each pixel: (B, P) int64."""
+    """Rank 0..N of the truth (B, *event) among draws (N, B, *event) at each pixel: (B, P) int64.
+
+    Args:
+        samples: draws (N, B, *event).
+        truth: (B, *event).
+        generator: breaks ties.
+        resolution: step of the data's grid, to which both are rounded; 0: none.
+
+    Returns:
+        Ranks (B, P), int64.
+    """
     pooled = _pooled(samples, truth, resolution)
     return torch.cat([ranks[0] for ranks in _ranks(pooled, generator)])
 
@@ -59,7 +69,18 @@ def rank_test(
     generator: torch.Generator | None = None,
     resolution: float = 0.0,
 ) -> RankTest:
-    """Are truth (B, *event) and draws (N, B, *event) exchangeable, image by image?"""
+    """Are truth (B, *event) and draws (N, B, *event) exchangeable, image by image?
+
+    Args:
+        samples: draws (N, B, *event), N >= 2.
+        truth: (B, *event).
+        relabellings: R of the null law.
+        generator: of ties and relabellings.
+        resolution: step of the data's grid; 0: none.
+
+    Returns:
+        Statistic, p-value, scores, ranks and the spread ratio.
+    """
     if relabellings < 1:
         raise InputError(f"relabellings must be at least 1 (999 resolves p = .001), got {relabellings}")
     pooled = _pooled(samples, truth, resolution)
@@ -95,6 +116,13 @@ def spread_ratio(samples: Tensor, truth: Tensor) -> float:
     """√(Σ (truth − mean of draws)² / ((1 + 1/N) Σ variance of draws)): 1 when calibrated, > 1 when draws are narrow.
 
     Sums run over images and pixels, so that constant pixels do not matter. Bias counts as error.
+
+    Args:
+        samples: draws (N, B, *event).
+        truth: (B, *event).
+
+    Returns:
+        The ratio.
     """
     pooled = _pooled(samples, truth, 0.0)
     pooled = pooled - pooled[1]  # equal draws then have exactly no spread

@@ -14,12 +14,28 @@ from metaflowmaps.metrics.kernels import _mean_within, energy_kernel, median_dis
 
 
 def mean_pairwise_distance(x: Tensor) -> float:
-    """Mean of ‖x_i − x_j‖ over i ≠ j of samples (n, *event)."""
+    """Mean of ‖x_i − x_j‖ over i ≠ j of samples (n, *event).
+
+    Args:
+        x: samples.
+
+    Returns:
+        The mean distance.
+    """
     return -_mean_within(finite_rows(x, "samples").flatten(1), energy_kernel)
 
 
 def vendi_score(x: Tensor, kernel: str = "cosine", bandwidth: float | None = None) -> float:
-    """The Vendi score of samples (n, *event); rbf: exp(−d²/(2 bandwidth²)), by default at the median distance."""
+    """The Vendi score of samples (n, *event); rbf: exp(−d²/(2 bandwidth²)), by default at the median distance.
+
+    Args:
+        x: samples.
+        kernel: ``cosine`` or ``rbf``.
+        bandwidth: of the latter; None: the median distance.
+
+    Returns:
+        The effective number of distinct samples, 1 to n.
+    """
     points = finite_rows(x, "samples").flatten(1)
     n, d = points.shape
     if kernel == "cosine":

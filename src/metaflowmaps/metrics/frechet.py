@@ -30,7 +30,14 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor) -> Moments:
-    """The Gaussian fitted to features (n, d), in float64."""
+    """The Gaussian fitted to features (n, d), in float64.
+
+    Args:
+        x: features, finite.
+
+    Returns:
+        Mean (d,) and factor of the covariance.
+    """
     x = finite_rows(x, "features")
     if x.ndim != 2:
         raise InputError(f"features (n, d) are needed, got {tuple(x.shape)}")
@@ -38,7 +45,14 @@ def moments(x: Tensor) -> Moments:
 
 
 def read_statistics(path: str | Path) -> Moments:
-    """The ``mu`` and ``sigma`` of an .npz file, such as the reference batches of ADM hold."""
+    """The ``mu`` and ``sigma`` of an .npz file, such as the reference batches of ADM hold.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Mean (d,) and factor of the covariance.
+    """
     try:
         with np.load(path) as file:
             mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
@@ -56,7 +70,15 @@ def read_statistics(path: str | Path) -> Moments:
 
 
 def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
-    """d² between Gaussians, those fitted to features (n, d) and (m, d) where features are given, in float64."""
+    """d² between Gaussians, those fitted to features (n, d) and (m, d) where features are given, in float64.
+
+    Args:
+        x: features (n, d), or their moments.
+        y: features (m, d), or their moments.
+
+    Returns:
+        d², the square of a metric.
+    """
     (mean_x, a), (mean_y, b) = (one if isinstance(one, Moments) else moments(one) for one in (x, y))
     if mean_x.shape != mean_y.shape:
         raise InputError(f"the features differ in number, {len(mean_x)} and {len(mean_y)}: they must be of one kind")
@@ -66,7 +88,16 @@ def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
 
 
 def frechet_floor(x: Tensor, splits: int = 4, generator: torch.Generator | None = None) -> float:
-    """The mean of d² between random disjoint halves of features (n, d): what n/2 rows of one law are apart."""
+    """The mean of d² between random disjoint halves of features (n, d): what n/2 rows of one law are apart.
+
+    Args:
+        x: features of one law.
+        splits: random halvings, averaged.
+        generator: of the halvings.
+
+    Returns:
+        d² between n/2 and n/2 rows.
+    """
     if splits < 1 or len(x) < 4:
         raise InputError(f"a floor needs 4 rows and 1 split at least, got {len(x)} and {splits}")
     total, half = 0.0, len(x) // 2
@@ -77,7 +108,16 @@ def frechet_floor(x: Tensor, splits: int = 4, generator: torch.Generator | None 
 
 
 def finite_rows(x: Tensor, what: str, least: int = 2) -> Tensor:
-    """x (n, …) in float64 on the CPU, refused when it has too few rows, no columns or a value that is not finite."""
+    """x (n, …) in float64 on the CPU, refused when it has too few rows, no columns or a value that is not finite.
+
+    Args:
+        x: (n, …).
+        what: they are called in a message.
+        least: rows that are needed.
+
+    Returns:
+        x in float64 on the CPU.
+    """
     if x.ndim < 2 or len(x) < least or x[0].numel() == 0:
         raise InputError(f"{what} of at least {least} rows (n, …) are needed, got shape {tuple(x.shape)}")
     x = x.detach().to("cpu", torch.float64)

@@ -10,7 +10,16 @@ CAP = 100.0  # decibels: what identical images are given
 
 
 def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
-    """10 log10(data_range² / mean square difference) of each row of x and y (B, *event): (B,), at most CAP."""
+    """10 log10(data_range² / mean square difference) of each row of x and y (B, *event): (B,), at most CAP.
+
+    Args:
+        x: images.
+        y: images of the same shape.
+        data_range: highest minus lowest possible value.
+
+    Returns:
+        Decibels, (B,).
+    """
     x, y = finite_rows(x, "images", 1), finite_rows(y, "images", 1)
     if x.shape != y.shape:
         raise InputError(f"two image batches of one shape are needed, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -20,7 +29,15 @@ def psnr(x: Tensor, y: Tensor, data_range: float = 2.0) -> Tensor:
 
 
 def class_distance(frequencies: Tensor, target: Tensor) -> float:
-    """‖frequencies − target‖ of two vectors (K,) of class frequencies, each summing to 1."""
+    """‖frequencies − target‖ of two vectors (K,) of class frequencies, each summing to 1.
+
+    Args:
+        frequencies: (K,).
+        target: (K,).
+
+    Returns:
+        The Euclidean distance.
+    """
     vectors = []
     for vector in (frequencies, target):
         vector = vector.detach().to("cpu", torch.float64)

@@ -20,12 +20,27 @@ BLOCK = 2048
 
 
 def energy_kernel(squared: Tensor) -> Tensor:
-    """−‖x − y‖: with it, the MMD formula is the energy distance."""
+    """−‖x − y‖: with it, the MMD formula is the energy distance.
+
+    Args:
+        squared: ‖x − y‖².
+
+    Returns:
+        k, of the same shape.
+    """
     return -squared.clamp_min(0).sqrt()
 
 
 def rbf_kernel(bandwidth: float, scales: tuple[float, ...] = SCALES) -> PairKernel:
-    """Mean of Gaussian kernels at bandwidth × scales."""
+    """Mean of Gaussian kernels at bandwidth × scales.
+
+    Args:
+        bandwidth: h.
+        scales: its multiples.
+
+    Returns:
+        k of squared distances.
+    """
 
     def kernel(squared: Tensor) -> Tensor:
         total = torch.zeros_like(squared)
@@ -37,13 +52,29 @@ def rbf_kernel(bandwidth: float, scales: tuple[float, ...] = SCALES) -> PairKern
 
 
 def median_distance(x: Tensor, limit: int = 2000) -> float:
-    """Median pairwise distance of (up to limit of) the points, the usual bandwidth."""
+    """Median pairwise distance of (up to limit of) the points, the usual bandwidth.
+
+    Args:
+        x: points (n, d).
+        limit: how many are looked at.
+
+    Returns:
+        The distance.
+    """
     points = x[:: max(1, len(x) // limit)][:limit]
     return float(torch.pdist(points).median().clamp_min(1e-12))
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """‖x_i − y_j‖², (n, m)."""
+    """‖x_i − y_j‖², (n, m).
+
+    Args:
+        x: (n, d).
+        y: (m, d).
+
+    Returns:
+        (n, m).
+    """
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
@@ -76,7 +107,16 @@ def _discrepancy(x: Tensor, y: Tensor, kernel: PairKernel) -> float:
 
 
 def mmd_squared(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
-    """Unbiased MMD² between samples (n, *event) and (m, *event); bandwidth: the pooled median distance."""
+    """Unbiased MMD² between samples (n, *event) and (m, *event); bandwidth: the pooled median distance.
+
+    Args:
+        x: (n, *event).
+        y: (m, *event).
+        bandwidth: h; None: the pooled median distance.
+
+    Returns:
+        MMD², about 0 for one law; it may be negative.
+    """
     x, y = _prepared(x, y)
     if bandwidth is None:
         bandwidth = median_distance(torch.cat([x, y]))
@@ -86,5 +126,13 @@ def mmd_squared(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Unbiased energy distance (squared form) between samples (n, *event) and (m, *event)."""
+    """Unbiased energy distance (squared form) between samples (n, *event) and (m, *event).
+
+    Args:
+        x: (n, *event).
+        y: (m, *event).
+
+    Returns:
+        2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖; it may be negative.
+    """
     return _discrepancy(*_prepared(x, y), energy_kernel)

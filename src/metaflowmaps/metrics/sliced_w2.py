@@ -26,7 +26,15 @@ NUM_DIRECTIONS = 64
 
 
 def directions(dim: int, count: int = NUM_DIRECTIONS) -> Tensor:
-    """Fixed unit directions (count, dim): equal angles in the plane, seeded normals above, one axis on the line."""
+    """Fixed unit directions (count, dim): equal angles in the plane, seeded normals above, one axis on the line.
+
+    Args:
+        dim: d.
+        count: D.
+
+    Returns:
+        Unit vectors, (D, d).
+    """
     if dim == 1:
         return torch.ones(1, 1)
     if dim == 2:
@@ -37,7 +45,15 @@ def directions(dim: int, count: int = NUM_DIRECTIONS) -> Tensor:
 
 
 def curves(x: Tensor, along: Tensor) -> np.ndarray:
-    """Projections of x (n, *event) on directions (D, dim), each sorted: (D, n) float32."""
+    """Projections of x (n, *event) on directions (D, dim), each sorted: (D, n) float32.
+
+    Args:
+        x: samples.
+        along: directions (D, dim).
+
+    Returns:
+        Sorted projections, (D, n) float32.
+    """
     projected = (along @ x.detach().flatten(1).to("cpu", torch.float32).T).numpy()
     # numpy sorts with SIMD and releases the lock: one slice of the directions a thread
     workers = min(torch.get_num_threads(), projected.shape[0])
@@ -79,7 +95,16 @@ class Curves:
 
 
 def sliced_w2(x: Tensor, y: Tensor, along: Tensor | None = None) -> float:
-    """SW2 between two samples (n, *event); of unequal sizes, by their quantile functions."""
+    """SW2 between two samples (n, *event); of unequal sizes, by their quantile functions.
+
+    Args:
+        x: (n, *event).
+        y: (m, *event).
+        along: directions (D, dim); None: the fixed ones.
+
+    Returns:
+        SW2, not its square.
+    """
     if x.shape[1:] != y.shape[1:]:
         raise InputError(f"samples must share an event shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     along = directions(x[0].numel()) if along is None else along

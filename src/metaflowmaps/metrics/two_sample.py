@@ -35,7 +35,18 @@ def two_sample_test(
     permutations: int = 499,
     generator: torch.Generator | None = None,
 ) -> TwoSampleTest:
-    """Energy or MMD permutation test between (n, *event) and (m, *event); memory grows as (n + m)²."""
+    """Energy or MMD permutation test between (n, *event) and (m, *event); memory grows as (n + m)².
+
+    Args:
+        x: (n, *event).
+        y: (m, *event).
+        statistic: ``energy`` or ``mmd``.
+        permutations: P random relabellings.
+        generator: of the relabellings.
+
+    Returns:
+        The statistic and its p-value.
+    """
     x, y = _prepared(x, y)
     pooled = torch.cat([x, y]).double()
     kernel: PairKernel
