@@ -14,7 +14,7 @@ from benchmarks.common import RESULTS, RUNS, machine, say, trained
 from metaflowmaps.cli.context import Context, typed_settings
 from metaflowmaps.cli.finetune import Finetune, choose_subject, resolve, tune
 from metaflowmaps.cli.results import environment
-from metaflowmaps.lab.evaluate.images.stage import cost_of, table
+from metaflowmaps.lab.evaluate.images.setup import cost_of, table
 from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.evaluate.images.steered import run as steered
 from metaflowmaps.lab.evaluate.tuning_error import Drawn, TunedEvalConfig
@@ -218,7 +218,7 @@ def _steered(reward: str, strength: float) -> dict[str, Any]:
     """Steered samples of the base, judged as tuned ones are."""
     asked = Finetune(checkpoint="digits", reward=reward, strength=strength)
     subject, _ = choose_subject(OpenedModel.open("digits", "cpu"), asked)
-    stage, judge = subject.stage, subject.judge
+    setup, judge = subject.setup, subject.judge
     judge.target(subject.base, 0, lambda n, g: {})
     out: dict[str, Any] = {}
     for name in STEERED:
@@ -226,9 +226,9 @@ def _steered(reward: str, strength: float) -> dict[str, Any]:
         if not kept.exists():
             say(f"digits, {reward}, strength {strength:.4g}: steered by {name}")
             g = stream(0, "benchmark", reward, repr(strength), name)
-            assert stage is not None
+            assert setup is not None
             process = ODE(steps=STEERED_STEPS)
-            x, result = steered(stage, image_variant(name), subject.reward, STEERED_SAMPLES, process, g)
+            x, result = steered(setup, image_variant(name), subject.reward, STEERED_SAMPLES, process, g)
             kept.write_text(json.dumps({**judge([Drawn(x, {})]), "cost": cost_of(result)}))
         out[name] = json.loads(kept.read_text())
     return out

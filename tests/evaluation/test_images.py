@@ -19,7 +19,7 @@ from metaflowmaps.lab.evaluate.images import race, recovery, steered
 from metaflowmaps.lab.evaluate.images import rollout_value as value
 from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation, nearest
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
-from metaflowmaps.lab.evaluate.images.stage import Judge, Stage, Timed, per_sample
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, Judge, Timed, per_sample
 from metaflowmaps.posterior import RolloutPosterior
 from metaflowmaps.random import RowNoise, randn, stream
 from metaflowmaps.rewards import InverseProblem
@@ -100,26 +100,26 @@ def repeated(x: Tensor, times: int, classes: bool = True) -> ImageSet:
     return ImageSet("made", x.repeat(times, 1, 1, 1), labels if classes else None, names if classes else ())
 
 
-def made(k: int = 4, held: int = 40, **parts) -> Stage:
-    """A stage on the oracle; the judge is of principal components unless one is given."""
+def made(k: int = 4, held: int = 40, **parts) -> ImageSetup:
+    """A setup on the oracle; the judge is of principal components unless one is given."""
     x = images(k)
     train, held_out = repeated(x, 50), repeated(x, held // k)
     judge = Judge(parts.pop("judge", None), train)
-    return Stage(Oracle(x), train, held_out, judge, **parts)
+    return ImageSetup(Oracle(x), train, held_out, judge, **parts)
 
 
-# -- the stage ---------------------------------------------------------------------------------------------------------
+# -- the setup ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_judge_of_principal_components():
     """They keep all distances between images of a law that has no more dimensions than there are components."""
-    stage = made(5)
-    assert stage.judge.space == "4 principal components"  # five points span four dimensions
-    features = stage.judge.features(images(5))
+    setup = made(5)
+    assert setup.judge.space == "4 principal components"  # five points span four dimensions
+    features = setup.judge.features(images(5))
     assert features.shape == (5, 4)
     torch.testing.assert_close(torch.cdist(features, features), torch.cdist(*2 * [images(5).flatten(1)]))
     with pytest.raises(InputError, match="--set judge=RUN"):
-        stage.judge.classes(images(5))
+        setup.judge.classes(images(5))
     smooth = ImageSet("made", normal(200, *SHAPE, dtype=torch.float32))
     judge = Judge(None, smooth)
     assert judge.space == "32 principal components"
@@ -131,39 +131,39 @@ def test_the_judge_of_principal_components():
 
 
 def test_the_judge_with_a_classifier_names_classes_and_measures_in_its_features():
-    stage = made(4, judge=Nearest(images(4)))
-    assert stage.judge.space == "features of the judging classifier"
-    assert stage.judge.classes(images(4)[[2, 0, 3]]).tolist() == [2, 0, 3]
-    assert torch.equal(stage.judge.features(images(4)), images(4).flatten(1))
+    setup = made(4, judge=Nearest(images(4)))
+    assert setup.judge.space == "features of the judging classifier"
+    assert setup.judge.classes(images(4)[[2, 0, 3]]).tolist() == [2, 0, 3]
+    assert torch.equal(setup.judge.features(images(4)), images(4).flatten(1))
 
 
 def test_distances_to_the_held_out_images():
     x = normal(300, *SHAPE, dtype=torch.float32)
-    stage = Stage(
+    setup = ImageSetup(
         Oracle(images(2)), ImageSet("a", x[:200]), ImageSet("a", x[200:]), Judge(None, ImageSet("a", x[:200]))
     )
-    assert stage.frechet(x[200:]) == pytest.approx(0, abs=1e-6)  # rounding of roots
-    assert stage.floor() > 0.1  # other images of the same law: 32 dimensions fitted from 100 images are never equal
-    assert stage.floor() < stage.frechet(1.5 * x[:200])
-    assert stage.everything().shape == (300, *SHAPE)
-    alike = stage.diversity(x[:1].repeat(10, 1, 1, 1) + 1e-4 * x[:10])
-    assert alike["distance"] < 1e-2 * stage.diversity(x[:10])["distance"]
+    assert setup.frechet(x[200:]) == pytest.approx(0, abs=1e-6)  # rounding of roots
+    assert setup.floor() > 0.1  # other images of the same law: 32 dimensions fitted from 100 images are never equal
+    assert setup.floor() < setup.frechet(1.5 * x[:200])
+    assert setup.everything().shape == (300, *SHAPE)
+    alike = setup.diversity(x[:1].repeat(10, 1, 1, 1) + 1e-4 * x[:10])
+    assert alike["distance"] < 1e-2 * setup.diversity(x[:10])["distance"]
     assert alike["vendi"] == pytest.approx(1, abs=1e-3)
 
 
 def test_held_out_images_come_equally_often_and_in_a_seeded_order():
     x = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, *SHAPE) / 10
-    stage = Stage(
+    setup = ImageSetup(
         Oracle(images(2)), repeated(images(2), 9), ImageSet("b", x, torch.arange(10), tuple("abcdefghij")), None
     )
-    picked, labels = stage.images(25, "some", 3)
+    picked, labels = setup.images(25, "some", 3)
     counts = torch.bincount(labels, minlength=10)
     assert sorted(counts.tolist()) == [2] * 5 + [3] * 5
     torch.testing.assert_close(picked[:, 0, 0, 0] * 10, labels.float())
     assert torch.equal(labels[:10], labels[10:20])  # round after round
-    assert torch.equal(stage.images(10, "some", 3)[1], labels[:10])
-    assert not torch.equal(stage.images(10, "some", 4)[1], labels[:10])
-    assert not torch.equal(stage.images(10, "other", 3)[1], labels[:10])
+    assert torch.equal(setup.images(10, "some", 3)[1], labels[:10])
+    assert not torch.equal(setup.images(10, "some", 4)[1], labels[:10])
+    assert not torch.equal(setup.images(10, "other", 3)[1], labels[:10])
 
 
 def test_cost_of_one_sample():
@@ -195,11 +195,11 @@ def recovered() -> recovery.Recovered:
 
 
 def test_exact_draws_are_at_the_floor_and_calibrated(recovered):
-    stage = made()
+    setup = made()
     # what 400 independent exact samples are from the held-out images, at worst of 40 sets: at t = 0 that is what draws
     # are, and at later times they are tied to the held-out images and nearer
     g = stream(0, "resampled")
-    sets = [stage.frechet(images(4)[torch.randint(4, (400,), generator=g)]) for _ in range(40)]
+    sets = [setup.frechet(images(4)[torch.randint(4, (400,), generator=g)]) for _ in range(40)]
     for t, by_sampler in recovered.metrics["frechet"].items():
         for name in ("map-1", "map-4"):
             assert by_sampler[name] <= 1.5 * max(sets), (t, name)
@@ -218,18 +218,18 @@ def test_exact_draws_are_at_the_floor_and_calibrated(recovered):
 
 def test_draws_of_the_wrong_spread_are_seen(recovered):
     """The mean of the posterior, always: d² = tr C exactly. Half-way to it: a spread ratio of 2, nearly."""
-    stage = made()
+    setup = made()
     t0 = FEW.model_copy(update={"times": (0.0,), "glass_steps": ()})
-    stage.model.dropped = 1.0
-    broken = recovery.evaluate_recovery(stage, t0).metrics
-    features = stage.judge.features(stage.held_out.tensor()).double()
+    setup.model.dropped = 1.0
+    broken = recovery.evaluate_recovery(setup, t0).metrics
+    features = setup.judge.features(setup.held_out.tensor()).double()
     trace = float(features.var(0).sum())
     # the images are as often in either set: means agree, and a point has no spread
     assert broken["frechet"]["0.0"]["map-1"] == pytest.approx(trace, rel=1e-3)
     assert broken["frechet"]["0.0"]["map-1"] > 50 * recovered.metrics["frechet"]["0.0"]["map-1"]
     assert broken["spread_ratio"]["0.0"]["map-1"] > 100  # infinite, but for rounding
-    stage.model.dropped = 0.5
-    half = recovery.evaluate_recovery(stage, t0).metrics["spread_ratio"]["0.0"]["map-1"]
+    setup.model.dropped = 0.5
+    half = recovery.evaluate_recovery(setup, t0).metrics["spread_ratio"]["0.0"]["map-1"]
     n = FEW.draws
     expected = math.sqrt((1 + 0.25 / n) / ((1 + 1 / n) * 0.25))
     assert half == pytest.approx(expected, rel=0.1)  # of 100 images: the error's own deviation is 5 %
@@ -256,9 +256,9 @@ def test_recovery_says_nothing_of_what_it_did_not_measure():
 
 
 def test_a_drift_trained_alone_is_judged_beside():
-    stage = made()
-    stage.drift = stage.model.drift
-    names = recovery.samplers(stage, (1,), (2, 4), "euler")
+    setup = made()
+    setup.drift = setup.model.drift
+    names = recovery.samplers(setup, (1,), (2, 4), "euler")
     assert list(names) == ["map-1", "glass-2", "glass-4", "drift-glass-2", "drift-glass-4"]
     x_t, noise = normal(5, *SHAPE, dtype=torch.float32), normal(5, *SHAPE, seed="noise", dtype=torch.float32)
     torch.testing.assert_close(names["glass-4"](noise, 0.3, x_t), names["drift-glass-4"](noise, 0.3, x_t))
@@ -268,11 +268,11 @@ def test_a_drift_trained_alone_is_judged_beside():
 
 
 def test_rollouts_agree_with_the_value_in_closed_form():
-    stage, reward = made(), image_reward(made(), "slant", 20.0)
-    model, n = stage.model, 400
+    setup, reward = made(), image_reward(made(), "slant", 20.0)
+    model, n = setup.model, 400
     r = reward(model.images).double()
     for t in (0.0, 0.1, 0.3):
-        x_1, _ = stage.images(6, "value", 0)
+        x_1, _ = setup.images(6, "value", 0)
         x_t = model.path.interpolate(normal(6, *SHAPE, dtype=torch.float32), x_1, t)
         p = model.posterior(t, x_t).double()
         moments = [(p * (i * r).exp()).sum(1) for i in (1, 2)]
@@ -298,9 +298,9 @@ def test_value_of_exact_draws_and_of_broken_ones():
     # map and rollouts both have 200 draws: their difference is that of two sets of rollouts, within 4 × √(1/(2·48))
     assert exact["rmse"] == pytest.approx(cells["rollout"]["200"]["0.1"]["rmse"], rel=0.4)
     assert metrics["value_std"]["0.1"] > 3 * exact["rmse"]
-    stage = made()
-    stage.model.dropped = 1.0  # the posterior mean in place of draws: Jensen's gap
-    point = value.evaluate_image_value(stage, config)["by_sampler"]["map-1"]["200"]["0.1"]
+    setup = made()
+    setup.model.dropped = 1.0  # the posterior mean in place of draws: Jensen's gap
+    point = value.evaluate_image_value(setup, config)["by_sampler"]["map-1"]["200"]["0.1"]
     assert point["rmse"] > 2 * exact["rmse"]
     for bad in ({"times": (1.0,)}, {"num_draws": (0,)}, {"map_steps": (), "glass_steps": ()}):
         with pytest.raises(ValueError, match=r"times|num_draws|nothing to judge"):
@@ -311,14 +311,14 @@ def test_value_of_exact_draws_and_of_broken_ones():
 
 
 def test_the_targets_of_the_class_mixture():
-    """The wish is w itself; a sure classifier tilts the data to p_1(y) w_y."""
+    """The wanted is w itself; a sure classifier tilts the data to p_1(y) w_y."""
     x = images(10)
     labels = torch.tensor([0] * 10 + [1] * 30 + [3] * 10 + [5] * 20 + [7] * 10 + [9] * 20)
     train = ImageSet("made", x[labels], labels, tuple(map(str, range(10))))
-    wish, tilted = mixture._targets(Stage(Oracle(x), train, train, Judge(Nearest(x), train)))
+    wanted, tilted = mixture._targets(ImageSetup(Oracle(x), train, train, Judge(Nearest(x), train)))
     expected = torch.tensor([0, 30, 0, 10, 0, 40, 0, 20, 0, 80], dtype=torch.float64) / 180
     torch.testing.assert_close(tilted, expected)
-    torch.testing.assert_close(wish, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
+    torch.testing.assert_close(wanted, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
     assert weights(10) == [0, 1, 0, 1, 0, 2, 0, 2, 0, 4]
     assert weights(12)[-2:] == [0, 1]
 
@@ -338,10 +338,10 @@ def test_what_the_budget_pays_for():
 def test_steering_to_a_mixture_of_classes_meets_its_target():
     """Exact draws under MFM-GF bring the frequencies to the target; unsteered they stay those of the data."""
     x = images(10)
-    stage = made(10, judge=Nearest(x), guide=Nearest(x))
+    setup = made(10, judge=Nearest(x), guide=Nearest(x))
     config = mixture.MixtureConfig(methods=("none", "mfm-gf-16", "tds-64"), samples=400, steps=25)
     lines: list[str] = []
-    found = mixture.evaluate_mixture(stage, config, lines.append)
+    found = mixture.evaluate_mixture(setup, config, lines.append)
     cells = found.metrics["methods"]
     target = torch.tensor(found.metrics["target"], dtype=torch.float64)
     torch.testing.assert_close(target, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
@@ -363,18 +363,18 @@ def test_steering_to_a_mixture_of_classes_meets_its_target():
 
 
 def test_both_distances_of_the_class_mixture():
-    """Weighted frequencies by hand, with a wish and a tilted target that differ."""
+    """Weighted frequencies by hand, with a wanted and a tilted target that differ."""
     x = images(10)
-    stage = made(10, judge=Nearest(x), guide=Nearest(x))
-    wish, tilted = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
-    wish[1] = 1.0
+    setup = made(10, judge=Nearest(x), guide=Nearest(x))
+    wanted, tilted = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    wanted[1] = 1.0
     tilted[1], tilted[3] = 0.5, 0.5
-    got = mixture._judged(stage, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), wish, tilted)
+    got = mixture._judged(setup, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), wanted, tilted)
     assert got["frequencies"] == [0, 0.75, 0, 0.25, 0, 0, 0, 0, 0, 0]
     assert got["l2"] == pytest.approx(math.sqrt(2) / 4)
     assert got["l2_tilted"] == pytest.approx(math.sqrt(2) / 4)
     assert got["chance"] == 0  # one class alone: nothing is left to chance
-    got = mixture._judged(stage, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), tilted, wish)
+    got = mixture._judged(setup, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), tilted, wanted)
     assert got["chance"] == pytest.approx(math.sqrt(0.5 * (1 + 4 + 1) / 16))
 
 
@@ -387,19 +387,19 @@ def test_the_class_mixture_refuses_what_it_cannot_count():
     ):
         with pytest.raises(InputError, match=says):
             mixture.evaluate_mixture(made(**parts), config)
-    stage = made(guide=Nearest(x), judge=Nearest(x))
-    unlabelled = Stage(stage.model, repeated(x, 5, classes=False), stage.held_out, stage.judge, stage.guide)
+    setup = made(guide=Nearest(x), judge=Nearest(x))
+    unlabelled = ImageSetup(setup.model, repeated(x, 5, classes=False), setup.held_out, setup.judge, setup.guide)
     with pytest.raises(InputError, match="one subfolder a class"):
         mixture.evaluate_mixture(unlabelled, config)
     with pytest.raises(InputError, match="unknown method"):
-        mixture.evaluate_mixture(stage, config.model_copy(update={"methods": ("none", "mfm-h-4")}))
+        mixture.evaluate_mixture(setup, config.model_copy(update={"methods": ("none", "mfm-h-4")}))
 
 
 def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
     x = images(4)
-    stage = made(guide=Nearest(x), judge=Nearest(x))
+    setup = made(guide=Nearest(x), judge=Nearest(x))
 
-    def broken(stage, v, reward, n, process, generator):
+    def broken(setup, v, reward, n, process, generator):
         samples = x[torch.arange(n) % 4].clone()
         samples[: n if v.name == "dps" else 3] = torch.nan
         cost = dict.fromkeys(("forwards", "backwards", "reward_calls", "reward_backwards", "seconds"), 1.0)
@@ -408,12 +408,12 @@ def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
     monkeypatch.setattr(mixture, "run", broken)
     lines: list[str] = []
     config = mixture.MixtureConfig(methods=("mfm-g-1", "dps"), samples=43, steps=2)
-    cells = mixture.evaluate_mixture(stage, config, lines.append).metrics["methods"]
+    cells = mixture.evaluate_mixture(setup, config, lines.append).metrics["methods"]
     assert list(cells) == ["mfm-g-1"]
     assert (cells["mfm-g-1"]["lost"], cells["mfm-g-1"]["samples"]) == (3, 40)
     assert any("43 samples are not finite" in line for line in lines)
     with pytest.raises(InputError, match="no method gave finite samples"):
-        mixture.evaluate_mixture(stage, config.model_copy(update={"methods": ("dps",)}))
+        mixture.evaluate_mixture(setup, config.model_copy(update={"methods": ("dps",)}))
 
 
 # -- the race ----------------------------------------------------------------------------------------------------------
@@ -429,9 +429,9 @@ def pool(size: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def lane() -> race._Race:
-    stage, config = made(), race.RaceConfig(samples=64, pool=8000)
-    rewards = {"slant": image_reward(stage, "slant"), "ink": image_reward(stage, "ink")}
-    return race._Race(stage, "slant", rewards, stage.everything(), config)
+    setup, config = made(), race.RaceConfig(samples=64, pool=8000)
+    rewards = {"slant": image_reward(setup, "slant"), "ink": image_reward(setup, "ink")}
+    return race._Race(setup, "slant", rewards, setup.everything(), config)
 
 
 @pytest.mark.parametrize("n", [1, 10, 100])
@@ -523,11 +523,11 @@ def test_the_frontier_is_what_none_beats_in_both():
 def test_a_whole_race(monkeypatch):
     """On exact draws: steering raises its own reward, cells are complete, and a method that breaks is said so."""
     x = images(4)
-    stage = made(guide=Nearest(x))
+    setup = made(guide=Nearest(x))
     broken = race.run
 
-    def run(stage, v, reward, *rest):
-        samples, result = broken(stage, v, reward, *rest)
+    def run(setup, v, reward, *rest):
+        samples, result = broken(setup, v, reward, *rest)
         return (samples * torch.nan if v.name == "dps" else samples), result
 
     monkeypatch.setattr(race, "run", run)
@@ -535,12 +535,12 @@ def test_a_whole_race(monkeypatch):
         rewards=("margin", "slant"), methods=("mfm-gf-8", "dps", "none", "mfm-gf-rescale-8"), strengths=(4.0,),
         rescales=(0.01, 1.0), samples=64, steps=10, base_steps=10, pool=1000, best_of=(1, 10, 500),
     )  # fmt: skip
-    found = race.evaluate_race(stage, config)
+    found = race.evaluate_race(setup, config)
     for name, one in found.metrics["rewards"].items():
         cells = {(c["method"], c.get("n", c.get("strength"))): c for c in one["cells"]}
         assert len(cells) == 9 + 5
         assert cells["dps", 4.0] == {"method": "dps", "strength": 4.0, "lost": 64}
-        scores = scored(image_reward(stage, name), x)
+        scores = scored(image_reward(setup, name), x)
         steered, free = cells["mfm-gf-8", 4.0], cells["none", 0.0]
         assert steered["reward"] > free["reward"] + 0.5 * one["data"]["reward_std"]
         # γ is the length of the steering: a hundredth of the drift's moves next to nothing
@@ -567,8 +567,8 @@ def test_a_whole_race(monkeypatch):
 def test_few_images_still_race():
     """A folder of sixty images has no 128 that are best."""
     x = images(6)
-    stage = Stage(Oracle(x), repeated(x, 9), repeated(x, 1), Judge(None, repeated(x, 9)))
-    one = race._Race(stage, "ink", {"ink": image_reward(stage, "ink")}, stage.everything(), race.RaceConfig())
+    setup = ImageSetup(Oracle(x), repeated(x, 9), repeated(x, 1), Judge(None, repeated(x, 9)))
+    one = race._Race(setup, "ink", {"ink": image_reward(setup, "ink")}, setup.everything(), race.RaceConfig())
     assert one.data["target_images"] == 60
     assert one.data["frechet"] is None
 
@@ -579,14 +579,14 @@ def test_few_images_still_race():
 @pytest.mark.parametrize("problem", inverse.PROBLEMS)
 def test_the_truth_leaves_the_noise_alone(problem):
     """‖y − A x‖²/(p σ²) of the truth is χ²_p/p."""
-    stage = made(10, 200)
-    truth, _ = stage.images(200, "inverse", 0)
+    setup = made(10, 200)
+    truth, _ = setup.images(200, "inverse", 0)
     seen = InverseProblem.observe(inverse.operator(problem, SHAPE), truth, 0.3, stream(0, "noise"))
-    cell = inverse._judge(stage, truth[None].repeat(3, 1, 1, 1, 1), truth, None, seen)
+    cell = inverse._judge(setup, truth[None].repeat(3, 1, 1, 1, 1), truth, None, seen)
     count = seen.y.numel()
     assert cell["residual"] == pytest.approx(1, abs=4 * math.sqrt(2 / count))
     assert cell["psnr"] == cell["psnr_mean"] == 100  # the cap
-    off = inverse._judge(stage, truth[None] + 0.3, truth, None, seen)
+    off = inverse._judge(setup, truth[None] + 0.3, truth, None, seen)
     assert off["residual"] == pytest.approx(2, abs=0.2)  # every A keeps a constant: one σ² more
     assert off["psnr"] == pytest.approx(20 * math.log10(2 / 0.3), abs=1e-3)
     assert "accuracy" not in off
@@ -617,15 +617,15 @@ def test_operators_and_their_pictures():
 )
 def test_samples_come_in_the_order_of_their_observations(name):
     """Half of an image decides which of four it was: sample (d, b) must be image b."""
-    stage = made()
-    truth, _ = stage.images(12, "inverse", 0)
+    setup = made()
+    truth, _ = setup.images(12, "inverse", 0)
     assert len({tuple(row) for row in truth.flatten(1).sign().tolist()}) == 4
     seen = InverseProblem.observe(inverse.operator("inpaint", SHAPE), truth, 0.5, stream(0, "noise"))
     config = inverse.InverseConfig(images=12, draws=5, steps=30)
-    x, cost = inverse._solve(stage, name, seen, config)
+    x, cost = inverse._solve(setup, name, seen, config)
     assert x.shape == (5, 12, *SHAPE)
-    found = Nearest(stage.model.images)(x.flatten(0, 1)).argmax(1).reshape(5, 12)
-    right = (found == Nearest(stage.model.images)(truth).argmax(1)).double().mean()
+    found = Nearest(setup.model.images)(x.flatten(0, 1)).argmax(1).reshape(5, 12)
+    right = (found == Nearest(setup.model.images)(truth).argmax(1)).double().mean()
     assert right == 1, name
     assert cost["nfe"] > config.steps
     if name == "tds-64":  # all 64 particles are paid for by the 5 samples that are kept
@@ -637,10 +637,10 @@ def test_calibration_of_the_whole_experiment(monkeypatch):
     spread, noise = 0.25, 0.2
     x = spread * normal(240, *SHAPE, dtype=torch.float32)
     train = ImageSet("made", x[:120])
-    stage = Stage(Oracle(images(2)), train, ImageSet("made", x[120:]), Judge(None, train))
+    setup = ImageSetup(Oracle(images(2)), train, ImageSet("made", x[120:]), Judge(None, train))
     scale = 1.0
 
-    def solve(stage, name, seen, config):
+    def solve(setup, name, seen, config):
         gain = spread**2 / (spread**2 + noise**2)
         mean = torch.zeros(config.images, *SHAPE)
         mean[..., :4] = gain * seen.y.reshape(config.images, 1, 8, 4)
@@ -651,17 +651,17 @@ def test_calibration_of_the_whole_experiment(monkeypatch):
 
     monkeypatch.setattr(inverse, "_solve", solve)
     config = inverse.InverseConfig(problems=("inpaint",), methods=("mfm-gf-4",), images=100, draws=15)
-    exact = inverse.evaluate_inverse(stage, config)
+    exact = inverse.evaluate_inverse(setup, config)
     one = exact.metrics["problems"]["inpaint"]["mfm-gf-4"]
     assert one["rank_p"] > 0.01
     assert one["spread_ratio"] == pytest.approx(1, abs=0.05)  # 6,400 pixels: 4 × √(1/(2·6400)) = .035
     assert exact.histograms["inpaint"]["mfm-gf-4"].sum() == 6400
     scale = 0.5
-    narrow = inverse.evaluate_inverse(stage, config).metrics["problems"]["inpaint"]["mfm-gf-4"]
+    narrow = inverse.evaluate_inverse(setup, config).metrics["problems"]["inpaint"]["mfm-gf-4"]
     assert narrow["rank_p"] <= 0.001
     assert narrow["spread_ratio"] == pytest.approx(2, abs=0.2)
     scale = math.nan
-    lost = inverse.evaluate_inverse(stage, config).metrics["problems"]["inpaint"]["mfm-gf-4"]
+    lost = inverse.evaluate_inverse(setup, config).metrics["problems"]["inpaint"]["mfm-gf-4"]
     assert lost["lost"] == 1500  # counted, shown as grey, and the experiment goes on
     assert lost["spread_ratio"] == math.inf
 
@@ -670,13 +670,13 @@ def test_calibration_of_the_whole_experiment(monkeypatch):
 
 
 def test_generation_and_copying():
-    stage = made()
-    stage.drift = stage.model.drift
+    setup = made()
+    setup.drift = setup.model.drift
     x = 0.1 * normal(40, *SHAPE, dtype=torch.float32)
     # held-out images lie about the four images, so that nearness to training images has a scale
-    stage.held_out = ImageSet("made", images(4).repeat(10, 1, 1, 1) + x)
+    setup.held_out = ImageSet("made", images(4).repeat(10, 1, 1, 1) + x)
     config = GenerationConfig(samples=200, refine_steps=(1, 2), compose_steps=(2,), ode_steps=(1, 30))
-    found = evaluate_generation(stage, config)
+    found = evaluate_generation(setup, config)
     cells = found.metrics["by_sampler"]
     assert list(cells) == ["refine-1", "refine-2", "compose-2", "ode-1", "ode-30", "drift-ode-1", "drift-ode-30"]
     assert cells["refine-1"]["copying"] == 0  # the oracle repeats what it has seen
@@ -743,7 +743,7 @@ def test_names_of_methods():
 def test_an_interruption_is_not_a_result(monkeypatch):
     """steer returns what is finished when Ctrl-C comes; an experiment must not go on to its next cell."""
     x = images(4)
-    stage = made(guide=Nearest(x), judge=Nearest(x))
+    setup = made(guide=Nearest(x), judge=Nearest(x))
     asked = []
 
     class Stopping:
@@ -752,31 +752,31 @@ def test_an_interruption_is_not_a_result(monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        steered.run(stage, steered.image_variant("mfm-gf-4"), Stopping(), 8, mfm.ODE(steps=5), stream(0))
+        steered.run(setup, steered.image_variant("mfm-gf-4"), Stopping(), 8, mfm.ODE(steps=5), stream(0))
     assert len(asked) == 1
     monkeypatch.setattr(InverseProblem, "__call__", lambda self, x, cond=None: Stopping()(x))
-    truth, _ = stage.images(9, "inverse", 0)
+    truth, _ = setup.images(9, "inverse", 0)
     seen = InverseProblem.observe(inverse.operator("sr2", SHAPE), truth, 0.2, stream(0, "noise"))
     config = inverse.InverseConfig(images=9, draws=5, steps=5)
     for name in ("mfm-gf-4", "tds-64"):
         asked.clear()
         with pytest.raises(KeyboardInterrupt):
-            inverse._solve(stage, name, seen, config)
+            inverse._solve(setup, name, seen, config)
         assert len(asked) == 1
 
 
 def test_rewards_by_name():
     x = images(4)
-    stage = made(guide=Nearest(x))
-    margin = image_reward(stage, "margin:2")
+    setup = made(guide=Nearest(x))
+    margin = image_reward(setup, "margin:2")
     assert margin(x).argmax() == 2
-    assert image_reward(stage, "margin").label == 3
-    torch.testing.assert_close(scored(image_reward(stage, "margin:2", 3.0), x), 3 * margin(x))
-    half = image_reward(stage, "half")
+    assert image_reward(setup, "margin").label == 3
+    torch.testing.assert_close(scored(image_reward(setup, "margin:2", 3.0), x), 3 * margin(x))
+    half = image_reward(setup, "half")
     assert half.y.shape == (32,)
-    assert torch.equal(image_reward(stage, "half").y, half.y)
+    assert torch.equal(image_reward(setup, "half").y, half.y)
     # the guide's own number of classes counts: a map of images may be trained without any
-    unlabelled = Stage(stage.model, repeated(x, 5, classes=False), stage.held_out, stage.judge, Nearest(x))
+    unlabelled = ImageSetup(setup.model, repeated(x, 5, classes=False), setup.held_out, setup.judge, Nearest(x))
     assert image_reward(unlabelled, "margin").label == 3
     assert len(image_reward(unlabelled, "mixture").weights) == 4
     for name, says in (
@@ -784,13 +784,13 @@ def test_rewards_by_name():
         ("slant:3", "did you mean 'slant'"), ("slnt", "did you mean 'slant'"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):
-            image_reward(stage, name)
+            image_reward(setup, name)
     for name in ("margin", "mixture"):
         with pytest.raises(InputError, match=r"mfm train made-guide .*; slant, ink and half need none"):
             image_reward(made(), name)
 
 
 def test_a_reward_that_is_the_same_for_all_data_has_a_scale():
-    stage = made()
+    setup = made()
     flat = {"flat": lambda x, cond=None: x.new_zeros(len(x))}
-    assert race._Race(stage, "flat", flat, stage.everything(), race.RaceConfig()).scale == 1
+    assert race._Race(setup, "flat", flat, setup.everything(), race.RaceConfig()).scale == 1

@@ -26,7 +26,7 @@ from metaflowmaps.lab.evaluate.images import class_mixture as mixture
 from metaflowmaps.lab.evaluate.images import experiments, race, steered
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scores_of, short
-from metaflowmaps.lab.evaluate.images.stage import Conditions, ImageEvalConfig, Judge, Stage
+from metaflowmaps.lab.evaluate.images.setup import Conditions, ImageEvalConfig, ImageSetup, Judge
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.networks.dit import DiT
@@ -260,13 +260,13 @@ def test_bf16_is_the_networks_alone(capsys, here, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["tds-8", "mfm-gf-2", "mfm-search-2"])
 def test_all_rows_of_a_sample_have_its_class(here, name):
     """Systems of particles have one class each; candidates of a sample its own."""
-    stage = staged(here)
+    setup = staged(here)
     watch = Watch()
-    watch.on(stage.model)
+    watch.on(setup.model)
     labels = steered.labels_of(name, torch.arange(20) % CLASSES)
     assert len(labels) == 20
     v = steered.image_variant(name)
-    x, _ = steered.run(stage, v, image_reward(stage, "ink"), 20, mfm.ODE(steps=3), stream(0), labels)
+    x, _ = steered.run(setup, v, image_reward(setup, "ink"), 20, mfm.ODE(steps=3), stream(0), labels)
     assert x.shape == (20, *SHAPE)
     if name == "tds-8":
         assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 4
@@ -367,11 +367,11 @@ class Large:
 
 
 def test_of_a_large_set_a_seeded_choice_is_read():
-    def stage(most):
+    def setup(most):
         train, held = Large(2000, max(most, 1000)), Large(500, most)  # components are found from the first thousand
-        return Stage(tiny_map(), train, held, Judge(None, train), most=most)
+        return ImageSetup(tiny_map(), train, held, Judge(None, train), most=most)
 
-    one, two = stage(50), stage(50)
+    one, two = setup(50), setup(50)
     assert one.everything().shape == (100, *SHAPE)
     assert torch.equal(one.seen, two.seen)
     chosen = one.train.read[0]
@@ -421,41 +421,41 @@ def test_an_exported_run_knows_its_data(capsys, here, tmp_path):
 # -- rewards -----------------------------------------------------------------------------------------------------------
 
 
-def staged(here) -> Stage:
+def staged(here) -> ImageSetup:
     """The map on its latents, told its classes."""
     train, held = Latents(path=str(here / "latents")).load()
     model, codec = tiny_map(), tiny_codec()
-    stage = Stage(model, train, held, Judge(None, train, decode=codec.decode), open_codec=lambda: codec)
-    stage.conditions = Conditions(mfm.Pipeline(model, guidance=2.5))
-    return stage
+    setup = ImageSetup(model, train, held, Judge(None, train, decode=codec.decode), open_codec=lambda: codec)
+    setup.conditions = Conditions(mfm.Pipeline(model, guidance=2.5))
+    return setup
 
 
 def test_rewards_see_pictures_decoded_once(here):
-    stage = staged(here)
-    rewards = {name: image_reward(stage, name) for name in ("slant", "ink", "half")}
-    x = stage.held_out.tensor()
+    setup = staged(here)
+    rewards = {name: image_reward(setup, name) for name in ("slant", "ink", "half")}
+    x = setup.held_out.tensor()
     decoded = []
-    stage.codec.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
+    setup.codec.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
     scores = scores_of(rewards, x)
     assert decoded == [len(x)]
     pictures = tiny_codec().decode(x)
     torch.testing.assert_close(scores["ink"], mfm.rewards.Ink()(pictures))
     torch.testing.assert_close(scores["slant"], mfm.rewards.Slant()(pictures))
     assert float(scores["half"].std()) > 0
-    assert image_reward(stage, "ink", on_pictures=True)(pictures).shape == (len(x),)
+    assert image_reward(setup, "ink", on_pictures=True)(pictures).shape == (len(x),)
 
 
 def test_a_guide_of_pictures_and_a_judge_of_latents(here):
     """A classifier sees what it was made for."""
-    stage = staged(here)
-    pictures = tiny_codec().decode(stage.train.tensor(slice(CLASSES)))
-    stage.guide = Nearest(pictures)
-    assert image_reward(stage, "margin:2")(stage.train.tensor(slice(CLASSES))).argmax() == 2
-    latents = stage.train.tensor(slice(CLASSES))
-    stage.guide = Nearest(latents)
-    assert image_reward(stage, "margin:2")(latents).argmax() == 2
+    setup = staged(here)
+    pictures = tiny_codec().decode(setup.train.tensor(slice(CLASSES)))
+    setup.guide = Nearest(pictures)
+    assert image_reward(setup, "margin:2")(setup.train.tensor(slice(CLASSES))).argmax() == 2
+    latents = setup.train.tensor(slice(CLASSES))
+    setup.guide = Nearest(latents)
+    assert image_reward(setup, "margin:2")(latents).argmax() == 2
     for known in (Nearest(latents), Nearest(pictures)):
-        judge = Judge(known, stage.train, decode=stage.decode)
+        judge = Judge(known, setup.train, decode=setup.decode)
         assert judge.classes(latents).tolist() == list(range(CLASSES))
 
 
@@ -492,36 +492,36 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def pixels() -> tuple[Stage, Watch]:
+def pixels() -> tuple[ImageSetup, Watch]:
     x = images(4)
     train = repeated(x, 40)
-    stage = Stage(mfm.MetaFlowMap(Small(), mfm.LinearPath()), train, train, Judge(Nearest(x), train), Nearest(x))
+    setup = ImageSetup(mfm.MetaFlowMap(Small(), mfm.LinearPath()), train, train, Judge(Nearest(x), train), Nearest(x))
     watch = Watch()
-    watch.on(stage.model)
-    return stage, watch
+    watch.on(setup.model)
+    return setup, watch
 
 
 @pytest.mark.parametrize("name", dict.fromkeys([*mixture.METHODS, *race.METHODS, "best-of-n-3", "glass-2"]))
 def test_calls_of_a_method(pixels, name):
-    stage, watch = pixels
+    setup, watch = pixels
     for n, steps in ((64, 5), (7, 2)):
         watch.rows = 0
         v = steered.image_variant(name)
-        steered.run(stage, v, image_reward(stage, "margin"), n, mfm.ODE(steps=steps), stream(0))
+        steered.run(setup, v, image_reward(setup, "margin"), n, mfm.ODE(steps=steps), stream(0))
         assert watch.rows == steered.calls(v, n, steps)
 
 
 def test_calls_of_the_experiments_of_pixels(pixels, monkeypatch):
-    stage, watch = pixels
+    setup, watch = pixels
     monkeypatch.setattr(mixture, "BASE", 50)
     config = mixture.MixtureConfig(methods=("none", "mfm-gf-4", "tds-64"), samples=70, steps=4)
-    mixture.evaluate_mixture(stage, config)
+    mixture.evaluate_mixture(setup, config)
     assert watch.rows == config.calls()
     watch.rows = 0
     config = inverse.InverseConfig(
         methods=("mfm-gf-4", "dps", "tds-64"), problems=("sr2", "inpaint"), images=8, draws=3, steps=3
     )
-    inverse.evaluate_inverse(stage, config)
+    inverse.evaluate_inverse(setup, config)
     assert watch.rows == config.calls()
 
 

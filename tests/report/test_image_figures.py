@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.figures import image_figures as f
 from metaflowmaps.lab.figures.picture_layout import thinned
-from metaflowmaps.lab.figures.steering_figures import STYLE, style
+from metaflowmaps.lab.figures.steering_figures import looks, style
 from metaflowmaps.random import stream
 
 
@@ -149,8 +149,8 @@ def test_the_frontier_marks_lambda_base_and_target_under_one_legend():
     assert legend(figure) == ["mfm-g", "dps", "base model", "data of the target", "numbers along a line: λ, γ or N"]
     lines = {line.get_label(): line for line in axes[0].lines}
     assert lines["mfm-g"].get_xydata().tolist() == [[1.0, 0.0], [0.9, 0.5], [0.7, 1.2]]
-    assert lines["mfm-g"].get_color() == STYLE["mfm-g"][0]
-    assert lines["dps"].get_color() == STYLE["dps"][0]
+    assert lines["mfm-g"].get_color() == looks()["mfm-g"][0]
+    assert lines["dps"].get_color() == looks()["dps"][0]
     assert [text.get_text() for text in axes[0].texts].count("10") == 2  # the end of each line
     assert overlaps(figure) == []
 
@@ -165,7 +165,7 @@ def test_a_frontier_leaves_out_what_is_not_finite_and_refuses_what_is_no_point()
 
 def test_lambda_labels_keep_clear_of_each_other_and_of_points():
     lines = {
-        name: [(s, 1 - 0.004 * k - 0.1 * s, s + 0.01 * k) for s in range(4)] for k, name in enumerate(list(STYLE)[:9])
+        name: [(s, 1 - 0.004 * k - 0.1 * s, s + 0.01 * k) for s in range(4)] for k, name in enumerate(list(looks())[:9])
     }
     figure = f.frontier([{**panel(), "methods": lines}])
     labels = figure.axes[0].texts
@@ -205,7 +205,7 @@ def test_ticks_of_many_calls_stay_apart():
 def test_frequencies_stay_legible_with_twelve_methods():
     target = [0.1] * 10
     methods = {
-        name: [0.1] * 9 + [0.1 + 0.05 * k] for k, name in enumerate([*[*STYLE][:10], "mfm-g-plain", "mfm-gf-plain"])
+        name: [0.1] * 9 + [0.1 + 0.05 * k] for k, name in enumerate([*[*looks()][:10], "mfm-g-plain", "mfm-gf-plain"])
     }
     figure = f.frequencies(methods, target, "Classes")
     axes = [axis for axis in figure.axes if axis.get_visible()]
@@ -280,7 +280,7 @@ def test_colours_of_methods_stay_apart_for_colour_blind_eyes(sight):
         opponent = np.array([[0.21045, 0.79362, -0.00407], [1.97800, -2.42859, 0.45059], [0.02590, 0.78277, -0.80868]])
         return 100 * opponent @ np.cbrt(cones @ linear.clip(0, 1))
 
-    colours = {name: oklab(colour) for name, (colour, _) in STYLE.items() if name not in ("map", "ode")}
+    colours = {name: oklab(colour) for name, (colour, _) in looks().items() if name not in ("map", "ode")}
     nearest = min((float(np.linalg.norm(colours[a] - colours[b])), a, b) for a, b in itertools.combinations(colours, 2))
     assert nearest[0] > 8, nearest  # four times the 2 units at which OKLab colours side by side are told apart
-    assert len({marker for name, (_, marker) in STYLE.items() if name not in ("map", "ode")}) == len(colours)
+    assert len({marker for name, (_, marker) in looks().items() if name not in ("map", "ode")}) == len(colours)

@@ -17,7 +17,7 @@ from metaflowmaps.cli.rewards import JUDGES, judge_of_pictures
 from metaflowmaps.data import DataSource
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.evaluate.images.experiments import EXPERIMENTS, STEERING, on_images, prepare, usual_steering
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, cells, evaluate_steering
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value

@@ -161,8 +161,8 @@ def tune(
 
 def _train(subject: TuningSubject, config: FinetuneConfig, request: Request, tried: Probe) -> Any:
     """The run, with its meters."""
-    context, stage = request.context, subject.stage
-    watched = Watched(subject.others, None if stage is None else stage.judge.features, subject.picture())
+    context, setup = request.context, subject.setup
+    watched = Watched(subject.others, None if setup is None else setup.judge.features, subject.picture())
     try:
         with training_progress(context.say) as report:
             surroundings = TuningContext(subject.opened.device, context.resume, _data(subject, config), report, watched)

@@ -11,9 +11,9 @@ from torch import Tensor
 from metaflowmaps.data import read_examples
 from metaflowmaps.data.imagenet import class_names
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.lab.evaluate.images.assemble import open_stage
+from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.image_rewards import PIXELS, image_reward
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.recipes.tasks import steering_task
 from metaflowmaps.rewards import (
@@ -139,7 +139,7 @@ def _of_images(asked: Asked) -> Any:
     """From the checkpoint's own guiding classifier and data."""
     if asked.text in PIXELS:
         return PIXELS[asked.text](asked.strength)
-    stage, _ = open_stage(asked.opened, ImageEvalConfig(judge="none", drift="none", data=asked.data))
+    stage, _ = open_setup(asked.opened, ImageEvalConfig(judge="none", drift="none", data=asked.data))
     return image_reward(stage, asked.text, asked.strength, on_pictures=True)
 
 

@@ -11,7 +11,7 @@ from metaflowmaps.cli.finetune import Finetune, about, choose_subject, tune
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig
 from metaflowmaps.lab.evaluate.images.experiments import EXPERIMENTS
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
 from metaflowmaps.lab.imagenet_tasks import TaskConfig, task
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.networks import DiT, DiTConfig, NetworkConfig, read_network

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from metaflowmaps.lab.evaluate.images.assemble import open_stage
+from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.race import RaceConfig, Raced, evaluate_race, title
-from metaflowmaps.lab.evaluate.images.stage import Stage, table
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
 from metaflowmaps.lab.figures import image_figures
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.opened import OpenedModel
@@ -17,15 +17,21 @@ from metaflowmaps.random import randn, stream
 HEADLINE = "MFM-G with one draw against best-of-N"
 STORY_TIMES = (0.1, 0.3, 0.5, 0.7)
 RACE = RaceConfig(
-    rewards=("margin", "slant"), methods=("mfm-g-rescale-1", "mfm-gf-4", "dps"), strengths=(8.0,), rescales=(0.5, 1.5),
-    samples=64, pool=8000,
-)  # fmt: skip
+    rewards=("margin", "slant"),
+    methods=("mfm-g-rescale-1", "mfm-gf-4", "dps"),
+    strengths=(8.0,),
+    rescales=(0.5, 1.5),
+    samples=64,
+    pool=8000,
+)
 GAMMA = {"margin": 1.5, "slant": 0.5}  # the length of MFM-G's steering that the story shows
 STEERED = (
-    ("ode 1", "unsteered"), ("ode 1000", "best of 1,000"), ("dps 8", "DPS"),
+    ("ode 1", "unsteered"),
+    ("ode 1000", "best of 1,000"),
+    ("dps 8", "DPS"),
     ("mfm-g-rescale-1 {gamma:g}", "MFM-G, one draw"),
     ("mfm-gf-4 8", "MFM-GF, 4 draws"),
-)  # fmt: skip
+)
 CAPTIONS = {
     "story-margin.png": "Left: a digit, its noisy version, and six draws of what it may have been, one network call "
     "each. Right: digits steered to be threes, by the log-odds of a classifier.",
@@ -39,19 +45,19 @@ SUMMARY = (
 
 def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The metrics of the race that the story shows; its figures go into ``out``."""
-    stage, _ = open_stage(opened, config)
-    raced = evaluate_race(stage, config, say)
+    setup, _ = open_setup(opened, config)
+    raced = evaluate_race(setup, config, say)
     races = raced.metrics["rewards"]
-    _draw(_noisy_digits(stage, config.seed), raced, out)
+    _draw(_noisy_digits(setup, config.seed), raced, out)
     tables = {HEADLINE: raced.metrics["tables"][HEADLINE]}
     tables |= {f"Reward {name}": _short(race) for name, race in races.items()}
     return {"rewards": races, "tables": tables, "summary": SUMMARY, "captions": CAPTIONS}
 
 
-def _noisy_digits(stage: Stage, seed: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _noisy_digits(setup: ImageSetup, seed: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Digits, noised to the story's times, and six draws of what they may have been."""
-    model, noisy = stage.model, []
-    images, _ = stage.images(len(STORY_TIMES), "story", seed)
+    model, noisy = setup.model, []
+    images, _ = setup.images(len(STORY_TIMES), "story", seed)
     for i, t in enumerate(STORY_TIMES):
         g = stream(seed, "story", i)
         x_t = model.path.interpolate(randn(tuple(images[i : i + 1].shape), g), images[i : i + 1], t)
@@ -78,8 +84,15 @@ def _price(cell: dict[str, Any]) -> str:
 
 def _short(race: dict[str, Any]) -> dict[str, Any]:
     rows = [
-        [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["distance"], round(c["cost"]["nfe"]),
-         1000 * c["cost"]["seconds"]]
-        for c in race["cells"] if "reward" in c
-    ]  # fmt: skip
+        [
+            title(c["method"]),
+            c.get("strength", c.get("n")),
+            c["reward"],
+            c["distance"],
+            round(c["cost"]["nfe"]),
+            1000 * c["cost"]["seconds"],
+        ]
+        for c in race["cells"]
+        if "reward" in c
+    ]
     return table(["method", "λσ, γ or N", "reward", "mean distance", "NFE", "ms"], rows)

@@ -29,12 +29,16 @@ from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.steering import ODE, SDE, Glass, Method, Process, SteerResult, steer
+from metaflowmaps.work.choices import choices
 from metaflowmaps.work.config import Config
 
-DEFAULT_METHODS = (
-    "none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n",
-    "glass", "exact",
-)  # fmt: skip
+
+def default_methods() -> tuple[str, ...]:
+    """Every method, and as published each that the package adds something to."""
+    names: list[str] = []
+    for name, method in choices(Method).items():
+        names += [name, f"{name}-plain"] if method.published else [name]
+    return tuple(names)
 
 
 class SteeringEvalConfig(Config):
@@ -46,7 +50,7 @@ class SteeringEvalConfig(Config):
     process: Literal["ode", "sde"] = "ode"
     integrator: str = "euler"
     renormalize: str = "none"
-    methods: tuple[str, ...] = Field(DEFAULT_METHODS, min_length=1)
+    methods: tuple[str, ...] = Field(default_factory=default_methods, min_length=1)
     num_draws: tuple[int, ...] = Field((1, 4), min_length=1)
     reward: str = ""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # of a method or variant, beyond its defaults

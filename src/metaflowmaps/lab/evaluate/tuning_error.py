@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import Cond
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.lab.evaluate.images.stage import Stage, table
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
 from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
@@ -99,12 +99,12 @@ class ImageJudge:
 
     def __init__(
         self,
-        stage: Stage,
+        setup: ImageSetup,
         reward: Callable[..., Tensor],
         others: Mapping[str, Callable[..., Tensor]],
-        wish: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> None:
-        self.stage, self.reward, self.wish = stage, checked_reward(reward), wish
+        self.setup, self.reward, self.wanted = setup, checked_reward(reward), wanted
         self.others = {name: checked_reward(other) for name, other in others.items()}
         self._target: tuple[Tensor, dict[str, Any]] | None = None
 
@@ -113,12 +113,12 @@ class ImageJudge:
         (x, cond), lost = _finite(sets)
         if len(x) < 64:
             return {"lost": lost}
-        features = self.stage.judge.features(x)
+        features = self.setup.judge.features(x)
         return {
             **self._weighted(Drawn(x, cond), torch.ones(len(x))),
             **_spread(features[:COMPARED]),
             **({} if self._target is None else {"frechet_to_target": frechet_distance(features, self._target[0])}),
-            "frechet_to_data": frechet_distance(features, self.stage.reference),
+            "frechet_to_data": frechet_distance(features, self.setup.reference),
             "lost": lost,
         }
 
@@ -130,12 +130,13 @@ class ImageJudge:
             x = drawn(base, BASE_SAMPLER, POOL, seed + 1, cond)
             weights = _each(self.reward, x, cond).double().softmax(0)
             chosen = torch.multinomial(weights, COMPARED, replacement=True, generator=stream(seed, "tuned-target"))
-            features = self.stage.judge.features(x[chosen.to(x.device)])
+            features = self.setup.judge.features(x[chosen.to(x.device)])
             figures = {
-                **self._weighted(Drawn(x, cond), weights), **_spread(features),
-                "frechet_to_data": frechet_distance(features, self.stage.reference),
+                **self._weighted(Drawn(x, cond), weights),
+                **_spread(features),
+                "frechet_to_data": frechet_distance(features, self.setup.reference),
                 "ess": float(1 / weights.square().sum()),
-            }  # fmt: skip
+            }
             self._target = features, figures
         return self._target[1]
 
@@ -145,13 +146,13 @@ class ImageJudge:
         each = {name: _each(reward, x, cond).double() for name, reward in {"": self.reward, **self.others}.items()}
         means = {name: float(weights @ r) for name, r in each.items()}
         figures: dict[str, Any] = {f"reward_{name}" if name else "reward": mean for name, mean in means.items()}
-        if self.stage.judge.classifier is not None:
-            shares = torch.zeros(self.stage.train.num_classes, dtype=torch.float64)
-            shares.scatter_add_(0, self.stage.judge.classes(x), weights)
+        if self.setup.judge.classifier is not None:
+            shares = torch.zeros(self.setup.train.num_classes, dtype=torch.float64)
+            shares.scatter_add_(0, self.setup.judge.classes(x), weights)
             figures["class_frequencies"] = shares.tolist()
-            if self.wish is not None:
-                figures["class_l2"] = class_distance(shares, self.wish)
-                figures["chance"] = math.sqrt(float((1 - self.wish.square().sum()) * weights.square().sum()))
+            if self.wanted is not None:
+                figures["class_l2"] = class_distance(shares, self.wanted)
+                figures["chance"] = math.sqrt(float((1 - self.wanted.square().sum()) * weights.square().sum()))
         return figures
 
 
@@ -247,10 +248,16 @@ def evaluate_tuned(
 
 
 WORDS = {
-    "reward": "reward", "ratio": "SW2 / floor", "mode_l1": "mode L1", "distance": "mean distance", "vendi": "Vendi",
-    "frechet_to_target": "Fréchet to target", "frechet_to_data": "Fréchet to data", "class_l2": "class L2 to w",
+    "reward": "reward",
+    "ratio": "SW2 / floor",
+    "mode_l1": "mode L1",
+    "distance": "mean distance",
+    "vendi": "Vendi",
+    "frechet_to_target": "Fréchet to target",
+    "frechet_to_data": "Fréchet to data",
+    "class_l2": "class L2 to w",
     "lost": "lost",
-}  # fmt: skip
+}
 
 
 def tables(metrics: dict[str, Any]) -> dict[str, Any]:

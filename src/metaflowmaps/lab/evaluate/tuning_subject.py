@@ -13,10 +13,10 @@ from metaflowmaps.data import DataSource, read_source
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate import tuning_error as tuning
-from metaflowmaps.lab.evaluate.images.assemble import open_stage
-from metaflowmaps.lab.evaluate.images.class_mixture import wished
+from metaflowmaps.lab.evaluate.images.assemble import open_setup
+from metaflowmaps.lab.evaluate.images.class_mixture import wanted_mixture
 from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Stage
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup
 from metaflowmaps.lab.figures import plots, result_figures, tuning_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.laws.mixture import GaussianMixture
@@ -88,28 +88,28 @@ class TuningSubject:
     # -- judging -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def stage(self) -> Stage | None:
+    def setup(self) -> ImageSetup | None:
         """What judges images, which must be at hand; None for vectors and latents: the reward alone judges those."""
         if self.data is None or self.decode is not None:
             return None
-        return open_stage(self.opened, ImageEvalConfig(drift="none", data=self.data_moved))[0]
+        return open_setup(self.opened, ImageEvalConfig(drift="none", data=self.data_moved))[0]
 
     @cached_property
     def others(self) -> dict[str, Reward]:
         """Rewards that are watched and not trained on."""
-        stage, own = self.stage, self.reward_name.partition(":")[0]
-        if stage is None:
+        setup, own = self.setup, self.reward_name.partition(":")[0]
+        if setup is None:
             return {}
-        usable = [name for name in (*RACE, "ink") if name != own and (name != "margin" or stage.guide is not None)]
-        return {name: image_reward(stage, name) for name in usable}
+        usable = [name for name in (*RACE, "ink") if name != own and (name != "margin" or setup.guide is not None)]
+        return {name: image_reward(setup, name) for name in usable}
 
     @property
     def judge(self) -> tuning.SampleJudge:
         """What samples of the tuned model are held to: its exact law, images, or the reward alone."""
-        stage = self.stage
-        if stage is not None:
-            wish = wished(stage) if self.reward_name == "mixture" and stage.train.labels is not None else None
-            return tuning.ImageJudge(stage, self.reward, self.others, wish)
+        setup = self.setup
+        if setup is not None:
+            wanted = wanted_mixture(setup) if self.reward_name == "mixture" and setup.train.labels is not None else None
+            return tuning.ImageJudge(setup, self.reward, self.others, wanted)
         if self.opened.law is not None and self.known is not None and self.tilted is not None:
             return tuning.MixtureJudge(self.opened.law, self.known)
         return tuning.PlainJudge(self.reward)

@@ -224,9 +224,16 @@ def strengths(axis: "Axes", methods: Mapping[str, Any], looks: Mapping[str, Any]
                 if inside and not any(_overlap(box, other) for other in taken):
                     taken.append(box)
                     label = axis.annotate(
-                        text, line[at][1:], ((cx - x) / scale, (cy - y) / scale), textcoords="offset points",
-                        ha="center", va="center", fontsize=9, color=looks[name]["color"], zorder=5,
-                    )  # fmt: skip
+                        text,
+                        line[at][1:],
+                        ((cx - x) / scale, (cy - y) / scale),
+                        textcoords="offset points",
+                        ha="center",
+                        va="center",
+                        fontsize=9,
+                        color=looks[name]["color"],
+                        zorder=5,
+                    )
                     label.set_path_effects([withStroke(linewidth=2, foreground="white")])
                     label.set_in_layout(False)
                     break

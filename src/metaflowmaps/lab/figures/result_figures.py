@@ -91,9 +91,11 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
     figures.save(recovery_grid(found.image, found.noisy, found.draws, times), out / "draws.png")
     means, deviations = (torch.stack([pair[i] for pair in found.spread]) for i in (0, 1))
     spread = image_figures.spread_maps(
-        {"draws of the map": (means, deviations)}, [f"t = {t:g}" for t in times],
-        "Where the draws agree, and where they do not", torch.stack(found.noisy),
-    )  # fmt: skip
+        {"draws of the map": (means, deviations)},
+        [f"t = {t:g}" for t in times],
+        "Where the draws agree, and where they do not",
+        torch.stack(found.noisy),
+    )
     figures.save(spread, out / "spread.png")
     frechet = found.metrics["frechet"]
     curves: dict[str, Any] = {}
@@ -107,9 +109,13 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
         curves[f"t = {float(t):g}"] = panel
     measure, against = _measure(found.metrics)
     figure = image_figures.against_calls(
-        curves, "network calls a draw", measure, dict.fromkeys(curves, found.metrics["floor"]),
-        f"Draws against {against}, in {found.metrics['space']}", "images trained on",
-    )  # fmt: skip
+        curves,
+        "network calls a draw",
+        measure,
+        dict.fromkeys(curves, found.metrics["floor"]),
+        f"Draws against {against}, in {found.metrics['space']}",
+        "images trained on",
+    )
     figures.save(figure, out / "frechet-against-calls.png")
     return {
         "draws.png": "A held-out image, noised to time t, and eight draws of the map in one network call each. At "
@@ -152,13 +158,19 @@ def value(metrics: dict[str, Any], out: Path) -> dict[str, str]:
             y.append(cell["pearson"])
     again, brief = next(iter(cells["rollout"].values())), short([metrics["reward"]])[metrics["reward"]]
     figure = image_figures.against_calls(
-        curves, "network calls a draw", "Pearson r with rollouts",
+        curves,
+        "network calls a draw",
+        "Pearson r with rollouts",
         {f"t = {float(t):g}": cell["pearson"] for t, cell in again.items()},
-        f"Value of the reward {brief} from {draws} draws", "rollouts again", yscale="linear",
-    )  # fmt: skip
+        f"Value of the reward {brief} from {draws} draws",
+        "rollouts again",
+        yscale="linear",
+    )
     figures.save(figure, out / "value-against-calls.png")
-    return {"value-against-calls.png": "Correlation of the estimated value with that of rollouts, over noised held-out "
-            "images, against network calls a draw. Dashed: a second set of rollouts."}  # fmt: skip
+    return {
+        "value-against-calls.png": "Correlation of the estimated value with that of rollouts, over noised held-out "
+        "images, against network calls a draw. Dashed: a second set of rollouts."
+    }
 
 
 def mixture(found: Mixed, out: Path) -> dict[str, str]:
@@ -169,9 +181,11 @@ def mixture(found: Mixed, out: Path) -> dict[str, str]:
     figures.save(figure, out / "frequencies.png")
     names = list(found.samples)
     grid = image_figures.image_grid(
-        [found.samples[name] for name in names], [image_variant(name).title for name in names], None,
+        [found.samples[name] for name in names],
+        [image_variant(name).title for name in names],
+        None,
         "Samples steered to a mixture of classes",
-    )  # fmt: skip
+    )
     figures.save(grid, out / "samples.png")
     return {
         "frequencies.png": "Share of each class among the samples (bars) against the target (marks).",
@@ -274,9 +288,13 @@ def generation(found: Generated, out: Path) -> dict[str, str]:
     (measure, against), known = _measure(found.metrics), "floor" in found.metrics
     kind_of = "Samples of all classes" if found.metrics.get("conditional") else "Unconditional samples"
     figure = image_figures.against_calls(
-        curves, "network calls a sample", measure, found.metrics["floor"]["frechet"] if known else None,
-        fill(f"{kind_of}, in {found.metrics['space']}", TITLE), "images trained on",
-    )  # fmt: skip
+        curves,
+        "network calls a sample",
+        measure,
+        found.metrics["floor"]["frechet"] if known else None,
+        fill(f"{kind_of}, in {found.metrics['space']}", TITLE),
+        "images trained on",
+    )
     figures.save(figure, out / "frechet-against-calls.png")
     rows = {name: x for name, x in found.samples.items() if name in SHOWN} or found.samples
     titles = [f"{GENERATION_KINDS[n.rpartition('-')[0]]}, {n.rpartition('-')[2]} steps" for n in rows]

@@ -40,9 +40,15 @@ def meters(records: list[dict[str, Any]], reward: str, evidence: float | None = 
 
 
 LOOKS = (
-    (MAP, "o", "-"), (MAP, "s", "--"), (GLASS, "D", "-"), (CONTEXT, "^", "-"), ("#2e7d32", "v", "-"),
-    ("#7b4fb5", "P", "-"), ("#b8860b", "X", "-"), (QUIET, "*", "--"),
-)  # fmt: skip
+    (MAP, "o", "-"),
+    (MAP, "s", "--"),
+    (GLASS, "D", "-"),
+    (CONTEXT, "^", "-"),
+    ("#2e7d32", "v", "-"),
+    ("#7b4fb5", "P", "-"),
+    ("#b8860b", "X", "-"),
+    (QUIET, "*", "--"),
+)
 
 
 def sweep(strengths: Sequence[float], curves: Mapping[str, Sequence[float | None]]) -> "Figure":
@@ -54,9 +60,15 @@ def sweep(strengths: Sequence[float], curves: Mapping[str, Sequence[float | None
         first = name == next(iter(curves))  # wide and below, since the next may lie on it
         width = 5.0 if first else 1.6
         axis.plot(
-            *zip(*kept, strict=True), color=colour, marker=marker, linestyle=line, label=name, linewidth=width,
-            alpha=0.45 if first else 1.0, markersize=9 if first else 6,
-        )  # fmt: skip
+            *zip(*kept, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=name,
+            linewidth=width,
+            alpha=0.45 if first else 1.0,
+            markersize=9 if first else 6,
+        )
     axis.axhline(1, color=QUIET, linestyle=":", linewidth=1.4, label="exact samples")
     axis.set(xscale="log", yscale="log", xlabel="strength λ", ylabel="sliced W2 / floor")
     axis.set_ylim(0.8, min(axis.get_ylim()[1], 100.0))  # what explodes leaves the frame

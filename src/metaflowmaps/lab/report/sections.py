@@ -143,20 +143,36 @@ def _posterior_summary(results: Results) -> str:
 def steering_tables(metrics: dict[str, Any]) -> Tables:
     """The tables of ``mfm eval steering``: one row a method and number of draws."""
     head = [
-        "method", "N", "SW2 / floor", "MMD", "mode L1", "reward", "NFE", "ms", "network", "backward", "reward calls",
+        "method",
+        "N",
+        "SW2 / floor",
+        "MMD",
+        "mode L1",
+        "reward",
+        "NFE",
+        "ms",
+        "network",
+        "backward",
+        "reward calls",
         "samples",
-    ]  # fmt: skip
+    ]
     rows = []
     for name, key, cell in _cells(metrics):
         cost, total = cell["cost"], cell["samples"] * cell["seeds"]
         rows.append(
             [
-                name, key, number(cell["sw2"] / cell["floor_sw2"]), number(cell["mmd"]), number(cell["mode_l1"]),
-                number(cell["reward"]), f"{cost['nfe']:,.0f}", number(1000 * cost["seconds"] / total),
+                name,
+                key,
+                number(cell["sw2"] / cell["floor_sw2"]),
+                number(cell["mmd"]),
+                number(cell["mode_l1"]),
+                number(cell["reward"]),
+                f"{cost['nfe']:,.0f}",
+                number(1000 * cost["seconds"] / total),
                 *(f"{cost[k] / total:,.0f}" for k in ("forwards", "backwards", "reward_calls")),
                 f"{cell['seeds']} × {cell['samples']:,}",
             ]
-        )  # fmt: skip
+        )
     floor = metrics["floor"]
     rows.append(["exact samples", "–", "1", "–", number(floor["mode_l1"]), number(metrics["exact_reward"])] + ["–"] * 6)
     return {"Steering, costs per returned sample": (head, rows)}

@@ -14,7 +14,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import is_latent
 from metaflowmaps.lab.evaluate.images.judging import Judge, takes
-from metaflowmaps.lab.evaluate.images.stage import LATENT_BATCH, MOST, Conditions, ImageEvalConfig, Stage
+from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, MOST, Conditions, ImageEvalConfig, ImageSetup
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.metrics.frechet import read_statistics
 from metaflowmaps.metrics.inception import Inception
@@ -23,10 +23,10 @@ from metaflowmaps.pipeline import Pipeline
 NONE = "none"  # data=none: leave them out
 
 
-def open_stage(
+def open_setup(
     opened: OpenedModel, config: ImageEvalConfig, without_data: bool = False
-) -> tuple[Stage, dict[str, Any]]:
-    """The stage of a checkpoint, and what identifies its parts. ``without_data``: can it do with none?"""
+) -> tuple[ImageSetup, dict[str, Any]]:
+    """The setup of a checkpoint, and what identifies its parts. ``without_data``: can it do with none?"""
     model, latent = opened.model, opened.latent
     data = _data(opened, config.data, without_data)
     name, run = "images" if data is None else data.name, opened.checkpoint.run
@@ -38,7 +38,7 @@ def open_stage(
         if place is None:
             return None
         loaded = load(place).to(model.device)
-        sees = codec is not None and load is load_classifier and takes(loaded, stage.codec.image_shape(shape))
+        sees = codec is not None and load is load_classifier and takes(loaded, setup.codec.image_shape(shape))
         if not takes(loaded, shape) and not sees:
             raise InputError(
                 f"{role} {place} takes images of shape {tuple(loaded.event_shape)}, the map's are {model.event_shape}"
@@ -48,49 +48,49 @@ def open_stage(
 
     shape = tuple(model.event_shape)
     nothing = ImageSet("images", torch.empty(0, *shape))
-    stage = Stage(model, nothing, nothing, Judge(None, nothing), open_codec=codec)
+    setup = ImageSetup(model, nothing, nothing, Judge(None, nothing), open_codec=codec)
     guide, judge = part("guide", config.guide, load_classifier), part("judge", config.judge, load_classifier)
     if judge is not None and "guide" in sources and sources["guide"] == sources["judge"]:
         raise InputError("guide and judge are one and the same classifier: a reward must not be judged by itself")
     drift = part("drift", config.drift, MetaFlowMap.from_pretrained)
-    stage.guide, stage.drift = guide, None if drift is None else drift.drift
+    setup.guide, setup.drift = guide, None if drift is None else drift.drift
     if data is not None:
-        stage.train, stage.held_out = _parts(data, guide is not None or judge is not None)
-        _check_data(opened.name, stage, guide, judge)
-    stage.most = config.pictures or (MOST if latent else None)
+        setup.train, setup.held_out = _parts(data, guide is not None or judge is not None)
+        _check_data(opened.name, setup, guide, judge)
+    setup.most = config.pictures or (MOST if latent else None)
     if latent:
-        stage.shard = LATENT_BATCH
-    stage.judge = _judge(stage, judge, config)
-    return stage, sources
+        setup.shard = LATENT_BATCH
+    setup.judge = _judge(setup, judge, config)
+    return setup, sources
 
 
 def equip(
-    stage: Stage, opened: OpenedModel, config: ImageEvalConfig, named: Callable[[str], Any], kinds: tuple[str, ...]
+    setup: ImageSetup, opened: OpenedModel, config: ImageEvalConfig, named: Callable[[str], Any], kinds: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Give an experiment's stage labels, guidance, precision, statistics and rewards by text; what was found out."""
-    pipe = Pipeline(stage.model, None, (), opened.stored.get("guidance"))
+    """Give an experiment's setup labels, guidance, precision, statistics and rewards by text; what was found out."""
+    pipe = Pipeline(setup.model, None, (), opened.stored.get("guidance"))
     pipe.precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    classes, labelled = pipe.num_classes, stage.train.labels is not None or len(stage.train) == 0
+    classes, labelled = pipe.num_classes, setup.train.labels is not None or len(setup.train) == 0
     if config.labels in ("uniform", "data") and not classes:
         raise InputError(f"labels={config.labels}: this map knows no classes, leave labels out")
-    if config.labels == "data" and stage.held_out.labels is None:
+    if config.labels == "data" and setup.held_out.labels is None:
         raise InputError("labels=data: these data have no classes, take labels=uniform or labels=none")
     conditional = bool(classes) and (config.labels in ("uniform", "data") or (config.labels == "auto" and labelled))
-    stage.conditions = Conditions(pipe, config.labels, config.guidance, conditional)
-    cond = stage.cond(stage.labels(1, "check", 0), 1)
+    setup.conditions = Conditions(pipe, config.labels, config.guidance, conditional)
+    cond = setup.cond(setup.labels(1, "check", 0), 1)
     if cond is not None:  # a scale that the network does not have is refused here, before anything is begun
-        with torch.no_grad(), stage.autocast():
-            stage.model.drift(0.5, torch.zeros(1, *stage.model.event_shape, device=stage.model.device), cond)
-    stage.named, stage.kinds = named, kinds
+        with torch.no_grad(), setup.autocast():
+            setup.model.drift(0.5, torch.zeros(1, *setup.model.event_shape, device=setup.model.device), cond)
+    setup.named, setup.kinds = named, kinds
     told: dict[str, Any] = {}
     if conditional:
         told |= {"conditional": True, "usual_guidance": pipe.guidance}
-    if stage.judge.by == "inception":
+    if setup.judge.by == "inception":
         told["features"] = "inception"
     if config.statistics is not None:
-        stage.statistics = read_statistics(Path(config.statistics).expanduser())
-    if stage.latent:
-        told["autoencoder"] = stage.codec.identity  # read now: a missing one is said before anything is drawn
+        setup.statistics = read_statistics(Path(config.statistics).expanduser())
+    if setup.latent:
+        told["autoencoder"] = setup.codec.identity  # read now: a missing one is said before anything is drawn
     return told
 
 
@@ -133,15 +133,15 @@ def _gone(given: DataSource) -> bool:
     return path is not None and not Path(path).expanduser().exists()
 
 
-def _check_data(checkpoint: str, stage: Stage, guide: Any, judge: Any) -> None:
+def _check_data(checkpoint: str, setup: ImageSetup, guide: Any, judge: Any) -> None:
     """Are there enough, of the right shape, and of as many classes as the classifiers know?"""
-    train, held_out, model = stage.train, stage.held_out, stage.model
+    train, held_out, model = setup.train, setup.held_out, setup.model
     if train.event_shape != model.event_shape:
         raise InputError(f"{checkpoint} makes images of shape {model.event_shape}, the data have {train.event_shape}")
     if len(held_out) < 2:
         raise InputError(
             f"{checkpoint} has one image held out, and judging takes more: "
-            + ("encode more pictures" if stage.latent else "train with --set data.hold_out=N")
+            + ("encode more pictures" if setup.latent else "train with --set data.hold_out=N")
         )
     for role, classifier in (("guide", guide), ("judge", judge)):
         if classifier is not None and train.labels is not None and classifier.num_classes != train.num_classes:
@@ -151,24 +151,24 @@ def _check_data(checkpoint: str, stage: Stage, guide: Any, judge: Any) -> None:
             )
 
 
-def _judge(stage: Stage, classifier: Any, config: ImageEvalConfig) -> Judge:
+def _judge(setup: ImageSetup, classifier: Any, config: ImageEvalConfig) -> Judge:
     """The judge, by the features that are asked for."""
-    decode = stage.decode if stage.latent else None
+    decode = setup.decode if setup.latent else None
     by = None if config.features == "auto" else config.features
     if by == "classifier" and classifier is None:
         raise InputError("features=classifier needs one: train it and give it with --set judge=RUN")
-    if by == "components" and len(stage.train) == 0:
+    if by == "components" and len(setup.train) == 0:
         raise InputError("features=components are those of data: give some with --set data=DIR")
     inception = None
     if by == "inception":
         try:
-            inception = Inception(config.inception).to(stage.model.device)
+            inception = Inception(config.inception).to(setup.model.device)
         except OSError as error:  # no network, or a file that is none of its weights
             text = " ".join(str(error).split())[:120]
             raise InputError(
                 f"Inception's weights cannot be had ({text}): --set inception=FILE, or --set features=components"
             ) from None
-    return Judge(classifier, stage.train, by, inception, decode)
+    return Judge(classifier, setup.train, by, inception, decode)
 
 
 def _parts(data: DataSource, labelled: bool) -> tuple[Examples, Examples]:

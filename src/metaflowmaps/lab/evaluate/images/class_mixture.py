@@ -17,7 +17,7 @@ from torch import Tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
 from metaflowmaps.lab.evaluate.images.judging import BATCH
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, cost_of, table
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, cost_of, table
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, run
 from metaflowmaps.metrics.images import class_distance
 from metaflowmaps.random import randn, stream
@@ -26,9 +26,21 @@ from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Shard, ranges
 
 METHODS = (
-    "none", "mfm-g-1", "mfm-g-4", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-gf-plain-4", "mfm-gf-plain-16",
-    "mfm-gf-plain-32", "mfm-smc-4", "mfm-search-4", "dps", "tds-64", "tds-one-64",
-)  # fmt: skip
+    "none",
+    "mfm-g-1",
+    "mfm-g-4",
+    "mfm-gf-1",
+    "mfm-gf-4",
+    "mfm-gf-16",
+    "mfm-gf-plain-4",
+    "mfm-gf-plain-16",
+    "mfm-gf-plain-32",
+    "mfm-smc-4",
+    "mfm-search-4",
+    "dps",
+    "tds-64",
+    "tds-one-64",
+)
 BASE = 4096  # ODE samples that are tilted by their weights
 
 
@@ -55,17 +67,17 @@ class Mixed(NamedTuple):
     samples: dict[str, Tensor]
 
 
-def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line: None) -> Mixed:
+def evaluate_mixture(setup: ImageSetup, config: MixtureConfig, say: Say = lambda line: None) -> Mixed:
     """metrics.methods[name] = {l2, l2_tilted, chance, frequencies, reward, distance, vendi, samples, cost}."""
     for name in config.methods:
         image_variant(name)  # what does not exist is refused before anything runs
-    reward, (wish, tilted) = image_reward(stage, "mixture", config.strength), _targets(stage)
+    reward, (wanted, tilted) = image_reward(setup, "mixture", config.strength), _targets(setup)
     cells: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
     base = ranges(BASE, BATCH)
-    drawn = stage.share(
-        {name: _steered(stage, name, reward, config, say) for name in config.methods}
-        | {f"base.{part}": _base(stage, config, index) for part, index in base.items()}
+    drawn = setup.share(
+        {name: _steered(setup, name, reward, config, say) for name in config.methods}
+        | {f"base.{part}": _base(setup, config, index) for part, index in base.items()}
     )
     for name in config.methods:
         made = drawn(name)
@@ -76,9 +88,9 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
             say(f"{name}: {lost} samples are not finite")
             continue
         cells[name] = {
-            **_judged(stage, x, torch.ones(len(x)), wish, tilted),
+            **_judged(setup, x, torch.ones(len(x)), wanted, tilted),
             "reward": float(scored(reward, x).mean()),
-            **stage.diversity(x[:512]),
+            **setup.diversity(x[:512]),
             "samples": len(x),
             "lost": lost,
             "cost": made.facts["cost"],
@@ -88,40 +100,40 @@ def evaluate_mixture(stage: Stage, config: MixtureConfig, say: Say = lambda line
         raise InputError("no method gave finite samples: lower --set strength=, or take more --set steps=")
     # ODE samples of the model with weights e^r: its own p_1 tilted exactly, which no sampler can be asked to beat
     x = torch.cat([drawn(f"base.{part}").tensors["samples"] for part in base])
-    exact = {**_judged(stage, x, scored(reward, x).softmax(0), wish, tilted), "samples": BASE}
-    metrics = {"methods": cells, "weighted_base": exact, "target": wish.tolist(), "steps": config.steps}
+    exact = {**_judged(setup, x, scored(reward, x).softmax(0), wanted, tilted), "samples": BASE}
+    metrics = {"methods": cells, "weighted_base": exact, "target": wanted.tolist(), "steps": config.steps}
     return Mixed({**metrics, **_words(cells, exact, config)}, shown)
 
 
-def _judged(stage: Stage, x: Tensor, weight: Tensor, wish: Tensor, tilted: Tensor) -> dict[str, Any]:
+def _judged(setup: ImageSetup, x: Tensor, weight: Tensor, wanted: Tensor, tilted: Tensor) -> dict[str, Any]:
     """Class frequencies of weighted samples, their distances, and what chance alone would give."""
     weight = weight.double() / weight.sum()
-    found = torch.zeros_like(wish).scatter_add(0, stage.judge.classes(x), weight)
+    found = torch.zeros_like(wanted).scatter_add(0, setup.judge.classes(x), weight)
     return {
-        "l2": class_distance(found, wish),
+        "l2": class_distance(found, wanted),
         "l2_tilted": class_distance(found, tilted),
-        "chance": math.sqrt(float((1 - wish.square().sum()) * weight.square().sum())),
+        "chance": math.sqrt(float((1 - wanted.square().sum()) * weight.square().sum())),
         "frequencies": found.tolist(),
     }
 
 
-def _steered(stage: Stage, name: str, reward: Any, config: MixtureConfig, say: Say) -> Callable[[], Shard]:
+def _steered(setup: ImageSetup, name: str, reward: Any, config: MixtureConfig, say: Say) -> Callable[[], Shard]:
     """Samples of one method."""
 
     def make() -> Shard:
         n = _affordable(name, config)
         say(f"{name}, {n} samples")
         x, result = run(
-            stage, image_variant(name), reward, n, ODE(steps=config.steps), stream(config.seed, "mixture", name)
+            setup, image_variant(name), reward, n, ODE(steps=config.steps), stream(config.seed, "mixture", name)
         )
         return Shard({"samples": x}, {"cost": cost_of(result)})
 
     return make
 
 
-def _base(stage: Stage, config: MixtureConfig, index: slice) -> Callable[[], Shard]:
+def _base(setup: ImageSetup, config: MixtureConfig, index: slice) -> Callable[[], Shard]:
     """ODE samples of the model, those of these indices."""
-    model = stage.model
+    model = setup.model
 
     @torch.no_grad()
     def make() -> Shard:
@@ -131,20 +143,20 @@ def _base(stage: Stage, config: MixtureConfig, index: slice) -> Callable[[], Sha
     return make
 
 
-def wished(stage: Stage) -> Tensor:
+def wanted_mixture(setup: ImageSetup) -> Tensor:
     """w of the class mixture, normalised."""
-    w = torch.tensor(weights(stage.train.num_classes), dtype=torch.float64)
+    w = torch.tensor(weights(setup.train.num_classes), dtype=torch.float64)
     return w / w.sum()
 
 
-def _targets(stage: Stage) -> tuple[Tensor, Tensor]:
+def _targets(setup: ImageSetup) -> tuple[Tensor, Tensor]:
     """w normalised, and w times the data's own frequencies, normalised."""
-    if stage.judge.classifier is None:
+    if setup.judge.classifier is None:
         raise InputError("class-mixture needs a judging classifier to count classes: give it with --set judge=RUN")
-    if stage.train.labels is None:
+    if setup.train.labels is None:
         raise InputError("class-mixture needs images with classes: one subfolder a class, or labels= in an .npz file")
-    w = wished(stage)
-    tilted = w * torch.bincount(stage.train.labels, minlength=len(w))
+    w = wanted_mixture(setup)
+    tilted = w * torch.bincount(setup.train.labels, minlength=len(w))
     return w, tilted / tilted.sum()
 
 
@@ -169,11 +181,19 @@ def _words(cells: dict[str, Any], exact: dict[str, Any], config: MixtureConfig) 
     ]
     rows = [
         [
-            image_variant(name).title, c["l2"], c["chance"], c["l2_tilted"], c["reward"], c["distance"], c["vendi"],
-            round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"], c["samples"],
+            image_variant(name).title,
+            c["l2"],
+            c["chance"],
+            c["l2_tilted"],
+            c["reward"],
+            c["distance"],
+            c["vendi"],
+            round(c["cost"]["nfe"]),
+            1000 * c["cost"]["seconds"],
+            c["samples"],
         ]
         for name, c in cells.items()
-    ]  # fmt: skip
+    ]
     rows.append(
         ["ODE samples weighted by e^r", exact["l2"], exact["chance"], exact["l2_tilted"], *[None] * 5, exact["samples"]]
     )

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.opening import is_latent, stored
-from metaflowmaps.lab.evaluate.images.assemble import chosen_features, equip, open_stage
+from metaflowmaps.lab.evaluate.images.assemble import chosen_features, equip, open_setup
 from metaflowmaps.lab.evaluate.images.class_mixture import MixtureConfig, evaluate_mixture
 from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation
 from metaflowmaps.lab.evaluate.images.inverse_problems import InverseConfig, evaluate_inverse
 from metaflowmaps.lab.evaluate.images.race import RaceConfig, evaluate_race
 from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig, evaluate_recovery
 from metaflowmaps.lab.evaluate.images.rollout_value import ImageValueConfig, evaluate_image_value
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Stage
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup
 from metaflowmaps.lab.figures import result_figures as figures
 from metaflowmaps.lab.opened import OpenedModel, images_of
 
@@ -27,36 +27,36 @@ class Experiment(NamedTuple):
 
     command: str
     config: type[ImageEvalConfig]
-    run: Callable[[Stage, Any, Say], Measured]
+    run: Callable[[ImageSetup, Any, Say], Measured]
 
 
-def _recovery(stage: Stage, config: RecoveryConfig, say: Say) -> Measured:
-    result = evaluate_recovery(stage, config, say)
+def _recovery(setup: ImageSetup, config: RecoveryConfig, say: Say) -> Measured:
+    result = evaluate_recovery(setup, config, say)
     return result.metrics, lambda out: figures.recovery(result, config.times, out)
 
 
-def _value(stage: Stage, config: ImageValueConfig, say: Say) -> Measured:
-    metrics = evaluate_image_value(stage, config, say)
+def _value(setup: ImageSetup, config: ImageValueConfig, say: Say) -> Measured:
+    metrics = evaluate_image_value(setup, config, say)
     return metrics, lambda out: figures.value(metrics, out)
 
 
-def _mixture(stage: Stage, config: MixtureConfig, say: Say) -> Measured:
-    result = evaluate_mixture(stage, config, say)
+def _mixture(setup: ImageSetup, config: MixtureConfig, say: Say) -> Measured:
+    result = evaluate_mixture(setup, config, say)
     return result.metrics, lambda out: figures.mixture(result, out)
 
 
-def _race(stage: Stage, config: RaceConfig, say: Say) -> Measured:
-    result = evaluate_race(stage, config, say)
+def _race(setup: ImageSetup, config: RaceConfig, say: Say) -> Measured:
+    result = evaluate_race(setup, config, say)
     return result.metrics, lambda out: figures.race(result, out)
 
 
-def _inverse(stage: Stage, config: InverseConfig, say: Say) -> Measured:
-    result = evaluate_inverse(stage, config, say)
+def _inverse(setup: ImageSetup, config: InverseConfig, say: Say) -> Measured:
+    result = evaluate_inverse(setup, config, say)
     return result.metrics, lambda out: figures.inverse(result, config.draws, out)
 
 
-def _generation(stage: Stage, config: GenerationConfig, say: Say) -> Measured:
-    result = evaluate_generation(stage, config, say)
+def _generation(setup: ImageSetup, config: GenerationConfig, say: Say) -> Measured:
+    result = evaluate_generation(setup, config, say)
     return result.metrics, lambda out: figures.generation(result, out)
 
 
@@ -85,8 +85,8 @@ def usual_steering(checkpoint: Checkpoint) -> str:
 
 def prepare(
     name: str, opened: OpenedModel, config: ImageEvalConfig, named: Callable[[str], Any], kinds: tuple[str, ...]
-) -> tuple[Stage, dict[str, Any]]:
-    """The stage of an experiment, and what tells it from others.
+) -> tuple[ImageSetup, dict[str, Any]]:
+    """The setup of an experiment, and what tells it from others.
 
     Args:
         name: the experiment.
@@ -102,6 +102,6 @@ def prepare(
         )
     judging = config.model_copy(update={"features": chosen_features(config, opened.model)})
     alone = name == "generation" and judging.features == "inception" and config.statistics is not None
-    stage, sources = open_stage(opened, judging, alone)
-    sources |= equip(stage, opened, judging, named, kinds)
-    return stage, {"checkpoint": opened.digest, "experiment": name, **config.asked(), **sources}
+    setup, sources = open_setup(opened, judging, alone)
+    sources |= equip(setup, opened, judging, named, kinds)
+    return setup, {"checkpoint": opened.digest, "experiment": name, **config.asked(), **sources}

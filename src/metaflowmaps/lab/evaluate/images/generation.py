@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond
-from metaflowmaps.lab.evaluate.images.stage import (
+from metaflowmaps.lab.evaluate.images.setup import (
     ImageEvalConfig,
+    ImageSetup,
     Say,
-    Stage,
     Timed,
     cost_of_parts,
     diversity_of,
@@ -61,29 +61,34 @@ class Generated(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate_generation(stage: Stage, config: GenerationConfig, say: Say = lambda line: None) -> Generated:
+def evaluate_generation(setup: ImageSetup, config: GenerationConfig, say: Say = lambda line: None) -> Generated:
     """metrics.by_sampler[name] = {frechet, distance, vendi, copying, cost}."""
     cells: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
-    samplers, parts = _samplers(stage, config), ranges(config.samples, stage.shard)
-    drawn = stage.share(
-        {f"{name}.{part}": _cell(stage, config, name, index, say) for name in samplers for part, index in parts.items()}
+    samplers, parts = _samplers(setup, config), ranges(config.samples, setup.shard)
+    drawn = setup.share(
+        {f"{name}.{part}": _cell(setup, config, name, index, say) for name in samplers for part, index in parts.items()}
     )
-    known = len(stage.train) > 0
-    usual = nearest(stage.unseen, stage.seen).median() if known else None
+    known = len(setup.train) > 0
+    usual = nearest(setup.unseen, setup.seen).median() if known else None
     for name in samplers:
         made = [drawn(f"{name}.{part}") for part in parts]
         features = torch.cat([part.tensors["features"] for part in made])
-        cells[name] = {"frechet": stage.frechet_of(features), **diversity_of(features)}
+        cells[name] = {"frechet": setup.frechet_of(features), **diversity_of(features)}
         if usual is not None:
             cells[name]["copying"] = float(torch.cat([part.tensors["nearest"] for part in made]).median() / usual)
         cells[name]["cost"] = cost_of_parts(made, config.samples)
         first = torch.cat([part.tensors["shown"] for part in made if "shown" in part.tensors])
-        shown[name] = stage.decode(first).cpu()
-    floor = {"frechet": stage.floor(), **diversity_of(stage.reference)} if known else None
-    metrics = {"by_sampler": cells, **({} if floor is None else {"floor": floor}), "samples": config.samples,
-               "space": stage.judge.space, **stage.extras()}  # fmt: skip
-    return Generated({**metrics, **_words(cells, floor, stage)}, shown)
+        shown[name] = setup.decode(first).cpu()
+    floor = {"frechet": setup.floor(), **diversity_of(setup.reference)} if known else None
+    metrics = {
+        "by_sampler": cells,
+        **({} if floor is None else {"floor": floor}),
+        "samples": config.samples,
+        "space": setup.judge.space,
+        **setup.extras(),
+    }
+    return Generated({**metrics, **_words(cells, floor, setup)}, shown)
 
 
 def nearest(x: Tensor, data: Tensor) -> Tensor:
@@ -92,20 +97,20 @@ def nearest(x: Tensor, data: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part, flat).amin(1) for part in x.flatten(1).split(512)])
 
 
-def _cell(stage: Stage, config: GenerationConfig, name: str, index: slice, say: Say) -> Callable[[], Shard]:
+def _cell(setup: ImageSetup, config: GenerationConfig, name: str, index: slice, say: Say) -> Callable[[], Shard]:
     """What is kept of the samples of these indices: each is a function of its own seed, and of its class."""
 
     @torch.no_grad()
     def make() -> Shard:
         say(f"{name}, samples {index.start} to {index.stop - 1}")
         seeds = fresh_seeds(config.samples, stream(config.seed, "generation", name))[index]
-        labels = stage.labels(config.samples, "generation", config.seed)
-        cond = stage.cond(None if labels is None else labels[index], len(seeds))
-        with Timed(stage.model) as timed, stage.autocast():
-            x = _samplers(stage, config, cond)[name](seeds)
-        kept = {"features": stage.judge.features(x)}
-        if len(stage.train):
-            kept["nearest"] = nearest(x, stage.seen)
+        labels = setup.labels(config.samples, "generation", config.seed)
+        cond = setup.cond(None if labels is None else labels[index], len(seeds))
+        with Timed(setup.model) as timed, setup.autocast():
+            x = _samplers(setup, config, cond)[name](seeds)
+        kept = {"features": setup.judge.features(x)}
+        if len(setup.train):
+            kept["nearest"] = nearest(x, setup.seen)
         if index.start < SHOWN:
             kept["shown"] = x[: SHOWN - index.start]
         return Shard(kept, {"cost": timed.meter.cost()})
@@ -113,9 +118,9 @@ def _cell(stage: Stage, config: GenerationConfig, name: str, index: slice, say: 
     return make
 
 
-def _samplers(stage: Stage, config: GenerationConfig, cond: Cond = None) -> dict[str, Callable[[Tensor], Tensor]]:
+def _samplers(setup: ImageSetup, config: GenerationConfig, cond: Cond = None) -> dict[str, Callable[[Tensor], Tensor]]:
     """Name -> seeds (n,) -> (n, *event), under the condition of these samples."""
-    model = stage.model
+    model = setup.model
     told: dict[str, Any] = {} if cond is None else {"cond": cond}
 
     def noise(seeds: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ def _samplers(stage: Stage, config: GenerationConfig, cond: Cond = None) -> dict
         out[f"refine-{k}"] = lambda seeds, k=k: model.generate(len(seeds), k, seeds=seeds, **told)  # type: ignore[misc]
     for k in config.compose_steps:
         out[f"compose-{k}"] = lambda seeds, k=k: composed(seeds, k)  # type: ignore[misc]
-    sources = {"ode": model.drift, **({} if stage.drift is None else {"drift-ode": stage.drift})}
+    sources = {"ode": model.drift, **({} if setup.drift is None else {"drift-ode": setup.drift})}
     for name, drift in sources.items():
         for k in config.ode_steps:
             out[f"{name}-{k}"] = lambda seeds, k=k, drift=drift: carried(seeds, k, drift)  # type: ignore[misc]
@@ -148,25 +153,28 @@ TITLES = {
 }
 
 
-def _words(cells: dict[str, Any], floor: dict[str, float] | None, stage: Stage) -> dict[str, Any]:
+def _words(cells: dict[str, Any], floor: dict[str, float] | None, setup: ImageSetup) -> dict[str, Any]:
     rows = []
     for name, cell in cells.items():
         kind, _, steps = name.rpartition("-")
         rows.append(
             [
-                TITLES[kind], int(steps), cell["frechet"], cell["distance"], cell["vendi"], cell.get("copying"),
+                TITLES[kind],
+                int(steps),
+                cell["frechet"],
+                cell["distance"],
+                cell["vendi"],
+                cell.get("copying"),
                 1000 * cell["cost"]["seconds"],
             ]
-        )  # fmt: skip
+        )
     if floor is not None:
         held = [floor[k] for k in ("frechet", "distance", "vendi")]
         rows.append(["held-out images (floor: trained on)", None, *held, 1.0, None])
-    head = ["sampler", "steps", stage.measure, "mean distance", "Vendi", "copying", "ms a sample"]
-    title = "Unconditional samples" if stage.conditions is None else stage.conditions.title()
-    copying = "" if floor is None else (
-        " Copying: distance to the nearest training image, 1 for images never seen."
-    )  # fmt: skip
+    head = ["sampler", "steps", setup.measure, "mean distance", "Vendi", "copying", "ms a sample"]
+    title = "Unconditional samples" if setup.conditions is None else setup.conditions.title()
+    copying = "" if floor is None else (" Copying: distance to the nearest training image, 1 for images never seen.")
     return {
-        "tables": {f"{title}, in {stage.judge.space}": table(head, rows)},
+        "tables": {f"{title}, in {setup.judge.space}": table(head, rows)},
         "summary": f"{title} by number of network calls.{copying}",
     }

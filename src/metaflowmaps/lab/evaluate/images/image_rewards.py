@@ -6,7 +6,7 @@ r"""The rewards of the image experiments, by name.
 ``mixture``  log Σ w_i p(y_i | x), w ∝ [0,1,0,1,0,2,0,2,0,4] (paper §7.1.2)
 
 They disagree with each other, and none saturates on data but the last. A reward of another name is a judge of
-pictures as ``--reward`` names it, such as ``clip@DIR:a red disc`` (:attr:`Stage.named`).
+pictures as ``--reward`` names it, such as ``clip@DIR:a red disc`` (:attr:`ImageSetup.named`).
 
 All are rewards on pictures: on latents they are those of the decoded ones, unless the guide is a classifier of latents.
 """
@@ -21,7 +21,7 @@ from metaflowmaps._shapes import Cond, select_cond
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.interop.autoencoder import Decoded
 from metaflowmaps.lab.evaluate.images.judging import BATCH, PART, takes
-from metaflowmaps.lab.evaluate.images.stage import Stage
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import ClassifierMixture, Ink, InverseProblem, LogitMargin, Mask, Slant, Tempered
 from metaflowmaps.rewards.base import call_reward
@@ -33,67 +33,67 @@ GUIDED = 512  # images that a classifier sees at a time
 RACE = ("margin", "slant", "half")
 
 
-def _guide(stage: Stage, name: str) -> tuple[Any, int]:
+def _guide(setup: ImageSetup, name: str) -> tuple[Any, int]:
     """The classifier, and how many classes it knows: its own number, for a map may be trained without any."""
-    if stage.guide is None:
+    if setup.guide is None:
         raise InputError(
-            f"reward {name} needs a guiding classifier: mfm train {stage.train.name}-guide makes one beside the run "
-            f"(mfm eval takes another with --set guide=RUN); slant, ink and half need none{_prompts(stage)}"
+            f"reward {name} needs a guiding classifier: mfm train {setup.train.name}-guide makes one beside the run "
+            f"(mfm eval takes another with --set guide=RUN); slant, ink and half need none{_prompts(setup)}"
         )
-    guide = stage.guide
+    guide = setup.guide
 
     def logits(x: Tensor) -> Tensor:
         # many draws at once leave a processor's cache: in parts it takes half the time
         return torch.cat([guide(part) for part in x.split(GUIDED)])
 
-    return logits, int(getattr(guide, "num_classes", stage.train.num_classes))
+    return logits, int(getattr(guide, "num_classes", setup.train.num_classes))
 
 
-def _margin(stage: Stage, label: str) -> Any:
-    guide, classes = _guide(stage, "margin")
+def _margin(setup: ImageSetup, label: str) -> Any:
+    guide, classes = _guide(setup, "margin")
     if label and not (label.isdecimal() and int(label) < classes):
         raise InputError(f"margin:{label} names no class: give one of 0 … {classes - 1}, as in margin:{LABEL}")
     return LogitMargin(guide, int(label) if label else min(LABEL, classes - 1))
 
 
-def _mixture(stage: Stage) -> Any:
-    guide, classes = _guide(stage, "mixture")
+def _mixture(setup: ImageSetup) -> Any:
+    guide, classes = _guide(setup, "mixture")
     return ClassifierMixture(guide, weights(classes))
 
 
-def _half(stage: Stage) -> Any:
-    x = stage.decode(stage.images(1, "half", 0)[0])
+def _half(setup: ImageSetup) -> Any:
+    x = setup.decode(setup.images(1, "half", 0)[0])
     mask = torch.zeros(x.shape[1:])
     mask[..., : mask.shape[-1] // 2] = 1
     return InverseProblem.observe(Mask(mask), x, NOISE, stream(0, "half"))
 
 
-PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink}  # they need no stage, but a strength
-REWARDS: dict[str, Callable[[Stage, str], Any]] = {  # of a stage, and of what follows the colon
+PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink}  # they need no setup, but a strength
+REWARDS: dict[str, Callable[[ImageSetup, str], Any]] = {  # of a setup, and of what follows the colon
     "margin": _margin,
-    "slant": lambda stage, label: Slant(),
-    "half": lambda stage, label: _half(stage),
-    "ink": lambda stage, label: Ink(),
-    "mixture": lambda stage, label: _mixture(stage),
+    "slant": lambda setup, label: Slant(),
+    "half": lambda setup, label: _half(setup),
+    "ink": lambda setup, label: Ink(),
+    "mixture": lambda setup, label: _mixture(setup),
 }
 
 
-def image_reward(stage: Stage, name: str, strength: float = 1.0, on_pictures: bool = False) -> Any:
+def image_reward(setup: ImageSetup, name: str, strength: float = 1.0, on_pictures: bool = False) -> Any:
     """The reward of that name, times its strength, on the map's samples or, if they are latents, on their pictures."""
     kind, _, label = name.partition(":")
-    made = None if kind in REWARDS else stage.named(name)
+    made = None if kind in REWARDS else setup.named(name)
     if made is None:
         if kind not in REWARDS or (label and kind != "margin"):
-            raise unknown("reward", name, (*REWARDS, *stage.kinds))
-        made = REWARDS[kind](stage, label)
-    by_guide = kind in ("margin", "mixture") and stage.guide is not None
-    if stage.latent and not on_pictures and not (by_guide and takes(stage.guide, tuple(stage.model.event_shape))):
-        made = Decoded(made, stage.codec)
+            raise unknown("reward", name, (*REWARDS, *setup.kinds))
+        made = REWARDS[kind](setup, label)
+    by_guide = kind in ("margin", "mixture") and setup.guide is not None
+    if setup.latent and not on_pictures and not (by_guide and takes(setup.guide, tuple(setup.model.event_shape))):
+        made = Decoded(made, setup.codec)
     return made if strength == 1 else Tempered(made, strength)
 
 
-def _prompts(stage: Stage) -> str:
-    return ", nor do judges of pictures such as clip:PROMPT" if stage.latent else ""
+def _prompts(setup: ImageSetup) -> str:
+    return ", nor do judges of pictures such as clip:PROMPT" if setup.latent else ""
 
 
 def short(names: Iterable[str]) -> dict[str, str]:

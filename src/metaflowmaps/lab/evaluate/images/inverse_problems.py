@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import repeat_rows
 from metaflowmaps.errors import unknown
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, per_sample, table
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, per_sample, table
 from metaflowmaps.lab.evaluate.images.steered import CHUNK, calls, image_variant, quiet_steer
 from metaflowmaps.lab.evaluate.variants import Variant
 from metaflowmaps.metrics.calibration import rank_test
@@ -28,8 +28,12 @@ from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
 from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Shard
 
-PROBLEMS = {"inpaint": "inpainting, right half hidden", "sr2": "super-resolution × 2", "sr4": "super-resolution × 4",
-            "deblur": "deblurring"}  # fmt: skip
+PROBLEMS = {
+    "inpaint": "inpainting, right half hidden",
+    "sr2": "super-resolution × 2",
+    "sr4": "super-resolution × 4",
+    "deblur": "deblurring",
+}
 METHODS = ("mfm-g-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "dps", "tds-64")
 
 
@@ -74,23 +78,23 @@ def operator(problem: str, event_shape: tuple[int, ...]) -> Any:
     return Downsample(int(problem.removeprefix("sr")))
 
 
-def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line: None) -> Solved:
+def evaluate_inverse(setup: ImageSetup, config: InverseConfig, say: Say = lambda line: None) -> Solved:
     """metrics.problems[problem][method] = {psnr_mean, psnr, accuracy, residual, spread_ratio, rank_p, cost}."""
     for name in config.methods:
         image_variant(name)
-    truth, labels = stage.images(config.images, "inverse", config.seed)
+    truth, labels = setup.images(config.images, "inverse", config.seed)
     results: dict[str, Any] = {}
     pictures: dict[str, dict[str, Tensor]] = {}
     histograms: dict[str, dict[str, Tensor]] = {}
     observed = {
         problem: InverseProblem.observe(
-            operator(problem, stage.model.event_shape), truth, config.noise_std, stream(config.seed, "noise", problem)
+            operator(problem, setup.model.event_shape), truth, config.noise_std, stream(config.seed, "noise", problem)
         )
         for problem in config.problems
     }
-    drawn = stage.share(
+    drawn = setup.share(
         {
-            f"{problem}.{name}": _solved(stage, problem, name, seen, config, say)
+            f"{problem}.{name}": _solved(setup, problem, name, seen, config, say)
             for problem, seen in observed.items()
             for name in config.methods
         }
@@ -105,12 +109,15 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
             x = torch.where(lost[..., None, None, None], 0, x)  # grey: left out, it would flatter the method
             # stored images have so many levels; what lies between two of them, or beyond the ends, says nothing
             judged = rank_test(
-                x.clamp(-1, 1), truth, generator=stream(config.seed, "ranks"), resolution=2 / stage.train.top
+                x.clamp(-1, 1), truth, generator=stream(config.seed, "ranks"), resolution=2 / setup.train.top
             )
             results[problem][name] = {
-                **_judge(stage, x, truth, labels, seen), "spread_ratio": judged.spread_ratio,
-                "rank_p": judged.p_value, "lost": int(lost.sum()), "cost": cost,
-            }  # fmt: skip
+                **_judge(setup, x, truth, labels, seen),
+                "spread_ratio": judged.spread_ratio,
+                "rank_p": judged.p_value,
+                "lost": int(lost.sum()),
+                "cost": cost,
+            }
             pictures[problem][name] = x[:4, :6].cpu()
             histograms[problem][name] = judged.histogram
     metrics = {"problems": results, "images": config.images, "draws": config.draws, "noise_std": config.noise_std}
@@ -118,30 +125,32 @@ def evaluate_inverse(stage: Stage, config: InverseConfig, say: Say = lambda line
 
 
 def _solved(
-    stage: Stage, problem: str, name: str, seen: InverseProblem, config: InverseConfig, say: Say
+    setup: ImageSetup, problem: str, name: str, seen: InverseProblem, config: InverseConfig, say: Say
 ) -> Callable[[], Shard]:
     def make() -> Shard:
         say(f"{problem}: {name}")
-        x, cost = _solve(stage, name, seen, config)
+        x, cost = _solve(setup, name, seen, config)
         return Shard({"samples": x}, {"cost": cost})
 
     return make
 
 
-def _solve(stage: Stage, name: str, seen: InverseProblem, config: InverseConfig) -> tuple[Tensor, dict[str, float]]:
+def _solve(
+    setup: ImageSetup, name: str, seen: InverseProblem, config: InverseConfig
+) -> tuple[Tensor, dict[str, float]]:
     """(draws, images, *event) samples and their cost; a particle system takes one observation at a time."""
     v, g, draws = _for_draws(name, config.draws), stream(config.seed, "inverse", name), config.draws
     system = not v.method.row_by_row  # particles replace each other: one observation at a time
     # on a processor a few observations at a time: their states and draws should stay in its cache
-    together = 1 if system else max(1, 2 * CHUNK // draws) if stage.model.device.type == "cpu" else len(seen.y)
+    together = 1 if system else max(1, 2 * CHUNK // draws) if setup.model.device.type == "cpu" else len(seen.y)
     parts: list[Tensor] = []
     totals: dict[str, float] = {}
     for ys in seen.y.split(together):
         rows = ys[0] if system else repeat_rows(ys, draws)
         n = (v.method.system or draws) if system else draws * len(ys)
         problem = InverseProblem(seen.operator, rows, seen.noise_std)
-        result = quiet_steer(stage.model, problem, n, v.method, v.process(ODE(steps=config.steps)), seed=g)
-        parts.append(result.samples[: draws * len(ys)].reshape(draws, len(ys), *stage.model.event_shape))
+        result = quiet_steer(setup.model, problem, n, v.method, v.process(ODE(steps=config.steps)), seed=g)
+        parts.append(result.samples[: draws * len(ys)].reshape(draws, len(ys), *setup.model.event_shape))
         totals = {k: totals.get(k, 0.0) + c for k, c in result.cost.items()}
     return torch.cat(parts, 1), per_sample(totals, draws * config.images)
 
@@ -155,7 +164,9 @@ def _for_draws(name: str, draws: int) -> Variant:
 
 
 @torch.no_grad()
-def _judge(stage: Stage, x: Tensor, truth: Tensor, labels: Tensor | None, seen: InverseProblem) -> dict[str, float]:
+def _judge(
+    setup: ImageSetup, x: Tensor, truth: Tensor, labels: Tensor | None, seen: InverseProblem
+) -> dict[str, float]:
     flat = x.flatten(0, 1)
     repeated = repeat_rows(truth, len(x))
     residual = (seen.operator(flat) - repeat_rows(seen.y, len(x))) / seen.noise_std
@@ -164,8 +175,8 @@ def _judge(stage: Stage, x: Tensor, truth: Tensor, labels: Tensor | None, seen: 
         "psnr": float(psnr(flat, repeated).mean()),
         "residual": float(residual.square().mean()),
     }
-    if labels is not None and stage.judge.classifier is not None:
-        cell["accuracy"] = float((stage.judge.classes(flat) == labels.repeat(len(x))).double().mean())
+    if labels is not None and setup.judge.classifier is not None:
+        cell["accuracy"] = float((setup.judge.classes(flat) == labels.repeat(len(x))).double().mean())
     return cell
 
 
@@ -181,15 +192,33 @@ def _shown(problem: str, y: Tensor, truth: Tensor) -> Tensor:
 
 
 def _words(results: dict[str, Any], config: InverseConfig) -> dict[str, Any]:
-    head = ["method", "PSNR of the mean, dB", "PSNR of a sample, dB", "judge's accuracy", "residual", "spread ratio",
-            "rank test p", "NFE", "ms"]  # fmt: skip
+    head = [
+        "method",
+        "PSNR of the mean, dB",
+        "PSNR of a sample, dB",
+        "judge's accuracy",
+        "residual",
+        "spread ratio",
+        "rank test p",
+        "NFE",
+        "ms",
+    ]
     tables = {}
     for problem, cells in results.items():
         rows = [
-            [image_variant(name).title, c["psnr_mean"], c["psnr"], c.get("accuracy"), c["residual"], c["spread_ratio"],
-             c["rank_p"], round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"]]
+            [
+                image_variant(name).title,
+                c["psnr_mean"],
+                c["psnr"],
+                c.get("accuracy"),
+                c["residual"],
+                c["spread_ratio"],
+                c["rank_p"],
+                round(c["cost"]["nfe"]),
+                1000 * c["cost"]["seconds"],
+            ]
             for name, c in cells.items()
-        ]  # fmt: skip
+        ]
         tables[PROBLEMS[problem].capitalize()] = table(head, rows)
     return {
         "tables": tables,

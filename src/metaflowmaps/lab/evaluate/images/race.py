@@ -26,7 +26,15 @@ from torch import Tensor
 
 from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward, scores_of, short
 from metaflowmaps.lab.evaluate.images.judging import BATCH
-from metaflowmaps.lab.evaluate.images.stage import ImageEvalConfig, Say, Stage, Timed, cost_of, cost_of_parts, table
+from metaflowmaps.lab.evaluate.images.setup import (
+    ImageEvalConfig,
+    ImageSetup,
+    Say,
+    Timed,
+    cost_of,
+    cost_of_parts,
+    table,
+)
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, labels_of, run
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
@@ -40,11 +48,25 @@ from metaflowmaps.work.shards import Shard, ranges
 SUBSET = 64
 SETS = 8  # of SUBSET samples, at most
 TOP = 0.1  # of all images: the data of the target
-METHODS = ("mfm-g-1", "mfm-g-rescale-1", "mfm-g-rescale-4", "mfm-gf-4", "mfm-gf-16", "mfm-gf-rescale-16", "mfm-smc-4",
-           "mfm-search-4", "dps", "dps-rescale", "tds-64")  # fmt: skip
+METHODS = (
+    "mfm-g-1",
+    "mfm-g-rescale-1",
+    "mfm-g-rescale-4",
+    "mfm-gf-4",
+    "mfm-gf-16",
+    "mfm-gf-rescale-16",
+    "mfm-smc-4",
+    "mfm-search-4",
+    "dps",
+    "dps-rescale",
+    "tds-64",
+)
 SINGLE = ("mfm-g-1", "mfm-g-plain-1", "mfm-g-rescale-1")  # MFM-G with one draw a step
-POOLS = {"ode": "best-of-N of ODE samples", "map-1": "best-of-N of map samples, 1 step",
-         "map-4": "best-of-N of map samples, 4 steps"}  # fmt: skip
+POOLS = {
+    "ode": "best-of-N of ODE samples",
+    "map-1": "best-of-N of map samples, 1 step",
+    "map-4": "best-of-N of map samples, 4 steps",
+}
 
 
 class RaceConfig(ImageEvalConfig):
@@ -89,21 +111,21 @@ class Raced(NamedTuple):
     samples: dict[str, dict[str, Tensor]]
 
 
-def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None) -> Raced:
+def evaluate_race(setup: ImageSetup, config: RaceConfig, say: Say = lambda line: None) -> Raced:
     """metrics.rewards[reward].cells: {method, strength | n, reward, others, distance, vendi, frechet, cost}, each."""
     for name in config.methods:
         image_variant(name)
-    rewards = {name: image_reward(stage, name) for name in config.rewards}
-    data = stage.everything()
-    known = scores_of(rewards, data, stage.cond(stage.everything_told(), len(data)))
-    races = {name: _Race(stage, name, rewards, data, config, known[name]) for name in rewards}
-    parts = ranges(config.pool, stage.shard if stage.latent else BATCH)
+    rewards = {name: image_reward(setup, name) for name in config.rewards}
+    data = setup.everything()
+    known = scores_of(rewards, data, setup.cond(setup.everything_told(), len(data)))
+    races = {name: _Race(setup, name, rewards, data, config, known[name]) for name in rewards}
+    parts = ranges(config.pool, setup.shard if setup.latent else BATCH)
     steered = [
         (race, name, number) for race in races.values() for name in config.methods for number in config.numbers(name)
     ]
-    drawn = stage.share(
+    drawn = setup.share(
         {
-            f"{pool}.{part}": _pool(stage, pool, config, rewards, index, say)
+            f"{pool}.{part}": _pool(setup, pool, config, rewards, index, say)
             for pool in POOLS
             for part, index in parts.items()
         }
@@ -124,8 +146,8 @@ def evaluate_race(stage: Stage, config: RaceConfig, say: Say = lambda line: None
         "steps": config.steps,
         "base_steps": config.base_steps,
         "pool": config.pool,
-        "space": stage.judge.space,
-        **stage.extras(),
+        "space": setup.judge.space,
+        **setup.extras(),
     }
     return Raced({**metrics, **_words(metrics)}, {name: race.shown for name, race in races.items()})
 
@@ -135,14 +157,14 @@ class _Race:
 
     def __init__(
         self,
-        stage: Stage,
+        setup: ImageSetup,
         name: str,
         rewards: dict[str, Any],
         data: Tensor,
         config: RaceConfig,
         on_data: Tensor | None = None,
     ) -> None:
-        self.stage, self.name, self.rewards, self.config = stage, name, rewards, config
+        self.setup, self.name, self.rewards, self.config = setup, name, rewards, config
         self.images = data
         self.on_data = scores_of({name: rewards[name]}, data)[name] if on_data is None else on_data
         self.scale = float(self.on_data.std()) or 1.0  # a reward that is the same for all data has no scale
@@ -153,17 +175,20 @@ class _Race:
     @cached_property
     def target(self) -> Tensor:
         """Features of the data with the highest reward."""
-        return self.stage.judge.features(self.images[self.best.to(self.images.device)])
+        return self.setup.judge.features(self.images[self.best.to(self.images.device)])
 
     @cached_property
     def data(self) -> dict[str, Any]:
         """What the data have; only who puts the cells together needs it."""
-        first = self.stage.judge.features(self.images[:BATCH])
+        first = self.setup.judge.features(self.images[:BATCH])
         return {
-            "target_reward": float(self.on_data[self.best].mean()), "reward": float(self.on_data.mean()),
-            "reward_std": self.scale, "target_images": len(self.best), **self.judged(self.target),
+            "target_reward": float(self.on_data[self.best].mean()),
+            "reward": float(self.on_data.mean()),
+            "reward_std": self.scale,
+            "target_images": len(self.best),
+            **self.judged(self.target),
             "base_frechet": self._subsets(first, "frechet"),
-        }  # fmt: skip
+        }
 
     def best_of(self, pool: str, n: int, images: Tensor, scores: dict[str, Tensor], cost: dict[str, float]) -> None:
         """Groups of n, the best of each; a group costs n samples and n rewards."""
@@ -187,14 +212,14 @@ class _Race:
             if rescaled:
                 process = replace(process, renormalize="rescale", renormalize_to=strength)
             g = stream(self.config.seed, "race", self.name, name, repr(strength))
-            labels = labels_of(name, self.stage.labels(self.config.samples, "race", self.config.seed))
-            x, result = run(self.stage, image_variant(name), reward, self.config.samples, process, g, labels)
+            labels = labels_of(name, self.setup.labels(self.config.samples, "race", self.config.seed))
+            x, result = run(self.setup, image_variant(name), reward, self.config.samples, process, g, labels)
             finite = x.flatten(1).isfinite().all(1)
             kept = {"samples": x}
             if int(finite.sum()) >= SUBSET:
-                cond = self.stage.cond(None if labels is None else labels[finite], int(finite.sum()))
+                cond = self.setup.cond(None if labels is None else labels[finite], int(finite.sum()))
                 kept["scores"] = torch.stack([*scores_of(self.rewards, x[finite], cond).values()])
-                kept["features"] = self.stage.judge.features(x[finite])
+                kept["features"] = self.setup.judge.features(x[finite])
             return Shard(kept, {"cost": cost_of(result)})
 
         return make
@@ -229,7 +254,7 @@ class _Race:
                 "reward": float(own.mean()),
                 "reward_se": float(own.std() / math.sqrt(len(own))),
                 "others": {k: float(v.mean()) for k, v in scores.items() if k != self.name},
-                **self.judged(self.stage.judge.features(x) if features is None else features),
+                **self.judged(self.setup.judge.features(x) if features is None else features),
                 "samples": len(x),
                 "lost": lost,
                 "cost": cost,
@@ -238,7 +263,7 @@ class _Race:
         self.shown[f"{method} {number:g}"] = self._picture(x[:16])
 
     def _picture(self, x: Tensor) -> Tensor:
-        return self.stage.decode(x).cpu()
+        return self.setup.decode(x).cpu()
 
     def judged(self, features: Tensor) -> dict[str, float | None]:
         """Distance, Vendi score and Fréchet distance to the target, the last two on sets of SUBSET."""
@@ -278,19 +303,19 @@ def _scores_in(rewards: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
 
 
 def _pool(
-    stage: Stage, kind: str, config: RaceConfig, rewards: dict[str, Any], index: slice, say: Say
+    setup: ImageSetup, kind: str, config: RaceConfig, rewards: dict[str, Any], index: slice, say: Say
 ) -> Callable[[], Shard]:
     """Samples of the model itself, those of these indices, and their rewards."""
-    model, n = stage.model, index.stop - index.start
+    model, n = setup.model, index.stop - index.start
 
     @torch.no_grad()
     def make() -> Shard:
         if index.start == 0:
             say(f"a pool of {config.pool:,} samples: {POOLS[kind]}")
         g = stream(config.seed, "pool", kind, index.start)
-        labels = stage.labels(config.pool, "pool", config.seed)
-        cond = stage.cond(None if labels is None else labels[index], n)
-        with Timed(model) as timed, stage.autocast():
+        labels = setup.labels(config.pool, "pool", config.seed)
+        cond = setup.cond(None if labels is None else labels[index], n)
+        with Timed(model) as timed, setup.autocast():
             if kind == "ode":
                 noise = randn((n, *model.event_shape), g, model.dtype, model.device)
                 x = integrate(lambda t, x: call_drift(model.drift, t, x, cond), noise, uniform_grid(config.base_steps))
@@ -339,13 +364,15 @@ def frontier(cells: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     sign = 1.0 if what == "distance" else -1.0
     usable = [c for c in cells if c.get(what) is not None]
     return [
-        c for c in usable
+        c
+        for c in usable
         if not any(
-            o["reward"] >= c["reward"] and sign * o[what] >= sign * c[what]
+            o["reward"] >= c["reward"]
+            and sign * o[what] >= sign * c[what]
             and (o["reward"], sign * o[what]) != (c["reward"], sign * c[what])
             for o in usable
         )
-    ]  # fmt: skip
+    ]
 
 
 def title(method: str) -> str:
@@ -356,13 +383,39 @@ def title(method: str) -> str:
 def _words(metrics: dict[str, Any]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     rows = [
-        [name, f"{POOLS[pool]}, N = {h['n']}", h["rival_reward"], h["reward"], "yes" if h["reached"] else "no",
-         title(h["method"]), f"{h['strength']:g}", h["nfe_ratio"], h["seconds_ratio"], h["rival_distance"],
-         h["distance"], h["rival_frechet"], h["frechet"]]
-        for name, race in metrics["rewards"].items() for pool, h in race["headline"].items()
-    ]  # fmt: skip
-    head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ or γ", "NFE, times fewer",
-            "seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]  # fmt: skip
+        [
+            name,
+            f"{POOLS[pool]}, N = {h['n']}",
+            h["rival_reward"],
+            h["reward"],
+            "yes" if h["reached"] else "no",
+            title(h["method"]),
+            f"{h['strength']:g}",
+            h["nfe_ratio"],
+            h["seconds_ratio"],
+            h["rival_distance"],
+            h["distance"],
+            h["rival_frechet"],
+            h["frechet"],
+        ]
+        for name, race in metrics["rewards"].items()
+        for pool, h in race["headline"].items()
+    ]
+    head = [
+        "reward",
+        "rival",
+        "its reward",
+        "MFM-G's",
+        "reached",
+        "by",
+        "λσ or γ",
+        "NFE, times fewer",
+        "seconds, times fewer",
+        "its mean distance",
+        "MFM-G's",
+        "its Fréchet",
+        "MFM-G's",
+    ]
     tables["MFM-G with one draw against best-of-N"] = table(head, rows)
     rows = []
     for name, race in metrics["rewards"].items():
@@ -378,17 +431,52 @@ def _words(metrics: dict[str, Any]) -> dict[str, Any]:
     brief = short(metrics["rewards"])
     for name, race in metrics["rewards"].items():
         others = list(race["cells"][0]["others"])
-        head = ["method", "λσ, γ or N", "reward", "±", *(f"{brief[o]} too" for o in others), "mean distance",
-                f"Vendi of {SUBSET}", "Fréchet to target", "NFE", "ms", "samples"]  # fmt: skip
+        head = [
+            "method",
+            "λσ, γ or N",
+            "reward",
+            "±",
+            *(f"{brief[o]} too" for o in others),
+            "mean distance",
+            f"Vendi of {SUBSET}",
+            "Fréchet to target",
+            "NFE",
+            "ms",
+            "samples",
+        ]
         body = [
-            [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["reward_se"],
-             *(c["others"][o] for o in others), c["distance"], c["vendi"], c["frechet"], round(c["cost"]["nfe"]),
-             1000 * c["cost"]["seconds"], c["samples"]]
-            for c in race["cells"] if "reward" in c
-        ]  # fmt: skip
+            [
+                title(c["method"]),
+                c.get("strength", c.get("n")),
+                c["reward"],
+                c["reward_se"],
+                *(c["others"][o] for o in others),
+                c["distance"],
+                c["vendi"],
+                c["frechet"],
+                round(c["cost"]["nfe"]),
+                1000 * c["cost"]["seconds"],
+                c["samples"],
+            ]
+            for c in race["cells"]
+            if "reward" in c
+        ]
         d = race["data"]
-        body.append(["data of the target", None, d["target_reward"], None, *(None for _ in others), d["distance"],
-                     d["vendi"], d["frechet"], None, None, d["target_images"]])  # fmt: skip
+        body.append(
+            [
+                "data of the target",
+                None,
+                d["target_reward"],
+                None,
+                *(None for _ in others),
+                d["distance"],
+                d["vendi"],
+                d["frechet"],
+                None,
+                None,
+                d["target_images"],
+            ]
+        )
         tables[f"Reward {name}"] = table(head, body)
     won = sum(race["headline"].get("ode", {}).get("reached", False) for race in metrics["rewards"].values())
     return {

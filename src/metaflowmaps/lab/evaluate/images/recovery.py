@@ -18,11 +18,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond, repeat_cond, repeat_rows, select_cond
-from metaflowmaps.lab.evaluate.images.stage import (
+from metaflowmaps.lab.evaluate.images.setup import (
     LATENT_BATCH,
     ImageEvalConfig,
+    ImageSetup,
     Say,
-    Stage,
     Timed,
     cost_of_parts,
     table,
@@ -77,15 +77,17 @@ PICTURED = 256  # draws behind the picture of their mean and spread
 SPREAD = ("map-1", "map-4", "glass-30", "drift-glass-30")  # whose spread is looked at
 
 
-def samplers(stage: Stage, map_steps: tuple[int, ...], glass_steps: tuple[int, ...], method: str) -> dict[str, Push]:
+def samplers(
+    setup: ImageSetup, map_steps: tuple[int, ...], glass_steps: tuple[int, ...], method: str
+) -> dict[str, Push]:
     """Name -> (noise, t, x_t, cond) -> draws. glass-k: on the map's own drift; drift-glass-k: on one trained alone."""
-    model = stage.model
+    model = setup.model
     out: dict[str, Push] = {}
     for k in map_steps:
         out[f"map-{k}"] = lambda noise, t, x, cond=None, k=k: model.push(  # type: ignore[misc]
             noise, t, x, k, **({} if cond is None else {"cond": cond})
         )
-    sources = {"glass": model.drift, **({} if stage.drift is None else {"drift-glass": stage.drift})}
+    sources = {"glass": model.drift, **({} if setup.drift is None else {"drift-glass": setup.drift})}
     for name, drift in sources.items():
         for k in glass_steps:
             glass = GlassPosterior(model.path, drift, k, method)
@@ -96,19 +98,19 @@ def samplers(stage: Stage, map_steps: tuple[int, ...], glass_steps: tuple[int, .
 
 
 @torch.no_grad()
-def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda line: None) -> Recovered:
+def evaluate_recovery(setup: ImageSetup, config: RecoveryConfig, say: Say = lambda line: None) -> Recovered:
     """metrics.frechet[t][sampler], metrics.floor, metrics.spread_ratio[t][sampler], and pictures."""
-    pushes = samplers(stage, config.map_steps, config.glass_steps, config.glass_method)
-    parts = ranges(config.samples, stage.shard)
+    pushes = samplers(setup, config.map_steps, config.glass_steps, config.glass_method)
+    parts = ranges(config.samples, setup.shard)
     cells: dict[str, Callable[[], Shard]] = {}
     for t in config.times:
         for name, push in pushes.items():
             for part, index in parts.items():
-                cells[f"{t!r}.{name}.{part}"] = _cell(stage, config, t, push, index)
+                cells[f"{t!r}.{name}.{part}"] = _cell(setup, config, t, push, index)
             if name in SPREAD:
-                cells[f"{t!r}.{name}.spread"] = _spread_cell(stage, config, t, push)
-    drawn = stage.share(cells)
-    first, _ = stage.images(config.samples, "recovery", config.seed, slice(config.images))
+                cells[f"{t!r}.{name}.spread"] = _spread_cell(setup, config, t, push)
+    drawn = setup.share(cells)
+    first, _ = setup.images(config.samples, "recovery", config.seed, slice(config.images))
     frechet: dict[str, dict[str, float]] = {}
     ratio: dict[str, dict[str, float]] = {}
     cost: dict[str, dict[str, float]] = {}
@@ -118,21 +120,21 @@ def evaluate_recovery(stage: Stage, config: RecoveryConfig, say: Say = lambda li
         for name in pushes:
             made = [drawn(f"{t!r}.{name}.{part}") for part in parts]
             cost[name] = cost_of_parts(made, config.samples)
-            frechet[repr(t)][name] = stage.frechet_of(torch.cat([part.tensors["features"] for part in made]))
+            frechet[repr(t)][name] = setup.frechet_of(torch.cat([part.tensors["features"] for part in made]))
             if name in SPREAD:
                 several = drawn(f"{t!r}.{name}.spread").tensors["draws"]
                 ratio[repr(t)][name] = spread_ratio(several, first)
-    image, noisy, shown, spread = _pictured(stage, config)
-    floor = stage.floor()
+    image, noisy, shown, spread = _pictured(setup, config)
+    floor = setup.floor()
     metrics = {
         "frechet": frechet,
         "floor": floor,
         "spread_ratio": ratio,
         "cost_per_draw": cost,
         "samples": config.samples,
-        "space": stage.judge.space,
-        **stage.extras(),
-        **_words(frechet, ratio, floor, cost, stage),
+        "space": setup.judge.space,
+        **setup.extras(),
+        **_words(frechet, ratio, floor, cost, setup),
     }
     return Recovered(metrics, image, noisy, shown, spread)
 
@@ -145,56 +147,56 @@ class _Noised(NamedTuple):
     cond: Cond
 
 
-def _noised(stage: Stage, config: RecoveryConfig, t: float, index: slice) -> _Noised:
+def _noised(setup: ImageSetup, config: RecoveryConfig, t: float, index: slice) -> _Noised:
     """The images of these indices. Latents, which may be many, have noise by the row; images of memory one for all."""
-    labels = stage.told_of(config.samples, "recovery", config.seed, index)
-    if stage.latent:
-        x_1, _ = stage.images(config.samples, "recovery", config.seed, index)
+    labels = setup.told_of(config.samples, "recovery", config.seed, index)
+    if setup.latent:
+        x_1, _ = setup.images(config.samples, "recovery", config.seed, index)
         seeds = fresh_seeds(config.samples, stream(config.seed, "recovery", repr(t)))[index].to(x_1.device)
         eps, noise = (RowNoise(seeds, name).normal(tuple(x_1.shape[1:])) for name in ("state", "draw"))
     else:
-        x_1, _ = stage.images(config.samples, "recovery", config.seed)
+        x_1, _ = setup.images(config.samples, "recovery", config.seed)
         g = stream(config.seed, "recovery", repr(t))
         eps, noise = (randn(tuple(x_1.shape), g, device=x_1.device)[index] for _ in range(2))
         x_1 = x_1[index]
-    return _Noised(stage.model.path.interpolate(eps, x_1, t), noise, stage.cond(labels, len(x_1)))
+    return _Noised(setup.model.path.interpolate(eps, x_1, t), noise, setup.cond(labels, len(x_1)))
 
 
-def _several(stage: Stage, config: RecoveryConfig, t: float, shape: tuple[int, ...]) -> Tensor:
+def _several(setup: ImageSetup, config: RecoveryConfig, t: float, shape: tuple[int, ...]) -> Tensor:
     """Noise for several draws of each of the first images: (draws, images, *event)."""
     whole = (config.samples, *shape[1:])
-    g = stream(config.seed, "recovery", repr(t), *(("several",) if stage.latent else ()))
-    if not stage.latent:
+    g = stream(config.seed, "recovery", repr(t), *(("several",) if setup.latent else ()))
+    if not setup.latent:
         for _ in range(2):  # what the states and the single draws have taken of it
-            randn(whole, g, device=stage.model.device)
-    return randn((config.draws, *shape), g, device=stage.model.device)
+            randn(whole, g, device=setup.model.device)
+    return randn((config.draws, *shape), g, device=setup.model.device)
 
 
-def _cell(stage: Stage, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Shard]:
+def _cell(setup: ImageSetup, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Shard]:
     """Features of a draw for each of these images."""
 
     @torch.no_grad()
     def make() -> Shard:
-        noised = _noised(stage, config, t, index)
-        with Timed(stage.model) as timed, stage.autocast():
+        noised = _noised(setup, config, t, index)
+        with Timed(setup.model) as timed, setup.autocast():
             draws = push(noised.noise, t, noised.x_t, noised.cond)
-        return Shard({"features": stage.judge.features(draws)}, {"cost": timed.meter.cost()})
+        return Shard({"features": setup.judge.features(draws)}, {"cost": timed.meter.cost()})
 
     return make
 
 
-def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> Callable[[], Shard]:
+def _spread_cell(setup: ImageSetup, config: RecoveryConfig, t: float, push: Push) -> Callable[[], Shard]:
     """Several draws for each of the first images: (draws, images, *event)."""
 
     @torch.no_grad()
     def make() -> Shard:
-        x_t, _, cond = _noised(stage, config, t, slice(config.images))
-        many = _several(stage, config, t, tuple(x_t.shape))
+        x_t, _, cond = _noised(setup, config, t, slice(config.images))
+        many = _several(setup, config, t, tuple(x_t.shape))
         repeated = repeat_rows(x_t, config.draws)
         told = repeat_cond(cond, config.draws)
-        size = LATENT_BATCH if stage.latent else len(repeated)
+        size = LATENT_BATCH if setup.latent else len(repeated)
         parts = []
-        with stage.autocast():
+        with setup.autocast():
             for begin in range(0, len(repeated), size):
                 part = slice(begin, begin + size)
                 here = select_cond(told, part)
@@ -204,25 +206,25 @@ def _spread_cell(stage: Stage, config: RecoveryConfig, t: float, push: Push) -> 
     return make
 
 
-def _pictured(stage: Stage, config: RecoveryConfig) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any]]:
-    x_1, _ = stage.images(1, "picture", config.seed)
-    cond = stage.cond(stage.told_of(1, "picture", config.seed), 1)
+def _pictured(setup: ImageSetup, config: RecoveryConfig) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any]]:
+    x_1, _ = setup.images(1, "picture", config.seed)
+    cond = setup.cond(setup.told_of(1, "picture", config.seed), 1)
     told: dict[str, Any] = {} if cond is None else {"cond": cond}
     eps = randn(tuple(x_1.shape), stream(config.seed, "picture"), device=x_1.device)
     noisy, shown, spread = [], [], []
     for t in config.times:
-        x_t = stage.model.path.interpolate(eps, x_1, t)
+        x_t = setup.model.path.interpolate(eps, x_1, t)
         g = stream(config.seed, "picture", repr(t))
-        with stage.autocast():
-            draws = stage.decode(stage.model.draw(t, x_t, PICTURED, generator=g, **told)[:, 0])
-        noisy.append(stage.decode(x_t)[0].cpu())
+        with setup.autocast():
+            draws = setup.decode(setup.model.draw(t, x_t, PICTURED, generator=g, **told)[:, 0])
+        noisy.append(setup.decode(x_t)[0].cpu())
         shown.append(draws[:8].cpu())
         spread.append((draws.mean(0).cpu(), draws.std(0).cpu()))
-    return stage.decode(x_1)[0].cpu(), noisy, shown, spread
+    return setup.decode(x_1)[0].cpu(), noisy, shown, spread
 
 
 def _words(
-    frechet: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]], floor: float, cost: Any, stage: Stage
+    frechet: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]], floor: float, cost: Any, setup: ImageSetup
 ) -> dict[str, Any]:
     times = list(frechet)
     names = list(frechet[times[0]])
@@ -238,7 +240,7 @@ def _words(
     claim = f" One map step is at least as close to the data as 30 calls of GLASS at {len(won)} of {len(times)} times."
     return {
         "tables": {
-            f"{stage.measure} of draws to {stage.compared_with}, in {stage.judge.space}": table(head, rows),
+            f"{setup.measure} of draws to {setup.compared_with}, in {setup.judge.space}": table(head, rows),
             "Spread ratio: the truth's distance over the draws' spread (1: calibrated, above: too narrow)": table(
                 ["sampler", *head[2:]], judged
             ),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import Cond
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward
-from metaflowmaps.lab.evaluate.images.stage import LATENT_BATCH, ImageEvalConfig, Say, Stage, Timed, table
+from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, Timed, table
 from metaflowmaps.lab.evaluate.value_error import pearson
 from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
@@ -55,16 +55,16 @@ class ImageValueConfig(ImageEvalConfig):
 
 
 @torch.no_grad()
-def evaluate_image_value(stage: Stage, config: ImageValueConfig, say: Say = lambda line: None) -> dict[str, Any]:
+def evaluate_image_value(setup: ImageSetup, config: ImageValueConfig, say: Say = lambda line: None) -> dict[str, Any]:
     """metrics.by_sampler[name][num_draws][t] = {pearson, rmse}, with calls a draw; rollout: the second reference."""
-    model, reward = stage.model, image_reward(stage, config.reward, config.strength)
+    model, reward = setup.model, image_reward(setup, config.reward, config.strength)
     posteriors: dict[str, Any] = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
     for k in config.glass_steps:
         posteriors[f"glass-{k}"] = GlassPosterior(model.path, model.drift, k)
-    drawn = stage.share(
-        {f"{t!r}.rollout": _rollouts(stage, reward, config, t, say) for t in config.times}
+    drawn = setup.share(
+        {f"{t!r}.rollout": _rollouts(setup, reward, config, t, say) for t in config.times}
         | {
-            f"{t!r}.{name}": _estimates(stage, reward, config, t, name, posterior)
+            f"{t!r}.{name}": _estimates(setup, reward, config, t, name, posterior)
             for t in config.times
             for name, posterior in posteriors.items()
         }
@@ -82,28 +82,28 @@ def evaluate_image_value(stage: Stage, config: ImageValueConfig, say: Say = lamb
                 cells[name][str(n)][repr(t)] = _against(estimate, truth)
             seconds[name] = made.facts["seconds"]
     metrics = {"by_sampler": cells, "seconds_per_draw": seconds, "value_std": spread, "reward": config.reward}
-    metrics |= stage.extras()
+    metrics |= setup.extras()
     return {**metrics, **_words(cells, config)}
 
 
-def _states(stage: Stage, config: ImageValueConfig, t: float) -> tuple[Tensor, torch.Generator, dict[str, Any]]:
+def _states(setup: ImageSetup, config: ImageValueConfig, t: float) -> tuple[Tensor, torch.Generator, dict[str, Any]]:
     """Held-out images noised to t, the generator that goes on with the rollouts from there, and how to draw."""
-    x_1, _ = stage.images(config.states, "value", config.seed)
+    x_1, _ = setup.images(config.states, "value", config.seed)
     g = stream(config.seed, "value", repr(t))
-    x_t = stage.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
-    cond = stage.cond(stage.told_of(config.states, "value", config.seed), config.states)
-    return x_t, g, {"cond": cond, "chunk": max(1, LATENT_BATCH // len(x_t)) if stage.latent else CHUNK}
+    x_t = setup.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
+    cond = setup.cond(setup.told_of(config.states, "value", config.seed), config.states)
+    return x_t, g, {"cond": cond, "chunk": max(1, LATENT_BATCH // len(x_t)) if setup.latent else CHUNK}
 
 
-def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Shard]:
+def _rollouts(setup: ImageSetup, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Shard]:
     """The reference and a second one: (2, states)."""
 
     @torch.no_grad()
     def make() -> Shard:
         say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
-        rollout = RolloutPosterior(stage.model.path, stage.model.drift, config.rollout_steps)
-        x_t, g, how = _states(stage, config, t)
-        with stage.autocast():
+        rollout = RolloutPosterior(setup.model.path, setup.model.drift, config.rollout_steps)
+        x_t, g, how = _states(setup, config, t)
+        with setup.autocast():
             values = [_value(rollout, reward, t, x_t, config.rollout_particles, g, **how) for _ in range(2)]
         return Shard({"values": torch.stack(values)}, {})
 
@@ -111,14 +111,14 @@ def _rollouts(stage: Stage, reward: Any, config: ImageValueConfig, t: float, say
 
 
 def _estimates(
-    stage: Stage, reward: Any, config: ImageValueConfig, t: float, name: str, posterior: Any
+    setup: ImageSetup, reward: Any, config: ImageValueConfig, t: float, name: str, posterior: Any
 ) -> Callable[[], Shard]:
     """V̂ by number of draws, (num_draws, states), and the seconds a draw took."""
 
     @torch.no_grad()
     def make() -> Shard:
-        x_t, _, how = _states(stage, config, t)
-        with Timed(stage.model) as timed, stage.autocast():
+        x_t, _, how = _states(setup, config, t)
+        with Timed(setup.model) as timed, setup.autocast():
             values = [
                 _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)), **how)
                 for n in config.num_draws
@@ -150,10 +150,15 @@ def _words(cells: dict[str, Any], config: ImageValueConfig) -> dict[str, Any]:
     times = [repr(t) for t in config.times]
     most = str(max(config.num_draws))
     rows = [
-        [_title(name), int(name.rpartition("-")[2]), *(cells[name][most][t]["pearson"] for t in times),
-         *(cells[name][most][t]["rmse"] for t in times)]
-        for name in cells if name != "rollout"
-    ]  # fmt: skip
+        [
+            _title(name),
+            int(name.rpartition("-")[2]),
+            *(cells[name][most][t]["pearson"] for t in times),
+            *(cells[name][most][t]["rmse"] for t in times),
+        ]
+        for name in cells
+        if name != "rollout"
+    ]
     own = cells["rollout"][str(config.rollout_particles)]
     rows.append(
         ["rollouts again", config.rollout_steps, *(own[t]["pearson"] for t in times), *(own[t]["rmse"] for t in times)]
@@ -166,8 +171,10 @@ def _words(cells: dict[str, Any], config: ImageValueConfig) -> dict[str, Any]:
     ]
     few = [
         [_title(name), int(n), *(cells[name][n][t]["pearson"] for t in times)]
-        for name in cells if name in ("map-1", f"glass-{max(config.glass_steps, default=0)}") for n in cells[name]
-    ]  # fmt: skip
+        for name in cells
+        if name in ("map-1", f"glass-{max(config.glass_steps, default=0)}")
+        for n in cells[name]
+    ]
     return {
         "tables": {
             f"Value of the reward {config.reward}, {most} draws, against rollouts": table(head, rows),

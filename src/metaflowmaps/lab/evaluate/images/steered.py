@@ -1,4 +1,4 @@
-"""Steered samples of one cell of an image experiment: a variant, run on a stage, cut to size."""
+"""Steered samples of one cell of an image experiment: a variant, run on a setup, cut to size."""
 
 import warnings
 from functools import cache
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.lab.evaluate.images.stage import Stage
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup
 from metaflowmaps.lab.evaluate.variants import Variant, variant
 from metaflowmaps.path import LinearPath
 from metaflowmaps.steering import ODE, Method, Process, SteerResult, steer
@@ -36,7 +36,7 @@ def labels_of(name: str, labels: Tensor | None) -> Tensor | None:
 
 
 def run(
-    stage: Stage,
+    setup: ImageSetup,
     v: Variant,
     reward: Any,
     n: int,
@@ -47,19 +47,19 @@ def run(
     """Samples of a variant, cut to n: a particle system comes whole. ``labels``: as :func:`labels_of` gives them."""
     system = v.method.system or 1
     whole = -(-n // system) * system
-    small = stage.model.device.type == "cpu" or stage.latent
+    small = setup.model.device.type == "cpu" or setup.latent
     rows = CHUNK * v.method.copies if small else None
     if system > 1 and labels is not None:  # rows of several systems would lie interleaved
         rows = system
         labels = torch.cat([labels, labels[-1:].expand(whole - n)])
-    with stage.autocast():
+    with setup.autocast():
         result = quiet_steer(
-            stage.model,
+            setup.model,
             reward,
             whole,
             v.method,
             v.process(process),
-            cond=stage.cond(labels, whole),
+            cond=setup.cond(labels, whole),
             seed=generator,
             batch_size=rows,
         )

@@ -48,7 +48,7 @@ class ImageEvalConfig(Config):
 
     guide: str | None = None  # None: NAME-guide beside the run, or the shipped one; NAME is that of the data set
     judge: str | None = None
-    drift: str | None = None  # None: the run's own drift stage, or the shipped one; "none": the map's own drift alone
+    drift: str | None = None  # None: the run's own drift setup, or the shipped one; "none": the map's own drift alone
     data: str | None = None  # None: where the map was trained from; a map of latents: what mfm encode-latents wrote
     seed: int = Field(0, ge=0)
     vae: str | None = None  # of a map of latents; None: as its checkpoint names it
@@ -98,7 +98,7 @@ class Conditions:
 
 
 @dataclass
-class Stage:
+class ImageSetup:
     """A map with everything that judges it."""
 
     model: MetaFlowMap
