@@ -40,7 +40,7 @@ class Rejection(Method):
 
     name = "rejection"
     title = "rejection"
-    look = ("#b5651d", "p")
+    look = ("#0022cc", "p")
     moved_by = "one step"
     own_moves = "makes its samples in one step"
 

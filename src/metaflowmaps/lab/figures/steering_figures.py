@@ -18,8 +18,9 @@ SAMPLERS = {"map": (MAP, "o"), "ode": ("#46107f", "D")}
 
 
 def looks() -> dict[str, tuple[str, str]]:
-    """Colour and marker of every sampler and method by name, the same in every figure."""
-    return {**{name: method.look for name, method in choices(Method).items()}, **SAMPLERS}
+    """Colour and marker of every sampler and method by name, the same in every figure; those on the map come first."""
+    methods = sorted(choices(Method).items(), key=lambda item: not item[0].startswith("mfm"))
+    return {**{name: method.look for name, method in methods}, **SAMPLERS}
 
 
 def base_method(name: str) -> tuple[str | None, bool]:
