@@ -44,7 +44,7 @@ from metaflowmaps.networks import MLPConfig
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.training.config import ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.loop import train
+from metaflowmaps.training.loop import Watch, train
 from metaflowmaps.work.config import Config
 
 OUT = RUNS / "control"
@@ -197,7 +197,7 @@ def _train(settings: FinetuneConfig, base: MetaFlowMap, out: Path, look: Any) ->
     shutil.rmtree(out, ignore_errors=True)
     problem = make_problem(settings, base, Navigation())
     objective = make_objective(settings, problem)
-    train(make_student(settings, base), objective, settings, out, on_sample=look)
+    train(make_student(settings, base), objective, settings, out, watch=Watch(on_sample=look))
     shutil.rmtree(out, ignore_errors=True)
     return problem
 

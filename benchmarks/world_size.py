@@ -25,7 +25,7 @@ from metaflowmaps.path import LinearPath
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.loop import Record, train
+from metaflowmaps.training.loop import Record, Watch, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.work import ranks
@@ -115,7 +115,7 @@ def worker(number: int, out: Path) -> None:
         ends.append(record.seconds)
 
     with ranks.session():
-        train(model, objective, config, out, report=report)
+        train(model, objective, config, out, watch=Watch(lambda _, record: report(record)))
     if ends:
         speeds = [1 / (b - a) for a, b in pairwise(ends)]
         (out / "speeds").write_text("\n".join(map(str, speeds)))

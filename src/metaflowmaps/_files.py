@@ -82,11 +82,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes that were killed have left half written in a folder."""
+def sweep(folder: Path, seconds: float = STALE_SECONDS) -> None:
+    """Remove what processes that were killed have left half written in a folder, ``seconds`` ago or more."""
     for file in folder.glob(".*.tmp"):
         with suppress(OSError):  # another process may be at the same
-            if time.time() - file.stat().st_mtime > STALE_SECONDS:
+            if time.time() - file.stat().st_mtime >= seconds:
                 file.unlink()
 
 

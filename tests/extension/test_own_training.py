@@ -12,6 +12,7 @@ from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.data import read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.recipes import recipe
+from metaflowmaps.training.loop import Watch
 from metaflowmaps.training.run import fitted, run_training
 from metaflowmaps.work.choices import outside
 
@@ -60,7 +61,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(ring, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        run_training(config, tmp_path / "run", report=stop)
+        run_training(config, tmp_path / "run", watch=Watch(stop))
     run_training(config, tmp_path / "run")
     one, other = (
         resolve_checkpoint(run).path.joinpath("model.safetensors").read_bytes() for run in (ring, tmp_path / "run")

@@ -22,7 +22,7 @@ from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.loop import Interrupted, train
+from metaflowmaps.training.loop import Interrupted, Watch, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import starting_point
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
@@ -178,7 +178,7 @@ def go(
     if isinstance(model.network, DiT):
         model.network.configure(settings.checkpoint_activations, settings.compile)
     start = starting_point(settings, Path(out), "auto")
-    train(model, objective, settings, Path(out), start=start, on_sample=looks)
+    train(model, objective, settings, Path(out), start=start, watch=Watch(on_sample=looks))
     if settings.shard == 1:  # copies are copies, to the bit
         bits = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
         assert len(set(ranks.collected(lambda: bits))) == 1

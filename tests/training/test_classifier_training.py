@@ -17,7 +17,7 @@ from metaflowmaps.recipes import recipe
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.classifier import ClassifierObjective, accuracy, shifted
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
-from metaflowmaps.training.loop import Interrupted, NonFiniteLoss
+from metaflowmaps.training.loop import Interrupted, NonFiniteLoss, Watch
 from metaflowmaps.training.run import build_classifier, run_classifier_training, run_training
 from metaflowmaps.work.config import validated
 
@@ -142,7 +142,9 @@ def test_a_run_resumed_is_a_run_never_stopped(tmp_path, monkeypatch, name):
     torch.set_num_threads(1)
     config = small(name)
     seen, real, stops = [], ClassifierObjective.batch, []
-    run_classifier_training(config, tmp_path / "whole", report=lambda stage, record: seen.append((stage, record.step)))
+    run_classifier_training(
+        config, tmp_path / "whole", watch=Watch(lambda stage, record: seen.append((stage, record.step)))
+    )
     assert seen == [("classifier", step) for step in (5, 10, 15, 20)]
 
     def batch(self, model, step):

@@ -21,7 +21,7 @@ from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
 from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.loop import Interrupted
+from metaflowmaps.training.loop import Interrupted, Watch
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import build_map, build_objective, exact_teacher, run_training
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, guided_drift
@@ -496,7 +496,7 @@ def test_a_learned_teacher_and_a_run_resumed(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="at step 5 of 12"):
-        run_training(made, tmp_path / "stopped", report=stop)
+        run_training(made, tmp_path / "stopped", watch=Watch(stop))
     run_training(made, tmp_path / "stopped")
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "whole")
     assert {teacher.null_class for teacher in built} == {NULL}

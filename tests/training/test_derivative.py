@@ -14,6 +14,7 @@ from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training import derivative
 from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.derivative import Differentiation, choose, prepare
+from metaflowmaps.training.loop import Watch
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.run import run_training
 from metaflowmaps.training.teachers import GlassTeacher, guided_drift
@@ -221,7 +222,11 @@ def test_a_run_says_how_and_does_not_depend_on_recomputation(tmp_path):
     lines = {}
     for recompute in (False, True):
         lines[recompute] = []
-        run_training(config(checkpoint_activations=recompute), tmp_path / str(recompute), note=lines[recompute].append)
+        run_training(
+            config(checkpoint_activations=recompute),
+            tmp_path / str(recompute),
+            watch=Watch(note=lines[recompute].append),
+        )
     assert [line.split(",")[0] for line in lines[False]] == ["derivatives: forward"]
     assert lines[True][1:] == ["blocks: computed again in the backward pass instead of remembered"]
     one, other = (

@@ -15,7 +15,7 @@ from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture
 from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.loop import NonFiniteLoss, train
+from metaflowmaps.training.loop import NonFiniteLoss, Watch, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import learning_rate, make_optimizer
@@ -254,7 +254,7 @@ def test_periodic_samples_see_the_model_and_leave_it_alone(tmp_path):
     torch.set_num_threads(1)
     seen = []
     config = small(steps=20, sample_every=8)
-    result = run_training(config, tmp_path / "a", on_sample=lambda model, step: seen.append(step))
+    result = run_training(config, tmp_path / "a", watch=Watch(on_sample=lambda model, step: seen.append(step)))
     plain = run_training(config, tmp_path / "b")
     assert seen == [8, 16]
     assert (result.checkpoint / "model.safetensors").read_bytes() == (
@@ -265,7 +265,7 @@ def test_periodic_samples_see_the_model_and_leave_it_alone(tmp_path):
 def test_records_hold_window_means(tmp_path):
     torch.set_num_threads(1)
     seen = []
-    run_training(small(steps=20), tmp_path, report=lambda stage, record: seen.append((stage, record)))
+    run_training(small(steps=20), tmp_path, watch=Watch(lambda stage, record: seen.append((stage, record))))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [5, 10, 15, 20] == [record.step for _, record in seen]
     assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)

@@ -8,6 +8,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.recipes import recipe
+from metaflowmaps.training.loop import Watch
 from metaflowmaps.training.run import _like_parent, build_map, inherit, run_training, taught_by
 from metaflowmaps.work.config import override
 
@@ -68,7 +69,7 @@ def test_an_interrupted_run_goes_on_with_its_parent(parent, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        run_training(cut, tmp_path / "cut", report=stop)
+        run_training(cut, tmp_path / "cut", watch=Watch(stop))
     again = load_map(run_training(cut, tmp_path / "cut").checkpoint)
     assert all(torch.equal(again.state_dict()[k], v) for k, v in whole.state_dict().items())
 

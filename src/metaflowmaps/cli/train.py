@@ -18,7 +18,7 @@ from metaflowmaps.recipes import recipe
 from metaflowmaps.training.classifier import accuracy
 from metaflowmaps.training.config import ClassifierConfig, TrainConfig
 from metaflowmaps.training.distributed import check_division, told
-from metaflowmaps.training.loop import TrainResult
+from metaflowmaps.training.loop import TrainResult, Watch
 from metaflowmaps.training.plan import plan
 from metaflowmaps.training.run import build_classifier, build_map, fitted, run_classifier_training, run_training
 from metaflowmaps.work import ranks
@@ -97,12 +97,10 @@ def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
         context.say(told(config, ranks.size()))
     with training_progress(context.say) as report:
         if isinstance(config, TrainConfig):
-            result = run_training(
-                config, out, device=target, resume=context.resume, report=report, on_sample=_sampler(config, out),
-                note=context.say,
-            )  # fmt: skip
+            watch = Watch(report, _sampler(config, out), context.say)
+            result = run_training(config, out, device=target, resume=context.resume, watch=watch)
         else:
-            result = run_classifier_training(config, out, device=target, resume=context.resume, report=report)
+            result = run_classifier_training(config, out, device=target, resume=context.resume, watch=Watch(report))
     return ranks.first(lambda: _finish(config, request, result, parameters, target))
 
 

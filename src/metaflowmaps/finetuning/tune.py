@@ -28,7 +28,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.base import describe
-from metaflowmaps.training.loop import Record, TrainingObjective, TrainResult, train
+from metaflowmaps.training.loop import Record, TrainingObjective, TrainResult, Watch, train
 from metaflowmaps.training.run import starting_point
 from metaflowmaps.work.config import differences
 
@@ -198,12 +198,8 @@ class _Stage:
             meters.draw(model, step)
             return rule is not None and rule.fires(records)
 
-        def report(record: Record) -> None:
-            context.report(self.name, record)
-
-        return train(
-            student, objective, config, self.out, device=context.device, start=start, report=report, on_sample=look
-        )
+        watch = Watch(context.report, look, stage=self.name)
+        return train(student, objective, config, self.out, device=context.device, start=start, watch=watch)
 
 
 def _check_free(config: FinetuneConfig, out: Path) -> None:

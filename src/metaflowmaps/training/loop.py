@@ -13,6 +13,7 @@ ends with the bytes of one that never stopped. Several ranks run the same loop o
 
 import copy
 import json
+import math
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._files import write_whole
+from metaflowmaps._files import sweep, write_whole
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.config import RunConfig
@@ -86,6 +87,16 @@ class TrainResult:
     checkpoint: Path
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what while a run lasts."""
+
+    report: Callable[[str, Record], None] = lambda stage, record: None
+    on_sample: Callable[[Any, int], object] | None = None  # (averaged model, step), every sample_every steps
+    note: Callable[[str], None] = lambda line: None  # how the run is set up, in lines
+    stage: str = "map"  # what is trained
+
+
 def train(
     model: nn.Module,
     objective: TrainingObjective,
@@ -94,133 +105,178 @@ def train(
     *,
     device: torch.device | str = "cpu",
     start: Checkpoint | None = None,
-    report: Callable[[Record], None] = lambda record: None,
-    on_sample: Callable[[Any, int], object] | None = None,
+    watch: Watch = Watch(),  # frozen
 ) -> TrainResult:
-    """Run ``config.steps`` steps in ``out``, from its newest valid checkpoint or from ``start``.
+    """Run ``config.steps`` steps in ``out``.
 
-    ``on_sample(model, step)`` sees the averaged weights every ``sample_every`` steps; True from it ends the run there.
+    Args:
+        model: what is trained, in place.
+        objective: its batches and their losses.
+        config: how.
+        out: the run's directory.
+        device: where.
+        start: the checkpoint to go on from, of this run or of another; None begins.
+        watch: who is told; True from ``on_sample`` ends the run there.
     """
-    # -- set-up
-    check_division(config, ranks.size())
-    ranks.first(lambda: out.mkdir(parents=True, exist_ok=True))
-    device = torch.device(device)
-    look = _Look(model, on_sample, config.sample_every, device)
-    model.to(device).train()
-    shard = spread(model, config, device)
-    state = TrainState(model, config.optimizer, objective)
-    store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
-    tracker = ranks.together(lambda: _Tracker(out, config.track if ranks.rank() == 0 else "none"))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    # -- resume
-    if start is not None:
-        state.load(start)
-        if start.path.resolve().parent != store.root.resolve():
-            state.metrics_bytes = 0  # another run's checkpoint: its log stayed there
-    log = ranks.together(lambda: _Log(out, state))
-    began = time.perf_counter() - log.seconds_before
-
-    enough = False
+    run = _Run(model, objective, config, out, torch.device(device), watch)
+    run.resume(start)
     with _stop_signals() as stopped:
-        while state.step < config.steps and not enough:
-            step = state.step
-
-            # -- one update: the batch may come in pieces, its inputs and its sum do not depend on how many
-            batch = objective.batch(model, step)
-            ours = share(batch)
-            rate = learning_rate(config.optimizer, step, config.steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            state.optimizer.zero_grad()
-            total = 0.0
-            for piece in _pieces(ours, config.micro_batches):
-                with _precision(config, device):
-                    loss = objective(model, piece.to(device)).float().sum() / len(batch)
-                loss.backward()
-                total += float(loss.detach())
-            if ranks.size() > 1:
-                (total,) = ranks.total(total)
-                if shard == 1:
-                    sum_gradients(parameters)
-            norm = clip(parameters, config.optimizer.clip)
-            _guard(total, norm, model, objective, config, batch, step, store, device)
-            state.optimizer.step()
-            state.average()
-            state.step += 1
-            state.add({"loss": total, "grad_norm": norm, **getattr(batch, "figures", {})})
-
-            # -- sample, log, checkpoint
-            enough = look(state)
-            last = enough or state.step == config.steps
-            if state.step % config.log_every == 0 or last:
-                seconds = time.perf_counter() - began
-                record = Record(state.step, config.steps, {**state.flush(), "lr": rate}, seconds)
-                ranks.together(lambda record=record: _publish(record, log, tracker, report))  # type: ignore[misc]
-            scheduled = state.step % config.checkpoint_every == 0 or last
-            stop = ranks.largest(stopped[0] if stopped else 0)  # whichever rank was told, all stop here
-            if scheduled or stop:
-                ranks.together(log.sync)
-                state.save(store, config, scheduled)
-            if stop:  # at the last step too: another stage may follow
-                raise Interrupted(
-                    f"stopped by {signal.Signals(stop).name} at step {state.step} of {config.steps}; state saved in "
-                    f"{out}: the same command goes on from there"
-                )
-
-    # -- finish
-    seconds = time.perf_counter() - began
-    tracker.close()
-    return TrainResult(state.step, state.last_loss, seconds, store.path(state.step))
+        while not run.ended:
+            batch = objective.batch(model, run.state.step)
+            loss = run.backward(batch)  # in pieces: neither its inputs nor its sum depend on how many
+            norm = clip(run.parameters, config.optimizer.clip)
+            run.guard(loss, norm, batch)
+            run.move({"loss": loss, "grad_norm": norm, **getattr(batch, "figures", {})})
+            run.record()
+            run.save(ranks.largest(stopped[0] if stopped else 0))  # whichever rank was told, all stop here
+    return run.result()
 
 
-def _publish(record: Record, log: "_Log", tracker: "_Tracker", report: Callable[[Record], None]) -> None:
-    log.write(record)
-    if ranks.rank() == 0:
-        tracker.write(record)
-        report(record)
+class _Run:
+    """A run while it lasts: its state, its files and who watches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: TrainingObjective,
+        config: RunConfig,
+        out: Path,
+        device: torch.device,
+        watch: Watch,
+    ) -> None:
+        check_division(config, ranks.size())
+        ranks.first(lambda: out.mkdir(parents=True, exist_ok=True))
+        self.model, self.objective, self.config = model, objective, config
+        self.out, self.device, self.watch = out, device, watch
+        self.look = _Look(model, watch.on_sample, config.sample_every, device)
+        model.to(device).train()
+        self.ranks_a_copy = spread(model, config, device)
+        self.state = TrainState(model, config.optimizer, objective)
+        self.store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
+        self.tracker = ranks.together(lambda: _Tracker(out, config.track if ranks.rank() == 0 else "none"))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.enough = False
+
+    def resume(self, start: Checkpoint | None) -> None:
+        """Take a checkpoint's state, and open the logs where it left them."""
+        if start is not None:
+            self.state.load(start)
+            if start.path.resolve().parent != self.store.root.resolve():
+                self.state.metrics_bytes = 0  # another run's checkpoint: its log stayed there
+        self.log = ranks.together(lambda: _Log(self.out, self.state))
+        self.began = time.perf_counter() - self.log.seconds_before
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, or ``on_sample`` has seen enough."""
+        return self.enough or self.state.step >= self.config.steps
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the update that the optimizer makes next, or has made last."""
+        return float(self.state.optimizer.param_groups[0]["lr"])
+
+    def backward(self, batch: Rows) -> float:
+        """The gradient of a whole batch, summed over its pieces and over the ranks; its loss."""
+        rate = learning_rate(self.config.optimizer, self.state.step, self.config.steps)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = rate
+        self.state.optimizer.zero_grad()
+        total = 0.0
+        for losses in losses_of(self.model, self.objective, share(batch), self.config, self.device):
+            loss = losses.float().sum() / len(batch)
+            loss.backward()
+            total += float(loss.detach())
+        if ranks.size() > 1:
+            (total,) = ranks.total(total)
+            if self.ranks_a_copy == 1:
+                sum_gradients(self.parameters)
+        return total
+
+    def guard(self, loss: float, norm: float, batch: Rows) -> None:
+        """Stop at a non-finite loss or gradient, saying where in time it arose."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        with torch.no_grad():  # in pieces, as in the step: in one it might not fit
+            each = losses_of(self.model, self.objective, share(batch), self.config, self.device)
+            mine = torch.cat([~losses.isfinite().cpu() for losses in each])
+        bad, size = torch.zeros(len(batch), dtype=torch.bool), ranks.size()
+        for number, part in enumerate(ranks.collected(lambda: mine)):
+            bad[number::size] = part
+        where = "the gradient alone"
+        if bad.any():
+            where = f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad)}"
+        steps = self.store.steps()
+        kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
+        raise NonFiniteLoss(
+            f"non-finite loss at step {self.state.step} (loss {loss:g}, gradient norm {norm:g}) in {where}; {kept}. "
+            "Lower optimizer.lr or optimizer.clip, or keep times.last further from 1"
+        )
+
+    def move(self, figures: dict[str, float]) -> None:
+        """Move the weights and their average; a step is done then."""
+        self.state.optimizer.step()
+        self.state.average()
+        self.state.step += 1
+        self.state.add(figures)
+        self.enough = self.look(self.state)
+
+    def record(self) -> None:
+        """Log and report, every ``log_every`` steps and at the end."""
+        state, config = self.state, self.config
+        if state.step % config.log_every and not self.ended:
+            return
+        record = Record(state.step, config.steps, {**state.flush(), "lr": self.rate}, time.perf_counter() - self.began)
+
+        def publish() -> None:
+            self.log.write(record)
+            if ranks.rank() == 0:
+                self.tracker.write(record)
+                self.watch.report(self.watch.stage, record)
+
+        ranks.together(publish)
+
+    def save(self, stop: int) -> None:
+        """A checkpoint every ``checkpoint_every`` steps, at the end, and where signal ``stop`` ends the run."""
+        state, config = self.state, self.config
+        scheduled = state.step % config.checkpoint_every == 0 or self.ended
+        if scheduled or stop:
+            ranks.together(self.log.sync)
+            state.save(self.store, config, scheduled)
+        if stop:  # at the last step too: another stage may follow
+            raise Interrupted(
+                f"stopped by {signal.Signals(stop).name} at step {state.step} of {config.steps}; state saved in "
+                f"{self.out}: the same command goes on from there"
+            )
+
+    def result(self) -> TrainResult:
+        """Where it stands at its end."""
+        seconds = time.perf_counter() - self.began
+        self.tracker.close()
+        return TrainResult(self.state.step, self.state.last_loss, seconds, self.store.path(self.state.step))
 
 
-def _pieces(batch: Rows, count: int) -> Iterator[Rows]:
-    """A batch in ``count`` pieces of as many rows, as far as they go."""
-    width = -(-len(batch) // count)
+def losses_of(
+    model: nn.Module, objective: TrainingObjective, batch: Rows, config: RunConfig, device: torch.device
+) -> Iterator[Tensor]:
+    """The losses of a batch's rows, one micro-batch at a time, in the precision of the run.
+
+    Args:
+        model: what is trained.
+        objective: gives each row its loss.
+        batch: rows on any device; they are cut into ``config.micro_batches`` pieces, as far as they go.
+        config: of the run.
+        device: where the model is.
+
+    Yields:
+        (b,) losses of each piece; a piece's graph may be freed before the next is asked for.
+    """
+    width = -(-len(batch) // config.micro_batches)
     for first in range(0, len(batch), width):
-        yield batch.rows(first, first + width)
-
-
-def _precision(config: RunConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def _guard(
-    loss: float,
-    norm: float,
-    model: nn.Module,
-    objective: TrainingObjective,
-    config: RunConfig,
-    batch: Rows,
-    step: int,
-    store: CheckpointStore,
-    device: torch.device,
-) -> None:
-    """Stop at a non-finite loss or gradient, saying where in time it arose."""
-    if torch.isfinite(torch.tensor([loss, norm])).all():
-        return
-    with torch.no_grad(), _precision(config, device):  # as in the step: in one piece it might not fit
-        pieces = _pieces(share(batch), config.micro_batches)
-        mine = torch.cat([~objective(model, piece.to(device)).isfinite().cpu() for piece in pieces])
-    bad, size = torch.zeros(len(batch), dtype=torch.bool), ranks.size()
-    for number, part in enumerate(ranks.collected(lambda: mine)):
-        bad[number::size] = part
-    where = "the gradient alone"
-    if bad.any():
-        where = f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad)}"
-    steps = store.steps()
-    kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
-    raise NonFiniteLoss(
-        f"non-finite loss at step {step} (loss {loss:g}, gradient norm {norm:g}) in {where}; {kept}. "
-        "Lower optimizer.lr or optimizer.clip, or keep times.last further from 1"
-    )
+        piece = batch.rows(first, first + width).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            losses = objective(model, piece)
+        yield losses
 
 
 class _Look:
@@ -263,6 +319,7 @@ class _Log:
         self.seconds_before = 0.0
         if ranks.rank():
             return
+        sweep(out, 0)  # nobody else writes there
         self.metrics, self.timings = out / "metrics.jsonl", out / "timings.jsonl"
         truncate(self.metrics, state.metrics_bytes)
         if state.metrics_bytes and (not self.metrics.exists() or self.metrics.stat().st_size < state.metrics_bytes):

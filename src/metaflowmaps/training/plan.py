@@ -24,6 +24,7 @@ from metaflowmaps.random import randn
 from metaflowmaps.training.classifier import ClassifierObjective
 from metaflowmaps.training.config import ClassifierConfig, RunConfig, TrainConfig
 from metaflowmaps.training.derivative import prepare
+from metaflowmaps.training.loop import losses_of
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.run import (
     build_classifier,
@@ -251,17 +252,16 @@ def try_steps(tried: Subject, config: RunConfig, device: torch.device | str = "c
 
 def _update(model: nn.Module, objective: Any, batch: Any, config: RunConfig, device: torch.device) -> None:
     """The gradient of a step, in micro-batches."""
-    width = -(-len(batch) // config.micro_batches)
     try:
-        for first in range(0, len(batch), width):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = objective(model, batch.rows(first, first + width).to(device)).float().sum() / len(batch)
+        for losses in losses_of(model, objective, batch, config, device):
+            loss = losses.float().sum() / len(batch)
             loss.backward()
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise InputError(f"the loss of a first step is {value}: check optimizer.lr, model.data_std and the law")
     except torch.OutOfMemoryError:
+        rows = -(-len(batch) // config.micro_batches)
         raise InputError(
-            f"{width} rows at a time do not fit in the memory of {device}: --set "
+            f"{rows} rows at a time do not fit in the memory of {device}: --set "
             f"micro_batches={2 * config.micro_batches} or more, or --set checkpoint_activations=true"
         ) from None

@@ -7,8 +7,9 @@ checkpoint, such as ``mfm convert`` makes of published weights, and the map may 
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from metaflowmaps.training.config import (
     TrainConfig,
 )
 from metaflowmaps.training.derivative import prepare
-from metaflowmaps.training.loop import Record, TrainResult, train
+from metaflowmaps.training.loop import TrainResult, Watch, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
 from metaflowmaps.work import ranks
@@ -179,57 +180,61 @@ def run_training(
     *,
     device: torch.device | str = "cpu",
     resume: str = "auto",
-    report: Callable[[str, Record], None] = lambda stage, record: None,
-    on_sample: Callable[[MetaFlowMap, int], object] | None = None,
+    watch: Watch = Watch(),  # frozen
     parent: Any = None,
-    note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Train in ``out``, going on from what is there; seconds include the drift's.
+    """Train a map, after its drift where that is learned first.
 
-    ``parent``: with teacher=pretrained, a model at hand, such as ``mfm.wrap`` makes, which ``config.parent`` names.
-    ``note`` is told how derivatives are taken and blocks computed, in lines.
+    Args:
+        config: of the run.
+        out: its directory; the run goes on from what is there.
+        device: where.
+        resume: auto, none, or a run or checkpoint to start from.
+        watch: who is told.
+        parent: with teacher=pretrained, a model at hand, such as ``mfm.wrap`` makes, which ``config.parent`` names.
+
+    Returns:
+        Where the map's run stands; its seconds include the drift's.
     """
-    path, seconds_before = make_path(config.model.path), 0.0
-    model = build_map(config)
+    model, seconds_before = build_map(config), 0.0
     teacher: Teacher | None = None
     if config.teacher == "exact":
         teacher = exact_teacher(config)
     elif config.teacher == "pretrained":
-        assert config.parent is not None, "TrainConfig refuses teacher=pretrained without a parent"
-        name, source = config.parent, parent
-        if source is None:
-            source = ranks.together(lambda: MetaFlowMap.from_pretrained(name)).to(device).requires_grad_(False)
-        teacher = ranks.together(lambda: taught_by(source, config))
-        if config.compile and isinstance(getattr(source, "network", None), DiT):
-            source.network.configure(compiled=True)
-        if config.start_from_drift:
-            ranks.together(lambda: inherit(model, source))
+        teacher = _pretrained_teacher(config, model, device, parent)
     elif config.teacher == "learned":
-        stage = run_training(
-            drift_config(config),
-            out / "drift",
-            device=device,
-            report=lambda _, record: report("drift", record),
-        )
-        seconds_before = stage.seconds
-        drift = MetaFlowMap.from_pretrained(stage.checkpoint).to(device).requires_grad_(False)
-        teacher = GlassTeacher(path, drift.drift, config.num_classes)
-        if config.start_from_drift:
-            model.load_state_dict(drift.state_dict())
+        told = replace(watch, stage="drift", on_sample=None, note=Watch().note)
+        drift = run_training(drift_config(config), out / "drift", device=device, watch=told)
+        seconds_before = drift.seconds
+        teacher = _learned_teacher(config, model, device, drift.checkpoint)
     objective = build_objective(config, teacher)
     for line in ranks.together(lambda: prepare(model, config, device, objective, ranks.size())):
-        note(line)
-    result = train(
-        model,
-        objective,
-        config,
-        out,
-        device=device,
-        start=starting_point(config, out, resume),
-        report=lambda record: report("map", record),
-        on_sample=on_sample,
-    )
-    return TrainResult(result.step, result.loss, result.seconds + seconds_before, result.checkpoint)
+        watch.note(line)
+    start = starting_point(config, out, resume)
+    result = train(model, objective, config, out, device=device, start=start, watch=watch)
+    return replace(result, seconds=result.seconds + seconds_before)
+
+
+def _pretrained_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.device | str, parent: Any) -> Teacher:
+    """GLASS on the parent's drift; the map begins with its weights where it is to."""
+    name = config.parent
+    assert name is not None, "TrainConfig refuses teacher=pretrained without a parent"
+    if parent is None:
+        parent = ranks.together(lambda: MetaFlowMap.from_pretrained(name)).to(device).requires_grad_(False)
+    teacher = ranks.together(lambda: taught_by(parent, config))
+    if config.compile and isinstance(getattr(parent, "network", None), DiT):
+        parent.network.configure(compiled=True)
+    if config.start_from_drift:
+        ranks.together(lambda: inherit(model, parent))
+    return teacher
+
+
+def _learned_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.device | str, drift: Path) -> Teacher:
+    """GLASS on the drift of a checkpoint; the map begins with its weights where it is to."""
+    learned = MetaFlowMap.from_pretrained(drift).to(device).requires_grad_(False)
+    if config.start_from_drift:
+        model.load_state_dict(learned.state_dict())
+    return GlassTeacher(model.path, learned.drift, config.num_classes)
 
 
 def taught_by(parent: Any, config: TrainConfig) -> GlassTeacher:
@@ -293,19 +298,15 @@ def run_classifier_training(
     *,
     device: torch.device | str = "cpu",
     resume: str = "auto",
-    report: Callable[[str, Record], None] = lambda stage, record: None,
+    watch: Watch = Watch(),  # frozen
 ) -> TrainResult:
     """Train a classifier in ``out`` by the same loop."""
     classifier = build_classifier(config)
     ranks.together(lambda: prepare(classifier, config, device))
+    objective = ClassifierObjective(config.data.load()[0], config)
+    start = starting_point(config, out, resume)
     return train(
-        classifier,
-        ClassifierObjective(config.data.load()[0], config),
-        config,
-        out,
-        device=device,
-        start=starting_point(config, out, resume),
-        report=lambda record: report("classifier", record),
+        classifier, objective, config, out, device=device, start=start, watch=replace(watch, stage="classifier")
     )
 
 
