@@ -222,7 +222,7 @@ EXPERIMENTS = {
     ),
     "race": (
         ["steering", "--task", "race", "--samples", "64", *sets(
-            "steps=2", "base_steps=2", "pool=1000", "best_of=[1,500]", "strengths=[2]", "rescales=[1]",
+            "steps=2", "base_steps=2", "pool=256", "best_of=[1,100]", "strengths=[2]", "rescales=[1]",
             'methods=["mfm-g-1","dps"]', 'rewards=["margin","slant"]',
         )],
         {"rewards", "steps", "base_steps", "pool", "space"},

@@ -24,16 +24,12 @@ from metaflowmaps.work.shards import Shard, Share, Worker
 WEAK = ["--reward", "margin:7", "--strength", "0.05"]  # one draw of few must not have all the weight
 CASES = {
     "refine": ["sample", "--steps", "2", "--num", "27"],
-    "ode": ["sample", "--steps", "3", "--method", "ode", "--num", "27"],
     "posterior": ["posterior", "--num-draws", "27", "--seed", "3"],
     "mfm-gf": ["steer", *WEAK, "--num", "27", "--steps", "4", "--method", "mfm-gf"],
     "mfm-g, sde": ["steer", *WEAK, "--num", "27", "--steps", "4", "--method", "mfm-g", "--process", "sde"],
     "best-of-n": ["steer", *WEAK, "--num", "27", "--steps", "3", "--method", "best-of-n"],
-    "mfm-search": ["steer", *WEAK, "--num", "27", "--steps", "3", "--method", "mfm-search", "--num-draws", "2"],
     "mfm-smc, systems": ["steer", *WEAK, "--num", "28", "--steps", "4", "--method", "mfm-smc",
                          "--set", "method.particles=4"],
-    "tds, one of each": ["steer", *WEAK, "--num", "27", "--steps", "4", "--method", "tds",
-                         "--set", "method.particles=3", "--set", "method.returns=one"],
 }  # fmt: skip
 BY = ["--shard-size", "8"]  # 4 shards, the last one smaller
 # another batch size rounds otherwise, and steering multiplies it: 2.1e-4 at most here; another seed differs by 0.1 to 1
