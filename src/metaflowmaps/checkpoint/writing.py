@@ -188,6 +188,7 @@ def _settle(old: FilePath) -> None:
 
 
 def discard(directory: FilePath) -> None:
+    """Take a checkpoint away, in one step as far as readers see."""
     # what cannot be deleted now is tried again by the next save: no reason to stop a run
     gone = _sibling(directory, ".del-")
     with suppress(OSError):

@@ -109,10 +109,10 @@ def steering(config: SteeringEvaluation, context: Context) -> Results:
     Mixtures: against the exact tilted law; CHECKPOINT "exact" is the mixture itself. Images: by a judge no method saw.
     """
     if config.checkpoint != EXACT and _of_images(config):
-        task = config.task or usual_steering(resolve_checkpoint(config.checkpoint))
-        if task not in STEERING:
-            raise unknown("task for images", task, STEERING)
-        return _experiment(task, config, context, config.samples)
+        experiment = config.task or usual_steering(resolve_checkpoint(config.checkpoint))
+        if experiment not in STEERING:
+            raise unknown("task for images", experiment, STEERING)
+        return _experiment(experiment, config, context, config.samples)
     _uncut(context)
     task = steering_task(config.task or "gmm-inverse")
     given = {"seed": context.seed or 0, **({} if config.samples is None else {"samples": config.samples})}
@@ -272,7 +272,11 @@ def value_of_mixture(judged: JudgedModel, settings: ValueEvalConfig, context: Co
 
     def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
         metrics = evaluate_value(judged.model, judged.law, reward, settings, say)
-        return metrics, lambda out: plots.save(steering_figures.value_error(metrics), out / "value-against-calls.png")
+
+        def draw(out: Path) -> None:
+            plots.save(steering_figures.value_error(metrics), out / "value-against-calls.png")
+
+        return metrics, draw
 
     rows = settings.states * len(settings.times) * settings.num_draws
     calls = rows * (sum(settings.map_steps) + sum(settings.glass_steps))

@@ -86,8 +86,9 @@ class Steering:
             raise InputError(
                 "--method exact needs a checkpoint of a known mixture (recipes gmm, mixture-16d); use --method mfm-gf"
             )
-        exact = self.method.exact and law is not None
-        self.model: Any = ExactModel(self.opened.model.path, law) if exact else self.opened.model
+        self.model: Any = self.opened.model
+        if self.method.exact and law is not None:
+            self.model = ExactModel(self.model.path, law)
         self.unit, self.size = self._cut()
         self.seeds = torch.tensor(config.only) if config.only else None
         if self.seeds is None and self.unit:
@@ -218,7 +219,8 @@ def _draw(request: Request, steering: Steering, result: SteerResult) -> None:
         result_figures.samples_grid(shown, title, out / "samples.png")
         pictures.write(result.samples, out)
     if len(result.info["time"]) > 1 and "ess" in result.info:
-        curves = {k: result.info[k].tolist() for k in ("time", "ess", "gradient_norm") if k in result.info}
+        kept = [k for k in ("time", "ess", "gradient_norm") if k in result.info]
+        curves: dict[str, list[float]] = {k: result.info[k].tolist() for k in kept}
         plots.save(steering_figures.trajectory({name: curves}), out / "trajectory.png")
 
 

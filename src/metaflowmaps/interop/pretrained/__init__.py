@@ -92,7 +92,11 @@ def load_with_source(
     """:func:`load`, with all that is known of the file.
 
     Args:
-        path: as in ``load``, like family:, config:, revision: and check:.
+        path: as in ``load``.
+        family: as in ``load``.
+        config: as in ``load``.
+        revision: as in ``load``.
+        check: as in ``load``.
 
     Returns:
         The map, its family, the file's source and hash, and which way its time runs.

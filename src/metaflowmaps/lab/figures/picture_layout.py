@@ -27,6 +27,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def checked(x: Tensor, what: str) -> Tensor:
+    """Pictures (n, C, H, W), grey or coloured; anything else is refused."""
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
         raise InputError(f"{what} has shape {tuple(x.shape)}: give pictures as (n, C, H, W) with C 1 or 3")
     return x.detach().double().cpu()
@@ -82,6 +83,7 @@ def heading(axis: "Axes", start: float, stop: float, text: str) -> None:
 
 
 def arrow(axis: "Axes", start: float, stop: float, y: float, weight: float = 1.6) -> None:
+    """An arrow along a row, from start to stop."""
     look = {"arrowstyle": "-|>", "color": QUIET, "linewidth": weight, "mutation_scale": 9 * weight}
     axis.annotate("", (stop, y), (start, y), arrowprops=look, annotation_clip=False)
 
@@ -111,6 +113,7 @@ def _few() -> Any:
 
 
 def words(figure: "Figure", title: str, note: str) -> None:
+    """A title above, and a note below it."""
     width, height = figure.get_size_inches()
     size = 14 if width_of(title, 14) < width - 0.3 else 13
     figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", fontsize=size)

@@ -292,6 +292,7 @@ def cost_of_parts(parts: Sequence[Shard], n: int) -> dict[str, float]:
 
 
 def cost_of(result: SteerResult) -> dict[str, float]:
+    """The cost of a returned sample."""
     return per_sample(result.cost, len(result.samples))
 
 
