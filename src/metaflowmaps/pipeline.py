@@ -13,6 +13,7 @@ On disk it is a checkpoint with one document more, ``pipeline.json``: which auto
 it), the classes' names, the usual guidance.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -415,4 +416,6 @@ class _Trial:
         if self.reward is None:
             return self.pipe(steps=steps, **options).cost
         process = replace(self.process, steps=steps)
-        return self.pipe.steer(reward=self.reward, method=self.method, process=process, **options).cost
+        with warnings.catch_warnings():  # of so few steps the cost alone is looked at
+            warnings.simplefilter("ignore", UserWarning)
+            return self.pipe.steer(reward=self.reward, method=self.method, process=process, **options).cost
