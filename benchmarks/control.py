@@ -24,8 +24,8 @@ from benchmarks.control_estimators import (
     LAW,
     Exact,
     Navigation,
+    PlaneJudge,
     Probes,
-    SampleJudge,
     decomposed,
     drift_flow,
     implied_flow,
@@ -239,7 +239,7 @@ def _sampled(model: MetaFlowMap, config: ControlConfig, seed: int, one_step: boo
 def _measured(
     config: ControlConfig, exact: Exact, base: MetaFlowMap, probes: Probes, runs: dict[str, list[dict[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    judge = SampleJudge(exact, config.samples)
+    judge = PlaneJudge(exact, config.samples)
     methods, samples = {}, {}
     for name, kept in runs.items():
         flows = torch.stack([run["flows"] for run in kept])  # (S, looks, n, 2)

@@ -305,7 +305,7 @@ def _of_ratio(v: Tensor, w: Tensor, exact: Tensor) -> TargetParts:
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-class SampleJudge:
+class PlaneJudge:
     """Sliced W2 of samples to exact ones, as a ratio to that between two exact sets of the same size."""
 
     def __init__(self, exact: Exact, n: int, sets: int = 16, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ from benchmarks.control_estimators import (
     LAW,
     Exact,
     Navigation,
-    SampleJudge,
+    PlaneJudge,
     _of_ratio,
     decomposed,
     drift_flow,
@@ -170,7 +170,7 @@ def test_a_reward_too_rough_for_its_grid_is_refused():
 
 def test_exact_samples_are_at_the_floor_and_others_are_not():
     exact = task(48)
-    judge = SampleJudge(exact, 512)
+    judge = PlaneJudge(exact, 512)
     one = judge([exact.sample(512, stream(1, "set", i)) for i in range(4)])
     # measured over 64 seeds of 4 sets: .99 with a standard deviation of .07; the base's samples are 13 floors away
     assert abs(one["ratio"] - 1) < Z * 0.07
@@ -182,7 +182,7 @@ def test_exact_samples_are_at_the_floor_and_others_are_not():
 
 def test_samples_that_are_lost_are_counted_and_do_not_flatter():
     exact = task(48)
-    judge = SampleJudge(exact, 512)
+    judge = PlaneJudge(exact, 512)
     x = exact.sample(512, stream(1, "set"))
     broken = x.clone()
     broken[:200] = math.nan

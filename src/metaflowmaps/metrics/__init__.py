@@ -3,7 +3,7 @@
 from metaflowmaps.metrics.calibration import RankTest, rank_statistics, rank_test, spread_ratio
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance, frechet_floor
-from metaflowmaps.metrics.images import class_distance, psnr
+from metaflowmaps.metrics.image_by_image import class_distance, psnr
 from metaflowmaps.metrics.kernels import energy_distance, mmd_squared
 from metaflowmaps.metrics.sliced_w2 import sliced_w2
 from metaflowmaps.metrics.two_sample import two_sample_test

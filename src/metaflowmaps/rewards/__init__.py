@@ -3,7 +3,7 @@
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.rewards.base import Reward, call_reward, is_differentiable
 from metaflowmaps.rewards.black_box import BlackBox
-from metaflowmaps.rewards.classifier import ClassifierMixture, LogitMargin
+from metaflowmaps.rewards.class_rewards import ClassifierMixture, LogitMargin
 from metaflowmaps.rewards.compose import Tempered, WeightedSum
 from metaflowmaps.rewards.density import LogDensity
 from metaflowmaps.rewards.inverse import InverseProblem

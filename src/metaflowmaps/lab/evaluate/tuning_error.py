@@ -22,7 +22,7 @@ from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
-from metaflowmaps.metrics.images import class_distance
+from metaflowmaps.metrics.image_by_image import class_distance
 from metaflowmaps.metrics.sliced_w2 import Curves, curves
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.analytic import LinearGaussian

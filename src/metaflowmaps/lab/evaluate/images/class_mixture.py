@@ -19,7 +19,7 @@ from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored,
 from metaflowmaps.lab.evaluate.images.judging import BATCH
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, cost_of, table
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, run
-from metaflowmaps.metrics.images import class_distance
+from metaflowmaps.metrics.image_by_image import class_distance
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.steering import ODE

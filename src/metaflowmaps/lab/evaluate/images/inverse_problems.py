@@ -22,7 +22,7 @@ from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, 
 from metaflowmaps.lab.evaluate.images.steered import CHUNK, calls, image_variant, quiet_steer
 from metaflowmaps.lab.evaluate.variants import Variant
 from metaflowmaps.metrics.calibration import rank_test
-from metaflowmaps.metrics.images import psnr
+from metaflowmaps.metrics.image_by_image import psnr
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
 from metaflowmaps.steering import ODE
