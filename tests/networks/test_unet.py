@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import F64, normal
-from metaflowmaps.networks.unet import SIZES, Block, Conv, UNet, pixel_norm
+from metaflowmaps.networks.unet import SIZES, Conv, ResidualBlock, UNet, pixel_norm
 
 
 def seeded(make):
@@ -43,7 +43,7 @@ def test_a_convolution_keeps_the_magnitude():
 
 
 def test_a_block_keeps_the_magnitude():
-    block = seeded(lambda: Block(32, 32, 8, False, 0.0).double())
+    block = seeded(lambda: ResidualBlock(32, 32, 8, False, 0.0).double())
     x = normal(64, 32, 8, 8)
     with torch.no_grad():
         out = block(x, normal(64, 8, seed="e"))

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.cli.context import TRAINS, Context, Name, OnCheckpoint, Results
-from metaflowmaps.cli.pictures import DrawingOptions, Pictures
+from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.errors import InputError
@@ -70,7 +70,7 @@ def run(config: Finetune, context: Context) -> Results:
 def choose_subject(opened: OpenedModel, config: Finetune) -> tuple[TuningSubject, ChosenReward]:
     """The base with its reward on samples."""
     chosen = choose_reward(config.reward, opened, 1.0)
-    pictures = Pictures(opened, DrawingOptions(checkpoint=opened.name, vae=config.vae), 1)
+    pictures = PictureWriter(opened, DrawingOptions(checkpoint=opened.name, vae=config.vae), 1)
     subject = TuningSubject(
         opened, chosen.name, pictures.on_samples(chosen.reward), config.strength, config.data,
         pictures.decode if pictures.latent else None,

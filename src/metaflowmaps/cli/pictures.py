@@ -45,7 +45,7 @@ class DrawingOptions(OnCheckpoint):
         return len(self.only) or num or SAMPLES
 
 
-class Pictures:
+class PictureWriter:
     """The pictures of a map's samples; the autoencoder is read when it is first needed.
 
     Args:
@@ -100,7 +100,7 @@ class Pictures:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures of samples, on the CPU."""
+        """PictureWriter of samples, on the CPU."""
         self.pipe.codec = self.codec
         return torch.cat([self.pipe.decode(part.to(self.opened.device)).cpu() for part in x.split(DECODED)])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
-from metaflowmaps.cli.pictures import DrawingOptions, Pictures
+from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
@@ -20,7 +20,7 @@ from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
 from metaflowmaps.work.shards import Shard
 
 
-class Posterior(DrawingOptions):
+class PosteriorDraws(DrawingOptions):
     """The noisy state, and how many draws."""
 
     t: float = Field(0.4, description="Time of the noisy state, in [0, 1].")
@@ -30,7 +30,7 @@ class Posterior(DrawingOptions):
     steps: int = Field(1, ge=1, description="Network calls a draw.")
 
 
-def run(config: Posterior, context: Context) -> Results:
+def run(config: PosteriorDraws, context: Context) -> Results:
     """Draws given one noisy state: ``x``, or ``image`` noised, or a sample of the map noised."""
     if not 0 <= config.t <= 1:
         raise InputError(f"--t must lie in [0, 1] (0 is noise, 1 is data), got {config.t}")
@@ -38,7 +38,7 @@ def run(config: Posterior, context: Context) -> Results:
         raise InputError("--x and --image both say what to draw for: give one of them")
     opened = OpenedModel.open(config.checkpoint, context.device)
     model, num, seed, t = opened.model, config.count(config.num_draws), context.seed or 0, config.t
-    pictures = Pictures(opened, config, num)
+    pictures = PictureWriter(opened, config, num)
     x_t = _state(config, pictures, stream(seed, "posterior"))
     identity = pictures.identity(num_draws=num, seed=seed, x=x_t.flatten().tolist())
     if context.dry_run:
@@ -73,7 +73,7 @@ def run(config: Posterior, context: Context) -> Results:
     return draw(request, Drawing(num, usual_size(context.share), make, finish))
 
 
-def _state(config: Posterior, pictures: Pictures, generator: torch.Generator) -> Tensor:
+def _state(config: PosteriorDraws, pictures: PictureWriter, generator: torch.Generator) -> Tensor:
     """The noisy state, (1, *event)."""
     model = pictures.opened.model
     if config.x is not None:
@@ -85,7 +85,7 @@ def _state(config: Posterior, pictures: Pictures, generator: torch.Generator) ->
     return model.path.interpolate(randn(tuple(x_1.shape), generator, model.dtype, model.device), x_1, config.t)
 
 
-def _picture(request: Request, pictures: Pictures, t: float, x_t: Tensor, draws: Tensor) -> None:
+def _picture(request: Request, pictures: PictureWriter, t: float, x_t: Tensor, draws: Tensor) -> None:
     opened, file = pictures.opened, request.out / "posteriors.png"
     if opened.is_planar:
         law = opened.law if t < 1 else None

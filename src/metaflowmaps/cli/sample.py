@@ -8,7 +8,7 @@ from pydantic import Field
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
-from metaflowmaps.cli.pictures import DrawingOptions, Pictures
+from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cost import Meter
 from metaflowmaps.lab.figures import plots, result_figures
@@ -32,7 +32,7 @@ def run(config: Sample, context: Context) -> Results:
     """Samples by refinement, by composed jumps at context time 0, or by the drift's ODE."""
     opened = OpenedModel.open(config.checkpoint, context.device, needs_map=config.method != "ode")
     model, num, seed = opened.model, config.count(config.num), context.seed or 0
-    pictures = Pictures(opened, config, num)
+    pictures = PictureWriter(opened, config, num)
     identity = pictures.identity(num=num, seed=seed)
     if context.dry_run:
         return context.plan("sample", identity, opened.cost_of(num * config.steps))

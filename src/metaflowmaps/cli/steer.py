@@ -18,7 +18,7 @@ from torch import Tensor
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
-from metaflowmaps.cli.pictures import DrawingOptions, Pictures
+from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.errors import InputError, unknown
@@ -78,7 +78,7 @@ class Steering:
         self.method, self.process = config.choices()
         self.num = _count(config, self.method)
         self.opened = OpenedModel.open(config.checkpoint, context.device, needs_map=self.method.draws)
-        self.pictures = Pictures(self.opened, config, self.num)
+        self.pictures = PictureWriter(self.opened, config, self.num)
         self.chosen: ChosenReward = choose_reward(config.reward, self.opened, config.strength, config.data)
         self.reward = self.pictures.on_samples(self.chosen.reward)
         law = self.opened.law

@@ -18,7 +18,7 @@ from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher
 
 
-class Samples:
+class TunedSamples:
     """Finished samples as a source of training data, with labels where there are classes."""
 
     def __init__(self, x_1: Tensor, cond: Cond, classes: int) -> None:
@@ -100,6 +100,6 @@ def distillation(setup: TuningSetup, student: MetaFlowMap, pool: int, steps: int
     problem = setup.problem
     x_1, cond = student_samples(problem, student, pool, steps, samples_stream(setup.seed, "distil"))
     teacher = GlassTeacher(problem.path, student.drift, None)
-    objective = MapObjective(setup, Samples(x_1, cond, problem.classes), teacher)
+    objective = MapObjective(setup, TunedSamples(x_1, cond, problem.classes), teacher)
     objective.watch(student.network)
     return objective

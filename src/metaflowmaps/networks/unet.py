@@ -90,10 +90,10 @@ class UNet(nn.Module):
         self.guidance = make_guidance(guidance, embedding)
         self.embed = nn.Sequential(nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
-        def level(i: int, first: int) -> "Level":
+        def level(i: int, first: int) -> "ResolutionLevel":
             n, attends = width * multipliers[i], sizes[i] in attention
             inputs = [first] + [n] * (blocks - 1)
-            return Level(Block(c, n, embedding, attends, dropout) for c in inputs)
+            return ResolutionLevel(ResidualBlock(c, n, embedding, attends, dropout) for c in inputs)
 
         widths = [width * m for m in multipliers]
         self.enter = Conv(2 * channels + 1, widths[0], 3)
@@ -134,7 +134,7 @@ class UNet(nn.Module):
         return out
 
 
-class Level(nn.ModuleList):
+class ResolutionLevel(nn.ModuleList):
     """Blocks one after the other, at one size."""
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Level(nn.ModuleList):
         return x
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block with gains from the embedding, and self-attention if ``attends``."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, attends: bool, dropout: float) -> None:

@@ -77,7 +77,7 @@ def steer(
         reward: a function x (B, *event) -> (B,), or of x and cond.
         num_samples: n.
         method: an object such as ``mfm.MFMGF(num_draws=4)``, or a name with its defaults.
-        process: ``mfm.ODE(steps=250, …)``, ``mfm.SDE(…)`` or a name; None is what the method prefers.
+        process: ``mfm.ODE(steps=250, …)``, ``mfm.SDE(…)`` or a name; None: what the method prefers.
         cond: None or a mapping of tensors, one row a sample.
         seed: a number, a generator, or (n,) int64 seeds (the module says what a seed stands for).
         batch_size: rows of state at a time (draws multiply it, by at most the method's ``chunk``).
@@ -104,7 +104,7 @@ def steer(
     batches = _batches(problem, made, num_samples, ROWS if batch_size is None else batch_size)
     count = batches[-1].seeds.stop
     seeds = as_seeds(seed, count, "steer", "a sample" if count == num_samples else "a system of particles")
-    run = _Run(problem, made, moves, times, callback)
+    run = _SteeringRun(problem, made, moves, times, callback)
     with Bar(len(batches) * (len(times) - 1) if progress else 0, made.name) as bar, meter:
         run.bar = bar
         run.all(batches, seeds, cond or None)
@@ -115,8 +115,7 @@ def steer(
         text = " ".join(str(run.failure).split()) or type(run.failure).__name__
         kept = f"{text} ({len(result.samples)} finished samples are kept)"
         raise SteeringFailed(kept, result) from run.failure
-    _warn(made, result)
-    return result
+    return _warned(made, result)
 
 
 class SampleRange(NamedTuple):
@@ -172,7 +171,7 @@ class _Made(NamedTuple):
 
 
 @dataclass
-class _Run:
+class _SteeringRun:
     """One call of :func:`steer`."""
 
     problem: SteeringProblem
@@ -283,7 +282,7 @@ def _check_cond(cond: Cond, num_samples: int) -> None:
             raise InputError(f"cond[{key!r}] must be a tensor of shape ({num_samples},), got {given}")
 
 
-def _warn(method: Method, result: SteerResult) -> None:
+def _warned(method: Method, result: SteerResult) -> SteerResult:
     """Say what a user should know before trusting the samples."""
     bad = int(result.info["nonfinite"])
     if bad:
@@ -301,3 +300,4 @@ def _warn(method: Method, result: SteerResult) -> None:
             UserWarning,
             stacklevel=3,
         )
+    return result

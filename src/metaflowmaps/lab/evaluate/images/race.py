@@ -15,6 +15,7 @@ latents decoded, is scored where it is made.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -381,107 +382,59 @@ def title(method: str) -> str:
 
 
 def _words(metrics: dict[str, Any]) -> dict[str, Any]:
-    tables: dict[str, Any] = {}
-    rows = [
-        [
-            name,
-            f"{POOLS[pool]}, N = {h['n']}",
-            h["rival_reward"],
-            h["reward"],
-            "yes" if h["reached"] else "no",
-            title(h["method"]),
-            f"{h['strength']:g}",
-            h["nfe_ratio"],
-            h["seconds_ratio"],
-            h["rival_distance"],
-            h["distance"],
-            h["rival_frechet"],
-            h["frechet"],
-        ]
-        for name, race in metrics["rewards"].items()
-        for pool, h in race["headline"].items()
-    ]
-    head = [
-        "reward",
-        "rival",
-        "its reward",
-        "MFM-G's",
-        "reached",
-        "by",
-        "λσ or γ",
-        "NFE, times fewer",
-        "seconds, times fewer",
-        "its mean distance",
-        "MFM-G's",
-        "its Fréchet",
-        "MFM-G's",
-    ]
-    tables["MFM-G with one draw against best-of-N"] = table(head, rows)
-    rows = []
-    for name, race in metrics["rewards"].items():
-        for what, words in (("distance", "mean distance"), ("frechet", "Fréchet to target")):
-            by_method: dict[str, int] = {}
-            for owner in race["frontier"][what]:
-                method = title(owner.rpartition(" ")[0])
-                by_method[method] = by_method.get(method, 0) + 1
-            rows.append(
-                [name, words, ", ".join(f"{m}: {k}" for m, k in sorted(by_method.items(), key=lambda i: -i[1]))]
-            )
-    tables["Cells that none beats in reward and in the other at once"] = table(["reward", "against", "cells of"], rows)
-    brief = short(metrics["rewards"])
-    for name, race in metrics["rewards"].items():
-        others = list(race["cells"][0]["others"])
-        head = [
-            "method",
-            "λσ, γ or N",
-            "reward",
-            "±",
-            *(f"{brief[o]} too" for o in others),
-            "mean distance",
-            f"Vendi of {SUBSET}",
-            "Fréchet to target",
-            "NFE",
-            "ms",
-            "samples",
-        ]
-        body = [
-            [
-                title(c["method"]),
-                c.get("strength", c.get("n")),
-                c["reward"],
-                c["reward_se"],
-                *(c["others"][o] for o in others),
-                c["distance"],
-                c["vendi"],
-                c["frechet"],
-                round(c["cost"]["nfe"]),
-                1000 * c["cost"]["seconds"],
-                c["samples"],
-            ]
-            for c in race["cells"]
-            if "reward" in c
-        ]
-        d = race["data"]
-        body.append(
-            [
-                "data of the target",
-                None,
-                d["target_reward"],
-                None,
-                *(None for _ in others),
-                d["distance"],
-                d["vendi"],
-                d["frechet"],
-                None,
-                None,
-                d["target_images"],
-            ]
-        )
-        tables[f"Reward {name}"] = table(head, body)
-    won = sum(race["headline"].get("ode", {}).get("reached", False) for race in metrics["rewards"].values())
+    """The tables and the summary."""
+    races = metrics["rewards"]
+    tables = {
+        "MFM-G with one draw against best-of-N": _headlines(races),
+        "Cells that none beats in reward and in the other at once": _frontiers(races),
+        **{f"Reward {name}": _cells_of(race, short(races)) for name, race in races.items()},
+    }
+    won = sum(race["headline"].get("ode", {}).get("reached", False) for race in races.values())
     return {
         "tables": tables,
         "summary": f"MFM-G with one draw a step reaches the mean reward of best-of-N over {metrics['base_steps']}-step "
-        f"ODE samples on {won} of {len(metrics['rewards'])} rewards. Reward is shown beside diversity and beside the "
+        f"ODE samples on {won} of {len(races)} rewards. Reward is shown beside diversity and beside the "
         "distance to the data that have such a reward: reward alone proves little.",
     }
+
+
+def _headlines(races: dict[str, Any]) -> Any:
+    head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ or γ", "NFE, times fewer"]
+    head += ["seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]
+    rows = []
+    for name, race in races.items():
+        for pool, h in race["headline"].items():
+            row = [
+                name,
+                f"{POOLS[pool]}, N = {h['n']}",
+                h["rival_reward"],
+                h["reward"],
+                "yes" if h["reached"] else "no",
+            ]
+            row += [title(h["method"]), f"{h['strength']:g}", h["nfe_ratio"], h["seconds_ratio"]]
+            rows.append([*row, h["rival_distance"], h["distance"], h["rival_frechet"], h["frechet"]])
+    return table(head, rows)
+
+
+def _frontiers(races: dict[str, Any]) -> Any:
+    rows = []
+    for name, race in races.items():
+        for what, words in (("distance", "mean distance"), ("frechet", "Fréchet to target")):
+            owners = Counter(title(owner.rpartition(" ")[0]) for owner in race["frontier"][what])
+            rows.append([name, words, ", ".join(f"{method}: {count}" for method, count in owners.most_common())])
+    return table(["reward", "against", "cells of"], rows)
+
+
+def _cells_of(race: dict[str, Any], brief: dict[str, str]) -> Any:
+    others, data = list(race["cells"][0]["others"]), race["data"]
+    head = ["method", "λσ, γ or N", "reward", "±", *(f"{brief[o]} too" for o in others), "mean distance"]
+    head += [f"Vendi of {SUBSET}", "Fréchet to target", "NFE", "ms", "samples"]
+    rows = []
+    for c in race["cells"]:
+        if "reward" in c:
+            row = [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["reward_se"]]
+            row += [*(c["others"][o] for o in others), c["distance"], c["vendi"], c["frechet"]]
+            rows.append([*row, round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"], c["samples"]])
+    row = ["data of the target", None, data["target_reward"], None, *(None for _ in others)]
+    rows.append([*row, data["distance"], data["vendi"], data["frechet"], None, None, data["target_images"]])
+    return table(head, rows)
