@@ -73,11 +73,11 @@ class SteerResult:
         x, rewards = self.samples.detach().cpu().float(), self.rewards.detach().cpu().float()
         shape = x.shape[1:]
         if tuple(shape) == (2,):
-            points = left.scatter(x[:, 0], x[:, 1], c=rewards, s=6)
+            points = left.scatter(*x.T.numpy(), c=rewards.numpy(), s=6)
             figure.colorbar(points, ax=left, label="reward")
             left.set_aspect("equal")
         elif len(shape) == 3 and shape[0] in (1, 3):
-            left.imshow(_grid(x[:SHOWN]), cmap="gray", vmin=0, vmax=1)
+            left.imshow(_grid(x[:SHOWN]).numpy(), cmap="gray", vmin=0, vmax=1)
             left.set_axis_off()
         else:
             left.hist(x.flatten().numpy(), bins=60, density=True, color="0.5")
