@@ -13,9 +13,9 @@ from metaflowmaps.cli.results import environment
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, PosteriorResult, evaluate_posterior
 from metaflowmaps.recipes.gmm import paper_mixture
-from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.loop import TrainResult
-from metaflowmaps.training.run import run_training
+from metaflowmaps.training.train_config import TrainConfig
+from metaflowmaps.training.training_run import run_training
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "bench"

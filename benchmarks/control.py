@@ -43,8 +43,8 @@ from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.networks import MLPConfig
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
-from metaflowmaps.training.config import ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Watch, train
+from metaflowmaps.training.train_config import ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.work.config import Config
 
 OUT = RUNS / "control"

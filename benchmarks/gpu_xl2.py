@@ -29,12 +29,12 @@ from metaflowmaps import LinearPath, MetaFlowMap, steer
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.random import stream
-from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.plan import Noise
 from metaflowmaps.training.state import make_optimizer
 from metaflowmaps.training.teachers import GlassTeacher
+from metaflowmaps.training.train_config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 
 CLASSES = 1000
 # dense bfloat16 TFLOP/s by the makers' data sheets, of what a device calls itself

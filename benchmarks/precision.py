@@ -18,9 +18,9 @@ from metaflowmaps.data import Digits
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import _difference_along
 from metaflowmaps.networks import DiTConfig, dit
-from metaflowmaps.training.config import LossConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.objective import Batch, _at
-from metaflowmaps.training.run import build_objective
+from metaflowmaps.training.train_config import LossConfig, ModelConfig, OptimizerConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.training_run import build_objective
 
 STEPS = (1e-4, 1e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 

@@ -18,11 +18,11 @@ from metaflowmaps import LinearPath, MetaFlowMap
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.path import Drift
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.training.config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.run import build_map, build_objective
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
+from metaflowmaps.training.train_config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.training_run import build_map, build_objective
 
 ROUNDS, STEPS = 12, 20
 

@@ -24,10 +24,10 @@ from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.path import LinearPath
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Record, Watch, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import GlassTeacher
+from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.work import ranks
 
 STEPS, BATCH = 20, 32

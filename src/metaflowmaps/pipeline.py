@@ -27,7 +27,7 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond, check_count, check_time, select_cond
 from metaflowmaps.checkpoint import save_model
 from metaflowmaps.cost import Meter
-from metaflowmaps.data import imagenet
+from metaflowmaps.data import imagenet_names as imagenet
 from metaflowmaps.data.imaging import check_kind, from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap

@@ -23,10 +23,10 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_classifier, make_network
 from metaflowmaps.path import make_path
 from metaflowmaps.recipes import RECIPES, recipe
-from metaflowmaps.training import run as training
-from metaflowmaps.training.classifier import accuracy
-from metaflowmaps.training.config import ClassifierConfig, ModelConfig, TrainConfig
-from metaflowmaps.training.run import build_classifier, build_map, drift_config, fitted, network_of, sized
+from metaflowmaps.training import training_run as training
+from metaflowmaps.training.classifier_objective import accuracy
+from metaflowmaps.training.train_config import ClassifierConfig, ModelConfig, TrainConfig
+from metaflowmaps.training.training_run import build_classifier, build_map, drift_config, fitted, network_of, sized
 
 load_map = MetaFlowMap.from_pretrained
 

@@ -31,8 +31,8 @@ from metaflowmaps.metrics.sliced_w2 import Curves, curves
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.rewards import LinearGaussian
-from metaflowmaps.training.config import TrainConfig
-from metaflowmaps.training.run import run_training
+from metaflowmaps.training.train_config import TrainConfig
+from metaflowmaps.training.training_run import run_training
 from metaflowmaps.work.config import validated
 
 # a map that is hardly trained, steered in a few steps: a single draw may well carry all the weight

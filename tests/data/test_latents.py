@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from metaflowmaps._files import STALE_SECONDS
 from metaflowmaps.data import DataSource, Latents
-from metaflowmaps.data.imagenet import wnids
+from metaflowmaps.data.imagenet_names import wnids
 from metaflowmaps.data.latents import INDEX, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
 from metaflowmaps.data.synthetic import write_synthetic

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from metaflowmaps.losses import Semigroup
 from metaflowmaps.networks import MLPConfig
-from metaflowmaps.training.config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from metaflowmaps.training.train_config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig
 from metaflowmaps.work.choices import outside
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ from metaflowmaps.data import read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.loop import Watch
-from metaflowmaps.training.run import fitted, run_training
+from metaflowmaps.training.training_run import fitted, run_training
 from metaflowmaps.work.choices import outside
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from metaflowmaps.finetuning.direct import WeightedMapObjective, pick
 from metaflowmaps.finetuning.distillation import distillation
 from metaflowmaps.finetuning.tuning_problem import TuningProblem, gather
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.training.config import LossConfig
+from metaflowmaps.training.train_config import LossConfig
 
 
 def direct(problem, source, size, num_draws, diagonal_share=0.5):

@@ -24,9 +24,9 @@ from metaflowmaps.finetuning.tune import TuningContext, make_problem, run_finetu
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.training.config import OptimizerConfig
 from metaflowmaps.training.loop import Interrupted
 from metaflowmaps.training.state import TrainState
+from metaflowmaps.training.train_config import OptimizerConfig
 
 load_map = MetaFlowMap.from_pretrained
 

@@ -21,11 +21,11 @@ from metaflowmaps.networks.dit import DiT
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Interrupted, Watch, train
 from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.run import starting_point
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
+from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.training_run import starting_point
 from metaflowmaps.work import ranks
 
 PRELOADED = ["ranks_worker", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"]

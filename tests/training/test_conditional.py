@@ -20,11 +20,11 @@ from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
-from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import Interrupted, Watch
 from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.run import build_map, build_objective, exact_teacher, run_training
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, guided_drift
+from metaflowmaps.training.train_config import ConditionConfig, LossConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.training_run import build_map, build_objective, exact_teacher, run_training
 from metaflowmaps.work.choices import dumped
 from metaflowmaps.work.config import validated
 
@@ -487,7 +487,8 @@ def test_a_learned_teacher_and_a_run_resumed(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     made, built = config(**LEARNED), []
     monkeypatch.setattr(
-        "metaflowmaps.training.run.GlassTeacher", lambda *given: built.append(GlassTeacher(*given)) or built[-1]
+        "metaflowmaps.training.training_run.GlassTeacher",
+        lambda *given: built.append(GlassTeacher(*given)) or built[-1],
     )
     run_training(made, tmp_path / "whole")
 

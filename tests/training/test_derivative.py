@@ -12,12 +12,12 @@ from metaflowmaps.losses import Consistency, Eulerian, Lagrangian, MeanFlow
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.training import derivative
-from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.derivative import Differentiation, choose, prepare
 from metaflowmaps.training.loop import Watch
 from metaflowmaps.training.objective import Batch, Objective
-from metaflowmaps.training.run import run_training
 from metaflowmaps.training.teachers import GlassTeacher, guided_drift
+from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.training_run import run_training
 from metaflowmaps.work.choices import build
 
 ROWS = 6

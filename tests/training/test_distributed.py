@@ -23,7 +23,7 @@ from metaflowmaps.checkpoint import CheckpointError, CheckpointStore, read_check
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.training.distributed import check_division, ranks_a_copy, told
-from metaflowmaps.training.run import starting_point
+from metaflowmaps.training.training_run import starting_point
 from metaflowmaps.work import ranks
 
 load_map = MetaFlowMap.from_pretrained

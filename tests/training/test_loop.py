@@ -14,12 +14,12 @@ from metaflowmaps.losses import Consistency
 from metaflowmaps.networks.mlp import MLP
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture
-from metaflowmaps.training.config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.training.loop import NonFiniteLoss, Watch, train
 from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.run import build_map, build_objective, run_training
 from metaflowmaps.training.state import learning_rate, make_optimizer
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
+from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.training_run import build_map, build_objective, run_training
 from metaflowmaps.work.choices import choices, options_of
 
 load_map = MetaFlowMap.from_pretrained

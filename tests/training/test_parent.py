@@ -9,7 +9,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.loop import Watch
-from metaflowmaps.training.run import _like_parent, build_map, inherit, run_training, taught_by
+from metaflowmaps.training.training_run import _like_parent, build_map, inherit, run_training, taught_by
 from metaflowmaps.work.config import override
 
 load_map = MetaFlowMap.from_pretrained

@@ -9,9 +9,9 @@ from metaflowmaps.networks.dit import SIZES
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training import plan as plans
-from metaflowmaps.training.config import LossConfig
 from metaflowmaps.training.plan import bytes_of_training, count_calls, plan
 from metaflowmaps.training.state import TrainState
+from metaflowmaps.training.train_config import LossConfig
 
 LATENTS = (4, 8, 8)
 TINY = DiTConfig(width=32, depth=4, heads=4, encoder_depth=2, num_classes=10, guidance=[1.0, 2.5])

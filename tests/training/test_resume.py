@@ -13,9 +13,9 @@ import torch
 
 from metaflowmaps.checkpoint import CheckpointError, CheckpointStore
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.training.config import TrainConfig
 from metaflowmaps.training.loop import Interrupted
-from metaflowmaps.training.run import run_training
+from metaflowmaps.training.train_config import TrainConfig
+from metaflowmaps.training.training_run import run_training
 
 STEPS = 120
 
@@ -76,7 +76,7 @@ def recorded(out: Path) -> int:
 def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tuple[int, int]:
     """Start, stop at a random moment, start again, until it is done. Returns (kills, of which while writing)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["metaflowmaps.training.run", "metaflowmaps.recipes"])
+    context.set_forkserver_preload(["metaflowmaps.training.training_run", "metaflowmaps.recipes"])
     rng, killed, writing = random.Random(seed), 0, 0
     for _ in range(20 * kills):
         started = context.Event()

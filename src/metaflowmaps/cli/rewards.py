@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from metaflowmaps.data import read_examples
-from metaflowmaps.data.imagenet import class_names
+from metaflowmaps.data.imagenet_names import class_names
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.image_rewards import PIXELS, image_reward

@@ -15,12 +15,18 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.imagenet_tasks import TASKS
 from metaflowmaps.recipes import recipe
-from metaflowmaps.training.classifier import accuracy
-from metaflowmaps.training.config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.classifier_objective import accuracy
 from metaflowmaps.training.distributed import check_division, told
 from metaflowmaps.training.loop import TrainResult, Watch
 from metaflowmaps.training.plan import plan
-from metaflowmaps.training.run import build_classifier, build_map, fitted, run_classifier_training, run_training
+from metaflowmaps.training.train_config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.training_run import (
+    build_classifier,
+    build_map,
+    fitted,
+    run_classifier_training,
+    run_training,
+)
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import override, validated
 from metaflowmaps.work.devices import pick_device

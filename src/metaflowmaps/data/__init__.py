@@ -1,6 +1,6 @@
 """Where samples come from: laws, and data sets of images in [−1, 1] or latents of unit size."""
 
-from metaflowmaps.data.data_source import DataSource, Samples, read_examples, read_source
+from metaflowmaps.data.data_source import DataSource, SampleSource, read_examples, read_source
 from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.law_source import Mixture
 from metaflowmaps.data.load import Digits, Images, Latents, Mnist
@@ -14,7 +14,7 @@ __all__ = [
     "Latents",
     "Mixture",
     "Mnist",
-    "Samples",
+    "SampleSource",
     "read_examples",
     "read_source",
 ]

@@ -19,7 +19,7 @@ from metaflowmaps.work.config import Config
 Parts = tuple[Examples, Examples]
 
 
-class Samples(Protocol):
+class SampleSource(Protocol):
     """What training draws x_1 from. With classes there is ``sample_labelled`` as well, which returns (x_1, y)."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
@@ -39,7 +39,7 @@ class DataSource(Config, Choice):
         """Examples to train on, and examples held out: such as two :class:`ImageSet` of any event shape."""
         raise InputError(f"{spelled(type(self))} has no examples: let its load() return two sets")
 
-    def samples(self) -> Samples:
+    def samples(self) -> SampleSource:
         """What training draws from: the law, or the examples to train on."""
         law = self.law()
         return self.load()[0] if law is None else law

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.data.data_source import DataSource, Samples
+from metaflowmaps.data.data_source import DataSource, SampleSource
 from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.laws.mixture import GaussianMixture
 
@@ -31,7 +31,7 @@ class Mixture(DataSource):
         """The mixture itself."""
         return GaussianMixture(self.means, self.covariances, self.weights)
 
-    def samples(self) -> Samples:
+    def samples(self) -> SampleSource:
         """The mixture, with labels where its components have them."""
         return self.law() if self.labels is None else LabelledLaw(self.law(), self.labels)
 

@@ -38,7 +38,7 @@ Classes = tuple[Tensor | None, tuple[str, ...]]
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # Pillow's weights of red, green and blue
 
 
-class Pictures(Protocol):
+class PictureReader(Protocol):
     """Images that are read on demand, at one shape."""
 
     path: Path
@@ -53,7 +53,7 @@ class Pictures(Protocol):
         """(k, C, H, W): uint8 0..255, or float32 in [−1, 1]."""
 
 
-def open_pictures(config: "Images") -> Pictures:
+def open_pictures(config: "Images") -> PictureReader:
     """The folder or the array at the configuration's path."""
     if config.path is None:
         raise InputError("images need to know where they are: --set data.path=FOLDER, or an .npy or .npz file")

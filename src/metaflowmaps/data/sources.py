@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from metaflowmaps.data.imagenet import class_index, wnids
+from metaflowmaps.data.imagenet_names import class_index, wnids
 from metaflowmaps.data.pictures import DEEP, SUFFIXES, flat
 from metaflowmaps.errors import InputError, unknown
 

@@ -22,9 +22,9 @@ from metaflowmaps.finetuning.tuning_problem import gather
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import MeanFlow
 from metaflowmaps.random import rand, randn, stream
-from metaflowmaps.training.config import LossConfig
 from metaflowmaps.training.objective import Batch, Given
 from metaflowmaps.training.times import context_times
+from metaflowmaps.training.train_config import LossConfig
 from metaflowmaps.value import log_mean
 from metaflowmaps.work.choices import Pick
 

@@ -13,9 +13,9 @@ from metaflowmaps.finetuning.state_laws import samples_stream, student_samples
 from metaflowmaps.finetuning.tuning_objective import TuningSetup
 from metaflowmaps.finetuning.tuning_problem import Cond
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
-from metaflowmaps.training.config import ConditionConfig
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher
+from metaflowmaps.training.train_config import ConditionConfig
 
 
 class TunedSamples:

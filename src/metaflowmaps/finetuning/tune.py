@@ -29,7 +29,7 @@ from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.base import describe
 from metaflowmaps.training.loop import Record, TrainingObjective, TrainResult, Watch, train
-from metaflowmaps.training.run import starting_point
+from metaflowmaps.training.training_run import starting_point
 from metaflowmaps.work.config import differences
 
 

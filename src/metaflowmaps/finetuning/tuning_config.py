@@ -11,7 +11,7 @@ from metaflowmaps.finetuning.mfm_ft import MFMFT
 from metaflowmaps.finetuning.state_laws import StateLaw, StateMixture
 from metaflowmaps.finetuning.stop_rule import StopRule
 from metaflowmaps.finetuning.tuning_objective import TuningObjective
-from metaflowmaps.training.config import LossConfig, OptimizerConfig, RunConfig, TimesConfig
+from metaflowmaps.training.train_config import LossConfig, OptimizerConfig, RunConfig, TimesConfig
 from metaflowmaps.work.choices import Pick, built, choose, options_of
 from metaflowmaps.work.config import Config, merged, validated
 

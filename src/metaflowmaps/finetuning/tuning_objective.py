@@ -20,8 +20,8 @@ from metaflowmaps.finetuning.state_laws import StateSource
 from metaflowmaps.finetuning.tuning_problem import BaseStates, Cond, TuningProblem, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import randn
-from metaflowmaps.training.config import LossConfig, TimesConfig
 from metaflowmaps.training.loop import TrainingObjective
+from metaflowmaps.training.train_config import LossConfig, TimesConfig
 from metaflowmaps.value import ess
 from metaflowmaps.work.choices import Choice
 

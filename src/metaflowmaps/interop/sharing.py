@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from metaflowmaps._files import finite, write_whole
 from metaflowmaps.checkpoint import CheckpointError, resolve_checkpoint, save_model
-from metaflowmaps.data import Latents, imagenet, read_examples
+from metaflowmaps.data import Latents, imagenet_names, read_examples
 from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -174,7 +174,11 @@ def _document(model: MetaFlowMap, names: Sequence[str], vae: str | None, guidanc
     """pipeline.json."""
     classes = int(getattr(model.network, "num_classes", 0))
     known: Any = list(names) if len(names) == classes else []
-    if classes == len(imagenet.wnids()) and tuple(known) in ((), imagenet.wnids(), imagenet.class_names()):
+    if classes == len(imagenet_names.wnids()) and tuple(known) in (
+        (),
+        imagenet_names.wnids(),
+        imagenet_names.class_names(),
+    ):
         known = "imagenet"
     document: dict[str, Any] = {"schema": 1, "guidance": guidance, "class_names": known}
     if vae is not None or is_latent(model):

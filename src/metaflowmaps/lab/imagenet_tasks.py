@@ -16,7 +16,7 @@ from metaflowmaps.lab.evaluate.images.race import RaceConfig
 from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig
 from metaflowmaps.lab.evaluate.images.rollout_value import ImageValueConfig
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
-from metaflowmaps.training.config import OptimizerConfig
+from metaflowmaps.training.train_config import OptimizerConfig
 
 REWARDS = ("pickscore", "hpsv2", "imagereward")
 PROMPT = "a photo of a {label}"

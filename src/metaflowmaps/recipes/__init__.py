@@ -14,7 +14,7 @@ from metaflowmaps.recipes.imagenet import (
 from metaflowmaps.recipes.images import images, images_guide, images_judge
 from metaflowmaps.recipes.mixture16 import mixture_16d
 from metaflowmaps.recipes.mnist import mnist, mnist_guide, mnist_judge
-from metaflowmaps.training.config import ClassifierConfig, TrainConfig
+from metaflowmaps.training.train_config import ClassifierConfig, TrainConfig
 from metaflowmaps.work.choices import outside
 
 RECIPES: dict[str, Callable[..., TrainConfig | ClassifierConfig]] = {

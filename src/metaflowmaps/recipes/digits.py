@@ -2,9 +2,9 @@
 
 from metaflowmaps.data import Digits
 from metaflowmaps.networks import MLPConfig
-from metaflowmaps.recipes.classifiers import guide, judge
+from metaflowmaps.recipes.guide_and_judge import guide, judge
 from metaflowmaps.recipes.images import TAUGHT
-from metaflowmaps.training.config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
+from metaflowmaps.training.train_config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 DATA = Digits()
 

@@ -5,7 +5,7 @@ import math
 from metaflowmaps.data import Mixture
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks import MLPConfig
-from metaflowmaps.training.config import ModelConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.train_config import ModelConfig, TimesConfig, TrainConfig
 
 LAW = Mixture(means=[[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], covariances=0.5)
 DATA_STD = math.sqrt(6.5)  # of a coordinate: 0.5 within a mode, 6 between them

@@ -13,7 +13,7 @@ losses those that docs/scale.md measures.
 from metaflowmaps.data import Latents
 from metaflowmaps.networks import DiTConfig
 from metaflowmaps.networks.dit import SIZES
-from metaflowmaps.training.config import (
+from metaflowmaps.training.train_config import (
     ConditionConfig,
     LossConfig,
     ModelConfig,

@@ -3,8 +3,8 @@
 from typing import Any
 
 from metaflowmaps.data import Images
-from metaflowmaps.recipes.classifiers import guide, judge
-from metaflowmaps.training.config import (
+from metaflowmaps.recipes.guide_and_judge import guide, judge
+from metaflowmaps.training.train_config import (
     ClassifierConfig,
     LossConfig,
     ModelConfig,

@@ -5,7 +5,7 @@ import torch
 from metaflowmaps.data import Mixture
 from metaflowmaps.networks import MLPConfig
 from metaflowmaps.random import stream
-from metaflowmaps.training.config import ModelConfig, TimesConfig, TrainConfig
+from metaflowmaps.training.train_config import ModelConfig, TimesConfig, TrainConfig
 
 DIM, COMPONENTS = 16, 8
 

@@ -2,9 +2,9 @@
 
 from metaflowmaps.data import Mnist
 from metaflowmaps.networks import MLPConfig, UNetConfig
-from metaflowmaps.recipes.classifiers import guide, judge
+from metaflowmaps.recipes.guide_and_judge import guide, judge
 from metaflowmaps.recipes.images import TAUGHT
-from metaflowmaps.training.config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
+from metaflowmaps.training.train_config import ClassifierConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 DATA = Mnist()
 DATA_STD = 0.518  # of a pixel about the mean image

@@ -22,7 +22,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.losses import Consistency, Derivative
 from metaflowmaps.networks.attention import attend
 from metaflowmaps.networks.dit import DiT
-from metaflowmaps.training.config import RunConfig, TrainConfig
+from metaflowmaps.training.train_config import RunConfig, TrainConfig
 
 Form = Literal["none", "forward", "fused", "difference"]
 Precision = Literal["float32", "bf16"]

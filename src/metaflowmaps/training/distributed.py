@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.training.config import RunConfig, TrainConfig
 from metaflowmaps.training.objective import diagonal_rows
+from metaflowmaps.training.train_config import RunConfig, TrainConfig
 from metaflowmaps.work import ranks
 
 BUCKET = 2**25  # numbers that are summed over the ranks in one go

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from metaflowmaps._files import sweep, write_whole
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
-from metaflowmaps.training.config import RunConfig
 from metaflowmaps.training.distributed import check_division, clip, share, spread, sum_gradients
 from metaflowmaps.training.state import TrainState, learning_rate, truncate
+from metaflowmaps.training.train_config import RunConfig
 from metaflowmaps.work import ranks
 
 
@@ -118,7 +118,7 @@ def train(
         start: the checkpoint to go on from, of this run or of another; None begins.
         watch: who is told; True from ``on_sample`` ends the run there.
     """
-    run = _Run(model, objective, config, out, torch.device(device), watch)
+    run = _TrainingRun(model, objective, config, out, torch.device(device), watch)
     run.resume(start)
     with _stop_signals() as stopped:
         while not run.ended:
@@ -132,7 +132,7 @@ def train(
     return run.result()
 
 
-class _Run:
+class _TrainingRun:
     """A run while it lasts: its state, its files and who watches."""
 
     def __init__(

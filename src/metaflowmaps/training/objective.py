@@ -22,15 +22,15 @@ from torch import Tensor
 
 from metaflowmaps import losses
 from metaflowmaps._shapes import expand_time
-from metaflowmaps.data import Samples
+from metaflowmaps.data import SampleSource
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.networks.precision import autocasting
 from metaflowmaps.random import rand, randn, stream
-from metaflowmaps.training.config import ConditionConfig, LossConfig, TimesConfig
 from metaflowmaps.training.derivative import Differentiation, Precision, choose
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
+from metaflowmaps.training.train_config import ConditionConfig, LossConfig, TimesConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Objective:
 
     def __init__(
         self,
-        data: Samples,
+        data: SampleSource,
         loss: LossConfig,
         times: TimesConfig,
         teacher: Teacher | None,

@@ -16,8 +16,8 @@ from metaflowmaps.checkpoint import (
     model_config,
     unflatten_state,
 )
-from metaflowmaps.training.config import OptimizerConfig, RunConfig
 from metaflowmaps.training.soap import SOAP
+from metaflowmaps.training.train_config import OptimizerConfig, RunConfig
 from metaflowmaps.work import ranks
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.random import rand
-from metaflowmaps.training.config import TimesConfig
+from metaflowmaps.training.train_config import TimesConfig
 
 
 def context_times(config: TimesConfig, n: int, generator: torch.Generator) -> Tensor:

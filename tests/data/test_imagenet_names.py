@@ -2,7 +2,7 @@
 
 import pytest
 
-from metaflowmaps.data.imagenet import class_index, class_name, class_names, wnids
+from metaflowmaps.data.imagenet_names import class_index, class_name, class_names, wnids
 from metaflowmaps.errors import InputError
 
 

@@ -2,7 +2,7 @@
 
 from metaflowmaps.data import DataSource
 from metaflowmaps.networks import ClassifierNetworkConfig, ConvClassifierConfig, PatchClassifierConfig
-from metaflowmaps.training.config import ClassifierConfig, OptimizerConfig
+from metaflowmaps.training.train_config import ClassifierConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(name="adam", lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
 

@@ -25,17 +25,17 @@ from metaflowmaps.losses import NoConsistency
 from metaflowmaps.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, read_network
 from metaflowmaps.networks.dit import DiT
 from metaflowmaps.path import make_path
-from metaflowmaps.training.classifier import ClassifierObjective
-from metaflowmaps.training.config import (
+from metaflowmaps.training.classifier_objective import ClassifierObjective
+from metaflowmaps.training.derivative import prepare
+from metaflowmaps.training.loop import TrainResult, Watch, train
+from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
+from metaflowmaps.training.train_config import (
     ClassifierConfig,
     RunConfig,
     TimesConfig,
     TrainConfig,
 )
-from metaflowmaps.training.derivative import prepare
-from metaflowmaps.training.loop import TrainResult, Watch, train
-from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import differences, validated
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metaflowmaps.data import Examples
 from metaflowmaps.random import randn, stream
-from metaflowmaps.training.config import ClassifierConfig
+from metaflowmaps.training.train_config import ClassifierConfig
 
 
 @dataclass(frozen=True)
