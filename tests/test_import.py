@@ -34,8 +34,26 @@ import sys
 import numpy, pydantic.fields, safetensors.torch, torch
 before = set(sys.modules)
 import metaflowmaps
+metaflowmaps.steer
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(*sorted(name for name in new - sys.stdlib_module_names if not name.startswith("_")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["metaflowmaps"]
+
+
+def test_nothing_is_loaded_before_a_name_is_asked_for():
+    """So ``mfm --help`` is there at once, and Ctrl-C in its first seconds meets nobody's import."""
+    code = """
+import sys
+import metaflowmaps as mfm
+assert "torch" not in sys.modules, "torch"
+assert mfm.MetaFlowMap.__module__ == "metaflowmaps.flow_map"
+assert {"steer", "finetune", "Pipeline"} <= set(dir(mfm))
+try:
+    mfm.stear
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'stear'" in done.stdout

@@ -35,7 +35,7 @@ def _run() -> tuple[int, int]:
 
     from metaflowmaps.cli.app import main as commands
     from metaflowmaps.cli.context import complain, say
-    from metaflowmaps.work.ranks import launched, reported_by_first_rank
+    from metaflowmaps.work.launch import launched, reported_by_first_rank
 
     warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     ranks = launched().size
@@ -73,7 +73,7 @@ def _failed(error: Exception) -> int:
     """The exit code of what else may end a command, with its line; what nobody foresaw is raised."""
     from metaflowmaps.cli.context import Failed, say
     from metaflowmaps.training.loop import Interrupted, NonFiniteLoss
-    from metaflowmaps.work.ranks import reported_by_first_rank
+    from metaflowmaps.work.launch import reported_by_first_rank
 
     if isinstance(error, Interrupted):
         say(str(error))

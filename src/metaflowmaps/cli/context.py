@@ -9,13 +9,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from metaflowmaps.work.config import Config
-from metaflowmaps.work.ranks import launched
-from metaflowmaps.work.shards import Share, share_of
+from metaflowmaps.work.launch import launched
+
+if TYPE_CHECKING:
+    from metaflowmaps.work.shards import Share
 
 Results = dict[str, Any]  # results.json
 Tables = dict[str, tuple[list[str], list[list[str]]]]  # title -> (head, rows)
@@ -73,8 +75,10 @@ class Context(Config):
     invocation: str = Field(default_factory=typed)
 
     @property
-    def share(self) -> Share:
+    def share(self) -> "Share":
         """How this process takes part in work that is cut into shards."""
+        from metaflowmaps.work.shards import share_of  # brings torch, which help does without
+
         return share_of(self.worker, self.shard_size)
 
     def say(self, line: str) -> None:

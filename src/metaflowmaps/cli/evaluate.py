@@ -114,10 +114,10 @@ def steering(config: SteeringEvaluation, context: Context) -> Results:
             raise unknown("task for images", experiment, STEERING)
         return _experiment(experiment, config, context, config.samples)
     _uncut(context)
-    task = steering_task(config.task or "gmm-inverse")
+    known = steering_task(config.task or "gmm-inverse")
     given = {"seed": context.seed or 0, **({} if config.samples is None else {"samples": config.samples})}
     settings = override(validated(SteeringEvalConfig, given), config.settings)
-    return steering_of_mixture(_judged(config.checkpoint, task, context), settings, context)
+    return steering_of_mixture(_judged(config.checkpoint, known, context), settings, context)
 
 
 def value(config: ValueEvaluation, context: Context) -> Results:
@@ -229,7 +229,7 @@ def _judged(checkpoint: str, task: SteeringTask, context: Context) -> JudgedMode
 def _measured(
     request: Request,
     device: torch.device,
-    measure: Callable[[Callable[[str], None]], tuple[Results, Callable[[Path], None]]],
+    measure: Callable[[Callable[[str], None]], tuple[Results, Callable[[Path], object]]],
     planned: Results,
 ) -> Results:
     """Claim the request's directory, measure, draw, write; ``measure(say)`` returns metrics and what draws them."""
@@ -257,7 +257,7 @@ def steering_of_mixture(judged: JudgedModel, settings: SteeringEvalConfig, conte
     reward = judged.task.reward(settings.reward)
     data_std = None if judged.opened is None else judged.opened.model.data_std
 
-    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
+    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], object]]:
         metrics, samples = evaluate_steering(judged.model, judged.law, reward, settings, say, data_std)
         return metrics, lambda out: result_figures.steering(metrics, samples, judged.law.tilt(reward), out)
 
@@ -270,7 +270,7 @@ def value_of_mixture(judged: JudgedModel, settings: ValueEvalConfig, context: Co
     """V̂ of map and GLASS against the exact value."""
     reward = judged.task.reward(settings.reward)
 
-    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
+    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], object]]:
         metrics = evaluate_value(judged.model, judged.law, reward, settings, say)
 
         def draw(out: Path) -> None:
@@ -291,7 +291,7 @@ def posterior_of_mixture(config: PosteriorEvaluation, settings: PosteriorEvalCon
     law = opened.judging_law(law_named(config.law), f"--law {config.law}")
     identity = {"checkpoint": opened.digest, "law": config.law, **settings.model_dump()}
 
-    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], None]]:
+    def measure(say: Callable[[str], None]) -> tuple[Results, Callable[[Path], object]]:
         measured = evaluate_posterior(opened.model, law, settings, say)
         metrics = measured.metrics()
 

@@ -3,7 +3,7 @@
 import torch
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.work.ranks import launched
+from metaflowmaps.work.launch import launched
 
 
 def pick_device(name: str) -> torch.device:

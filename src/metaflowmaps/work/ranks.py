@@ -7,34 +7,20 @@ Files belong to the first rank. What can fail goes through :func:`first` or :fun
 then raised by all of them, instead of leaving the others to wait for one that is gone.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.work.launch import launched
 
 PATIENCE = timedelta(minutes=30)  # for the slowest thing that one rank does alone: drawing, writing, hashing
 Result = TypeVar("Result")
-
-
-class Launch(NamedTuple):
-    """This process's place among those that torchrun started."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-
-def launched() -> Launch:
-    """What torchrun said; a process that it did not start is the only one."""
-    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-    return Launch(*(int(number) for number in told[:3])) if all(told) else Launch(0, 1, 0)  # type: ignore[arg-type]
 
 
 def alone(command: str) -> None:
@@ -164,11 +150,6 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
-
-
-def reported_by_first_rank(error: BaseException) -> bool:
-    """Whether the first rank reports this error, so that this one need not."""
-    return launched().rank > 0 and getattr(error, "raised_by_all_ranks", False)
 
 
 def shared(error: Exception) -> Exception:

@@ -1,0 +1,120 @@
+"""The public names of the package: ``metaflowmaps.NAME`` is ``metaflowmaps._public.NAME``."""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from metaflowmaps import rewards
+from metaflowmaps.errors import InputError
+from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.foreign import ForeignModel, wrap
+from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.path import LinearPath, Path, TrigonometricPath, glass_drift
+from metaflowmaps.posterior import (
+    ExactModel,
+    ExactPosterior,
+    GlassPosterior,
+    MapPosterior,
+    Posterior,
+    TweediePosterior,
+)
+from metaflowmaps.steering import (
+    DPS,
+    IMAGES,
+    MFMG,
+    MFMGF,
+    ODE,
+    SDE,
+    SMC,
+    TDS,
+    BestOfN,
+    Exact,
+    Glass,
+    Rejection,
+    Search,
+    SteerResult,
+    Unsteered,
+    steer,
+)
+from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_gradient
+
+if TYPE_CHECKING:
+    from metaflowmaps.pipeline import Pipeline
+
+
+def __getattr__(name: str) -> Any:
+    """``mfm.Pipeline``, loaded when it is asked for: it brings data sets and steering with it."""
+    if name == "Pipeline":
+        from metaflowmaps.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def finetune(
+    model: MetaFlowMap, reward: Callable[..., Tensor], out: str | PathLike[str], device: str = "cpu", **settings: Any
+) -> MetaFlowMap:
+    """A map of p_1 e^r: the model's copy with the tilt in its weights, trained in the directory ``out``.
+
+    Interrupted, the same call goes on from ``out``; finished, it returns what is there.
+
+    Args:
+        model: the base map.
+        reward: a function of x (B, *event) -> (B,); the strength λ lives in it.
+        out: the directory of the run.
+        device: where it trains.
+        settings: those of ``mfm finetune --set``, groups as dictionaries: ``steps=3000, num_draws=4,
+            map="distil"|"direct"|"none", low_rank=8, states={"base": 1.0}, stop="distance<2"``.
+
+    Returns:
+        The tuned map, on ``device``.
+    """
+    from metaflowmaps.finetuning.tune import tune  # what trains is loaded by those who train
+
+    return tune(model, reward, str(out), device=device, **settings)
+
+
+__all__ = [
+    "DPS",
+    "IMAGES",
+    "MFMG",
+    "MFMGF",
+    "ODE",
+    "SDE",
+    "SMC",
+    "TDS",
+    "BestOfN",
+    "Exact",
+    "ExactModel",
+    "ExactPosterior",
+    "ForeignModel",
+    "GaussianMixture",
+    "Glass",
+    "GlassPosterior",
+    "Gradient",
+    "GradientFree",
+    "InputError",
+    "LinearPath",
+    "MapPosterior",
+    "MetaFlowMap",
+    "Path",
+    "Pipeline",
+    "Posterior",
+    "Rejection",
+    "Search",
+    "SteerResult",
+    "TrigonometricPath",
+    "TweediePosterior",
+    "Unsteered",
+    "ValueEstimate",
+    "finetune",
+    "glass_drift",
+    "pretrained",
+    "rewards",
+    "steer",
+    "value_gradient",
+    "wrap",
+]
