@@ -83,14 +83,15 @@ class SteerResult:
             left.hist(x.flatten().numpy(), bins=60, density=True, color="0.5")
             left.set_xlabel("coordinates")
         left.set_title(f"{len(x)} samples, {self.cost['nfe']:,.0f} evaluations each")
-        right.hist(rewards[rewards.isfinite()].numpy(), bins=40, color="0.5")
+        right.hist(rewards[rewards.isfinite()].numpy(), bins=min(40, 5 + len(x) // 8), color="0.5")
         right.set_xlabel("reward")
         right.set_title(f"mean reward {float(rewards.mean()):.3g}")
         return figure
 
 
 def _grid(x: Tensor) -> Tensor:
-    """Pictures (n, C, H, W) in [−1, 1] as one, (rows · H, columns · W, C) in [0, 1]."""
+    """Pictures (n, C, H, W) in [−1, 1] as one, with a white line between them: (height, width, C) in [0, 1]."""
+    x = torch.nn.functional.pad(x, (0, 1, 0, 1), value=1.0)
     columns = max(1, round(len(x) ** 0.5))
     missing = -len(x) % columns
     x = torch.cat([x, x.new_full((missing, *x.shape[1:]), 1.0)])
