@@ -329,7 +329,7 @@ def test_what_judges_is_checked_first(capsys, runs, own, tmp_path):
         assert says in err
     for arguments, says in (
         (["steering", "--task", "rac"], "did you mean 'race'"),
-        (["steering", "--task", "race", *sets('methods=["mfm-h-1"]')], "write method-N"),
+        (["steering", "--task", "race", *sets('methods=["mfm-h-1"]')], "did you mean 'mfm-g'"),
         (["steering", "--task", "race", *sets('rewards=["slnt"]')], "did you mean 'slant'"),
         (["steering", "--task", "inverse", *sets('problems=["inpain"]')], "did you mean 'inpaint'"),
         (["value", *sets("reward=margin:10")], "one of 0 … 9"),
@@ -497,9 +497,9 @@ def test_rewards_of_the_command_line(capsys, runs, tmp_path):
     for reward, says in (
         ("margin:12", "one of 0 … 9"),
         ("slant:3", "did you mean 'slant'"),
-        ("slnt", "no file slnt; give a reward of images (margin, slant"),
+        ("slnt", "did you mean 'slant'"),
         ("mine.py", "name the function too"),
-        (f"{own_reward}:dark", "has no dark"),
+        (f"{own_reward}:dark", "unknown name in"),
         ("nowhere.py:f", "no file nowhere.py"),
     ):
         assert says in refused(capsys, *steer, reward, "--out", tmp_path / "no")

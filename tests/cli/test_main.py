@@ -4,11 +4,11 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -217,19 +217,54 @@ def test_any_setting_is_taken_or_refused_in_one_line(capsys, tmp_path, key, valu
         assert err.count("\n") == 1
 
 
-def test_the_example_in_the_readme_runs(capsys):
-    """README's Python, as it stands, on the models that come with the package."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 16
-    names: dict = {}
-    exec(code, names)
-    assert names["draws"].shape == names["glass"].shape == (100, 1, 1, 8, 8)
-    assert names["value"].gradient.shape == (1, 1, 8, 8)
-    # the log-odds of a seven are below −10 for digits of all classes, above 5 for sevens (docs/images.md)
-    assert names["sevens"].rewards.mean() > 0
-    assert "tensor" in capsys.readouterr().out
+def test_requests_without_a_place_never_collide(capsys, run, tmp_path, monkeypatch):
+    """Each makes a folder of its own, says where, and is complete when it is asked for again."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, tmp_path / "own")
+    places = []
+    for num in ("4", "5", "4", "5"):
+        code, text, err = mfm(capsys, "sample", "own", "--num", num, "--json")
+        assert code == 0, err
+        places.append(json.loads(text)["out"])
+    assert places[:2] == places[2:]
+    assert places[0] != places[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        (["sample", "RUN", "--num", "10", "--steps", "3"], 30),
+        (["posterior", "RUN", "--num-draws", "10", "--steps", "2"], 20),
+        (["steer", "RUN", "--num", "10", "--steps", "4", "--method", "none"], 40),
+        (["eval", "value", "RUN", "--set", "states=8", "--set", "times=[0.5]", "--set", "num_draws=4", "--set",
+          "map_steps=[1]", "--set", "glass_steps=[2]"], 8 * 4 * 3),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_dry_run_counts_calls_and_writes_nothing(capsys, run, tmp_path, monkeypatch, arguments, calls):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run.rglob("*"))
+    code, text, err = mfm(capsys, *[run if word == "RUN" else word for word in arguments], "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(text)["metrics"]["calls"] == calls
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(run.rglob("*")) == before
+
+
+def test_ctrl_c_in_the_first_imports_is_one_line_and_exit_code_130():
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'pydantic': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from metaflowmaps.cli import main\n"
+        "sys.argv = ['mfm', 'sample', 'digits']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "", 1), done.stderr
+    assert "interrupted" in done.stderr
 
 
 def test_a_rejected_start_does_not_occupy_its_directory(capsys, tmp_path):

@@ -239,8 +239,8 @@ def test_what_cannot_be_cut_is_refused(capsys, tmp_path):
     steer = ["steer", "digits", *WEAK, "--steps", "2", "--out", tmp_path / "x", "--num"]
     systems = ["--set", "method.particles=6"]
     for arguments, says in (
-        (["12", "--method", "tds", "--worker", "0/2"], "--set particles=64"),
-        (["12", "--method", "mfm-smc", "--shard-size", "4"], "--set particles=64"),
+        (["12", "--method", "tds", "--worker", "0/2"], "--set method.particles=64"),
+        (["12", "--method", "mfm-smc", "--shard-size", "4"], "--set method.particles=64"),
         (["12", "--method", "tds", *systems, "--shard-size", "8"], "--shard-size must be a multiple of particles (6)"),
         (["13", "--method", "tds", *systems], "--num must be a multiple of particles (6)"),
     ):
