@@ -296,8 +296,7 @@ def test_names_that_cannot_be_used(places, text, says):
 def test_mfm_steer_with_a_judge(places, tmp_path, capsys):
     reward = f"clip@{places / 'clip'}:a dog"
     code, text, err = mfm_command(
-        capsys, "steer", "digits", "--method", "mfm-g",
-        "--reward", reward, "--strength", "2", "--num", "4", "--steps", "2",
+        capsys, "steer", "digits", "--reward", reward, "--strength", "2", "--num", "4", "--steps", "2",
         "--method", "mfm-g", "--num-draws", "2", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert code == 0, err

@@ -12,7 +12,7 @@ from metaflowmaps.cli import evaluate
 from metaflowmaps.cli.context import Context, Options, Results, print_tables, typed_settings
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.train import resolve, train
-from metaflowmaps.lab.demo import RACE, tell_story
+from metaflowmaps.lab.digits_story import RACE, tell_story
 from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.opened import OpenedModel

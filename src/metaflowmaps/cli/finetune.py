@@ -10,9 +10,9 @@ from pydantic import Field
 
 from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.cli.context import TRAINS, Context, Name, OnCheckpoint, Results
-from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.rewards import REWARD_HELP, ChosenReward, choose_reward
+from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.meters import Watched, kept_records, measurements
 from metaflowmaps.finetuning.reward_probe import PROBED, Probe, probe

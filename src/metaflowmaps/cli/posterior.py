@@ -9,8 +9,8 @@ from torch import Tensor
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
-from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
+from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap

@@ -8,8 +8,8 @@ from pydantic import Field
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
-from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
+from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cost import Meter
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.opened import OpenedModel

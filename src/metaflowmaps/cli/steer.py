@@ -18,9 +18,9 @@ from torch import Tensor
 from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
-from metaflowmaps.cli.pictures import DrawingOptions, PictureWriter
 from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.rewards import REWARD_HELP, ChosenReward, choose_reward
+from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.figures import plots, result_figures, steering_figures
 from metaflowmaps.lab.opened import OpenedModel
