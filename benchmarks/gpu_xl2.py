@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaflowmaps import LinearPath, MetaFlowMap, steer
+from metaflowmaps import MFMG, ODE, LinearPath, MetaFlowMap, steer
 from metaflowmaps.networks.dit import SIZES, DiT
 from metaflowmaps.networks.flops import forward_flops, on_meta
-from metaflowmaps.random import stream
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.plan import Noise
@@ -260,10 +259,8 @@ class Bench:
 
         def do() -> None:
             with self.autocast():
-                steer(
-                    self.model, reward, rows, "mfm-g", 1, steps,
-                    cond=cond, generator=stream(0, "steer"), renormalize="rescale",
-                )  # fmt: skip
+                process = ODE(steps=steps, renormalize="rescale")
+                steer(self.model, reward, rows, MFMG(num_draws=1), process, cond=cond, seed=0)
 
         do()
         seconds = self.timed(do, 30)

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from benchmarks.common import keep
-from metaflowmaps import LinearPath, MetaFlowMap, steer
+from metaflowmaps import MFMG, ODE, LinearPath, MetaFlowMap, steer
 from metaflowmaps.networks import make_network
 
 NETWORK = {"name": "unet", "channels": 1, "size": 28, "width": 16, "multipliers": [1, 2], "blocks": 1, "attention": []}
@@ -23,10 +23,8 @@ def peak(num_draws: int, blend: bool) -> float:
     torch.set_num_threads(1)
     model = MetaFlowMap(make_network(NETWORK), LinearPath()).eval()
     direction = torch.randn(1, 28, 28, generator=torch.Generator().manual_seed(0))
-    result = steer(
-        model, lambda x: (x * direction).flatten(1).sum(1) / 28, 32, "mfm-g", num_draws, 3, blend=blend,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    method = MFMG(num_draws, blend=blend)
+    result = steer(model, lambda x: (x * direction).flatten(1).sum(1) / 28, 32, method, ODE(steps=3), seed=0)
     return result.cost["peak_memory_bytes"]
 
 
@@ -47,11 +45,15 @@ def peak_of_pipeline(num_draws: int, steps: int, micro_batch: int, checkpointing
         parameter.data += 0.02 * torch.randn_like(parameter)
     codec = tiny_codec(micro_batch=micro_batch, checkpointing=checkpointing)
     pipe = Pipeline(MetaFlowMap(network, LinearPath(), "plain"), codec)
-    g = torch.Generator().manual_seed(0)
     made = pipe.steer(
-        1, lambda x: 100 * x[:, 0].mean((1, 2)), "mfm-g", 1, num_draws, steps, generator=g, progress=False,
+        1,
+        lambda x: 100 * x[:, 0].mean((1, 2)),
+        MFMG(num_draws),
+        ODE(steps=steps),
+        seed=0,
+        progress=False,
         output="tensor",
-    )  # fmt: skip
+    )
     return made.cost["peak_memory_bytes"]
 
 
