@@ -256,10 +256,9 @@ MEMORY = """
     torch.nn.init.normal_(net.output.weight, std=0.01)
     model = mfm.MetaFlowMap(net, mfm.LinearPath())
     def peak(num_draws, chunk, **options):
-        return steer(
-            model, lambda x: -0.1 * x.square().sum(1), 128, "mfm-g", num_draws=num_draws, steps=2, chunk=chunk,
-            generator=torch.Generator().manual_seed(0), **options,
-        ).cost["peak_memory_bytes"]
+        method = mfm.MFMG(num_draws, chunk=chunk, **options)
+        reward = lambda x: -0.1 * x.square().sum(1)
+        return mfm.steer(model, reward, 128, method, mfm.ODE(steps=2), seed=0).cost["peak_memory_bytes"]
     peak(4, 4)  # libraries, thread pools and caches are there now
     print(peak(4, 4), peak(64, 4), peak(32, 4, passes=2), peak(32, 32))
 """
