@@ -187,12 +187,12 @@ def single_gradients(n, estimate, monkeypatch):
     """∇_x r(X(ε_i; t, x)) of every draw: (N, R, 1), from the flow's own derivative at that noise by autograd."""
     eps = torch.randn(n, *PAIR_STATE.expand(R, 1).shape, generator=stream(0, "g", n), dtype=F64)
     parts = []
-    for noise in eps.split(2):  # a few draws at a time: the graph of all of them takes a gigabyte
-        x = PAIR_STATE.expand(len(noise) * R, 1).clone().requires_grad_()
-        x_1 = exact_flow().push(noise.flatten(0, 1), T, x)
+    for few in eps.split(2):  # a few draws at a time: the graph of all of them takes a gigabyte
+        x = PAIR_STATE.expand(len(few) * R, 1).clone().requires_grad_()
+        x_1 = exact_flow().push(few.flatten(0, 1), T, x)
         # r = −(y − x_1)²/(2σ²)
         (g,) = torch.autograd.grad((-0.5 * (1.5 - x_1).square() / 2.25).sum(), x)
-        parts.append((x_1.detach().reshape(noise.shape), g.reshape(noise.shape)))
+        parts.append((x_1.detach().reshape(few.shape), g.reshape(few.shape)))
     draws, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
     torch.testing.assert_close(draws, estimate.draws, rtol=0, atol=1e-12)
     return gradients
