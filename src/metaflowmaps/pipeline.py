@@ -201,9 +201,13 @@ class Pipeline:
             images = self.decode(latents)
         kept = len(latents)
         return PipelineOutput(
-            from_tensor(images, output), latents, None if labels is None else labels[:kept], seeds[:kept],
-            meter.cost(), interrupted=kept < n,
-        )  # fmt: skip
+            from_tensor(images, output),
+            latents,
+            None if labels is None else labels[:kept],
+            seeds[:kept],
+            meter.cost(),
+            interrupted=kept < n,
+        )
 
     @torch.no_grad()
     def posterior(
@@ -233,8 +237,14 @@ class Pipeline:
         with self._metered() as meter, self.autocast():
             latents = self.model.draw(t, x_t, num_draws, steps, generator, self.condition(labels, guidance, n))
             images = self.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        return PipelineOutput([from_tensor(draw, output) for draw in images] if output != "tensor" else images,
-                        latents, labels, None, meter.cost(), info={"noisy": x_t})  # fmt: skip
+        return PipelineOutput(
+            [from_tensor(draw, output) for draw in images] if output != "tensor" else images,
+            latents,
+            labels,
+            None,
+            meter.cost(),
+            info={"noisy": x_t},
+        )
 
     def steer(
         self,

@@ -91,8 +91,14 @@ class Commands(click.Group):
 
 def main() -> click.Group:
     """``mfm`` itself."""
-    version = click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True, callback=_version,
-                           help="Print the version and exit.")  # fmt: skip
+    version = click.Option(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_version,
+        help="Print the version and exit.",
+    )
     text = "Meta flow maps: train, draw, steer, tune, judge. Start with: mfm demo"
     return Commands("mfm", text, COMMANDS, params=[version])
 

@@ -85,9 +85,10 @@ def _mixture(out: Path, context: Context) -> tuple[list[Path], Results]:
     train(config, _part(context, out / "train", "train gmm --fast"))
     context.say("judging its posterior draws against the exact posteriors …")
     judged = evaluate.posterior_of_mixture(
-        evaluate.PosteriorEvaluation(checkpoint=map_), PosteriorEvalConfig(samples=8192, seed=seed, sets=8,
-        other_contexts=4), _part(context, out / "eval", f"eval posterior {map_}", ("sets=8", "other_contexts=4")),
-    )  # fmt: skip
+        evaluate.PosteriorEvaluation(checkpoint=map_),
+        PosteriorEvalConfig(samples=8192, seed=seed, sets=8, other_contexts=4),
+        _part(context, out / "eval", f"eval posterior {map_}", ("sets=8", "other_contexts=4")),
+    )
     context.say("steering it towards an observation, every method on one meter …")
     settings = ("steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(METHODS)}")
     evaluate.steering(

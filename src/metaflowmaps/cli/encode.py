@@ -77,9 +77,15 @@ def _encoded(config: Encode, context: Context, out: Path) -> tuple[Results, Resu
     codec = codec.to(device)
     codec.latent_shape(config.size)
     encoding = Encoding(
-        pictures.fingerprint, codec.identity, codec.scale, config.dtype, config.size, config.flip, config.shard_size,
+        pictures.fingerprint,
+        codec.identity,
+        codec.scale,
+        config.dtype,
+        config.size,
+        config.flip,
+        config.shard_size,
         config.limit,
-    )  # fmt: skip
+    )
     threads = config.threads or min(8, os.cpu_count() or 1)
     plan = Plan(pictures, codec, encoding, out, config.batch_size, config.skip_bad, threads, device)
     known = f"{len(pictures.class_names):,} classes" if pictures.class_names else "no classes"

@@ -31,11 +31,17 @@ from metaflowmaps.work.config import merged, override
 from metaflowmaps.work.progress import training_progress
 
 OF_THE_SUBJECT = {  # settings that say what a run is about: how to give them
-    "strength": "give it as --strength", "reward": "give it as --reward",
-    "checkpoint": "give it as the CHECKPOINT argument", "data": "give it as --data", "law": "leave it out",
-    "tuned": "leave it out", "recipe": "leave it out", "checkpoint_sha256": "leave it out",
-    "reward_sha256": "leave it out", "data_moved": "give it as --data",
-}  # fmt: skip
+    "strength": "give it as --strength",
+    "reward": "give it as --reward",
+    "checkpoint": "give it as the CHECKPOINT argument",
+    "data": "give it as --data",
+    "law": "leave it out",
+    "tuned": "leave it out",
+    "recipe": "leave it out",
+    "checkpoint_sha256": "leave it out",
+    "reward_sha256": "leave it out",
+    "data_moved": "give it as --data",
+}
 
 
 class Finetune(OnCheckpoint):
@@ -72,9 +78,13 @@ def choose_subject(opened: OpenedModel, config: Finetune) -> tuple[TuningSubject
     chosen = choose_reward(config.reward, opened, 1.0)
     pictures = PictureWriter(opened, DrawingOptions(checkpoint=opened.name, vae=config.vae), 1)
     subject = TuningSubject(
-        opened, chosen.name, pictures.on_samples(chosen.reward), config.strength, config.data,
+        opened,
+        chosen.name,
+        pictures.on_samples(chosen.reward),
+        config.strength,
+        config.data,
         pictures.decode if pictures.latent else None,
-    )  # fmt: skip
+    )
     return subject, chosen
 
 
@@ -101,14 +111,21 @@ def about(subject: TuningSubject, chosen: ChosenReward) -> Results:
             f"--data {subject.data_moved} is for bases of images, not for {subject.opened.name}: leave it out"
         )
     law = subject.tilted
-    exact = {} if law is None else {
-        "means": law.means.tolist(), "covariances": law.covariances.tolist(), "weights": law.weights.tolist()
-    }  # fmt: skip
+    exact = (
+        {}
+        if law is None
+        else {"means": law.means.tolist(), "covariances": law.covariances.tolist(), "weights": law.weights.tolist()}
+    )
     return {
-        "checkpoint": subject.opened.name, "checkpoint_sha256": subject.opened.digest, "reward": chosen.name,
-        "reward_sha256": chosen.sha256, "strength": subject.strength, "data": subject.data,
-        "data_moved": subject.data_moved, "law": exact or None,
-    }  # fmt: skip
+        "checkpoint": subject.opened.name,
+        "checkpoint_sha256": subject.opened.digest,
+        "reward": chosen.name,
+        "reward_sha256": chosen.sha256,
+        "strength": subject.strength,
+        "data": subject.data,
+        "data_moved": subject.data_moved,
+        "law": exact or None,
+    }
 
 
 def _check_guidance(subject: TuningSubject, scale: float) -> None:
@@ -190,15 +207,23 @@ def _finish(
     metrics = tuning.evaluate_tuned(model, subject.base, subject.judge, judged, config.seed, config.tuned, conditions)
     meters = kept_records(out / "drift" if config.map == "distil" else out, 2**62)
     metrics |= {
-        **_parameters(subject, config), "loss": trained.result.loss, "probe": tried._asdict(),
-        "before": meters[0] if meters else {}, "after": meters[-1] if meters else {},
-        "tables": tuning.tables(metrics), "summary": summary(config, metrics),
-    }  # fmt: skip
+        **_parameters(subject, config),
+        "loss": trained.result.loss,
+        "probe": tried._asdict(),
+        "before": meters[0] if meters else {},
+        "after": meters[-1] if meters else {},
+        "tables": tuning.tables(metrics),
+        "summary": summary(config, metrics),
+    }
     subject.draw(config, model, meters, tried.log_evidence, out)
     cost = {
-        "seconds": sum(trained.seconds.values()), "seconds_by_stage": trained.seconds, "steps": trained.result.step,
-        **trained.calls, "nfe": sum(trained.calls.values()), "seconds_of_judging": time.perf_counter() - began,
-    }  # fmt: skip
+        "seconds": sum(trained.seconds.values()),
+        "seconds_by_stage": trained.seconds,
+        "steps": trained.result.step,
+        **trained.calls,
+        "nfe": sum(trained.calls.values()),
+        "seconds_of_judging": time.perf_counter() - began,
+    }
     return request.write(metrics, cost, subject.opened.device)
 
 
@@ -218,9 +243,13 @@ def _planned(subject: TuningSubject, config: FinetuneConfig, tried: Probe) -> Re
         objective(student, batch).mean().backward()
         seconds = time.perf_counter() - began
     return {
-        **_parameters(subject, config), "reward_mean": tried.mean, "reward_std": tried.std,
-        "effective_base_samples": tried.ess, "seconds_per_step": seconds, "expected_seconds": seconds * config.steps,
-    }  # fmt: skip
+        **_parameters(subject, config),
+        "reward_mean": tried.mean,
+        "reward_std": tried.std,
+        "effective_base_samples": tried.ess,
+        "seconds_per_step": seconds,
+        "expected_seconds": seconds * config.steps,
+    }
 
 
 def _data(subject: TuningSubject, config: FinetuneConfig) -> Any:

@@ -98,10 +98,16 @@ class Steering:
     def identity(self) -> Results:
         """What tells it from others."""
         return self.pictures.identity(
-            preset=None, num=self.num, seed=self.seed, method=dumped(self.method), num_draws=self.method.shown_draws,
-            process=dumped(self.process), steps=self.process.steps, reward=self.chosen.name,
+            preset=None,
+            num=self.num,
+            seed=self.seed,
+            method=dumped(self.method),
+            num_draws=self.method.shown_draws,
+            process=dumped(self.process),
+            steps=self.process.steps,
+            reward=self.chosen.name,
             reward_sha256=self.chosen.sha256,
-        )  # fmt: skip
+        )
 
     def calls(self) -> float:
         """Evaluations of the network, by the paper's count."""
@@ -116,10 +122,16 @@ class Steering:
         try:
             with self.warned, self.pictures.autocast():
                 result = steered(
-                    self.model, self.reward, n, self.method, self.process, cond=self.pictures.rows(part),
-                    seed=stream(self.seed, "steer") if seeds is None else seeds, batch_size=rows,
+                    self.model,
+                    self.reward,
+                    n,
+                    self.method,
+                    self.process,
+                    cond=self.pictures.rows(part),
+                    seed=stream(self.seed, "steer") if seeds is None else seeds,
+                    batch_size=rows,
                     progress=n == self.num and sys.stderr.isatty(),
-                )  # fmt: skip
+                )
         except SteeringFailed as failed:
             raise ShardInterrupted(_as_shard(failed.result), failed) from None
         if result.interrupted:

@@ -92,9 +92,14 @@ class AdjointRegression(Regression):
         reward = problem.rewards(states[-1], cond)
         figures = {"reward_of_draws": mean_of_finite(reward)}
         return TargetBatch(
-            t=reached.t, a=reached.a, z=reached.z, target=target, weight=torch.ones_like(reached.t), cond=wide,
+            t=reached.t,
+            a=reached.a,
+            z=reached.z,
+            target=target,
+            weight=torch.ones_like(reached.t),
+            cond=wide,
             figures=figures,
-        )  # fmt: skip
+        )
 
     def _grid(self, x: Tensor, g: torch.Generator) -> Tensor:
         """0, then times equal in the angle with a common random shift, then 1."""

@@ -211,8 +211,9 @@ class Mixing:
         """Learn from residuals (N, B, *event) of both forms with weights (N, B), where rows (B,) are usable."""
         squared = weight.square().double()
         free, gradient = free.flatten(2).double(), gradient.flatten(2).double()
-        each = torch.stack([(squared * (p * q).sum(2)).mean(0) for p, q in
-                            ((free, free), (gradient, gradient), (free, gradient))]).cpu()  # fmt: skip
+        each = torch.stack(
+            [(squared * (p * q).sum(2)).mean(0) for p, q in ((free, free), (gradient, gradient), (free, gradient))]
+        ).cpu()
         index, finite = bins_of(a, BINS).cpu(), each.isfinite().all(0) & usable.cpu()
         for b in index[finite].unique().tolist():
             seen = each[:, finite & (index == b)].mean(1)

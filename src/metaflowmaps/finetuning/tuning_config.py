@@ -37,12 +37,19 @@ class FinetuneConfig(RunConfig):
     """A fine-tuning run: a base map, a reward, and how the tilt gets into the weights."""
 
     renamed: ClassVar[Mapping[str, str]] = {  # the settings of version 0.1
-        "num_draws": "method.num_draws", "form": "method.form", "sigma_squared": "method.sigma_squared",
-        "baseline.kind": "method.baseline.name", "baseline.draws": "method.baseline.num_draws",
-        "baseline": "method.baseline", "adjoint_steps": "method.steps", "draft_at_zero": "method.at_zero",
-        "distil_steps": "distil.steps", "distil_batch_size": "distil.batch_size", "distil_pool": "distil.pool",
+        "num_draws": "method.num_draws",
+        "form": "method.form",
+        "sigma_squared": "method.sigma_squared",
+        "baseline.kind": "method.baseline.name",
+        "baseline.draws": "method.baseline.num_draws",
+        "baseline": "method.baseline",
+        "adjoint_steps": "method.steps",
+        "draft_at_zero": "method.at_zero",
+        "distil_steps": "distil.steps",
+        "distil_batch_size": "distil.batch_size",
+        "distil_pool": "distil.pool",
         "distil_pool_steps": "distil.pool_steps",
-    }  # fmt: skip
+    }
 
     recipe: str = "finetune"
     checkpoint: str
@@ -124,9 +131,14 @@ def tuned_parts(training: Mapping[str, Any]) -> dict[str, bool]:
 
 # images have larger networks, which go along at a gentler pace
 FOR_IMAGES = {
-    "optimizer": {"lr": 1e-3}, "steps": 1500, "batch_size": 256, "distil": {"steps": 2500, "batch_size": 256},
-    "states": {"base": 0.5, "tilted": 0.25, "replay": 0.25}, "meters": {"samples": 256}, "log_every": 50,
-}  # fmt: skip
+    "optimizer": {"lr": 1e-3},
+    "steps": 1500,
+    "batch_size": 256,
+    "distil": {"steps": 2500, "batch_size": 256},
+    "states": {"base": 0.5, "tilted": 0.25, "replay": 0.25},
+    "meters": {"samples": 256},
+    "log_every": 50,
+}
 METHOD_FOR_IMAGES = {"num_draws": 2}
 FOR_VECTORS = {"steps": 3000, "distil": {"steps": 4000}, "keep_best": False}
 

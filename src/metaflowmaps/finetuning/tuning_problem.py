@@ -113,11 +113,16 @@ class TuningProblem:
         options = DrawOptions(num_draws, differentiate, chunk=max(1, self.chunk // n))
         parts = [
             make_draws(
-                MapPosterior(self.base), self.reward, states.t[s], states.x[s], options, generator,
+                MapPosterior(self.base),
+                self.reward,
+                states.t[s],
+                states.x[s],
+                options,
+                generator,
                 rows_of_cond(states.cond, s) or None,
             )
             for s in in_parts(n, self.chunk)
-        ]  # fmt: skip
+        ]
         gradients = torch.cat([p.gradients for p in parts if p.gradients is not None], 1) if differentiate else None
         drawn = Draws(torch.cat([p.x_1 for p in parts], 1), torch.cat([p.rewards for p in parts], 1), gradients)
         calls = n * num_draws

@@ -81,9 +81,12 @@ def of_file(published: pretrained.Published, config: Mapping[str, Any], wanted: 
     folder, vae = _autoencoder(wanted.vae)
     document = _document(model, (), vae, usual)
     asked = {
-        "file": source.name, "revision": source.revision, "sha256": source.sha256, "family": kind.name,
+        "file": source.name,
+        "revision": source.revision,
+        "sha256": source.sha256,
+        "family": kind.name,
         "config": dict(config),
-    }  # fmt: skip
+    }
     notes = {"direction": None if direction is None else finite(direction._asdict())}
     what, licence = FAMILIES[kind.name]
     place = f"`{source.name}`" + (f" at revision {source.revision}" if source.revision else "")
@@ -124,9 +127,14 @@ def of_run(run: str, wanted: Wanted) -> Shareable:
     how = f"Exported on {date.today().isoformat()} from a run of `{recipe}`{steps}: its averaged weights."
     what = "A meta flow map: one-step draws from every posterior p(x_1 | x_t)."
     return Shareable(
-        model, asked, {"training": training}, document, card(asked["file"], what, how, model, document, {}), None,
+        model,
+        asked,
+        {"training": training},
+        document,
+        card(asked["file"], what, how, model, document, {}),
+        None,
         folder,
-    )  # fmt: skip
+    )
 
 
 def _check_guidance(scale: float | None, known: Any) -> None:
@@ -215,11 +223,14 @@ def card(name: str, what: str, how: str, model: MetaFlowMap, document: dict[str,
         "network": ", ".join([network.name, *parts]),
         "samples": shape + (f", latents of {_named(document['vae'])}" if "vae" in document else ""),
         "classes": f"{classes} (number {classes} is the null class)" if classes else "none",
-        "guidance": ("scales " + ", ".join(f"{w:g}" for w in guidance)) if isinstance(guidance, list)
-        else "any scale" if guidance else "none learned",
+        "guidance": ("scales " + ", ".join(f"{w:g}" for w in guidance))
+        if isinstance(guidance, list)
+        else "any scale"
+        if guidance
+        else "none learned",
         "path": f"{model.path.name}, data at t = 1; parameterisation {model.parameterization}",
         **more,
-    }  # fmt: skip
+    }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     label = "" if not classes else '"tabby cat", ' if document["class_names"] == "imagenet" else "0, "
     return f"""---
