@@ -178,8 +178,7 @@ def randn(
     """Standard normal noise, drawn where the generator lives and moved to the device."""
     if isinstance(generator, RowNoise):
         return _of_rows(generator, shape[0]).normal(shape[1:], None, dtype).to(device)
-    source = generator.device if generator is not None else torch.device(device)
-    return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=_home(generator, device)).to(device)
 
 
 def rand(
@@ -191,8 +190,12 @@ def rand(
     """Uniform noise on [0, 1), drawn where the generator lives and moved to the device."""
     if isinstance(generator, RowNoise):
         return _of_rows(generator, shape[0]).uniform(shape[1:], None, dtype).to(device)
-    source = generator.device if generator is not None else torch.device(device)
-    return torch.rand(shape, generator=generator, dtype=dtype, device=source).to(device)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=_home(generator, device)).to(device)
+
+
+def _home(generator: torch.Generator | None, device: torch.device | str) -> torch.device:
+    """Where numbers are drawn: where the generator lives, or else where they are wanted."""
+    return generator.device if generator is not None else torch.device(device)
 
 
 def _of_rows(noise: RowNoise, rows: int) -> RowNoise:

@@ -21,10 +21,9 @@ from metaflowmaps.steering.problem import SteeringProblem
 
 
 class Accepted(NamedTuple):
-    """Samples, and how many proposals each of them took."""
+    """Samples, or the noise of their first proposals, and what each of them is held to."""
 
     x: Tensor
-    proposals: Tensor  # (rows,)
     bound: Tensor  # (rows,)
 
 
@@ -59,7 +58,7 @@ class Rejection(Method):
     def start(self, problem: SteeringProblem, x: Tensor) -> Accepted:
         """Noise of the first proposals, and the bound."""
         bound = self.bound if self.bound is not None else problem.once("pilot", lambda: self._pilot_bound(problem))
-        return Accepted(x, x.new_ones(len(x)), torch.full((len(x),), bound, dtype=torch.float64, device=x.device))
+        return Accepted(x, torch.full((len(x),), bound, dtype=torch.float64, device=x.device))
 
     def step(
         self, problem: SteeringProblem, process: Process, state: Accepted, t: float, u: float
@@ -82,8 +81,7 @@ class Rejection(Method):
             samples[rows[kept]] = x[kept].to(samples.dtype)
             waiting[rows[kept]] = False
             if not bool(waiting.any()):
-                info = {"proposals": proposals, "bound": bound}
-                return Accepted(samples, proposals, bound), info
+                return Accepted(samples, bound), {"proposals": proposals, "bound": bound}
             noise = problem.noise("propose", everyone)
         raise InputError(
             f"rejection accepted {everyone - int(waiting.sum())} of {everyone} samples in {self.max_proposals} "
