@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from metaflowmaps._files import STALE_SECONDS
 from metaflowmaps.data import DataSource, Latents
 from metaflowmaps.data.imagenet_names import wnids
-from metaflowmaps.data.latents import INDEX, read_index, verify
+from metaflowmaps.data.latents import INDEX, Encoding, LatentIndex, LatentShard, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
 from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
-from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
+from metaflowmaps.interop.encode_latents import Plan, encode
 from metaflowmaps.random import stream
 from metaflowmaps.work import shards as sharding
 from metaflowmaps.work.choices import built
@@ -77,7 +77,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     """What all shards hold, in order."""
-    parts = [load_file(out / entry["file"]) for entry in read_index(out)["shards"]]
+    parts = [load_file(out / shard.file) for shard in read_index(out).shards]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in ("sum", "square")}
 
 
@@ -143,9 +143,9 @@ def test_shards_hold_the_encoded_crops_their_mirror_images_and_their_classes(who
     torch.testing.assert_close(held["mean_flipped"].float(), codec.encode(x.flip(-1))[0], rtol=0, atol=STORED)
     assert float((held["mean"] - held["mean_flipped"]).abs().max()) > 20 * STORED
     index = read_index(whole)
-    assert index["classes"] == sorted({file.parent.name for file in files})
-    assert held["label"].tolist() == [index["classes"].index(file.parent.name) for file in files]
-    assert [entry["examples"] for entry in index["shards"]] == [4, 4, 4, 3]
+    assert index.classes == tuple(sorted({file.parent.name for file in files}))
+    assert held["label"].tolist() == [index.classes.index(file.parent.name) for file in files]
+    assert [shard.examples for shard in index.shards] == [4, 4, 4, 3]
 
 
 def test_mean_and_spread_are_those_of_what_is_drawn(whole):
@@ -153,12 +153,12 @@ def test_mean_and_spread_are_those_of_what_is_drawn(whole):
     index = read_index(whole)
     mean = (held["mean"].mean() + held["mean_flipped"].mean()) / 2
     square = sum(held[name].square().mean() / 2 for name in ("mean", "std", "mean_flipped", "std_flipped"))
-    assert index["mean"] == pytest.approx(float(mean), abs=1e-12)
-    assert index["std"] == pytest.approx(float((square - mean**2).sqrt()), rel=1e-9)
+    assert index.mean == pytest.approx(float(mean), abs=1e-12)
+    assert index.std == pytest.approx(float((square - mean**2).sqrt()), rel=1e-9)
     train, held_out = load(whole)
     assert (train.mean, train.std) == (held_out.mean, held_out.std)
-    assert train.mean == pytest.approx(index["mean"], abs=1e-12)
-    assert train.std == pytest.approx(index["std"], rel=1e-9)
+    assert train.mean == pytest.approx(index.mean, abs=1e-12)
+    assert train.std == pytest.approx(index.std, rel=1e-9)
     both = (held["mean"] + held["mean_flipped"]).mean(0) / 2
     torch.testing.assert_close(train.mean_image.double(), both, rtol=0, atol=1e-6)  # float32
 
@@ -236,9 +236,9 @@ def test_every_source_gives_the_same_latents(form, folder, whole, codec, tmp_pat
     index = run(form(folder, tmp_path / "source"), codec, tmp_path / "out")
     theirs, ours = tensors(tmp_path / "out"), tensors(whole)
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
-    wanted = ["0", "1", "2"] if form is as_web_dataset else read_index(whole)["classes"]
-    assert index["classes"] == wanted
-    assert (index["mean"], index["std"]) == (read_index(whole)["mean"], read_index(whole)["std"])
+    wanted = ("0", "1", "2") if form is as_web_dataset else read_index(whole).classes
+    assert index.classes == wanted
+    assert (index.mean, index.std) == (read_index(whole).mean, read_index(whole).std)
 
 
 def test_folders_named_by_wordnet_have_imagenets_numbers(tmp_path, codec):
@@ -297,7 +297,7 @@ def test_transparency_lies_over_white_and_pictures_stand_upright(tmp_path):
 def test_a_limit_is_spread_over_the_set(folder, codec, tmp_path):
     index = run(folder, codec, tmp_path / "few", limit=6, flip=False)
     held = tensors(tmp_path / "few")
-    assert index["examples"] == len(held["mean"]) == 6
+    assert index.examples == len(held["mean"]) == 6
     assert "mean_flipped" not in held
     assert sorted(set(held["label"].tolist())) == [0, 1, 2]
     assert plan(folder, codec, tmp_path, limit=100).chosen == list(range(15))
@@ -425,7 +425,7 @@ def test_damage_is_found_and_mended(folder, whole, codec, tmp_path):
     assert content(out) == content(whole)
     two.write_bytes(b"\xff" * two.stat().st_size)
     assert "damaged" in refused(lambda: load(out))
-    good = read_index(whole)
+    good = json.loads((whole / INDEX).read_text())
     cut = [{k: v for k, v in good.items() if k != key} for key in ("settings", "event_shape", "classes")]
     cut += [{**good, "shards": held} for held in ([], [3], [{"file": "latents-00000.safetensors"}])]
     for text in ("{", "[]", '{"shards": 3}', *map(json.dumps, cut)):
@@ -434,11 +434,27 @@ def test_damage_is_found_and_mended(folder, whole, codec, tmp_path):
     (out / INDEX).unlink()  # as it says
     run(folder, codec, out)
     assert content(out) == content(whole)
-    (out / INDEX).write_text(json.dumps({**read_index(whole), "schema": 9}))
+    (out / INDEX).write_text(json.dumps({**good, "schema": 9}))
     assert "pip install --upgrade" in refused(lambda: load(out))
     assert "mfm encode-latents" in refused(lambda: load(tmp_path / "nowhere"))
     assert "mfm encode-latents" in refused(lambda: load(folder))
     assert "--set data.path=DIR" in refused(lambda: Latents().load())
+
+
+@pytest.mark.parametrize("name", ["{there}/notes.safetensors", "../notes.safetensors", "notes.safetensors"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_names_in_an_index_stay_inside_its_folder(name, checked, folder, whole, codec, tmp_path):
+    """Whoever wrote the index: what it names is neither read nor written nor removed, but refused."""
+    out, notes = tmp_path / "there" / "out", tmp_path / "there" / "notes.json"
+    shutil.copytree(whole, out)
+    notes.write_text("mine")
+    document = json.loads((out / INDEX).read_text())
+    document["shards"][1]["file"] = name.format(there=notes.parent)
+    (out / INDEX).write_text(json.dumps(document))
+    for act in (lambda: load(out), lambda: verify(out), lambda: run(folder, codec, out, verify=checked)):
+        assert "damaged" in refused(act)
+    assert notes.read_text() == "mine"
+    assert sorted(file.name for file in out.iterdir()) == sorted(content(whole))
 
 
 def test_a_new_entry_never_vouches_for_a_damaged_shard(folder, whole, codec, tmp_path, monkeypatch):
@@ -538,8 +554,8 @@ def test_a_picture_that_cannot_be_read_is_named_or_left_out(folder, whole, codec
     assert str(files[1]) in message
     assert "--skip-bad" in message
     index = run(tmp_path / "made", codec, tmp_path / "out", skip_bad=True)
-    assert (index["examples"], index["skipped"]) == (13, 2)
-    assert [entry["skipped"] for entry in index["shards"]] == [[str(files[1])], [str(files[6])], [], []]
+    assert (index.examples, index.skipped) == (13, 2)
+    assert [shard.skipped for shard in index.shards] == [(str(files[1]),), (str(files[6]),), (), ()]
     kept = [i for i in range(15) if i not in (1, 6)]
     ours, theirs = tensors(whole), tensors(tmp_path / "out")
     assert torch.equal(theirs["label"], ours["label"][kept])
@@ -683,10 +699,10 @@ def test_many_shards_are_drawn_from_quickly(tmp_path):
     n, shape = 256, (4, 32, 32)
     law = {"mean": torch.zeros(n, *shape).half(), "std": torch.ones(n, *shape).half(), "label": torch.arange(n)}
     law |= {"sum": torch.zeros(shape).double(), "square": torch.full(shape, float(n)).double()}
-    (tmp_path / "one.safetensors").write_bytes(save(law))
-    entry = {"file": "one.safetensors", "examples": n, "bytes": (tmp_path / "one.safetensors").stat().st_size}
-    index = {"schema": 1, "settings": {"flip": False}, "event_shape": shape, "classes": [], "shards": [entry] * 64}
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    file = tmp_path / "latents-00000.safetensors"
+    file.write_bytes(save(law))
+    shards = (LatentShard(file.name, n, file.stat().st_size, ""),) * 64
+    LatentIndex("x", "x", Encoding("", "", 1.0, "float32"), shape, 64 * n, (), 0, 0.0, 1.0, shards).write(tmp_path)
     train, _ = load(tmp_path)
     seconds = []
     for step in range(5):

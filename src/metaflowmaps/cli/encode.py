@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 
 from metaflowmaps.cli.context import Argument, Context, Name, Options, Results
-from metaflowmaps.data.latents import read_index, verify
+from metaflowmaps.data.latents import Encoding, LatentIndex, read_index, verify
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec
-from metaflowmaps.interop.encode_latents import Encoding, Plan, encode
+from metaflowmaps.interop.encode_latents import Plan, encode
 from metaflowmaps.work.devices import pick_device
 from metaflowmaps.work.shards import share_of
 
@@ -66,7 +66,7 @@ def run(config: Encode, context: Context) -> Results:
     }
 
 
-def _encoded(config: Encode, context: Context, out: Path) -> tuple[Results, Results | None]:
+def _encoded(config: Encode, context: Context, out: Path) -> tuple[Results, LatentIndex | None]:
     """The settings, and the index where all shards are there."""
     from metaflowmaps.data.sources import open_source  # brings Pillow
 
@@ -90,30 +90,29 @@ def _encoded(config: Encode, context: Context, out: Path) -> tuple[Results, Resu
     plan = Plan(pictures, codec, encoding, out, config.batch_size, config.skip_bad, threads, device)
     known = f"{len(pictures.class_names):,} classes" if pictures.class_names else "no classes"
     context.say(f"{config.source}: {len(pictures):,} pictures, {known}")
-    named = {"source": config.source, "vae": config.vae}
+    named = {"source": str(config.source), "vae": config.vae}
     index = encode(plan, named, worker, config.verify, context.say)
     if index is None:
         context.say(f"{out}: this worker's shards are there; the index is written by the worker that finds all of them")
-    elif index["skipped"]:
-        skipped = f"{index['skipped']} of the pictures could not be read and were left out"
+    elif index.skipped:
+        skipped = f"{index.skipped} of the pictures could not be read and were left out"
         context.say(f"{skipped}: {out}/latents.json names them")
     return {**named, "worker": config.worker, **vars(encoding)}, index
 
 
-def _verified(out: Path, context: Context) -> tuple[Results, Results]:
+def _verified(out: Path, context: Context) -> tuple[Results, LatentIndex]:
     """Hash every shard of a finished directory; damage is an error that names the files."""
     index, bad = read_index(out), verify(out)
     if bad:
         raise InputError(
-            f"{len(bad)} of {len(index['shards'])} shards of {out} are missing or damaged ({', '.join(bad[:3])}): run "
+            f"{len(bad)} of {len(index.shards)} shards of {out} are missing or damaged ({', '.join(bad[:3])}): run "
             "the mfm encode-latents command that made them with --verify, which makes them again"
         )
-    context.say(f"{out}: all {len(index['shards'])} shards are what was written")
-    return index["settings"], index
+    context.say(f"{out}: all {len(index.shards)} shards are what was written")
+    return vars(index.settings), index
 
 
-def summary(index: Results) -> Results:
+def summary(index: LatentIndex) -> Results:
     """What a user wants to know of an index."""
-    counts = {"examples": index["examples"], "classes": len(index["classes"]), "shards": len(index["shards"])}
-    sizes = {"skipped": index["skipped"], "bytes": sum(entry["bytes"] for entry in index["shards"])}
-    return {**counts, **sizes, "mean": index["mean"], "std": index["std"]}
+    counts = {"examples": index.examples, "classes": len(index.classes), "shards": len(index.shards)}
+    return {**counts, "skipped": index.skipped, "bytes": index.bytes, "mean": index.mean, "std": index.std}

@@ -16,26 +16,86 @@ Sizes of all shards are checked each time; their hashes when asked for (:func:`v
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import safe_open
 from torch import Tensor
 
+from metaflowmaps._files import write_json
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import randn
 
 SCHEMA = 1
 INDEX, ENCODING = "latents.json", "encoding"  # the latter: a folder that is there while shards are made
-SHARD = re.compile(r"latents-\d{5,}\.safetensors")
-NEEDED, ENTRY = {"settings", "event_shape", "classes"}, {"file", "examples", "bytes"}
+SHARD = r"latents-\d{5,}\.safetensors"  # what a shard is called, always inside its folder
 SIDES = (("mean", "std"), ("mean_flipped", "std_flipped"))
 AGAIN = "run the mfm encode-latents command that made it again, which makes what is missing"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What decides the result. ``vae`` identifies the weights, ``source`` the pictures and their classes."""
+
+    source: str
+    vae: str
+    scale: float
+    dtype: str
+    size: int = 256
+    flip: bool = False
+    shard_size: int = 4096
+    limit: int | None = None
+
+
+@checked_dataclass(frozen=True)
+class LatentShard:
+    """A shard as the index lists it: its file, how many pictures it holds, and which could not be read."""
+
+    file: Annotated[str, Field(pattern=f"^{SHARD}$")]
+    examples: Annotated[int, Field(ge=0)]
+    bytes: int
+    sha256: str
+    skipped: tuple[str, ...] = ()
+
+    def is_whole(self, folder: Path, by_hash: bool = False) -> bool:
+        """Is the file there, of its size and, if asked, with its hash?"""
+        file = folder / self.file
+        if not file.is_file() or file.stat().st_size != self.bytes:
+            return False
+        if not by_hash:
+            return True
+        with file.open("rb") as opened:
+            return bool(hashlib.file_digest(opened, "sha256").hexdigest() == self.sha256)
+
+
+@checked_dataclass(frozen=True)
+class LatentIndex:
+    """latents.json; ``source`` and ``vae`` are what the user called them, mean and std those of what is drawn."""
+
+    source: str
+    vae: str
+    settings: Encoding
+    event_shape: tuple[int, ...]
+    examples: int
+    classes: tuple[str, ...]
+    skipped: int
+    mean: float
+    std: float
+    shards: Annotated[tuple[LatentShard, ...], Field(min_length=1)]
+
+    def write(self, folder: Path) -> None:
+        """Write it into its folder, whole or not at all."""
+        write_json(folder / INDEX, {"schema": SCHEMA, **asdict(self)})
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.bytes for shard in self.shards)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +148,12 @@ class LatentSet:
     @property
     def mean(self) -> float:
         """The mean of what is drawn, over the whole set and all coordinates."""
-        return float(self.shards.mean_image.mean())
+        return self.shards.mean
 
     @property
     def std(self) -> float:
         """The root of the mean square about that one mean."""
-        return math.sqrt(max(0.0, float(self.shards.square_image.mean()) - self.mean**2))
+        return self.shards.std
 
     @property
     def mean_image(self) -> Tensor:
@@ -114,15 +174,14 @@ class LatentSet:
 class LatentShards:
     """All shards of a directory, mapped when they are first asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.document = folder, read_index(folder)
-        self.entries: list[dict[str, Any]] = self.document["shards"]
-        self.event_shape: tuple[int, ...] = tuple(self.document["event_shape"])
-        self.class_names: tuple[str, ...] = tuple(self.document["classes"])
-        self.flips = bool(self.document["settings"]["flip"])
+    def __init__(self, folder: Path, index: "LatentIndex | None" = None) -> None:
+        index = index or read_index(folder)
+        self.folder = folder
+        self.entries, self.event_shape = index.shards, index.event_shape
+        self.class_names, self.flips = index.classes, index.settings.flip
         for entry in self.entries:
-            _check_size(folder / entry["file"], entry["bytes"])
-        self._starts = torch.tensor([0, *(entry["examples"] for entry in self.entries)]).cumsum(0)
+            _check_size(folder / entry.file, entry.bytes)
+        self._starts = torch.tensor([0, *(entry.examples for entry in self.entries)]).cumsum(0)
         self._mapped: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -142,6 +201,16 @@ class LatentShards:
     def square_image(self) -> Tensor:
         """E x²: (C, h, w) float64."""
         return self._total("square") / len(self)
+
+    @property
+    def mean(self) -> float:
+        """E x over all coordinates."""
+        return float(self.mean_image.mean())
+
+    @property
+    def std(self) -> float:
+        """The root of the mean square about it."""
+        return math.sqrt(max(0.0, float(self.square_image.mean()) - self.mean**2))
 
     def gather(self, places: Tensor, flipped: Tensor, names: tuple[str, ...]) -> list[Tensor]:
         """Rows of tensors, of the side that ``flipped`` says: (k, C, h, w) float32 each."""
@@ -167,8 +236,8 @@ class LatentShards:
             self._mapped[k] = self._map(self.entries[k])
         return self._mapped[k]
 
-    def _map(self, entry: dict[str, Any]) -> dict[str, Tensor]:
-        file, shape = self.folder / entry["file"], (entry["examples"], *self.event_shape)
+    def _map(self, entry: LatentShard) -> dict[str, Tensor]:
+        file, shape = self.folder / entry.file, (entry.examples, *self.event_shape)
         wanted = {name: (torch.float16, shape) for side in SIDES[: 1 + self.flips] for name in side}
         wanted |= dict.fromkeys(("sum", "square"), (torch.float64, self.event_shape))
         wanted["label"] = (torch.int64, shape[:1])
@@ -185,8 +254,8 @@ class LatentShards:
         return held
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """latents.json, refused unless it has the form that is written."""
+def read_index(folder: Path) -> LatentIndex:
+    """latents.json, refused unless it has the form that is written and names shards of its own folder alone."""
     file = folder / INDEX
     if not folder.is_dir():
         raise InputError(
@@ -198,36 +267,18 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"no {INDEX} in {folder.absolute()}{begun}: mfm encode-latents SOURCE --out {folder} makes one"
         )
     try:
-        document: Any = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict) or not isinstance(document.get("shards"), list):
-        raise InputError(f"{file} is damaged: delete it, then {AGAIN}")
-    if document.get("schema") != SCHEMA:
-        raise InputError(
-            f"{file} has schema {document.get('schema')!r}, this package reads {SCHEMA}: "
-            "pip install --upgrade metaflowmaps"
-        )
-    entries = document["shards"]
-    if not (document.keys() >= NEEDED and entries and all(isinstance(e, dict) and e.keys() >= ENTRY for e in entries)):
-        raise InputError(f"{file} is damaged: delete it, then {AGAIN}")
-    return document
+        document = json.loads(file.read_bytes())
+        schema = document.get("schema", SCHEMA)
+        if schema == SCHEMA:
+            return TypeAdapter(LatentIndex).validate_python(document)
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"{file} is damaged: delete it, then {AGAIN}") from None
+    raise InputError(f"{file} has schema {schema!r}, this package reads {SCHEMA}: pip install --upgrade metaflowmaps")
 
 
-def verify(folder: Path, entries: Iterable[dict[str, Any]] | None = None) -> list[str]:
+def verify(folder: Path) -> list[str]:
     """Read every shard; the names of those that are missing or are not what was written."""
-    listed = read_index(folder)["shards"] if entries is None else entries
-    return [entry["file"] for entry in listed if not is_whole(folder / entry["file"], entry, by_hash=True)]
-
-
-def is_whole(file: Path, entry: dict[str, Any], by_hash: bool = False) -> bool:
-    """Is the file there, of the size and, if asked, with the hash of its entry?"""
-    if not file.is_file() or file.stat().st_size != entry["bytes"]:
-        return False
-    if not by_hash:
-        return True
-    with file.open("rb") as opened:
-        return bool(hashlib.file_digest(opened, "sha256").hexdigest() == entry["sha256"])
+    return [shard.file for shard in read_index(folder).shards if not shard.is_whole(folder, by_hash=True)]
 
 
 def _check_size(file: Path, size: int) -> None:

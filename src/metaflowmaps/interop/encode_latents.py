@@ -6,21 +6,30 @@ settings alone. The shards are those of :mod:`metaflowmaps.work.shards`, with th
 there joins the entries into ``latents.json`` and removes that folder.
 """
 
+import re
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-from torch import Tensor
 
-from metaflowmaps._files import sweep, write_json
-from metaflowmaps.data.latents import ENCODING, INDEX, SCHEMA, SHARD, SIDES, is_whole, read_index
+from metaflowmaps._files import sweep
+from metaflowmaps.data.latents import (
+    ENCODING,
+    INDEX,
+    SHARD,
+    SIDES,
+    Encoding,
+    LatentIndex,
+    LatentShard,
+    LatentShards,
+    read_index,
+)
 from metaflowmaps.data.sources import BadPicture, PictureSource, picture
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.autoencoder import Codec
@@ -29,20 +38,7 @@ from metaflowmaps.work.config import differences
 from metaflowmaps.work.shards import Say, Shard, ShardEntry, ShardFolder, Unfinished, Worker, discard, ranges, read_plan
 
 PREFIX = "latents-"
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What decides the result. ``vae`` identifies the weights, ``source`` the pictures and their classes."""
-
-    source: str
-    vae: str
-    scale: float
-    dtype: str
-    size: int = 256
-    flip: bool = False
-    shard_size: int = 4096
-    limit: int | None = None
+BATCHES_AHEAD = 2  # that are read while one is encoded
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,16 @@ class Plan:
 
 def encode(
     plan: Plan,
-    described: dict[str, Any],
+    described: Mapping[str, str],
     worker: Worker | None = None,
     verify: bool = False,
     say: Say = lambda line: None,
-) -> dict[str, Any] | None:
+) -> LatentIndex | None:
     """Make what is missing of the shards, or this worker's part of it.
 
     Args:
         plan: Which pictures, encoded how, to where.
-        described: Goes into the index as it is.
+        described: What the user calls the "source" and the "vae", for the index.
         worker: Which of several this process is; None makes all that is missing.
         verify: Whether to hash every shard that is there; one that is damaged is made again.
         say: Takes a line of progress.
@@ -91,41 +87,33 @@ def encode(
     parts = ranges(len(chosen), size, PREFIX)
     _check_place(plan)
     sweep(plan.out)
-    folder = plan.out / ENCODING
-    shards = ShardFolder(folder, worker, (plan.out / INDEX).exists, say, product=plan.out)
+    shards = ShardFolder(plan.out / ENCODING, worker, (plan.out / INDEX).exists, say, product=plan.out)
     if (plan.out / INDEX).exists() and not _reopen(plan, shards, verify):
         return read_index(plan.out)
     shards.begin(list(parts), size, vars(plan.settings))
     if verify:
-        _drop_damaged(shards)
-    rate = _Rate(say)
+        _withdraw_damaged(plan.out, shards)
     with ThreadPoolExecutor(plan.threads) as pool, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+
+        def make(name: str) -> Shard:
+            began = time.perf_counter()
+            shard = _encoded(plan, chosen[parts[name]], pool)
+            rows, bad = shard.facts["rows"], len(shard.facts["skipped"])
+            rate = (rows + bad) / (time.perf_counter() - began)
+            say(f"{name}: {rows:,} images{f', {bad} cannot be read' if bad else ''}, {rate:.0f} images/s")
+            return shard
+
         try:
-            shards.work(lambda name: rate.of(_encoded(plan, chosen[parts[name]], pool), name))
+            shards.work(make)
         except Unfinished:
             return read_index(plan.out) if shards.finished() else None
     try:
         index = _index(plan, shards, described)
-        write_json(plan.out / INDEX, index)
+        index.write(plan.out)
     finally:
         shards.close()
-    discard(folder)
+    discard(shards.folder)
     return index
-
-
-class _Rate:
-    """How fast pictures are encoded."""
-
-    def __init__(self, say: Say) -> None:
-        self.say, self.began, self.done = say, time.perf_counter(), 0
-
-    def of(self, shard: Shard, name: str) -> Shard:
-        count, bad = shard.facts["rows"], len(shard.facts["skipped"])
-        self.done += count + bad
-        rate = self.done / (time.perf_counter() - self.began)
-        skipped = f", {bad} cannot be read" if bad else ""
-        self.say(f"{name}: {count:,} images{skipped}, {rate:.0f} images/s")
-        return shard
 
 
 # -- one shard -------------------------------------------------------------------------------------------------------
@@ -133,71 +121,60 @@ class _Rate:
 
 def _encoded(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Shard:
     """The tensors of a shard, and the names of what cannot be read."""
+    shape, sides = plan.codec.latent_shape(plan.settings.size), SIDES[: 1 + plan.settings.flip]
+    rows = {name: [torch.empty(0, *shape).half()] for side in sides for name in side}
     labels: list[int] = []
     skipped: list[str] = []
-    sides: list[list[tuple[Tensor, Tensor]]] = [[] for _ in SIDES[: 1 + plan.settings.flip]]
-    batch: list[tuple[int, np.ndarray]] = []
-
-    def flush() -> None:
-        if not batch:
-            return
-        pixels = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2).contiguous()
-        x = pixels.to(plan.device).float() / 127.5 - 1
-        for flipped, side in enumerate(sides):
-            mean, std = (part.half().cpu().contiguous() for part in plan.codec.encode(x.flip(-1) if flipped else x))
-            if not bool((mean.isfinite() & std.isfinite()).all()):
-                raise InputError(
-                    f"the autoencoder gives infinite or undefined latents, for {plan.source.name(batch[0][0])} or one "
-                    f"of the {len(batch) - 1} after it: --dtype float32"
-                )
-            side.append((mean, std))
-        labels.extend(plan.source.labels[i] for i, _ in batch)
-        batch.clear()
-
-    for i, image in _read(plan, items, pool):
-        if isinstance(image, BadPicture):
-            if not plan.skip_bad:
+    for batch in _read_ahead(plan, items, pool):
+        good: dict[int, np.ndarray] = {}
+        for i, image in batch:
+            if not isinstance(image, BadPicture):
+                good[i] = image
+            elif plan.skip_bad:
+                skipped.append(plan.source.name(i))
+            else:
                 raise image
-            skipped.append(plan.source.name(i))
+        if not good:
             continue
-        batch.append((i, image))
-        if len(batch) == plan.batch_size:
-            flush()
-    flush()
-    shape = plan.codec.latent_shape(plan.settings.size)
-    tensors = {"label": torch.tensor(labels, dtype=torch.int64)}
-    tensors |= {name: torch.zeros(shape, dtype=torch.float64) for name in ("sum", "square")}
-    for names, side in zip(SIDES, sides, strict=False):
-        for name, j in zip(names, (0, 1), strict=True):
-            tensors[name] = torch.cat([pair[j] for pair in side]) if side else torch.empty(0, *shape).half()
+        labels += [plan.source.labels[i] for i in good]
+        pixels = torch.from_numpy(np.stack(list(good.values()))).permute(0, 3, 1, 2).contiguous()
+        x = pixels.to(plan.device).float() / 127.5 - 1
+        for names, pictures in zip(sides, (x, x.flip(-1)), strict=False):
+            for name, part in zip(names, plan.codec.encode(pictures), strict=True):
+                rows[name].append(part.half().cpu())
+                if not bool(rows[name][-1].isfinite().all()):
+                    first = plan.source.name(next(iter(good)))
+                    raise InputError(
+                        f"the autoencoder gives infinite or undefined latents, for {first} or one of the "
+                        f"{len(good) - 1} after it: --dtype float32"
+                    )
+    tensors = {name: torch.cat(parts) for name, parts in rows.items()}
+    total, square = torch.zeros(2, *shape, dtype=torch.float64)
+    for names in sides:
         mean, std = (tensors[name].double() for name in names)
-        tensors["sum"] += mean.sum(0) / len(sides)
-        tensors["square"] += (mean.square() + std.square()).sum(0) / len(sides)
+        total += mean.sum(0) / len(sides)
+        square += (mean.square() + std.square()).sum(0) / len(sides)
+    tensors |= {"label": torch.tensor(labels, dtype=torch.int64), "sum": total, "square": square}
     return Shard(tensors, {"rows": len(labels), "skipped": skipped})
 
 
-def _read(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray | BadPicture]]:
-    """The pictures in order, read and cropped ahead of time by the pool."""
+def _read_ahead(
+    plan: Plan, items: list[int], pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[int, np.ndarray | BadPicture]]]:
+    """Batches of pictures in order, read and cropped by the pool while earlier ones are encoded."""
 
-    def one(i: int) -> np.ndarray | BadPicture:
+    def read(i: int) -> tuple[int, np.ndarray | BadPicture]:
         try:
-            return picture(plan.source, i, plan.settings.size)
+            return i, picture(plan.source, i, plan.settings.size)
         except BadPicture as bad:
-            return bad
+            return i, bad
 
-    ahead: deque[tuple[int, Future[np.ndarray | BadPicture]]] = deque()
-    try:
-        for i in items:
-            ahead.append((i, pool.submit(one, i)))
-            if len(ahead) > 2 * plan.batch_size + plan.threads:
-                place, future = ahead.popleft()
-                yield place, future.result()
-        while ahead:
-            place, future = ahead.popleft()
-            yield place, future.result()
-    finally:
-        for _, future in ahead:
-            future.cancel()
+    size = plan.batch_size
+    begun = (pool.map(read, items[start : start + size]) for start in range(0, len(items), size))
+    ahead = deque(islice(begun, BATCHES_AHEAD))
+    while ahead:
+        ahead.extend(islice(begun, 1))
+        yield list(ahead.popleft())
 
 
 # -- the directory ---------------------------------------------------------------------------------------------------
@@ -206,25 +183,26 @@ def _read(plan: Plan, items: list[int], pool: ThreadPoolExecutor) -> Iterator[tu
 def _check_place(plan: Plan) -> None:
     """Make the directory, or refuse one that holds something else."""
     out, folder = plan.out, plan.out / ENCODING
+    wanted = asdict(plan.settings)
     try:
         if out.exists() and not out.is_dir():
             raise InputError(f"--out {out} is a file: give a directory")
         out.mkdir(parents=True, exist_ok=True)
         begun = read_plan(folder)
         if (out / INDEX).exists():
-            held = read_index(out)["settings"]
+            held = asdict(read_index(out).settings)
         elif begun is not None:
             held = begun.settings
         else:  # shards whose index was damaged and deleted are made again
-            held = vars(plan.settings)
-            own = (p.name for p in out.iterdir() if not p.name.startswith(".") and not SHARD.fullmatch(p.name))
-            others = sorted(name for name in own if name != ENCODING)
+            held = wanted
+            names = sorted(file.name for file in out.iterdir() if not file.name.startswith("."))
+            others = [name for name in names if name != ENCODING and not re.fullmatch(SHARD, name)]
             if others:
                 raise InputError(f"--out {out} holds other files ({others[0]}): give an empty directory")
             folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to --out {out}: {error.strerror}; choose another directory") from error
-    lines = [_named(line) for line in differences(held, vars(plan.settings))]
+    lines = [_named(line) for line in differences(held, wanted)]
     if lines:
         raise InputError(
             f"{out} holds latents made otherwise ({'; '.join(lines[:3])}): repeat its settings, or choose another --out"
@@ -239,60 +217,52 @@ def _named(difference: str) -> str:
 
 def _reopen(plan: Plan, shards: ShardFolder, verify: bool) -> bool:
     """Where a shard of a finished directory is missing or damaged, take the index apart into entries again."""
-    entries = read_index(plan.out)["shards"]
-    if all(is_whole(plan.out / entry["file"], entry, verify) for entry in entries):
+    listed = {Path(shard.file).stem: shard for shard in read_index(plan.out).shards}
+    if all(shard.is_whole(plan.out, verify) for shard in listed.values()):
         discard(plan.out / ENCODING)  # of a process that was killed after it wrote the index
         return False
     shards.folder.mkdir(exist_ok=True)
-    names = [entry["file"].removesuffix(".safetensors") for entry in entries]
-    for name, entry in zip(names, entries, strict=True):
-        facts = {"rows": entry["examples"], "skipped": entry["skipped"], "span": [0.0, 0.0]}
-        shards.vouch(name, ShardEntry(entry["sha256"], entry["bytes"], facts))
-    shards.begin(names, plan.settings.shard_size, vars(plan.settings))
+    for name, shard in listed.items():
+        facts = {"rows": shard.examples, "skipped": list(shard.skipped), "span": [0.0, 0.0]}
+        shards.vouch(name, ShardEntry(shard.sha256, shard.bytes, facts))
+    shards.begin(list(listed), plan.settings.shard_size, vars(plan.settings))
     (plan.out / INDEX).unlink(missing_ok=True)
     return True
 
 
-def _drop_damaged(shards: ShardFolder) -> None:
+def _listed(name: str, shards: ShardFolder) -> LatentShard | None:
+    """A shard's line in the index; None where it is not there."""
+    entry = shards.entry(name)
+    if entry is None:
+        return None
+    facts = entry.facts
+    return LatentShard(f"{name}.safetensors", facts["rows"], entry.bytes, entry.sha256, tuple(facts["skipped"]))
+
+
+def _withdraw_damaged(out: Path, shards: ShardFolder) -> None:
     """Withdraw the entries of shards whose hash is wrong."""
     for name in shards.names:
-        entry = shards.entry(name)
-        if entry is not None and not is_whole(shards.tensors_of(name), entry._asdict(), by_hash=True):
+        shard = _listed(name, shards)
+        if shard is not None and not shard.is_whole(out, by_hash=True):
             shards.vouch(name, None)
 
 
-def _index(plan: Plan, shards: ShardFolder, described: dict[str, Any]) -> dict[str, Any]:
-    """latents.json."""
-    entries = []
-    for name in shards.names:
-        entry = shards.entry(name)
-        assert entry is not None, "work returns where all shards are there"
-        held = {"file": f"{name}.safetensors", "examples": entry.facts["rows"], "bytes": entry.bytes}
-        entries.append({**held, "sha256": entry.sha256, "skipped": entry.facts["skipped"]})
-    if not any(entry["examples"] for entry in entries):
+def _index(plan: Plan, shards: ShardFolder, described: Mapping[str, str]) -> LatentIndex:
+    """latents.json, once all shards are there."""
+    listed = tuple(shard for name in shards.names if (shard := _listed(name, shards)))
+    if not any(shard.examples for shard in listed):
         first = shards.folder / f"{shards.names[0]}.json"
         raise InputError(f"none of the pictures could be read: see {first} for their names")
-    return {
-        "schema": SCHEMA,
+    index = LatentIndex(
         **described,
-        "settings": vars(plan.settings),
-        "event_shape": list(plan.codec.latent_shape(plan.settings.size)),
-        "examples": sum(entry["examples"] for entry in entries),
-        "classes": list(plan.source.class_names),
-        "skipped": sum(len(entry["skipped"]) for entry in entries),
-        **_moments([shards.tensors_of(name) for name in shards.names]),
-        "shards": entries,
-    }
-
-
-def _moments(files: list[Path]) -> dict[str, float]:
-    """Mean and spread over pictures and coordinates, of what is drawn."""
-    total = square = 0.0
-    count = 0
-    for file in files:
-        with safetensors.safe_open(file, "pt") as opened:
-            total += float(opened.get_tensor("sum").sum())
-            square += float(opened.get_tensor("square").sum())
-            count += opened.get_slice("label").get_shape()[0] * opened.get_tensor("sum").numel()
-    mean = total / count if count else 0.0
-    return {"mean": mean, "std": max(0.0, square / count - mean**2) ** 0.5 if count else 0.0}
+        settings=plan.settings,
+        event_shape=plan.codec.latent_shape(plan.settings.size),
+        examples=sum(shard.examples for shard in listed),
+        classes=tuple(plan.source.class_names),
+        skipped=sum(len(shard.skipped) for shard in listed),
+        mean=0.0,
+        std=0.0,
+        shards=listed,
+    )
+    held = LatentShards(plan.out, index)
+    return replace(index, mean=held.mean, std=held.std)

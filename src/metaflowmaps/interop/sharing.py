@@ -109,7 +109,7 @@ def of_run(run: str, wanted: Wanted) -> Shareable:
     data, names = read_examples(training), stored.get("class_names") or ()
     if isinstance(data, Latents) and data.path and (Path(data.path).expanduser() / INDEX).exists():
         index = read_index(Path(data.path).expanduser())
-        vae, names = vae or index["vae"], names or index["classes"]
+        vae, names = vae or index.vae, names or index.classes
     _check_guidance(guidance, getattr(getattr(model.network, "config", None), "guidance", False))
     if guidance is None:
         guidance = stored.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
