@@ -14,7 +14,7 @@ from torch import nn
 import metaflowmaps as mfm
 from calls import steer
 from conftest import F64, mfm_command
-from metaflowmaps.cli.rewards import JUDGES, choose_reward
+from metaflowmaps.lab.named_rewards import JUDGES, choose_reward
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.rewards import AestheticScore, ClassifierMixture, ImageClassifierReward, LogitMargin, Pixels
 from metaflowmaps.rewards.vision.aesthetic import FILE

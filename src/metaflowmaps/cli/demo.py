@@ -14,6 +14,7 @@ from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.train import resolve, train
 from metaflowmaps.lab.digits_story import RACE, tell_story
 from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig
+from metaflowmaps.lab.evaluate.on_mixtures import posterior_on_mixture
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.lab.report.html import tables_of, write_report
@@ -84,15 +85,15 @@ def _mixture(out: Path, context: Context) -> tuple[list[Path], Results]:
     context.say(f"training the meta flow map of a three-mode mixture ({config.steps} steps) …")
     train(config, _part(context, out / "train", "train gmm --fast"))
     context.say("judging its posterior draws against the exact posteriors …")
-    judged = evaluate.posterior_of_mixture(
-        evaluate.PosteriorEvaluation(checkpoint=map_),
-        PosteriorEvalConfig(samples=8192, seed=seed, sets=8, other_contexts=4),
+    settings = PosteriorEvalConfig(samples=8192, seed=seed, sets=8, other_contexts=4)
+    judged = evaluate.measure(
+        posterior_on_mixture(map_, "gmm", settings, "cpu"),
         _part(context, out / "eval", f"eval posterior {map_}", ("sets=8", "other_contexts=4")),
     )
     context.say("steering it towards an observation, every method on one meter …")
-    settings = ("steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(METHODS)}")
+    typed = ("steps=50", "seeds=1", "num_draws=[4]", f"methods={json.dumps(METHODS)}")
     evaluate.steering(
-        evaluate.SteeringEvaluation(checkpoint=map_, task="gmm-inverse", samples=2048, settings=settings),
-        _part(context, out / "steering", f"eval steering {map_} --samples 2048", settings),
+        evaluate.SteeringEvaluation(checkpoint=map_, task="gmm-inverse", samples=2048, settings=typed),
+        _part(context, out / "steering", f"eval steering {map_} --samples 2048", typed),
     )
     return [out / "eval", out / "steering", out / "train"], judged

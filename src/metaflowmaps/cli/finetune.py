@@ -11,7 +11,6 @@ from pydantic import Field
 from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.cli.context import TRAINS, Context, Name, OnCheckpoint, Results
 from metaflowmaps.cli.results import Request
-from metaflowmaps.cli.rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.meters import Watched, kept_records, measurements
@@ -23,6 +22,7 @@ from metaflowmaps.finetuning.tuning_objective import TuningObjective
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate import tuning_error as tuning
 from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject, summary
+from metaflowmaps.lab.named_rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.training.loop import NonFiniteLoss
 from metaflowmaps.work import ranks

@@ -19,10 +19,10 @@ from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, draw, usual_size
 from metaflowmaps.cli.results import Request
-from metaflowmaps.cli.rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.figures import plots, result_figures, steering_figures
+from metaflowmaps.lab.named_rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import fresh_seeds, stream
