@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.metrics.frechet import finite_rows
+from metaflowmaps.metrics.finite import finite_rows
 from metaflowmaps.random import rand
 
 FEATURES = ("bias", "spread", "dependence")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.metrics.frechet import finite_rows
+from metaflowmaps.metrics.finite import finite_rows
 from metaflowmaps.metrics.kernels import _mean_within, energy_kernel, median_distance, rbf_kernel, squared_distances
 
 

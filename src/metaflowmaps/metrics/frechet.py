@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.metrics.finite import check_finite, finite_rows
 
 
 class Moments(NamedTuple):
@@ -65,6 +66,8 @@ def read_statistics(path: str | Path) -> Moments:
         raise InputError(
             f"{path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: (d,) and (d, d) are needed"
         )
+    for name, held in (("mu", mean), ("sigma", covariance)):
+        check_finite(held, f"{name} of {path},")
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return Moments(mean, values.clamp_min(0).sqrt()[:, None] * vectors.T)
 
@@ -80,6 +83,8 @@ def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
         d², the square of a metric.
     """
     (mean_x, a), (mean_y, b) = (one if isinstance(one, Moments) else moments(one) for one in (x, y))
+    for held in (mean_x, a, mean_y, b):
+        check_finite(held, "moments")
     if mean_x.shape != mean_y.shape:
         raise InputError(f"the features differ in number, {len(mean_x)} and {len(mean_y)}: they must be of one kind")
     shift = (mean_x - mean_y).square().sum()
@@ -105,25 +110,6 @@ def frechet_floor(x: Tensor, splits: int = 4, generator: torch.Generator | None 
         order = torch.randperm(len(x), generator=generator).to(x.device)
         total += frechet_distance(x[order[:half]], x[order[half : 2 * half]])
     return total / splits
-
-
-def finite_rows(x: Tensor, what: str, least: int = 2) -> Tensor:
-    """x (n, …) in float64 on the CPU, refused when it has too few rows, no columns or a value that is not finite.
-
-    Args:
-        x: (n, …).
-        what: they are called in a message.
-        least: rows that are needed.
-
-    Returns:
-        x in float64 on the CPU.
-    """
-    if x.ndim < 2 or len(x) < least or x[0].numel() == 0:
-        raise InputError(f"{what} of at least {least} rows (n, …) are needed, got shape {tuple(x.shape)}")
-    x = x.detach().to("cpu", torch.float64)
-    if not x.isfinite().all():
-        raise InputError(f"{what} of shape {tuple(x.shape)} hold NaN or infinite values: remove those rows")
-    return x
 
 
 def _factor(x: Tensor) -> Tensor:

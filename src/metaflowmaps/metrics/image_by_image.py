@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.metrics.frechet import finite_rows
+from metaflowmaps.metrics.finite import check_finite, finite_rows
 
 CAP = 100.0  # decibels: what identical images are given
 
@@ -41,6 +41,7 @@ def class_distance(frequencies: Tensor, target: Tensor) -> float:
     vectors = []
     for vector in (frequencies, target):
         vector = vector.detach().to("cpu", torch.float64)
+        check_finite(vector, "class frequencies")
         # frequencies in float32 sum to 1 within K roundings
         if vector.ndim != 1 or not (vector >= 0).all() or abs(float(vector.sum()) - 1) > 1e-4:
             raise InputError("class frequencies are a vector (K,) of numbers >= 0 that sum to 1: divide counts by n")

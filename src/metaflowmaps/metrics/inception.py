@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.metrics.finite import check_finite
 
 
 class Inception(nn.Module):
@@ -28,6 +29,7 @@ class Inception(nn.Module):
         """(B, 3, H, W) -> (B, 2048)."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise InputError(f"Inception sees colour pictures (B, 3, H, W), got {tuple(x.shape)}")
+        check_finite(x, "pictures")
         whole = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         (out,) = self.extractor(whole)
         features: Tensor = out.float()

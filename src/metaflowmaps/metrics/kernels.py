@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.metrics.finite import check_finite
 
 PairKernel = Callable[[Tensor], Tensor]  # of squared distances
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -99,7 +100,7 @@ def _prepared(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"two samples of at least 2 points and one event shape are needed, got {tuple(x.shape)} and "
             f"{tuple(y.shape)}"
         )
-    return x.detach().flatten(1), y.detach().flatten(1)
+    return check_finite(x.detach(), "samples").flatten(1), check_finite(y.detach(), "samples").flatten(1)
 
 
 def _discrepancy(x: Tensor, y: Tensor, kernel: PairKernel) -> float:

@@ -24,6 +24,7 @@ from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.metrics.finite import root
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
 from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.random import randn, stream
@@ -230,7 +231,7 @@ def _sets(
 
 
 def _root_mean(values: list[float]) -> float:
-    return math.sqrt(max(0.0, sum(values) / len(values)))
+    return root(sum(values) / len(values))
 
 
 def _ratio_spread(groups: list[list[float]]) -> float | None:

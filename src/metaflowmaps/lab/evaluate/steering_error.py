@@ -11,7 +11,6 @@ The cost is that of all seeds, read off the meter. A cell that would cost more t
 on fewer samples, which the results state together with the floor for that size.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from metaflowmaps.lab.evaluate.variants import Variant, variant
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.metrics.finite import root
 from metaflowmaps.metrics.kernels import mmd_squared
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
 from metaflowmaps.posterior import ExactModel
@@ -93,9 +93,9 @@ class ExactJudge:
         self._exact: dict[int, Curves] = {}
 
     def frequencies(self, x: Tensor) -> Tensor:
-        """Shares of the samples nearest to each mean of the tilted law."""
-        means = self.tilted.means
-        nearest = torch.cat([torch.cdist(part.double(), means).argmin(1) for part in x.split(2**16)])
+        """Shares of the samples nearest to each mean of the tilted law; what is not finite is near none of them."""
+        means, kept = self.tilted.means, x[x.isfinite().all(1)]
+        nearest = torch.cat([torch.cdist(part.double(), means).argmin(1) for part in kept.split(2**16)])
         return torch.bincount(nearest, minlength=len(means)).double() / len(x)
 
     def exact(self, n: int) -> Curves:
@@ -108,7 +108,7 @@ class ExactJudge:
 
     def floor_sw2(self, n: int) -> float:
         """√ mean SW2² between two exact sets of n samples."""
-        return math.sqrt(max(0.0, self.exact(n).floor()))
+        return root(self.exact(n).floor())
 
     def floor_mode_l1(self, n: int) -> float:
         """Mean of the mode-weight L1 of n exact samples, over 64 sets."""
@@ -119,6 +119,15 @@ class ExactJudge:
             shares = torch.bincount(drawn, minlength=len(self.probabilities)).double() / n
             total += float((shares - self.probabilities).abs().sum())
         return total / 64
+
+
+FAR = 1e6  # coordinates beyond it count as it
+
+
+def within_reach(x: Tensor) -> Tensor:
+    """x with every coordinate at most FAR from 0; of what is not finite, all are: left out, it would be no error."""
+    lost = ~x.isfinite().all(1, keepdim=True)
+    return x.clamp(-FAR, FAR).masked_fill(lost, FAR)
 
 
 Report = Callable[[str], None]
@@ -201,28 +210,22 @@ def _judged(
 ) -> dict[str, Any]:
     mine, pooled, lost, mmd = Curves(), [], 0, []
     for i, run in enumerate(runs):
-        x = run.samples.cpu()
-        finite = x.isfinite().all(1)
-        lost += int((~finite).sum())
-        # for distances, what is not finite counts as being at the origin: left out, it would flatter the method
-        x = torch.where(finite[:, None], x, torch.zeros_like(x)).clamp(-1e6, 1e6)
+        lost += int((~run.samples.isfinite().all(1)).sum())
+        x = within_reach(run.samples.cpu())
         mine.add(curves(x, judge.along))
         pooled.append(x)
         if i < config.mmd_seeds:
             mmd.append(mmd_squared(x, judge.tilted.sample(samples, stream(judge.seed, "mmd", i)).to(x)))
     everything = torch.cat(pooled)
-    # samples that are lost belong to no mode: the frequencies do not sum to one then
-    whole = torch.cat([run.samples.cpu() for run in runs])
-    kept = whole[whole.isfinite().all(1)]
-    frequencies = judge.frequencies(kept) * (len(kept) / len(whole)) if len(kept) else 0 * judge.probabilities
+    frequencies = judge.frequencies(torch.cat([run.samples.cpu() for run in runs]))
     rewards = judge.reward(everything.double())
     cost = {k: sum(run.cost[k] for run in runs) for k in runs[0].cost if k not in ("nfe", "peak_memory_bytes")}
     cost["nfe"] = sum(run.cost["nfe"] for run in runs) / len(runs)
     cost["peak_memory_bytes"] = max(run.cost["peak_memory_bytes"] for run in runs)
     return {
-        "sw2": math.sqrt(max(0.0, mine.squared_distance(judge.exact(samples)))),
+        "sw2": root(mine.squared_distance(judge.exact(samples))),
         "floor_sw2": judge.floor_sw2(samples),
-        "mmd": math.sqrt(max(0.0, sum(mmd) / len(mmd))) if mmd else None,
+        "mmd": root(sum(mmd) / len(mmd)) if mmd else None,
         "mode_l1": float((frequencies - judge.probabilities).abs().sum()),
         "floor_mode_l1": judge.floor_mode_l1(samples * len(runs)),
         "mode_frequencies": frequencies.tolist(),

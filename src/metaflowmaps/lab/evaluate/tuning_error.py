@@ -18,9 +18,10 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
-from metaflowmaps.lab.evaluate.steering_error import ExactJudge
+from metaflowmaps.lab.evaluate.steering_error import ExactJudge, within_reach
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
+from metaflowmaps.metrics.finite import root
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.metrics.image_by_image import class_distance
 from metaflowmaps.metrics.sliced_w2 import Curves, curves
@@ -72,17 +73,18 @@ class MixtureJudge:
 
     def __call__(self, sets: list[Drawn]) -> dict[str, Any]:
         mine, n, judge = Curves(), len(sets[0].x), self.exact
-        whole = [torch.where(x.isfinite(), x, torch.zeros_like(x)).clamp(-1e6, 1e6).cpu() for x, _ in sets]
-        for x in whole:
+        made = torch.cat([x for x, _ in sets]).cpu()
+        pooled, whole = within_reach(made), bool(made.isfinite().all())
+        for x in pooled.split(n):
             mine.add(curves(x, judge.along))
-        sw2, pooled = math.sqrt(max(0.0, mine.squared_distance(judge.exact(n)))), torch.cat(whole)
+        sw2 = root(mine.squared_distance(judge.exact(n)))
         return {
             "reward": float(judge.reward(pooled.double()).mean()),
             "sw2": sw2,
             "ratio": sw2 / judge.floor_sw2(n),
-            "mode_l1": float((judge.frequencies(pooled) - judge.probabilities).abs().sum()),
+            "mode_l1": float((judge.frequencies(made) - judge.probabilities).abs().sum()),
             "floor_mode_l1": judge.floor_mode_l1(len(pooled)),
-            "distance": mean_pairwise_distance(pooled[:COMPARED]),
+            "distance": mean_pairwise_distance(pooled[:COMPARED]) if whole else math.nan,  # lost ones spread nothing
         }
 
     def target(self, base: MetaFlowMap, seed: int, conditions: Conditions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ here), ``metrics["captions"]`` = {picture's file name: caption} and ``metrics["s
 metrics say of themselves goes before what the Section would say.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +43,11 @@ def number(value: Any) -> str:
     if abs(value) >= 1e4:
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3e}"
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
+
+
+def figure(value: float | None) -> float:
+    """A figure of results, which hold nothing where it was not finite."""
+    return math.nan if value is None else float(value)
 
 
 def duration(seconds: float) -> str:
@@ -133,10 +139,11 @@ def posterior_tables(metrics: dict[str, Any]) -> Tables:
 
 def _posterior_summary(results: Results) -> str:
     error, ratio = results["metrics"]["relative_sw2"], results["metrics"]["ratio"]
-    worst = max(ratio, key=lambda t: float(ratio[t]))
+    worst = max(ratio, key=lambda t: (math.isnan(figure(ratio[t])), figure(ratio[t])))
     return (
-        f"One network call a draw is at most {ratio[worst]:.2f} times as far from the exact posterior as a second "
-        f"exact sample is (t = {float(worst):g}: sliced W2 of {number(error[worst])} posterior standard deviations)."
+        f"One network call a draw is at most {figure(ratio[worst]):.2f} times as far from the exact posterior as a "
+        f"second exact sample is (t = {float(worst):g}: sliced W2 of {number(error[worst])} posterior standard "
+        "deviations)."
     )
 
 
@@ -163,7 +170,7 @@ def steering_tables(metrics: dict[str, Any]) -> Tables:
             [
                 name,
                 key,
-                number(cell["sw2"] / cell["floor_sw2"]),
+                number(figure(cell["sw2"]) / cell["floor_sw2"]),
                 number(cell["mmd"]),
                 number(cell["mode_l1"]),
                 number(cell["reward"]),
@@ -187,7 +194,7 @@ def _cells(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
 def _steering_summary(results: Results) -> str:
     # the exact method knows the law: it is what the others are held against
     methods = {name: by_draws for name, by_draws in results["metrics"]["methods"].items() if name != Exact.name}
-    cells = list(_cells({"methods": methods}))
+    cells = [cell for cell in _cells({"methods": methods}) if math.isfinite(figure(cell[2]["sw2"]))]
     name, key, best = min(cells, key=lambda cell: float(cell[2]["sw2"] / cell[2]["floor_sw2"]))
     draws = "" if key == "0" else f" with {key} draws a step"
     return (
@@ -223,10 +230,10 @@ def value_tables(metrics: dict[str, Any]) -> Tables:
 def _value_summary(results: Results) -> str:
     metrics = results["metrics"]
     one = metrics["by_sampler"]["map-1"]
-    worst = min(one, key=lambda t: float(one[t]["pearson"]))
+    worst = min(one, key=lambda t: (not math.isnan(figure(one[t]["pearson"])), figure(one[t]["pearson"])))
     return (
         f"The value from {metrics['num_draws']} draws of one network call each correlates with the exact one at "
-        f"r ≥ {one[worst]['pearson']:.3f} (t = {float(worst):g})."
+        f"r ≥ {figure(one[worst]['pearson']):.3f} (t = {float(worst):g})."
     )
 
 
