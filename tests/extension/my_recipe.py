@@ -9,7 +9,7 @@ from metaflowmaps.work.choices import outside
 
 HERE = Path(__file__).parent
 Ring = outside(f"{HERE / 'my_data.py'}:Ring")
-Spiral = outside(f"{HERE / 'my_data.py'}:Spiral")
+Spiral = outside(f"{HERE / 'my_points.py'}:Spiral")
 WavesConfig = outside(f"{HERE / 'my_network.py'}:WavesConfig")
 Halfway = outside(f"{HERE / 'my_loss.py'}:Halfway")
 SHORT = {"batch_size": 32, "threads": 1, "log_every": 5, "optimizer": OptimizerConfig(name="adam", lr=1e-3)}

@@ -70,3 +70,22 @@ def test_the_commands_and_the_report_use_a_reward_from_outside(checkpoint, rewar
     code, _, err = run(capsys, "report", tmp_path / "steered", tmp_path / "tuned", "--out", tmp_path / "report.html")
     assert code == 0, err
     assert Path(reward).name in (tmp_path / "report.html").read_text()
+
+
+def test_evaluations_of_images_take_a_reward_from_outside(tmp_path, capsys):
+    """Of so few draws the value is poor, but it is that of this reward: another one has another value."""
+    few = ["states=4", "times=[0.5]", "num_draws=[4]", "map_steps=[1]", "glass_steps=[]", "rollout_steps=4",
+           "rollout_particles=8", "strength=1.0"]  # fmt: skip
+    settings = [part for setting in few for part in ("--set", setting)]
+    measured = {}
+    for name in NAMES:
+        value = ["eval", "value", "digits", *settings, "--set", f"reward={name}"]
+        code, text, err = run(capsys, *value, "--out", tmp_path / name.partition(":")[2], "--json")
+        assert code == 0, err
+        results = json.loads(text)
+        assert results["config"]["reward"] == name
+        measured[name] = results["metrics"]["by_sampler"]["map-1"]["4"]["0.5"]
+    one, other = measured.values()
+    assert one != other
+    code, _, err = run(capsys, "eval", "value", "digits", *settings, "--set", f"reward={FILE}:wrong", "--out", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)

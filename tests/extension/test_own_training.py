@@ -95,9 +95,9 @@ def test_the_command_line_trains_draws_steers_judges_and_reports(capsys, tmp_pat
     assert "ring" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("loss", ["Halfway", "Pulled"])
+@pytest.mark.parametrize("loss", ["my_loss.py:Halfway", "my_teacher_loss.py:Pulled"])
 def test_each_goes_into_a_recipe_of_the_package(capsys, tmp_path, loss):
-    own = [f"loss.consistency={LOSS}:{loss}", f"model.network={NETWORK}:WavesConfig", f"data={DATA}:Ring"]
+    own = [f"loss.consistency={HERE / loss}", f"model.network={NETWORK}:WavesConfig", f"data={DATA}:Ring"]
     own += ["data.modes=3", "model.network.waves=8", "batch_size=16", "threads=1"]
     settings = [part for setting in own for part in ("--set", setting)]
     code, out, err = mfm_command(capsys, "train", "gmm", *settings, "--max-steps", 3, "--out", tmp_path, "--json")

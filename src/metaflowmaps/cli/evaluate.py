@@ -28,6 +28,8 @@ from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.work.config import C, override, validated
 from metaflowmaps.work.shards import Unfinished, discard
 
+OWN = "file.py:name"  # a reward of the user's
+
 
 class Evaluation(OnCheckpoint):
     """What every evaluation is told; the settings of its experiment are reached by --set."""
@@ -140,7 +142,7 @@ def measure(measurement: Measurement, context: Context) -> Results:
 def measure_images(name: str, checkpoint: str, config: ImageEvalConfig, context: Context) -> Results:
     """Run an experiment on a map of images; what it draws is kept, and shared by workers."""
     experiment, opened = EXPERIMENTS[name], OpenedModel.open(checkpoint, context.device)
-    setup, identity = prepare(name, opened, config, lambda text: judge_of_pictures(text, opened), JUDGES)
+    setup, identity = prepare(name, opened, config, lambda text: judge_of_pictures(text, opened), (*JUDGES, OWN))
     if context.dry_run:
         return context.plan(experiment.command, identity, opened.cost_of(config.calls()))
     request = Request(context, experiment.command, identity, opened.beside(f"eval-{name}"))

@@ -122,9 +122,13 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
 
 
 def judge_of_pictures(text: str, opened: OpenedModel) -> Callable[..., Tensor] | None:
-    """A reward on any pictures; None where the text names no such."""
+    """A reward on any pictures, of the user's own as ``file.py:name``; None where the text names no such."""
+    if ".py:" in text:
+        own: Callable[..., Tensor] = outside(text)
+        return own
     asked = Asked(text, opened)
-    return REWARDS[asked.kind].make(asked) if asked.kind in JUDGES else None
+    named = REWARDS.get(asked.kind)
+    return named.make(asked) if named is not None and named.of == "pictures" else None
 
 
 # -- how each is made --------------------------------------------------------------------------------------------------
