@@ -65,34 +65,35 @@ def call_reward(reward: Callable[..., Any], x: Tensor, cond: Cond = None) -> Any
     Args:
         reward: any callable.
         x: (B, *event).
-        cond: None, or tensors by name, one row a sample.
+        cond: None, or tensors by name, one row a sample; no names are as good as None.
 
     Returns:
         What the callable does: (B,) where it is a reward.
     """
+    return with_cond(reward)(x, cond)
+
+
+def with_cond(reward: Callable[..., Any]) -> Callable[[Tensor, Cond], Any]:
+    """The reward as a function of x and cond, whatever it takes: its signature is read once, as call_reward says."""
     try:
         signature = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)
     except (TypeError, ValueError):  # builtins written in C
-        return reward(x) if cond is None else reward(x, cond)
-    place = _place_of_cond(signature)
-    if place is None:
-        return reward(x)
+        return lambda x, cond: reward(x)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    after_x = parameters if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else parameters[1:]
+    by_position = [p for p in after_x if p.kind is not p.KEYWORD_ONLY]
+    place = next(iter([p for p in after_x if p.name == "cond"] or by_position), None)
+    if place is None or place.default not in (None, place.empty):
+        return lambda x, cond: reward(x)
     required = place.default is place.empty and place.kind is not place.VAR_POSITIONAL
-    option = place.default is not place.empty and place.default is not None
-    if option or (cond is None and not required):
-        return reward(x)
     by_name = place.name == "cond" and place.kind in (place.POSITIONAL_OR_KEYWORD, place.KEYWORD_ONLY)
-    return reward(x, cond=cond) if by_name else reward(x, cond)
 
+    def call(x: Tensor, cond: Cond) -> Any:
+        if not cond and not required:
+            return reward(x)
+        return reward(x, cond=cond or None) if by_name else reward(x, cond or None)
 
-def _place_of_cond(signature: inspect.Signature) -> inspect.Parameter | None:
-    parameters = list(signature.parameters.values())
-    named = [p for p in parameters[1:] if p.name == "cond" and p.kind is not p.VAR_KEYWORD]
-    if named:
-        return named[0]
-    begin = 0 if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else 1
-    by_position = (p for p in parameters[begin:] if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD))
-    return next(by_position, None)
+    return call
 
 
 def no_reward(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaflowmaps._shapes import Cond
 from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import call_reward, is_differentiable
+from metaflowmaps.rewards.base import is_differentiable, with_cond
 
 MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # other in training than in use
 
@@ -31,14 +31,14 @@ class CheckedReward:
             raise InputError(
                 "the reward is a module in training mode, where dropout draws at random: call .eval() on it"
             )
-        self.reward = reward
+        self.reward, self._call = reward, with_cond(reward)
         self.differentiable = is_differentiable(reward)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
         version = _version(x)
         try:
-            out = call_reward(self.reward, x, cond)
+            out = self._call(x, cond)
         except InputError:
             raise
         except Exception as error:  # the user's own code: in one line, with its traceback behind it

@@ -8,19 +8,26 @@ turn, and where memory runs out is where it can be caught: the part is halved an
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from metaflowmaps._shapes import Cond, check_count
-from metaflowmaps.errors import InputError
-from metaflowmaps.rewards.base import call_reward, describe, is_differentiable, rows_of
+from metaflowmaps.rewards.base import describe, rows_of
+from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.work.memory import halving
 
 PerRow = Mapping[str, Tensor]  # what goes with the rows, (B, …) each
 Score = Callable[[Tensor, PerRow], Tensor]
-EXHAUSTED = ("out of memory", "can't allocate memory")  # of an accelerator; of the processor
+
+
+class Part(NamedTuple):
+    """r (b,) of some rows and ∂r_i/∂x_i (b, *event), None where it was not asked for or no gradient goes through."""
+
+    value: Tensor
+    gradient: Tensor | None = None
 
 
 class Parts:
@@ -35,60 +42,32 @@ class Parts:
         """score(x, per_row), (B,), part by part; rows are parted in multiples of ``together``."""
         if len(x) == 0:
             return score(x, per_row)
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return self._evaluate(score, x, per_row, together, differentiate=False)[0]
+        differentiate = x.requires_grad and torch.is_grad_enabled()
 
-        def differentiated(values: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self._evaluate(score, values, per_row, together, differentiate=True)
+        def evaluated(values: Tensor) -> list[Part]:
+            def part(begin: int, end: int) -> Part:
+                rows = {name: value[begin:end] for name, value in per_row.items()}
+                return _part(score, values[begin:end], rows, differentiate)
 
-        value: Tensor = _Differentiated.apply(x, differentiated)
+            return self._in_parts(part, len(values), together)
+
+        if not differentiate:
+            return torch.cat([part.value for part in evaluated(x)])
+        value: Tensor = _Differentiated.apply(x, evaluated)
         return value
 
-    def _evaluate(
-        self, score: Score, x: Tensor, per_row: PerRow, together: int, differentiate: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """r (B,) and ∂r_i/∂x_i (B, *event); None for a reward that no gradient goes through."""
-        values: list[Tensor] = []
-        gradients: list[Tensor] = []
-        begin, graph = 0, False
-        while begin < len(x):
-            n = min(self._size(len(x), together), len(x) - begin)
-            part = slice(begin, begin + n)
-            rows = {name: value[part] for name, value in per_row.items()}
-            try:
-                r, gradient = _differentiate(score, x[part], rows) if differentiate else (score(x[part], rows), None)
-                _check(r, n)
-            except RuntimeError as error:
-                if not any(sign in str(error).lower() for sign in EXHAUSTED):
-                    raise
-                shortage = " ".join(str(error).split())[:120]
-            else:
-                values.append(r)
-                graph = graph or gradient is not None
-                gradients.append(torch.zeros_like(x[part]) if gradient is None else gradient)
-                begin += n
-                continue
-            # outside of the handler: there the traceback still holds on to the tensors of the attempt
-            self._halve(n, together, shortage)
-        return torch.cat(values), torch.cat(gradients) if graph else None
-
-    def _size(self, batch: int, together: int) -> int:
-        return max(together, (self.rows or batch) // together * together)
-
-    def _halve(self, n: int, together: int, shortage: str) -> None:
-        if n <= together:
-            raise InputError(
-                f"memory runs out for {n} row(s) of the reward ({shortage}): give it dtype=torch.bfloat16, smaller "
-                "pictures or another device"
-            )
-        self.rows = max(together, n // 2)
-        warnings.warn(
-            f"memory ran out for {n} rows of the reward: going on with micro_batch={self.rows}",
-            UserWarning,
-            stacklevel=2,
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _in_parts(self, part: Callable[[int, int], Part], rows: int, together: int) -> list[Part]:
+        made: list[Part] = []
+        begin = 0
+        while begin < rows:
+            size = max(together, (self.rows or rows) // together * together)
+            pieces = halving(part, begin, min(begin + size, rows), together)
+            if len(pieces) > 1:
+                self.rows = max(len(piece.value) for piece in pieces)
+                warnings.warn(f"memory ran out: going on with micro_batch={self.rows}", UserWarning, stacklevel=2)
+            made += pieces
+            begin += sum(len(piece.value) for piece in pieces)
+        return made
 
 
 class MicroBatched:
@@ -102,43 +81,38 @@ class MicroBatched:
     """
 
     def __init__(self, reward: Callable[..., Any], rows: int | None = None) -> None:
-        if not callable(reward):
-            raise InputError(f"a reward is a function of x (and optionally cond), got {type(reward).__name__}")
-        self.reward = reward
-        self.differentiable = is_differentiable(reward)
+        self.reward = checked_reward(reward)
+        self.differentiable = self.reward.differentiable
         self.strength: float = getattr(reward, "strength", 1.0)
         self.parts = Parts(rows)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
-        given = {} if cond is None else dict(cond)
+        given = dict(cond or {})
         per_row = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.shape[:1] == x.shape[:1]}
-        shared = {k: v for k, v in given.items() if k not in per_row}
-
-        def score(part: Tensor, rows: PerRow) -> Tensor:
-            value: Tensor = call_reward(self.reward, part, None if cond is None else {**shared, **rows})
-            return value
-
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            return self.parts(score, x, per_row, rows_of(self.reward, x) or 1)
+            return self.parts(
+                lambda part, rows: self.reward(part, {**given, **rows}), x, per_row, rows_of(self.reward, x) or 1
+            )
 
     def __repr__(self) -> str:
-        return f"MicroBatched({describe(self.reward)}, rows={self.parts.rows}, strength={self.strength:g})"
+        return f"MicroBatched({describe(self.reward.reward)}, rows={self.parts.rows}, strength={self.strength:g})"
 
 
 class _Differentiated(torch.autograd.Function):
     """r with ∂r_i/∂x_i found on the way; the backward pass is a product."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    ) -> Tensor:
-        r, gradient = evaluate(x)
-        if gradient is None:
-            ctx.mark_non_differentiable(r)
+    def forward(ctx: Any, x: Tensor, evaluate: Callable[[Tensor], list[Part]]) -> Tensor:  # type: ignore[override]
+        parts = evaluate(x)
+        value = torch.cat([part.value for part in parts])
+        if all(part.gradient is None for part in parts):
+            ctx.mark_non_differentiable(value)
         else:
-            ctx.save_for_backward(gradient)
-        return r
+            zero = torch.zeros_like(x[:1])
+            gradients = [zero.expand(len(r), *x.shape[1:]) if g is None else g for r, g in parts]
+            ctx.save_for_backward(torch.cat(gradients))
+        return value
 
     @staticmethod
     @once_differentiable
@@ -147,17 +121,13 @@ class _Differentiated(torch.autograd.Function):
         return above.to(gradient).reshape(-1, *([1] * (gradient.ndim - 1))) * gradient, None
 
 
-def _differentiate(score: Score, x: Tensor, rows: PerRow) -> tuple[Tensor, Tensor | None]:
+def _part(score: Score, x: Tensor, rows: PerRow, differentiate: bool) -> Part:
+    if not differentiate:
+        return Part(score(x, rows))
     with torch.enable_grad():
         part = x.detach().requires_grad_(True)
         r = score(part, rows)
-        if not isinstance(r, Tensor) or not r.requires_grad:
-            return r, None
-        (gradient,) = torch.autograd.grad(r.sum(), part, allow_unused=True)
-    return r.detach(), gradient
-
-
-def _check(r: Any, n: int) -> None:
-    if not isinstance(r, Tensor) or tuple(r.shape) != (n,):
-        got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
-        raise InputError(f"the reward must return one number a sample, shape ({n},), got {got}")
+        if not r.requires_grad:
+            return Part(r)
+        (gradient,) = torch.autograd.grad(r.sum(), part, materialize_grads=True)
+    return Part(r.detach(), gradient)
