@@ -141,7 +141,7 @@ def test_gradients(kind):
         ("crane", {}, "may be class 1 or 3: give the number"),
         (4, {}, "label 4 is not among 0 … 3"),
         (-1, {}, "label -1 is not among 0 … 3"),
-        (1.5, {}, "number or the name of a class"),
+        (1.5, {}, "label 1.5 is not among 0 … 3"),
         (1, {"kind": "odds"}, "unknown kind 'odds'"),
     ],
 )

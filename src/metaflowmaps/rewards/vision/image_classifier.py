@@ -4,25 +4,28 @@ r"""Any image classifier of transformers as a reward for a class y.
 ``"margin"``            r(x) = λ log p(y | x)/(1 − p(y | x)), which has no ceiling at 0
 """
 
-import operator
+import itertools
+from dataclasses import KW_ONLY, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from metaflowmaps._shapes import Cond
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.rewards.micro import PerRow
 from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact
 from metaflowmaps.rewards.vision.pixels import Pixels
-from metaflowmaps.rewards.vision.weights import PREPROCESSOR, fetched, loading, transformers
+from metaflowmaps.rewards.vision.prompts import labels_of
+from metaflowmaps.rewards.vision.weights import PREPROCESSOR, Published, fetched, pretrained, transformers
 
-HUB = ("google/vit-base-patch16-224", "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3")
+HUB = Published("google/vit-base-patch16-224", "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3")
 KINDS = ("log-probability", "margin")
 
 
+@dataclass(eq=False, repr=False)
 class ImageClassifierReward(PictureReward):
     """r(x) = strength · the log-probability or log-odds of a class, given by number or name; None: cond["label"].
 
@@ -33,38 +36,29 @@ class ImageClassifierReward(PictureReward):
         kind: ``log-probability`` or ``margin`` (log-odds, without a ceiling).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        label: int | str | None,
-        processor: Any,
-        strength: float = 1.0,
-        *,
-        kind: str = "log-probability",
-        micro_batch: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(model, processor, strength, micro_batch, dtype)
-        if kind not in KINDS:
-            raise unknown("kind", kind, KINDS)
-        config: Any = getattr(model, "config", None)
-        self.names: dict[int, str] = {int(k): str(v) for k, v in dict(getattr(config, "id2label", None) or {}).items()}
-        self.kind = kind
-        self.label = None if label is None else class_number(label, self.names)
+    own_pixels: ClassVar[None] = None  # every classifier has its own
 
-    def per_row(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+    model: nn.Module
+    label: int | str | None
+    processor: Any
+    strength: float = 1.0
+    _: KW_ONLY
+    kind: str = "log-probability"
+    micro_batch: int | None = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("kind", self.kind, KINDS)
+        names = getattr(getattr(self.model, "config", None), "id2label", None) or {}
+        self.names = {int(number): str(name) for number, name in names.items()}
+        self.label = None if self.label is None else class_number(self.label, self.names)
+
+    def per_row(self, x: Tensor, cond: Cond) -> PerRow:
         """The label of each row."""
-        if self.label is not None:
-            return {"label": torch.full((len(x),), self.label, dtype=torch.long, device=x.device)}
-        label = None if cond is None else cond.get("label")
-        if label is None or label.shape != x.shape[:1]:
-            raise InputError(f'without a label of its own this reward needs cond["label"], shape ({len(x)},), int64')
-        if self.names and bool(((label < 0) | (label >= len(self.names))).any()):
-            raise InputError(
-                f'cond["label"] must lie in 0 … {len(self.names) - 1}, the classes of the classifier; '
-                f"got {int(label.min())} … {int(label.max())}"
-            )
-        return {"label": label.long()}
+        if self.label is None:
+            return {"label": labels_of(x, cond, len(self.names))}
+        return {"label": torch.full((len(x),), int(self.label), dtype=torch.long, device=x.device)}
 
     def score(self, x: Tensor, rows: PerRow) -> Tensor:
         """The unscaled score, (b,)."""
@@ -81,7 +75,7 @@ class ImageClassifierReward(PictureReward):
     @classmethod
     def from_pretrained(
         cls,
-        place: str | Path = HUB[0],
+        place: str | Path = HUB.hub,
         label: int | str | None = None,
         *,
         revision: str | None = None,
@@ -89,36 +83,28 @@ class ImageClassifierReward(PictureReward):
         **options: Any,
     ) -> Self:
         """The classifier in a folder or on the hub. ``options``: strength, kind, micro_batch, processor."""
-        package = transformers(cls.__name__)
-        revision = HUB[1] if str(place) == HUB[0] and revision is None else revision
+        transformers(cls.__name__)
+        name, revision = HUB.at(place, revision)
         if "processor" not in options:
-            options["processor"] = Pixels.from_file(fetched(place, PREPROCESSOR, revision))
-        with loading(place):
-            model = package.AutoModelForImageClassification.from_pretrained(
-                place, revision=revision, dtype=dtype or torch.float32
-            )
-        return cls(model, label, dtype=dtype, **options)
+            options["processor"] = Pixels.from_file(fetched(name, revision, PREPROCESSOR))
+        kind = "AutoModelForImageClassification"
+        return cls(pretrained(kind, name, revision, dtype=dtype or torch.float32), label, dtype=dtype, **options)
 
 
 def class_number(label: int | str, names: dict[int, str]) -> int:
     """The number of a class given by number or by name; of "tabby, tabby cat" either synonym will do."""
     if isinstance(label, str) and not label.isdecimal():
-        known: dict[str, set[int]] = {}
-        for number, name in names.items():
-            for synonym in (name, *name.split(",")):
-                known.setdefault(synonym.strip().lower(), set()).add(number)
-        meant = sorted(known.get(label.strip().lower(), ()))
+        word = label.strip().lower()
+        known = {number: [name.lower(), *name.lower().replace(", ", ",").split(",")] for number, name in names.items()}
+        meant = [number for number, synonyms in known.items() if word in synonyms]
         if len(meant) > 1:
             raise InputError(f"{label!r} may be class {' or '.join(map(str, meant))}: give the number")
-        if meant:
-            return meant[0]
-        near = get_close_matches(label.strip().lower(), known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give its number"
-        raise InputError(f"the classifier has no class {label!r} among its {len(names)}: {hint}")
-    try:
-        number = int(label) if isinstance(label, str) else operator.index(label)
-    except TypeError:
-        raise InputError(f"label must be the number or the name of a class, got {label!r}") from None
+        if not meant:
+            near = get_close_matches(word, itertools.chain(*known.values()), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "give its number"
+            raise InputError(f"the classifier has no class {label!r} among its {len(names)}: {hint}")
+        return meant[0]
+    number = int(label) if isinstance(label, str) or int(label) == label else -1
     if number < 0 or (names and number >= len(names)):
-        raise InputError(f"label {number} is not among 0 … {len(names) - 1}, the classes of the classifier")
+        raise InputError(f"label {label} is not among 0 … {len(names) - 1}, the classes of the classifier")
     return number

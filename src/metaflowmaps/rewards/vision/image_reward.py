@@ -7,51 +7,47 @@ other names.
 """
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from metaflowmaps._shapes import Cond
-from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.micro import PerRow
 from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact
 from metaflowmaps.rewards.vision.pixels import Pixels
-from metaflowmaps.rewards.vision.prompts import Names, Prompts, check_prompt
+from metaflowmaps.rewards.vision.prompts import Names, Prompts, texts_of
 from metaflowmaps.rewards.vision.weights import (
-    depth,
+    Published,
+    Weights,
     filled,
     linear_chain,
     loading,
-    needed,
-    published,
-    published_tokenizer,
+    pretrained,
     read_tensors,
+    renamed,
     transformers,
 )
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35  # tokens that are read of a prompt
-HUB = ("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
+HUB = Published("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
 FILE = "ImageReward.pt"
-BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+BERT = Published("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
 PIXELS = Pixels()  # its own: bicubic, shortest side 224, centre crop, CLIP's mean and std
 WHAT = "ImageReward"
 
-VISION = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "norm": "post_layernorm",
-}
-BLOCKS = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+NAMES = {  # patterns in the names of BLIP's vision tower: what transformers says
+    r"^cls_token": "embeddings.class_embedding",
+    r"^pos_embed": "embeddings.position_embedding",
+    r"^patch_embed\.proj": "embeddings.patch_embedding",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm(\d)\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
 }
 # in the file and of no use here: projections of the pretraining, and a constant
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
@@ -81,6 +77,7 @@ class ImageRewardNetwork(nn.Module):
         return score
 
 
+@dataclass(eq=False, repr=False)
 class ImageReward(PictureReward):
     """r(x) = strength · the score of ImageReward v1.0 for a picture and a prompt: (B,).
 
@@ -88,35 +85,35 @@ class ImageReward(PictureReward):
         model: an :class:`ImageRewardNetwork`.
         prompt: one text, one a row, or one with ``{label}``.
         tokenizer: BERT's; None where prompts are token ids.
-        processor: how it sees pictures; None: as its release does.
         classes: the names that ``{label}`` stands for.
     """
 
-    def __init__(
-        self,
-        model: ImageRewardNetwork,
-        prompt: Any,
-        tokenizer: Any = None,
-        processor: Any = None,
-        strength: float = 1.0,
-        *,
-        classes: Names | None = None,
-        micro_batch: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if not isinstance(model, ImageRewardNetwork):
-            raise InputError(f"model must be an ImageRewardNetwork(vision, text, head), got {type(model).__name__}")
-        super().__init__(model, PIXELS if processor is None else processor, strength, micro_batch, dtype)
-        if dtype in (torch.bfloat16, torch.float16):
-            model.head.float()  # the last layers are small, and a score is a difference of large numbers
-        text: Any = model.text
-        self.prompts = Prompts(prompt, tokenizer, min(LENGTH, text.config.max_position_embeddings), classes)
+    needs: ClassVar[tuple[str, ...]] = ("vision", "text", "head")
+    needed_kind: ClassVar[str] = "an ImageRewardNetwork(vision, text, head)"
+
+    model: nn.Module
+    prompt: Any
+    tokenizer: Any = None
+    processor: Any = None
+    strength: float = 1.0
+    _: KW_ONLY
+    classes: Names | None = None
+    micro_batch: int | None = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        network: Any = self.model
+        if self.dtype in (torch.bfloat16, torch.float16):
+            network.head.float()  # the last layers are small, and a score is a difference of large numbers
+        length = min(LENGTH, network.text.config.max_position_embeddings)
+        self.prompts = Prompts(self.prompt, self.tokenizer, length, self.classes)
 
     def rows_for(self, x: Tensor) -> int | None:
         """How many prompts there are, one a row; None for one for all."""
         return self.prompts.rows
 
-    def per_row(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+    def per_row(self, x: Tensor, cond: Cond) -> PerRow:
         """The prompt of each row, as tokens."""
         which = self.prompts.which(x, cond).cpu()
         ids, mask = self.prompts.input_ids[which], self.prompts.attention_mask[which]
@@ -133,7 +130,7 @@ class ImageReward(PictureReward):
     @classmethod
     def from_pretrained(
         cls,
-        place: str | Path = HUB[0],
+        place: str | Path = HUB.hub,
         prompt: Any = None,
         *,
         revision: str | None = None,
@@ -147,9 +144,10 @@ class ImageReward(PictureReward):
         ``options``: strength, classes, micro_batch, processor.
         """
         transformers(cls.__name__)
-        check_prompt(prompt, options.get("classes"))
-        model = from_original(read_tensors(published(place, file, revision, HUB)))
-        return cls(model, prompt, published_tokenizer(tokenizer_place, BERT), dtype=dtype, **options)
+        if not isinstance(prompt, Tensor):
+            texts_of(prompt, options.get("classes"))  # before gigabytes are loaded
+        model = from_original(read_tensors(HUB.path(place, revision, file)))
+        return cls(model, prompt, pretrained("AutoTokenizer", *BERT.at(tokenizer_place)), dtype=dtype, **options)
 
 
 # -- the original layout -----------------------------------------------------------------------------------------------
@@ -160,25 +158,24 @@ def from_original(
 ) -> ImageRewardNetwork:
     """The network of a state in the published layout; sizes from shapes, heads of width 64 unless they are given."""
     package = transformers(WHAT)
-    parts: dict[str, dict[str, Tensor]] = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
-    for key, value in state.items():
-        if key.startswith(UNUSED):
-            continue
-        prefix = next((p for p in parts if key.startswith(p)), None)
-        if prefix is None:
-            raise InputError(f"these are not the weights of {WHAT} (unknown: {key}): give its published file")
-        parts[prefix][key.removeprefix(prefix)] = value
-    vision, text, head = parts.values()
-    vision_width, _, patch, _ = needed(vision, "patch_embed.proj.weight", WHAT).shape
-    vocabulary, width = needed(text, "embeddings.word_embeddings.weight", WHAT).shape
+    vision, text, head = (
+        Weights({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, WHAT)
+        for prefix in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+    )
+    text.pop("embeddings.position_ids", None)
+    left = [k for k in state if not k.startswith(("blip.visual_encoder.", "blip.text_encoder.", "mlp.", *UNUSED))]
+    if left:
+        raise vision.refused(f"unknown: {left[0]}")
+    vision_width, _, patch, _ = vision["patch_embed.proj.weight"].shape
+    vocabulary, width = text["embeddings.word_embeddings.weight"].shape
     with loading(WHAT):
         vision_config = package.BlipVisionConfig(
             hidden_size=vision_width,
-            intermediate_size=len(needed(vision, "blocks.0.mlp.fc1.weight", WHAT)),
-            num_hidden_layers=depth(vision, "blocks."),
+            intermediate_size=len(vision["blocks.0.mlp.fc1.weight"]),
+            num_hidden_layers=vision.depth("blocks."),
             num_attention_heads=vision_heads or vision_width // 64,
             patch_size=patch,
-            image_size=patch * round((needed(vision, "pos_embed", WHAT).shape[1] - 1) ** 0.5),
+            image_size=patch * round((vision["pos_embed"].shape[1] - 1) ** 0.5),
             hidden_act="gelu",
             layer_norm_eps=1e-6,
         )
@@ -186,10 +183,10 @@ def from_original(
             vocab_size=vocabulary,
             hidden_size=width,
             encoder_hidden_size=vision_width,
-            intermediate_size=len(needed(text, "encoder.layer.0.intermediate.dense.weight", WHAT)),
-            num_hidden_layers=depth(text, "encoder.layer."),
+            intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
+            num_hidden_layers=text.depth("encoder.layer."),
             num_attention_heads=text_heads or width // 64,
-            max_position_embeddings=len(needed(text, "embeddings.position_embeddings.weight", WHAT)),
+            max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
             hidden_act="gelu",
             layer_norm_eps=1e-12,
             is_decoder=True,  # which is what gives its layers cross-attention; it is called as an encoder
@@ -198,23 +195,7 @@ def from_original(
             sep_token_id=None,
         )
     return ImageRewardNetwork(
-        filled(package.BlipVisionModel, vision_config, _vision_names(vision), f"the vision tower of {WHAT}"),
+        filled(package.BlipVisionModel, vision_config, renamed(vision, NAMES), f"the vision tower of {WHAT}"),
         filled(package.BlipTextModel, text_config, text, f"the text tower of {WHAT}", add_pooling_layer=False),
         linear_chain(head, width, f"the head of {WHAT}"),
     )
-
-
-def _vision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    out = {}
-    for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        _, number, inner = (*stem.split(".", 2), "", "")[:3] if stem.startswith("blocks.") else ("", "", "")
-        if key in VISION:
-            out[VISION[key]] = value
-        elif stem in VISION:
-            out[f"{VISION[stem]}.{leaf}"] = value
-        elif inner in BLOCKS:
-            out[f"encoder.layers.{number}.{BLOCKS[inner]}.{leaf}"] = value
-        else:
-            out[key] = value  # nothing we know: it is listed as such
-    return out

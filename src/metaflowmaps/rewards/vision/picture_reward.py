@@ -1,7 +1,7 @@
 """What rewards on pictures share: a frozen network in evaluation mode, its preprocessing, parts that fit in memory."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,38 +14,48 @@ from metaflowmaps.rewards.vision.pixels import Pixels
 
 
 class PictureReward(ABC):
-    """r(x) = strength · score(pixels(x)), pictures (B, 3, H, W) in [−1, 1] to (B,).
+    """r(x) = strength · score(pixels(x)), pictures (B, 3, H, W) in [−1, 1] to (B,). Members are dataclasses.
 
     The network that is given is put in evaluation mode, frozen, and cast where ``dtype`` says so; it follows x from
     device to device. Its last numbers are float32 (or more) whatever its own dtype is.
 
     Args:
         model: the network, of transformers.
-        processor: how it sees pictures: a :class:`Pixels`, or what transformers has.
+        processor: how it sees pictures: a :class:`Pixels`, or what transformers has; None: as its release does.
         strength: λ, which the reward is multiplied by.
         micro_batch: rows that go through it together; None: all, and fewer where memory runs out.
         dtype: of its weights; None: as they are.
     """
 
-    differentiable = True
+    differentiable: ClassVar[bool] = True
+    own_pixels: ClassVar[Pixels | None] = Pixels()  # where no processor is given
+    needs: ClassVar[tuple[str, ...]] = ()  # parts that the network must have
+    needed_kind: ClassVar[str] = "a torch module"  # what has them
 
-    def __init__(
-        self, model: nn.Module, processor: Any, strength: float, micro_batch: int | None, dtype: torch.dtype | None
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(f"model must be a torch module, got {type(model).__name__}; or use from_pretrained(…)")
-        self.pixels = Pixels.of(processor)
-        self.strength = positive(strength, "strength", or_zero=True)
-        self.parts = Parts(micro_batch)
-        self.model = model.eval().requires_grad_(False)
-        if dtype is not None:
-            self.model.to(dtype)
+    model: nn.Module
+    processor: Any
+    strength: float
+    micro_batch: int | None
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            given = type(self.model).__name__
+            raise InputError(f"model must be a torch module, got {given}; or use from_pretrained(…)")
+        if not all(hasattr(self.model, part) for part in self.needs):
+            raise InputError(f"model must be {self.needed_kind}, got {type(self.model).__name__}")
+        self.pixels = Pixels.of(self.own_pixels if self.processor is None else self.processor)
+        self.strength = positive(self.strength, "strength", or_zero=True)
+        self.parts = Parts(self.micro_batch)
+        self.model.eval().requires_grad_(False)
+        if self.dtype is not None:
+            self.model.to(self.dtype)
 
     @abstractmethod
     def score(self, x: Tensor, rows: PerRow) -> Tensor:
         """The unscaled score of a part of the rows, float32 or float64: (b,)."""
 
-    def per_row(self, x: Tensor, cond: Cond) -> dict[str, Tensor]:
+    def per_row(self, x: Tensor, cond: Cond) -> PerRow:
         """What else goes with each row."""
         return {}
 
@@ -60,17 +70,12 @@ class PictureReward(ABC):
 
     def seen(self, x: Tensor) -> Tensor:
         """The pictures as the network reads them, in its dtype."""
-        return self.pixels(x).to(self.dtype)
+        return self.pixels(x).to(next(self.model.parameters()).dtype)
 
     @property
     def device(self) -> torch.device:
         """Of the weights."""
         return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.model.parameters()).dtype
 
     def to(self, device: torch.device | str) -> Self:
         """Move the weights; calls do so by themselves where x is elsewhere."""
@@ -82,6 +87,11 @@ class PictureReward(ABC):
 
     def _shown(self) -> str:
         return ""
+
+
+def embedded(network: Any, pixels: Tensor) -> Tensor:
+    """CLIP's embeddings of pictures, of length 1: (B, D)."""
+    return unit(network.visual_projection(network.vision_model(pixel_values=pixels).pooler_output))
 
 
 def exact(values: Tensor) -> Tensor:

@@ -19,23 +19,31 @@ Names = Sequence[str] | Mapping[int, str]
 
 
 class Prompts:
-    """The prompts of a reward, as token ids and masks (P, length), and which of them a row has."""
+    """The prompts of a reward, as token ids and masks (P, length), and which of them a row has.
+
+    Args:
+        prompt: one text, one a row, one with ``{label}``, or token ids.
+        tokenizer: of transformers; None for token ids.
+        length: tokens that are read.
+        classes: the names that ``{label}`` stands for.
+    """
 
     def __init__(self, prompt: Any, tokenizer: Any, length: int, classes: Names | None = None) -> None:
         self.by_label = isinstance(prompt, str) and SLOT in prompt
-        self.rows: int | None = None
         if isinstance(prompt, Tensor):
             self.shown = f"{tuple(prompt.shape)} token ids"
             self.rows = len(prompt) if prompt.ndim == 2 else None
-            self.input_ids, self.attention_mask = _given_ids(prompt, length)
+            self.input_ids = _given_ids(prompt, length)
+            self.attention_mask = torch.ones_like(self.input_ids)
             return
-        texts = _texts(prompt, classes)
+        texts = texts_of(prompt, classes)
         self.rows = None if isinstance(prompt, str) else len(texts)
-        self.shown = repr(texts[0] if not self.by_label else prompt)[:60]
-        if tokenizer is None:
-            raise InputError("a prompt in words needs tokenizer=…; or give its token ids as a tensor (length,)")
+        self.shown = repr(prompt if self.by_label else texts[0])[:60]
         if not callable(tokenizer):
-            raise InputError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
+            raise InputError(
+                f"a prompt in words needs tokenizer=…, got {type(tokenizer).__name__}; or give its token ids as a "
+                "tensor (length,)"
+            )
         longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
         if longest > length:
             warnings.warn(
@@ -47,15 +55,7 @@ class Prompts:
     def which(self, x: Tensor, cond: Cond) -> Tensor:
         """The number of each row's prompt: (B,) int64."""
         if self.by_label:
-            label = None if cond is None else cond.get("label")
-            if label is None or label.shape != x.shape[:1]:
-                raise InputError(f'a prompt with {SLOT} needs cond["label"], shape ({len(x)},), int64')
-            if bool(((label < 0) | (label >= len(self.input_ids))).any()):
-                raise InputError(
-                    f'cond["label"] must lie in 0 … {len(self.input_ids) - 1}, the classes that have names; '
-                    f"got {int(label.min())} … {int(label.max())} (the null class has none)"
-                )
-            return label.long()
+            return labels_of(x, cond, len(self.input_ids))
         if self.rows is None:
             return torch.zeros(len(x), dtype=torch.long, device=x.device)
         if len(x) % self.rows:
@@ -63,20 +63,29 @@ class Prompts:
         return torch.arange(self.rows, device=x.device).repeat(len(x) // self.rows)
 
 
-def check_prompt(prompt: Any, classes: Names | None) -> None:
-    """Refuse what is no prompt, before gigabytes are loaded for it."""
-    if not isinstance(prompt, Tensor):
-        _texts(prompt, classes)
+def labels_of(x: Tensor, cond: Cond, classes: int) -> Tensor:
+    """The class of each row, from the condition: (B,) int64; ``classes`` is 0 where nobody knows how many there are."""
+    label = (cond or {}).get("label")
+    if label is None or label.shape != x.shape[:1]:
+        raise InputError(f'without a label of its own this reward needs cond["label"], shape ({len(x)},), int64')
+    if classes and bool(((label < 0) | (label >= classes)).any()):
+        raise InputError(
+            f'cond["label"] must lie in 0 … {classes - 1}, the classes that this reward knows; got '
+            f"{int(label.min())} … {int(label.max())} (the null class is none of them)"
+        )
+    return label.long()
 
 
-def _texts(prompt: Any, classes: Names | None) -> list[str]:
+def texts_of(prompt: Any, classes: Names | None) -> list[str]:
+    """The texts of a prompt in words: one, one a row, or one a class."""
     if isinstance(prompt, str) and SLOT in prompt:
-        if not classes:
-            raise InputError(f"a prompt with {SLOT} needs the names of the classes: classes=[…] or {{0: …, 1: …}}")
-        names = [classes[i] for i in range(len(classes)) if not isinstance(classes, Mapping) or i in classes]
-        if len(names) < len(classes):
-            raise InputError(f"classes must name every class from 0 to {len(classes) - 1}, got {list(classes)[:5]} …")
-        return [prompt.replace(SLOT, name) for name in names]
+        named = dict(classes) if isinstance(classes, Mapping) else dict(enumerate(classes or ()))
+        if not named or sorted(named) != list(range(len(named))):
+            raise InputError(
+                f"a prompt with {SLOT} needs the names of the classes, every class from 0 to "
+                f"{max(0, len(named) - 1)}: classes=[…] or {{0: …, 1: …}}"
+            )
+        return [prompt.replace(SLOT, named[i]) for i in range(len(named))]
     texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError(
@@ -86,11 +95,10 @@ def _texts(prompt: Any, classes: Names | None) -> list[str]:
     return texts
 
 
-def _given_ids(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _given_ids(ids: Tensor, length: int) -> Tensor:
     if ids.is_floating_point() or ids.ndim not in (1, 2) or 0 in ids.shape or ids.shape[-1] > length:
         raise InputError(
             f"token ids must be whole numbers of shape (length,) or (rows, length), length <= {length}; got "
             f"{ids.dtype} {tuple(ids.shape)}"
         )
-    ids = ids.long().reshape(-1, ids.shape[-1])
-    return ids, torch.ones_like(ids)
+    return ids.long().reshape(-1, ids.shape[-1])
