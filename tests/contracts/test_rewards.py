@@ -65,7 +65,7 @@ REWARDS = {
     "black box": lambda strength: BlackBox(lambda x: x.numpy()[:, 0].max((1, 2)), strength),
 }
 WITHOUT_GRADIENT = {name for name in REWARDS if "black box" in name}
-ON_THE_CPU = WITHOUT_GRADIENT | {"sum", "tempered", "micro-batched"}  # where values are looked at, which the meta device has not
+ON_THE_CPU = WITHOUT_GRADIENT | {"sum", "tempered", "micro-batched"}  # values are looked at: the meta device has none
 
 
 @pytest.fixture(params=REWARDS)
