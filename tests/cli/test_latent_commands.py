@@ -119,6 +119,7 @@ def test_rewards_see_pictures(run, place, tmp_path):
     assert len(list((out / "images").glob("*.png"))) == 3
 
 
+@pytest.mark.filterwarnings("always:the samples are kept")
 def test_an_autoencoder_that_is_missing_costs_the_picture_and_not_the_samples(run, place, tmp_path):
     code, _, err = run("sample", "bare", "--num", 2, "--out", tmp_path / "s")
     assert code == 0

@@ -5,9 +5,11 @@ Exit codes: 0 done, 2 bad usage or bad input (one line on stderr), 130 interrupt
 
 import errno
 import os
+import re
 import sys
 import warnings
 from contextlib import suppress
+from typing import Any
 
 from metaflowmaps.errors import InputError
 
@@ -37,7 +39,16 @@ def _run() -> tuple[int, int]:
     from metaflowmaps.cli.context import complain, say
     from metaflowmaps.work.launch import launched, reported_by_first_rank
 
-    warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
+    warned: set[str] = set()
+
+    def warn(message: Warning | str, *_args: Any, **_more: Any) -> None:
+        """Say it once, whatever its numbers: shards are alike."""
+        words = re.sub(r"\d+", "", str(message))
+        if words not in warned:
+            warned.add(words)
+            say(f"warning: {message}")
+
+    warnings.showwarning = warn
     ranks = launched().size
     try:
         with commands().make_context("mfm", sys.argv[1:]) as context:

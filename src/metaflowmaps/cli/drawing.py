@@ -1,20 +1,30 @@
-"""A request whose work is cut into shards: claim a directory with others, make what is missing, put it together."""
+"""Commands that draw samples: their options, and a request whose work is cut into shards.
+
+Several processes may claim a request's directory, make what is missing, and one puts it together.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
-from metaflowmaps.cli.context import Results
+from metaflowmaps._shapes import Cond
+from metaflowmaps.cli.context import IN_SHARDS, Context, OnCheckpoint, Results
 from metaflowmaps.cli.results import Request
+from metaflowmaps.cost import Meter
+from metaflowmaps.errors import InputError
+from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.sample_pictures import ALL_CLASSES, PictureOptions, SamplePictures
+from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.work.claims import read_json, release
 from metaflowmaps.work.shards import (
-    SHARD_SIZE,
     Shard,
     ShardFolder,
     ShardInterrupted,
-    Share,
     Unfinished,
     discard,
     joined,
@@ -23,39 +33,103 @@ from metaflowmaps.work.shards import (
     total_cost,
 )
 
-WHOLE_SIZE = 4096  # samples at a time where nobody shares the work
+SAMPLES = 1024  # where nobody says how many
+Tensors = dict[str, Tensor]
+
+
+class DrawingOptions(OnCheckpoint):
+    """What sample, posterior and steer have in common."""
+
+    shared = IN_SHARDS
+
+    label: str | None = Field(None, description="Class, by number or name; all: the classes in turn.")
+    guidance: float | None = Field(None, description="Scale w of class guidance, of maps that know it.")
+    vae: str | None = Field(None, description="Autoencoder of latents: a folder or hub id, where not known.")
+    precision: Literal["float32", "bf16"] = Field("float32", description="What the networks compute in.")
+    images: bool = Field(False, description="Write every sample as a PNG too.")
+    only: tuple[int, ...] = Field((), description="Make the sample with this saved seed again (repeatable).")
+
+    def count(self, num: int | None) -> int:
+        """How many samples: ``num``, or as many as ``only`` names."""
+        if any(not 0 <= seed < 2**63 for seed in self.only):
+            raise InputError(f"--only takes saved seeds, from 0 to {2**63 - 1}, got {min(self.only)}")
+        if self.only and num is not None and num != len(self.only):
+            raise InputError(f"--only names {len(self.only)} samples and --num asks for {num}: leave --num out")
+        return len(self.only) or num or SAMPLES
+
+    def open(self, context: Context, num: int, needs_map: bool = True) -> SamplePictures:
+        """The map, what ``num`` samples of it are told, and their pictures."""
+        opened = OpenedModel.open(self.checkpoint, context.device, needs_map)
+        half = self.precision == "bf16"
+        return SamplePictures(opened, PictureOptions(self.label, self.guidance, self.vae, half, self.images), num)
+
+    def identity(self, pictures: SamplePictures, **known: Any) -> Results:
+        """What tells a request from others: the options, with checkpoint and class as they are resolved."""
+        dumped = self.model_dump(mode="json")
+        if pictures.labels is not None and self.label != ALL_CLASSES:
+            dumped["label"] = int(pictures.labels[0])
+        return {**dumped, "checkpoint": pictures.opened.digest, **known}
+
+    def by_seed(
+        self, pictures: SamplePictures, name: str, points: Callable[[Tensor, Cond], Tensor], seed: int, role: str
+    ) -> Callable[[slice], Shard]:
+        """What makes the samples of a range.
+
+        Args:
+            pictures: the map, and what its samples are told.
+            name: what the samples are called in the file.
+            points: seeds (n,) and their condition -> samples (n, *event).
+            seed: of all samples,
+            role: and what their own seeds are for, unless ``only`` names them.
+        """
+        seeds = torch.tensor(self.only) if self.only else fresh_seeds(pictures.num, stream(seed, role))
+
+        @torch.no_grad()
+        def make(part: slice) -> Shard:
+            own = seeds[part]
+            with Meter(pictures.opened.model.network) as meter, pictures.autocast():
+                x = points(own, pictures.rows(part))
+            return Shard({name: x, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
+
+        return make
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Samples 0 to count − 1 as a function of ranges of indices.
+    """All samples of a request as a function of ranges of indices.
 
     Args:
-        count: how many samples.
+        command: what is asked for.
+        identity: what tells it from others.
+        calls: evaluations of the network, by the paper's count.
         size: samples a shard, unless told otherwise.
         make: the samples of a range.
         finish: writes all of them, and the results.
         keep: writes what there is where work that nobody shares breaks off.
     """
 
-    count: int
+    command: str
+    identity: Results
+    calls: float
     size: int
     make: Callable[[slice], Shard]
-    finish: Callable[[Shard], Results]
-    keep: Callable[[dict[str, torch.Tensor]], None] | None = None
+    finish: Callable[[Request, Shard], Results]
+    keep: Callable[[Request, Tensors], None] | None = None
 
 
-def draw(request: Request, drawing: Drawing) -> Results:
-    """Make all the samples of a drawing, or this worker's share of them."""
-    share = request.context.share
-    place = request.context.out or request.out
-    in_one = share.worker is None and drawing.count <= (share.size or drawing.size)
-    alone = in_one and read_plan(place / "shards") is None
+def draw(pictures: SamplePictures, drawing: Drawing, context: Context, folder: str | None = None) -> Results:
+    """Make all the samples of a request, or this worker's share of them; the results lie in ``folder`` by default."""
+    if context.dry_run:
+        return context.plan(drawing.command, drawing.identity, pictures.opened.cost_of(drawing.calls))
+    request = Request(context, drawing.command, drawing.identity, pictures.opened.beside(folder or drawing.command))
+    share = context.share
+    in_one = share.worker is None and pictures.num <= (share.size or drawing.size)
+    alone = in_one and read_plan((context.out or request.out) / "shards") is None
     with shared_claim(request, "shards", shared=not alone) as (done, shards):
         if done is not None:
             return done
         size = shards.size(share, drawing.size)
-        parts = ranges(drawing.count, size)
+        parts = ranges(pictures.num, size)
         shards.begin(list(parts), size)
         try:
             shards.work(lambda name: drawing.make(parts[name]))
@@ -66,10 +140,11 @@ def draw(request: Request, drawing: Drawing) -> Results:
                 kept = [*filter(None, map(shards.read, parts)), interrupted.shard]
                 kept = [shard for shard in kept if shard.facts["rows"]]
                 if kept:
-                    drawing.keep(joined(kept))
+                    drawing.keep(request, joined(kept))
             raise interrupted.cause from None
         drawn = [shards.get(name, lambda name: drawing.make(parts[name])) for name in parts]
-        results = drawing.finish(Shard(joined(drawn), {"cost": total_cost([shard.facts for shard in drawn])}))
+        whole = Shard(joined(drawn), {"cost": total_cost([shard.facts for shard in drawn])})
+        results = drawing.finish(request, whole)
         discard(shards.folder)
     return results
 
@@ -101,12 +176,6 @@ def shared_claim(
     finally:
         shards.close()
         release(out)
-
-
-def usual_size(share: Share, unit: int = 1, copies: int = 1) -> int:
-    """Samples a shard where nobody says: so many whole systems of ``unit`` particles, of ``copies`` rows a sample."""
-    most = SHARD_SIZE if share.worker is not None else max(SHARD_SIZE, WHOLE_SIZE // copies)
-    return max(1, most // unit) * unit
 
 
 def left_to_others(request: Request, shards: ShardFolder, left: Unfinished) -> Results:

@@ -11,7 +11,6 @@ from pydantic import Field
 from metaflowmaps.checkpoint import CheckpointStore
 from metaflowmaps.cli.context import TRAINS, Context, Name, OnCheckpoint, Results
 from metaflowmaps.cli.results import Request
-from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.meters import Watched, kept_records, measurements
 from metaflowmaps.finetuning.reward_probe import PROBED, Probe, probe
@@ -24,6 +23,7 @@ from metaflowmaps.lab.evaluate import tuning_error as tuning
 from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject, summary
 from metaflowmaps.lab.named_rewards import REWARD_HELP, ChosenReward, choose_reward
 from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.sample_pictures import PictureOptions, SamplePictures
 from metaflowmaps.training.loop import NonFiniteLoss
 from metaflowmaps.work import ranks
 from metaflowmaps.work.choices import choices
@@ -76,7 +76,7 @@ def run(config: Finetune, context: Context) -> Results:
 def choose_subject(opened: OpenedModel, config: Finetune) -> tuple[TuningSubject, ChosenReward]:
     """The base with its reward on samples."""
     chosen = choose_reward(config.reward, opened, 1.0)
-    pictures = PictureWriter(opened, DrawingOptions(checkpoint=opened.name, vae=config.vae), 1)
+    pictures = SamplePictures(opened, PictureOptions(vae=config.vae), 1)
     subject = TuningSubject(
         opened,
         chosen.name,

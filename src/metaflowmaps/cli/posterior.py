@@ -7,16 +7,15 @@ from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._files import write_tensors
+from metaflowmaps._shapes import Cond
 from metaflowmaps.cli.context import Context, Results
-from metaflowmaps.cli.drawing import Drawing, draw, usual_size
+from metaflowmaps.cli.drawing import Drawing, DrawingOptions, draw
 from metaflowmaps.cli.results import Request
-from metaflowmaps.cli.sample_pictures import DrawingOptions, PictureWriter
-from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
-from metaflowmaps.lab.opened import OpenedModel
-from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
+from metaflowmaps.lab.sample_pictures import SamplePictures
+from metaflowmaps.random import RowNoise, randn, stream
 from metaflowmaps.work.shards import Shard
 
 
@@ -36,25 +35,15 @@ def run(config: PosteriorDraws, context: Context) -> Results:
         raise InputError(f"--t must lie in [0, 1] (0 is noise, 1 is data), got {config.t}")
     if config.x is not None and config.image is not None:
         raise InputError("--x and --image both say what to draw for: give one of them")
-    opened = OpenedModel.open(config.checkpoint, context.device)
-    model, num, seed, t = opened.model, config.count(config.num_draws), context.seed or 0, config.t
-    pictures = PictureWriter(opened, config, num)
-    x_t = _state(config, pictures, stream(seed, "posterior"))
-    identity = pictures.identity(num_draws=num, seed=seed, x=x_t.flatten().tolist())
-    if context.dry_run:
-        return context.plan("posterior", identity, opened.cost_of(num * config.steps))
-    request = Request(context, "posterior", identity, opened.beside("posterior"))
-    seeds = torch.tensor(config.only) if config.only else fresh_seeds(num, stream(seed, "posterior-draws"))
+    pictures = config.open(context, config.count(config.num_draws))
+    opened, num, seed, t = pictures.opened, pictures.num, context.seed or 0, config.t
+    model, x_t = opened.model, _state(config, pictures, stream(seed, "posterior"))
 
-    @torch.no_grad()
-    def make(part: slice) -> Shard:
-        own = seeds[part]
-        with Meter(model.network) as meter, pictures.autocast():
-            noise = RowNoise(own.to(opened.device), "posterior").normal(model.event_shape, dtype=model.dtype)
-            draws = model.push(noise, t, x_t.expand_as(noise), config.steps, pictures.rows(part))
-        return Shard({"draws": draws, "seeds": own}, {"cost": meter.cost(), "rows": len(own)})
+    def points(seeds: Tensor, cond: Cond) -> Tensor:
+        noise = RowNoise(seeds.to(opened.device), "posterior").normal(model.event_shape, dtype=model.dtype)
+        return model.push(noise, t, x_t.expand_as(noise), config.steps, cond)
 
-    def finish(made: Shard) -> Results:
+    def finish(request: Request, made: Shard) -> Results:
         draws = made.tensors["draws"]
         write_tensors(request.out / "draws.safetensors", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
         _picture(request, pictures, t, x_t, draws)
@@ -70,10 +59,13 @@ def run(config: PosteriorDraws, context: Context) -> Results:
             metrics |= {"exact_mean": exact.mean[0].tolist(), "exact_std": exact.variance[0].sqrt().tolist()}
         return request.write(metrics, made.facts["cost"], opened.device)
 
-    return draw(request, Drawing(num, usual_size(context.share), make, finish))
+    make = config.by_seed(pictures, "draws", points, seed, "posterior-draws")
+    identity = config.identity(pictures, num_draws=num, seed=seed, x=x_t.flatten().tolist())
+    drawing = Drawing("posterior", identity, num * config.steps, context.share.usual_size(), make, finish)
+    return draw(pictures, drawing, context)
 
 
-def _state(config: PosteriorDraws, pictures: PictureWriter, generator: torch.Generator) -> Tensor:
+def _state(config: PosteriorDraws, pictures: SamplePictures, generator: torch.Generator) -> Tensor:
     """The noisy state, (1, *event)."""
     model = pictures.opened.model
     if config.x is not None:
@@ -85,7 +77,7 @@ def _state(config: PosteriorDraws, pictures: PictureWriter, generator: torch.Gen
     return model.path.interpolate(randn(tuple(x_1.shape), generator, model.dtype, model.device), x_1, config.t)
 
 
-def _picture(request: Request, pictures: PictureWriter, t: float, x_t: Tensor, draws: Tensor) -> None:
+def _picture(request: Request, pictures: SamplePictures, t: float, x_t: Tensor, draws: Tensor) -> None:
     opened, file = pictures.opened, request.out / "posteriors.png"
     if opened.is_planar:
         law = opened.law if t < 1 else None

@@ -39,6 +39,7 @@ from metaflowmaps.errors import InputError
 FOLDERS = ("shards", "cells")  # of samples, of an evaluation
 PLAN = "plan.json"
 SHARD_SIZE = 64  # samples, where work is shared and nobody says
+WHOLE_SIZE = 4096  # rows, where nobody shares it
 Say = Callable[[str], None]
 Facts = dict[str, Any]  # JSON
 
@@ -82,6 +83,11 @@ class Share(NamedTuple):
 
     worker: Worker | None = None
     size: int | None = None  # None: as the plan has it, or by default
+
+    def usual_size(self, unit: int = 1, copies: int = 1) -> int:
+        """Samples a shard where nobody says: whole systems of ``unit`` particles, of ``copies`` rows a sample."""
+        most = SHARD_SIZE if self.worker is not None else max(SHARD_SIZE, WHOLE_SIZE // copies)
+        return max(1, most // unit) * unit
 
 
 def share_of(worker: str | None, size: int | None) -> Share:
