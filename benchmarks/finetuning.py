@@ -229,7 +229,7 @@ def _steered(reward: str, strength: float) -> dict[str, Any]:
             assert setup is not None
             process = ODE(steps=STEERED_STEPS)
             x, result = steered(setup, image_variant(name), subject.reward, STEERED_SAMPLES, process, g)
-            kept.write_text(json.dumps({**judge([Drawn(x, {})]), "cost": cost_of(result)}))
+            kept.write_text(json.dumps({**judge([Drawn(x, {})]).to_json(), "cost": cost_of(result)}))
         out[name] = json.loads(kept.read_text())
     return out
 

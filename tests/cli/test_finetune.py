@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from conftest import mfm_command as mfm
 from metaflowmaps import cli
 from metaflowmaps.checkpoint import writing
-from metaflowmaps.cli import evaluate
 from metaflowmaps.data import Mixture
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.lab.evaluate import on_mixtures
 from metaflowmaps.lab.evaluate.steering_error import ExactJudge
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
 from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
@@ -458,9 +458,9 @@ def test_the_tuned_map_is_a_map_like_any_other(capsys, tuned, tmp_path, monkeypa
     tiny = sets("states=8", "num_draws=4", "glass_steps=[1]", "map_steps=[1]", "times=[0.5]")
     laws = []
     for name in ("posterior", "steering", "value"):
-        judge = getattr(evaluate, f"evaluate_{name}")
+        judge = getattr(on_mixtures, f"evaluate_{name}")
         monkeypatch.setattr(
-            evaluate,
+            on_mixtures,
             judge.__name__,
             lambda model, law, *rest, judge=judge: laws.append(law) or judge(model, law, *rest),
         )

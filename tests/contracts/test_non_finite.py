@@ -169,7 +169,7 @@ def test_posterior_draws_that_are_not_finite_have_no_error_of_zero():
     network = MLP(2, width=8, depth=1)
     with torch.no_grad():
         network.output.bias.fill_(math.nan)
-    (found,) = evaluate_posterior(mfm.MetaFlowMap(network, mfm.LinearPath()), LAW, config).at
+    (found,) = evaluate_posterior(mfm.MetaFlowMap(network, mfm.LinearPath()), LAW, config).at.values()
     assert math.isfinite(found.floor)
     assert not any(map(math.isfinite, [found.one_step, *found.by_sampler.values()]))
 
@@ -201,11 +201,11 @@ def test_tuned_samples_that_are_lost_are_far_away_and_spread_nothing():
     lost = x.clone()
     lost[:16] = math.nan
     good, bad = judge([Drawn(x, {})]), judge([Drawn(lost, {})])
-    assert bad["sw2"] > 1e4 > good["sw2"]
-    assert bad["reward"] < -1e6 < good["reward"]
-    assert math.isfinite(good["distance"])
-    assert not math.isfinite(bad["distance"])
-    assert bad["mode_l1"] > good["mode_l1"]
+    assert bad.sw2 > 1e4 > good.sw2
+    assert bad.reward < -1e6 < good.reward
+    assert math.isfinite(good.distance)
+    assert not math.isfinite(bad.distance)
+    assert bad.mode_l1 > good.mode_l1
 
 
 # -- what the report says --------------------------------------------------------------------------------------------

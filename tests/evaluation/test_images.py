@@ -13,6 +13,7 @@ import metaflowmaps as mfm
 from conftest import normal
 from metaflowmaps.data import ImageSet
 from metaflowmaps.errors import InputError
+from metaflowmaps.lab.evaluate.draws import posteriors
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
 from metaflowmaps.lab.evaluate.images import race, recovery, steered
@@ -258,10 +259,11 @@ def test_recovery_says_nothing_of_what_it_did_not_measure():
 def test_a_drift_trained_alone_is_judged_beside():
     setup = made()
     setup.drift = setup.model.drift
-    names = recovery.samplers(setup, (1,), (2, 4), "euler")
+    config = FEW.model_copy(update={"map_steps": (1,), "glass_steps": (2, 4)})
+    names = posteriors(setup.model, config, drift_alone=setup.drift)
     assert list(names) == ["map-1", "glass-2", "glass-4", "drift-glass-2", "drift-glass-4"]
     x_t, noise = normal(5, *SHAPE, dtype=torch.float32), normal(5, *SHAPE, seed="noise", dtype=torch.float32)
-    torch.testing.assert_close(names["glass-4"](noise, 0.3, x_t), names["drift-glass-4"](noise, 0.3, x_t))
+    torch.testing.assert_close(names["glass-4"].push(noise, 0.3, x_t), names["drift-glass-4"].push(noise, 0.3, x_t))
 
 
 # -- value -------------------------------------------------------------------------------------------------------------
@@ -708,18 +710,17 @@ def test_every_listed_method_has_a_meaning(name):
 def test_names_of_methods():
     def named(name):
         v = steered.image_variant(name)
-        return v.method, v.control
+        return v.method, v.renormalize
 
-    rescale = {"renormalize": "rescale"}
-    assert named("mfm-gf-plain-16") == (mfm.MFMGF(16, recycle=1), {})
-    assert named("mfm-g-plain-1") == (mfm.MFMG(1, blend=False), {})
-    assert named("tds-one-8") == (mfm.TDS(particles=8, returns="one"), {})
-    assert named("tds-64") == named("tds-64-all") == (mfm.TDS(particles=64), {})
-    assert named("mfm-smc-4") == (mfm.SMC(4, particles=64), {})
-    assert named("mfm-g-rescale-1") == (mfm.MFMG(1, blend=False), rescale)
-    assert named("mfm-gf-rescale-4") == (mfm.MFMGF(4), rescale)
-    assert named("dps-rescale") == (mfm.DPS(), rescale)
-    assert named("best-of-n-100") == (mfm.BestOfN(100), {})
+    assert named("mfm-gf-plain-16") == (mfm.MFMGF(16, recycle=1), None)
+    assert named("mfm-g-plain-1") == (mfm.MFMG(1, blend=False), None)
+    assert named("tds-one-8") == (mfm.TDS(particles=8, returns="one"), None)
+    assert named("tds-64") == named("tds-64-all") == (mfm.TDS(particles=64), None)
+    assert named("mfm-smc-4") == (mfm.SMC(4, particles=64), None)
+    assert named("mfm-g-rescale-1") == (mfm.MFMG(1, blend=False), "rescale")
+    assert named("mfm-gf-rescale-4") == (mfm.MFMGF(4), "rescale")
+    assert named("dps-rescale") == (mfm.DPS(), "rescale")
+    assert named("best-of-n-100") == (mfm.BestOfN(100), None)
     assert steered.image_variant("mfm-g-1").title == "MFM-G, 1 draw"
     assert steered.image_variant("tds-64").title == "TDS, 64 particles"
     for bad in (

@@ -204,16 +204,16 @@ def _finish(
     began, out = time.perf_counter(), request.out
     model = MetaFlowMap.from_pretrained(trained.result.checkpoint).to(subject.opened.device)
     conditions = make_problem(config, subject.base, subject.reward).conditions
-    metrics = tuning.evaluate_tuned(model, subject.base, subject.judge, judged, config.seed, config.tuned, conditions)
+    result = tuning.evaluate_tuned(model, subject.base, subject.judge, judged, config.seed, config.tuned, conditions)
     meters = kept_records(out / "drift" if config.map == "distil" else out, 2**62)
-    metrics |= {
+    metrics = {
+        **result.to_json(),
         **_parameters(subject, config),
         "loss": trained.result.loss,
         "probe": tried._asdict(),
         "before": meters[0] if meters else {},
         "after": meters[-1] if meters else {},
-        "tables": tuning.tables(metrics),
-        "summary": summary(config, metrics),
+        "summary": summary(config, result),
     }
     subject.draw(config, model, meters, tried.log_evidence, out)
     cost = {

@@ -8,7 +8,7 @@ import torch
 
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.race import RaceConfig, Raced, evaluate_race, title
-from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, Table, table
 from metaflowmaps.lab.figures import image_figures
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.opened import OpenedModel
@@ -82,7 +82,7 @@ def _price(cell: dict[str, Any]) -> str:
     return f"reward {cell['reward']:.2f}, diversity {cell['distance']:.1f}\n{cell['cost']['nfe']:,.0f} NFE, {took}"
 
 
-def _short(race: dict[str, Any]) -> dict[str, Any]:
+def _short(race: dict[str, Any]) -> Table:
     rows = [
         [
             title(c["method"]),

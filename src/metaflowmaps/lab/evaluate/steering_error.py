@@ -13,13 +13,14 @@ on fewer samples, which the results state together with the floor for that size.
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.variants import Variant, variant
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.finite import root
@@ -73,6 +74,19 @@ class SteeringEvalConfig(Config):
         return self
 
 
+@dataclass(frozen=True)
+class LawDistance:
+    """How far sets of samples are from a law, and what exact sets of that size are by chance."""
+
+    sw2: float
+    floor_sw2: float
+    mode_l1: float
+    floor_mode_l1: float
+    mode_frequencies: list[float]
+    reward: float
+    nonfinite: int
+
+
 @dataclass
 class ExactJudge:
     """The exact law and everything known about samples of it."""
@@ -83,6 +97,7 @@ class ExactJudge:
 
     EXACT_SETS = 16
     REFERENCE = 2**20
+    FREQUENCIES = 64  # sets that the floor of mode weights is a mean over
 
     def __post_init__(self) -> None:
         self.tilted = self.law.tilt(self.reward)
@@ -111,14 +126,33 @@ class ExactJudge:
         return root(self.exact(n).floor())
 
     def floor_mode_l1(self, n: int) -> float:
-        """Mean of the mode-weight L1 of n exact samples, over 64 sets."""
+        """Mean of the mode-weight L1 of n exact samples."""
         g = stream(self.seed, "multinomial", n)
         total = 0.0
-        for _ in range(64):
+        for _ in range(self.FREQUENCIES):
             drawn = torch.multinomial(self.probabilities, n, replacement=True, generator=g)
             shares = torch.bincount(drawn, minlength=len(self.probabilities)).double() / n
             total += float((shares - self.probabilities).abs().sum())
-        return total / 64
+        return total / self.FREQUENCIES
+
+    def distance(self, sets: list[Tensor]) -> LawDistance:
+        """Of sets of n samples each, (n, d) on the CPU.
+
+        What is not finite counts as far away, and belongs to no mode: left out, it would flatter the method.
+        """
+        n, mine, whole = len(sets[0]), Curves(), torch.cat(sets)
+        for x in sets:
+            mine.add(curves(within_reach(x), self.along))
+        frequencies = self.frequencies(whole)
+        return LawDistance(
+            sw2=root(mine.squared_distance(self.exact(n))),
+            floor_sw2=self.floor_sw2(n),
+            mode_l1=float((frequencies - self.probabilities).abs().sum()),
+            floor_mode_l1=self.floor_mode_l1(len(whole)),
+            mode_frequencies=frequencies.tolist(),
+            reward=float(self.reward(within_reach(whole).double()).mean()),
+            nonfinite=int((~whole.isfinite().all(1)).sum()),
+        )
 
 
 FAR = 1e6  # coordinates beyond it count as it
@@ -130,31 +164,55 @@ def within_reach(x: Tensor) -> Tensor:
     return x.clamp(-FAR, FAR).masked_fill(lost, FAR)
 
 
-Report = Callable[[str], None]
+@dataclass(frozen=True)
+class SteeredCell:
+    """One method with one number of draws: how far from the law, at what cost, on which process."""
+
+    name: str
+    num_draws: int
+    title: str
+    process: str
+    steps: int
+    samples: int
+    seeds: int
+    distance: LawDistance
+    mmd: float | None
+    cost: dict[str, float]
+    warnings: list[str]
+    trajectory: dict[str, list[float]]
+    shown: Tensor  # the samples of the first seed
+
+    def to_json(self) -> dict[str, object]:
+        """As results.json holds it, by method and number of draws."""
+        own = {key: value for key, value in vars(self).items() if key not in ("name", "num_draws", "distance", "shown")}
+        return {**asdict(self.distance), **own}
+
+    def line(self) -> str:
+        """As the progress says it."""
+        near = self.distance
+        return (
+            f"{self.name} N = {self.num_draws}: {near.sw2 / near.floor_sw2:.2f} × floor, mode L1 {near.mode_l1:.3f}, "
+            f"{self.cost['nfe']:,.0f} NFE a sample, {self.cost['seconds']:.1f} s"
+        )
 
 
 def evaluate_steering(
-    model: Any,
+    model: MetaFlowMap | ExactModel,
     law: GaussianMixture,
     reward: LinearGaussian,
     config: SteeringEvalConfig,
-    report: Report = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
     data_std: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
     planned = list(cells(config, data_std))  # an option that does not exist is refused before the first hour, not after
-    judge = ExactJudge(law, reward, config.seed)
-    methods: dict[str, dict[str, Any]] = {}
-    pictures: dict[str, Tensor] = {}
-    for cell_of in planned:
-        cell, samples = _cell(model, judge, config, cell_of)
-        name, key = cell_of.name, str(cell_of.method.shown_draws)
-        methods.setdefault(name, {})[key] = cell
-        pictures[f"{name}.{key}"] = samples
-        report(
-            f"{name} N = {key}: {cell['sw2'] / cell['floor_sw2']:.2f} × floor, mode L1 {cell['mode_l1']:.3f}, "
-            f"{cell['cost']['nfe']:,.0f} NFE a sample, {cell['cost']['seconds']:.1f} s"
-        )
+    judge, found = ExactJudge(law, reward, config.seed), []
+    for variant_of_cell in planned:
+        found.append(_cell(model, judge, config, variant_of_cell))
+        report(found[-1].line())
+    methods: dict[str, dict[str, dict[str, object]]] = {}
+    for cell in found:
+        methods.setdefault(cell.name, {})[str(cell.num_draws)] = cell.to_json()
     pooled = config.samples * config.seeds
     metrics = {
         "methods": methods,
@@ -163,7 +221,7 @@ def evaluate_steering(
         "exact_reward": judge.exact_reward,
         "log_evidence": float(law.log_evidence(reward)),
     }
-    return metrics, pictures
+    return metrics, {f"{cell.name}.{cell.num_draws}": cell.shown for cell in found}
 
 
 def cells(config: SteeringEvalConfig, data_std: float | None = None) -> Iterator[Variant]:
@@ -174,28 +232,38 @@ def cells(config: SteeringEvalConfig, data_std: float | None = None) -> Iterator
         if isinstance(v.method, Glass):
             spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std}
             options = {**spacing, **options}
-        v = v.using(**options)
+        v = v.using(options)
         said = any(word.isdecimal() for word in name.split("-"))
         for n in config.num_draws if v.method.draws and not said else (0,):
-            yield v._replace(method=v.method.with_draws(n)) if n else v
+            yield replace(v, method=v.method.with_draws(n)) if n else v
 
 
-def _cell(model: Any, judge: ExactJudge, config: SteeringEvalConfig, cell: Variant) -> tuple[dict[str, Any], Tensor]:
+def _cell(model: MetaFlowMap | ExactModel, judge: ExactJudge, config: SteeringEvalConfig, cell: Variant) -> SteeredCell:
     base = ExactModel(model.path, judge.law) if cell.method.exact else model
-    samples = _affordable(config, cell.method)
-    process = cell.process(config.on())
-    runs, said = [], set()
-    for seed in range(config.seeds):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    samples, process, runs = _affordable(config, cell.method), cell.process(config.on()), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(config.seeds):
             generator = stream(config.seed, "steer", seed)
-            run = steer(base, judge.reward, samples, cell.method, process, seed=generator)
-        if run.interrupted:
-            raise KeyboardInterrupt
-        runs.append(run)
-        said |= {str(w.message) for w in caught}
-    title = {"process": cell.method.moved_by or process.name, "title": cell.title}
-    return {**_judged(judge, config, runs, samples, sorted(said)), **title}, runs[0].samples.cpu()
+            runs.append(steer(base, judge.reward, samples, cell.method, process, seed=generator))
+            if runs[-1].interrupted:
+                raise KeyboardInterrupt
+    sets = [run.samples.cpu() for run in runs]
+    return SteeredCell(
+        name=cell.name,
+        num_draws=cell.method.shown_draws,
+        title=cell.title,
+        process=cell.method.moved_by or process.name,
+        steps=config.steps,
+        samples=samples,
+        seeds=len(runs),
+        distance=judge.distance(sets),
+        mmd=_mmd(judge, sets[: config.mmd_seeds]),
+        cost=_cost(runs),
+        warnings=sorted({str(w.message) for w in caught}),
+        trajectory=_trajectory(runs),
+        shown=sets[0],
+    )
 
 
 def _affordable(config: SteeringEvalConfig, method: Method) -> int:
@@ -205,39 +273,18 @@ def _affordable(config: SteeringEvalConfig, method: Method) -> int:
     return affordable if unit is None else max(unit, affordable // unit * unit)
 
 
-def _judged(
-    judge: ExactJudge, config: SteeringEvalConfig, runs: list[SteerResult], samples: int, said: list[str]
-) -> dict[str, Any]:
-    mine, pooled, lost, mmd = Curves(), [], 0, []
-    for i, run in enumerate(runs):
-        lost += int((~run.samples.isfinite().all(1)).sum())
-        x = within_reach(run.samples.cpu())
-        mine.add(curves(x, judge.along))
-        pooled.append(x)
-        if i < config.mmd_seeds:
-            mmd.append(mmd_squared(x, judge.tilted.sample(samples, stream(judge.seed, "mmd", i)).to(x)))
-    everything = torch.cat(pooled)
-    frequencies = judge.frequencies(torch.cat([run.samples.cpu() for run in runs]))
-    rewards = judge.reward(everything.double())
-    cost = {k: sum(run.cost[k] for run in runs) for k in runs[0].cost if k not in ("nfe", "peak_memory_bytes")}
-    cost["nfe"] = sum(run.cost["nfe"] for run in runs) / len(runs)
-    cost["peak_memory_bytes"] = max(run.cost["peak_memory_bytes"] for run in runs)
-    return {
-        "sw2": root(mine.squared_distance(judge.exact(samples))),
-        "floor_sw2": judge.floor_sw2(samples),
-        "mmd": root(sum(mmd) / len(mmd)) if mmd else None,
-        "mode_l1": float((frequencies - judge.probabilities).abs().sum()),
-        "floor_mode_l1": judge.floor_mode_l1(samples * len(runs)),
-        "mode_frequencies": frequencies.tolist(),
-        "reward": float(rewards.mean()),
-        "cost": cost,
-        "steps": config.steps,
-        "samples": samples,
-        "seeds": len(runs),
-        "nonfinite": lost,
-        "warnings": said,
-        "trajectory": _trajectory(runs),
-    }
+def _mmd(judge: ExactJudge, sets: list[Tensor]) -> float | None:
+    """√ mean MMD² to exact sets of that size; None for no sets."""
+    exact = [judge.tilted.sample(len(x), stream(judge.seed, "mmd", i)).to(x) for i, x in enumerate(sets)]
+    squares = [mmd_squared(within_reach(x), y) for x, y in zip(sets, exact, strict=True)]
+    return root(sum(squares) / len(squares)) if squares else None
+
+
+def _cost(runs: list[SteerResult]) -> dict[str, float]:
+    """Of all seeds together; NFE is per sample, memory the highest."""
+    cost = {key: sum(run.cost[key] for run in runs) for key in runs[0].cost}
+    peak = max(run.cost["peak_memory_bytes"] for run in runs)
+    return {**cost, "nfe": cost["nfe"] / len(runs), "peak_memory_bytes": peak}
 
 
 def _trajectory(runs: list[SteerResult]) -> dict[str, list[float]]:

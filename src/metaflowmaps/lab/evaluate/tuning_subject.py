@@ -160,15 +160,15 @@ class TuningSubject:
         return x.cpu() if self.decode is None else self.decode(x)
 
 
-def summary(config: FinetuneConfig, metrics: Metrics) -> str:
+def summary(config: FinetuneConfig, result: tuning.TunedResult) -> str:
     """What came of a tuning, in a sentence."""
-    first, base = next(iter(metrics["samplers"])), metrics["base"]
-    cell, before = metrics["samplers"][first], base["map-1"]
-    if "reward" not in cell:
+    name, cell = next(iter(result.samplers.items()))
+    now, before = cell.judged, result.base["map-1"].judged
+    if now.reward is None:
         return f"Tuned to {config.reward} with λ = {config.strength:g}: no finite samples are left."
-    near = f" Sliced W2 to the exact tilted law is {cell['ratio']:.2f} times its floor." if "ratio" in cell else ""
+    near = f" Sliced W2 to the exact tilted law is {now.ratio:.2f} times its floor." if now.ratio is not None else ""
     return (
         f"Tuned to {config.reward} with λ = {config.strength:g} by {config.method.titled()}: mean λr "
-        f"{cell['reward']:.3g} by {tuning.sampler_title(first)}, {before['reward']:.3g} before; mean distance between "
-        f"samples {cell['distance']:.3g}, {before['distance']:.3g} before.{near}"
+        f"{now.reward:.3g} by {tuning.sampler_title(name)}, {before.reward:.3g} before; mean distance between "
+        f"samples {now.distance:.3g}, {before.distance:.3g} before.{near}"
     )

@@ -159,7 +159,9 @@ def _for_draws(name: str, draws: int) -> Variant:
     """A variant whose particle systems, where it has some, are returned whole and hold as many samples as asked for."""
     v = image_variant(name)
     return (
-        v if v.method.row_by_row else v.using(particles=max(v.method.system or v.method.copies, draws), returns="all")
+        v
+        if v.method.row_by_row
+        else v.using({"particles": max(v.method.system or v.method.copies, draws), "returns": "all"})
     )
 
 

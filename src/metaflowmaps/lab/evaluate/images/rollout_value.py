@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond
+from metaflowmaps.lab.evaluate.draws import pearson
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward
 from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, Timed, table
-from metaflowmaps.lab.evaluate.value_error import pearson
 from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.value import GradientFree, value_gradient

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from pydantic import Field
@@ -313,6 +313,13 @@ class Timed:
         return per_sample(self.meter.cost(), n)
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> dict[str, Any]:
-    """A table as results.json and the report hold it."""
+class Table(TypedDict):
+    """A table as results.json and the report hold it: numbers as they are."""
+
+    head: list[str]
+    rows: list[list[object]]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """A table of rows."""
     return {"head": list(head), "rows": [list(row) for row in rows]}

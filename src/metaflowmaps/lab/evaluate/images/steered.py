@@ -23,7 +23,7 @@ def image_variant(name: str) -> Variant:
     v = variant(name)
     if v.method.exact:
         raise InputError(f"{name!r} needs a model that knows its value function, and no map of images does")
-    return v.using(particles=PARTICLES) if v.method.system is None else v
+    return v.using({"particles": PARTICLES}) if v.method.system is None else v
 
 
 def labels_of(name: str, labels: Tensor | None) -> Tensor | None:
