@@ -151,7 +151,8 @@ class _Drawing:
                 else self.posterior.draw(times, contexts, 1, generator=self.generator, cond=cond)[0]
             )
             r = self.reward(x_1, cond)
-        return Draws(x_1.detach(), r.detach(), pull_back(r, contexts, x_1) if differentiate else None)
+        gradients = reward_gradient(r, contexts, x_1) if differentiate else None
+        return Draws(x_1.detach(), r.detach(), gradients)
 
     def second_pass(self, made: Draws) -> Tensor:
         """Gradients of the draws whose weight is more than a negligible part of an equal share."""
@@ -169,7 +170,7 @@ class _Drawing:
             with torch.enable_grad():
                 contexts = self.x_t[row].requires_grad_(True)
                 x_1 = self.posterior.push(self.noise.flatten(0, 1)[part], self.times[row], contexts, cond)
-                gradients[part] = pull_back(self.reward(x_1, cond), contexts, x_1)
+                gradients[part] = reward_gradient(self.reward(x_1, cond), contexts, x_1)
         return gradients.reshape(made.x_1.shape)
 
 
@@ -186,6 +187,21 @@ def pull_back(r: Tensor, x: Tensor, x_1: Tensor) -> Tensor:
         total = r.sum()
     (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
     return torch.zeros_like(x) if gradient is None else gradient
+
+
+def reward_gradient(r: Tensor, x: Tensor, x_1: Tensor) -> Tensor:
+    """∂ Σ r/∂x, (rows, *event): zero where the reward is −inf, and refused where it is not finite at a finite draw."""
+    gradient = pull_back(r, x, x_1)
+    with torch.no_grad():
+        forbidden = (r == -torch.inf).reshape(-1, *([1] * (gradient.ndim - 1)))
+        gradient = gradient.masked_fill(forbidden, 0.0)
+        bad = ~gradient.flatten(1).isfinite().all(1) & x_1.flatten(1).isfinite().all(1) & r.isfinite()
+    if bool(bad.any()):
+        raise InputError(
+            f"the gradient of the reward is not finite at {int(bad.sum())} of {len(bad)} finite draws (a root or a "
+            "norm at 0?): add a small number inside, or use mfm.MFMGF (--method mfm-gf), which needs no gradient"
+        )
+    return gradient
 
 
 def _check_options(options: DrawOptions) -> None:

@@ -41,6 +41,7 @@ from metaflowmaps.path import Path
 from metaflowmaps.random import NOISES, Source
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.work.choices import Choice, built
+from metaflowmaps.work.memory import frozen
 
 CORRECTIONS = ("none", "jackknife")
 
@@ -285,7 +286,8 @@ def value_gradient(
     estimator = built(Estimator, method)
     check_state(x_t, "x_t")
     check_time(t)
-    draws = make_draws(posterior, checked_reward(reward), t, x_t, estimator.options(num_draws), generator, cond)
+    with frozen(posterior, reward):
+        draws = make_draws(posterior, checked_reward(reward), t, x_t, estimator.options(num_draws), generator, cond)
     log_base = equal_log_weights(draws.rewards)
     base, tilted = log_base.exp(), tilted_weights(draws.rewards, log_base)
     value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, estimator.correction)

@@ -275,7 +275,7 @@ def steering() -> Figures:
         "mfm-gf, as published": (law, mfm.MFMGF(num_draws=3, recycle=1, centre="denoise"), ode),
         "mfm-gf, jackknife": (law, mfm.MFMGF(num_draws=3, recycle=2, correction="jackknife"), ode),
         "mfm-gf, filled": (law, mfm.MFMGF(num_draws=1, recycle=4, fill=True), mfm.ODE(steps=8, grid="power")),
-        "mfm-gf, clipped": (law, mfm.MFMGF(num_draws=4), mfm.ODE(steps=8, renormalize="clip", sigma_cap=50.0)),
+        "mfm-gf, clipped": (law, mfm.MFMGF(num_draws=4), mfm.ODE(steps=8, renormalize="clip")),
         "mfm-gf, map": (small, mfm.MFMGF(num_draws=4, noise="antithetic", map_steps=2), ode),
         "mfm-g": (small, mfm.MFMG(num_draws=2), ode),
         "mfm-g, sde": (small, mfm.MFMG(num_draws=2, noise="quasi"), mfm.SDE(steps=8, integrator="heun")),

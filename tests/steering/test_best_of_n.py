@@ -112,7 +112,8 @@ def test_search_by_hand(selection, transition, path):
         chosen, best = made[r.argmax(0), torch.arange(m * samples)], r.amax(0)
         if selection == "global":
             of = best.reshape(m, samples).argmax(0)
-            chosen = chosen.reshape(m, samples, 1)[of, torch.arange(samples)].repeat(m, 1)
+            # the winner is copied as a pair: what its draw implies of the noise, it implies at its own state
+            x, chosen = (v.reshape(m, samples, 1)[of, torch.arange(samples)].repeat(m, 1) for v in (x, chosen))
             best = best.reshape(m, samples).amax(0).repeat(m)
         a_t, b_t, a_u, b_u = (float(f(v)) for v in (t, u) for f in (path.alpha, path.beta))
         xi = noises[k + 1] if transition == "stochastic" else (x - b_t * chosen) / a_t

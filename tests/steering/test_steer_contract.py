@@ -3,14 +3,16 @@
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from closed_forms import random_map
 
 import metaflowmaps as mfm
 from calls import steer
-from conftest import CASES, F64, PATHS
+from conftest import CASES, F64, PATHS, normal
 from metaflowmaps.random import stream
 from metaflowmaps.steering import Method, SteeringFailed
 from metaflowmaps.work.choices import built, choices, choose, dumped
@@ -125,6 +127,11 @@ WRONG = {
     "inf": (lambda x: x[:, 0] * 0 + math.inf, "is inf for"),
     "elsewhere": (lambda x: x.sum(1).to("meta"), "move it there"),
     "in place": (lambda x: x.mul_(2).sum(1), r"changed its input in place.*clone"),
+    "in place, past autograd": (lambda x: x.data.mul_(2).sum(1) + x.sum(1), r"changed its input in place.*clone"),
+    "in place, through numpy": (
+        lambda x: torch.from_numpy(np.multiply(x.detach().numpy(), 2, out=x.detach().numpy())).sum(1) + x.sum(1),
+        r"changed its input in place.*clone",
+    ),
 }
 
 
@@ -146,6 +153,59 @@ def test_rewards_without_a_gradient_are_refused_where_one_is_needed(method, opti
         assert "mfm-gf" in str(refused("not differentiable", method, reward=reward, **options))
         # and welcome where not
         assert run("mfm-gf", reward).samples.shape == (6, 2)
+
+
+def root(x):
+    """√0 at a plane that no draw meets by chance; its gradient there is not a number: 0 · ∞."""
+    return -(0 * x[:, 0]).sqrt()
+
+
+@pytest.mark.parametrize(("method", "options"), GRADIENT_METHODS, ids=str)
+def test_a_gradient_that_is_not_finite_is_refused_by_name(method, options):
+    refused("the gradient of the reward is not finite at .* mfm.MFMGF", method, reward=root, **options)
+    assert run("mfm-gf", root).samples.isfinite().all()
+
+
+def test_a_forbidden_draw_has_no_gradient():
+    """log 0 = −inf is allowed, and what is forbidden pulls nowhere: 0 · ∞ must not reach the others."""
+    got = run("mfm-g", lambda x: torch.log(x[:, 0] * (x[:, 0] > 0)), n=64, num_draws=8, blend=False)
+    assert got.samples.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["mfm-g", "mfm-gf", "dps", "tds"])
+def test_weights_require_no_gradient_while_steering(method):
+    """Their activations would be kept for a gradient nobody takes. Afterwards all is as it was."""
+    seen, model = [], random_map(PATH)
+    weights = [w for module in (model, HeldJudge.judge) for w in module.parameters()]
+    weights[0].requires_grad_(False)
+    before = [w.requires_grad for w in weights]
+    reward = HeldJudge(lambda: seen.append([w.requires_grad for w in weights]))
+    steer(model, reward, 3, method, num_draws=2, steps=2)
+    mfm.value_gradient(model, reward, 0.5, normal(3, 2).float(), 2)
+    assert len(seen) > 2
+    assert sum(any(flags) for flags in seen) == 1  # the finished samples are scored outside, without any graph
+    assert [w.requires_grad for w in weights] == before
+
+
+class HeldJudge:
+    """A reward that holds a network, as most do."""
+
+    judge = torch.nn.Linear(2, 1)
+
+    def __init__(self, look):
+        self.network, self.look = self.judge, look
+
+    def __call__(self, x):
+        self.look()
+        return self.network(x)[:, 0]
+
+
+def test_sigma_cap_is_for_gradients():
+    """The release caps σ² for MFM-G alone; a mean of draws needs none, and ignoring it would be silent."""
+    refused("sigma_cap bounds reward gradients", "mfm-gf", sigma_cap=50.0)
+    refused("sigma_cap bounds reward gradients", "glass", sigma_cap=50.0)
+    free, capped = (run("mfm-g", blend=False, **cap).samples for cap in ({}, {"sigma_cap": 0.5}))
+    assert not torch.allclose(free, capped)
 
 
 def test_not_a_reward():
@@ -368,11 +428,8 @@ def test_a_grid_that_starts_late_is_said():
 
 
 def test_samples_that_are_not_finite_are_said():
-    """A reward whose gradient is enormous: plain MFM-G leaves every scale."""
-
-    def wall(x):
-        return -1e30 * x.square().sum(1)
-
+    """A drift too stiff for its steps: every step multiplies by 1e30, which float32 leaves at the second."""
+    stiff = SimpleNamespace(path=PATH, event_shape=(2,), drift=lambda t, x, cond=None: 1e30 * x)
     with pytest.warns(UserWarning, match=r"of 6 samples are not finite.*more steps.*clip"):
-        got = run("mfm-g", wall, num_draws=1, blend=False)
-    assert int(got.info["nonfinite"]) > 0
+        got = run("none", lambda x: 0 * x.nan_to_num(0, 0, 0)[:, 0], model=stiff)
+    assert int(got.info["nonfinite"]) == 6

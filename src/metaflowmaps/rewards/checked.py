@@ -36,15 +36,16 @@ class CheckedReward:
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
-        version = _version(x)
+        given = x.clone()  # whatever the reward does to it, the samples stay as they are
+        version = _version(given)
         try:
-            out = self._call(x, cond)
+            out = self._call(given, cond)
         except InputError:
             raise
         except Exception as error:  # the user's own code: in one line, with its traceback behind it
             text = " ".join(str(error).split())
             raise InputError(f"the reward raised {type(error).__name__}: {text[:200]}") from error
-        if _version(x) != version:
+        if _version(given) != version or not _same(given, x):
             raise InputError("the reward changed its input in place: begin it with x = x.clone()")
         if not isinstance(out, Tensor):
             raise InputError(
@@ -68,6 +69,12 @@ class CheckedReward:
                 "it must be finite (or −inf, for what is forbidden)"
             )
         return out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN for NaN: what was written through ``x.data`` or ``x.numpy()`` shows here alone."""
+    with torch.no_grad():
+        return bool(((a == b) | (b != b)).all())
 
 
 def _version(x: Tensor) -> int:

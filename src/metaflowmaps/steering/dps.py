@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import event_sum
-from metaflowmaps.draws import pull_back
+from metaflowmaps.draws import reward_gradient
 from metaflowmaps.errors import InputError
 from metaflowmaps.steering.method import Guidance, GuidedMethod
 from metaflowmaps.steering.problem import FIRST, SteeringProblem
@@ -61,6 +61,6 @@ def at_posterior_mean(problem: SteeringProblem, t: float, x: Tensor) -> AtMean:
         drift = problem.drift(looked_at, leaf)
         point = problem.denoise(looked_at, leaf, drift)
         reward = problem.score_of(point)
-        gradient = pull_back(reward, leaf, point)
+        gradient = reward_gradient(reward, leaf, point)
     drift = drift.detach() if looked_at == t else problem.drift(t, x)
     return AtMean(drift, problem.shift_per_gradient(looked_at) * gradient, gradient, reward.detach())

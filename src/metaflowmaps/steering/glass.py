@@ -9,7 +9,7 @@ from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
 from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.steering.from_draws import FromDraws
-from metaflowmaps.steering.method import Guidance, GuidedMethod, Method
+from metaflowmaps.steering.method import Guidance, GuidedMethod, Method, Process
 from metaflowmaps.steering.mfm_gf import MFMGF
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.work.choices import Pick
@@ -47,6 +47,11 @@ class Glass(GuidedMethod):
     def calls_per_step(self) -> float:
         """The drift; the inner steps and a reward a draw."""
         return 1 + self.num_draws * (1 + 2 * self.glass_steps)
+
+    def check(self, process: Process) -> None:
+        """What the estimator refuses."""
+        super().check(process)
+        self.estimator.check(process)
 
     def remember(self, problem: SteeringProblem) -> tuple[Any, Any]:
         """The estimator on GLASS draws, and its memory."""

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count
-from metaflowmaps.errors import check_one_of
+from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.from_draws import FromDraws, draw_info
-from metaflowmaps.steering.method import Guidance, GuidedMethod
+from metaflowmaps.steering.method import Guidance, GuidedMethod, Process
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.value import CORRECTIONS, free_shift, free_shift_from
@@ -48,6 +48,15 @@ class MFMGF(FromDraws, GuidedMethod):
     def calls_per_step(self) -> float:
         """The drift; a call and a reward a draw."""
         return 1 + 2 * self.num_draws
+
+    def check(self, process: Process) -> None:
+        """A bound on σ² is for gradients: the mean of draws is bounded by itself."""
+        super().check(process)
+        if process.sigma_cap is not None:
+            raise InputError(
+                "sigma_cap bounds reward gradients (mfm.MFMG), as in the release; mfm.MFMGF cannot leave the hull of "
+                "its draws: leave it out"
+            )
 
     def remember(self, problem: SteeringProblem) -> DrawPool:
         """The draws of the last steps."""

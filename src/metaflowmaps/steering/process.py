@@ -41,7 +41,7 @@ class Process(Choice, ABC):
         integrator: of one step.
         renormalize: none; clip or rescale the steering term to ``renormalize_to`` times ‖b‖ (leaves the theory).
         renormalize_to: how far clip and rescale go.
-        sigma_cap: σ² at most this, as the release has it (50).
+        sigma_cap: σ² at most this for methods that follow gradients, as the release has it for MFM-G (50).
     """
 
     kind: ClassVar[str] = "process"

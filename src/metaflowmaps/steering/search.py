@@ -77,7 +77,9 @@ class Search(FromDraws):
         chosen = made.x_1[index, rows]
         if self.selection == "global":
             best = best_rows(reward, self.copies)
-            chosen, reward = repeat_rows(chosen[best], self.copies), reward[best].repeat(self.copies)
+            # the winner as a whole: the noise that it implies is that of its own state
+            chosen, x = repeat_rows(chosen[best], self.copies), repeat_rows(x[best], self.copies)
+            reward = reward[best].repeat(self.copies)
         alpha_u, beta_u = float(problem.path.alpha(u)), float(problem.path.beta(u))
         if self.transition == "stochastic":
             noise = problem.noise("sde", len(x))

@@ -28,7 +28,7 @@ from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
 from metaflowmaps.steering.process import Process
 from metaflowmaps.steering.result import SteerResult
 from metaflowmaps.work.choices import built
-from metaflowmaps.work.memory import halving
+from metaflowmaps.work.memory import frozen, halving
 from metaflowmaps.work.progress import Bar
 
 ROWS = 4096  # of state at a time, where nobody says
@@ -105,7 +105,7 @@ def steer(
     count = batches[-1].seeds.stop
     seeds = as_seeds(seed, count, "steer", "a sample" if count == num_samples else "a system of particles")
     run = _SteeringRun(problem, made, moves, times, callback)
-    with Bar(len(batches) * (len(times) - 1) if progress else 0, made.name) as bar, meter:
+    with Bar(len(batches) * (len(times) - 1) if progress else 0, made.name) as bar, meter, frozen(model, reward):
         run.bar = bar
         run.all(batches, seeds, cond or None)
     result = run.result(cond)
