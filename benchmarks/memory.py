@@ -44,16 +44,8 @@ def peak_of_pipeline(num_draws: int, steps: int, micro_batch: int, checkpointing
     for parameter in network.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     codec = tiny_codec(micro_batch=micro_batch, checkpointing=checkpointing)
-    pipe = Pipeline(MetaFlowMap(network, LinearPath(), "plain"), codec)
-    made = pipe.steer(
-        1,
-        lambda x: 100 * x[:, 0].mean((1, 2)),
-        MFMG(num_draws),
-        ODE(steps=steps),
-        seed=0,
-        progress=False,
-        output="tensor",
-    )
+    pipe = Pipeline(MetaFlowMap(network, LinearPath(), "plain"), codec, progress=False)
+    made = pipe.steer(1, lambda x: 100 * x[:, 0].mean((1, 2)), MFMG(num_draws), ODE(steps=steps), seed=0)
     return made.cost["peak_memory_bytes"]
 
 

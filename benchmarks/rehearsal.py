@@ -128,7 +128,7 @@ class Rehearsal:
         try:
             pipe = mfm.Pipeline.from_pretrained("map")
             g = torch.Generator().manual_seed(0)
-            made = pipe(1, steps=4, guidance=2.5, num_images=2, seed=g, progress=False)
+            made = pipe(1, steps=4, guidance=2.5, num_images=2, seed=g)
             drawn = pipe.posterior(made.images[0], 0.5, num_draws=2, label=1, guidance=2.5, generator=g)
             cost = pipe.estimate(4, label=1, steps=4)
         finally:

@@ -13,10 +13,12 @@ On disk it is a checkpoint with one document more, ``pipeline.json``: which auto
 it), the classes' names, the usual guidance.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -28,13 +30,13 @@ from metaflowmaps._shapes import Cond, check_count, check_time, select_cond
 from metaflowmaps.checkpoint import save_model
 from metaflowmaps.cost import Meter
 from metaflowmaps.data import imagenet_names as imagenet
-from metaflowmaps.data.imaging import check_kind, from_tensor, to_tensor
+from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, stored
 from metaflowmaps.random import Seed, as_seeds, randn
-from metaflowmaps.steering import Method, Process, Step, Unsteered, steer
+from metaflowmaps.steering import Method, Process, steer
 from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.work.choices import built
 from metaflowmaps.work.progress import Bar
@@ -44,18 +46,24 @@ STEPS = 4  # of refinement
 MADE_AT_A_TIME, STEERED_AT_A_TIME = 64, 8  # pictures
 
 
-@dataclass
+@dataclass(frozen=True)
 class PipelineOutput:
-    """What a call made; ``images`` as asked for, everything else as tensors."""
+    """What a call made; of posterior draws, (num_draws, n, …) instead of (n, …)."""
 
-    images: Any
-    latents: Tensor  # (n, *event); of draws (num_draws, n, *event)
+    pictures: Tensor  # (n, C, H, W) in [−1, 1]
+    latents: Tensor  # (n, *event): the map's own samples
     labels: Tensor | None
     seeds: Tensor | None
     cost: dict[str, float]
     rewards: Tensor | None = None
     info: dict[str, Tensor] = field(default_factory=dict)
     interrupted: bool = False
+
+    @cached_property
+    def images(self) -> list[Any]:
+        """PIL images: ``images[picture]``, of posterior draws ``images[draw][picture]``."""
+        drawn = self.pictures.ndim == 5
+        return [from_tensor(draw) for draw in self.pictures] if drawn else from_tensor(self.pictures)
 
 
 class Pipeline:
@@ -66,6 +74,8 @@ class Pipeline:
         codec: the autoencoder of its latents; None where samples are pictures.
         class_names: one a class, or none at all.
         guidance: the scale that is meant where a call does not say one.
+        batch_size: pictures made at a time; None: 64, of steered ones 8.
+        progress: whether calls show a bar.
     """
 
     def __init__(
@@ -74,14 +84,16 @@ class Pipeline:
         codec: AutoencoderCodec | None = None,
         class_names: Sequence[str] = (),
         guidance: float | None = None,
+        *,
+        batch_size: int | None = None,
+        progress: bool = True,
     ) -> None:
         self.model, self.codec = model.eval().requires_grad_(False), codec
         self.class_names = tuple(class_names)
-        self.guidance = guidance
+        self.guidance, self.batch_size, self.progress = guidance, batch_size, progress
         self.precision = torch.float32
-        classes = self.num_classes
-        if self.class_names and len(self.class_names) != classes:
-            raise InputError(f"{len(self.class_names)} names for {classes} classes: give one a class")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise InputError(f"{len(self.class_names)} names for {self.num_classes} classes: give one a class")
         if codec is not None:
             codec.image_shape(model.event_shape)  # refused if these are not its latents
 
@@ -93,7 +105,6 @@ class Pipeline:
         path_or_hub_id: str | FilePath,
         *,
         vae: str | FilePath | AutoencoderCodec | None = None,
-        class_names: Sequence[str] | None = None,
         family: str = "auto",
         config: dict[str, Any] | None = None,
         revision: str | None = None,
@@ -109,8 +120,7 @@ class Pipeline:
         """
         model, found = open_map(path_or_hub_id, family, config, revision)
         codec = codec_of(model, found, vae, **codec_options)
-        names = names_of(model, found) if class_names is None else class_names
-        return cls(model, codec, names, stored(found).get("guidance")).to(device, dtype)
+        return cls(model, codec, names_of(model, found), stored(found).get("guidance")).to(device, dtype)
 
     def save_pretrained(self, path: str | FilePath, vae: str | None = None) -> None:
         """A checkpoint with ``pipeline.json``; ``vae`` names the autoencoder, None writes it beside the map."""
@@ -171,43 +181,26 @@ class Pipeline:
         num_images: int = 1,
         *,
         seed: Seed = None,
-        batch_size: int = MADE_AT_A_TIME,
-        callback: Callable[[int, int], Any] | None = None,
-        progress: bool = True,
-        output: str = "pil",
     ) -> PipelineOutput:
         """``num_images`` pictures a label by K-step refinement (Alg. 1), K network calls each.
 
         ``label``: a class's name or number, several of them, or None for no class. A picture is a function of its seed
-        (``result.seeds``), whatever the batch. ``callback(done, total)`` is told after every batch; True from it stops.
+        (``result.seeds``), whatever the batch.
         """
-        check_kind(output)
         check_count(steps, "steps")
-        check_count(batch_size, "batch_size")
         labels, n = self.labels(label, num_images)
-        cond = self.condition(labels, guidance, n)
-        seeds = as_seeds(seed, n, "pictures")
+        cond, seeds = self.condition(labels, guidance, n), as_seeds(seed, n, "pictures")
+        batch_size = self._batch_size(MADE_AT_A_TIME)
         made: list[Tensor] = []
-        with self._metered() as meter, self.autocast(), Bar(n if progress else 0, "pictures") as bar:
+        with self._metered() as meter, self.autocast(), Bar(n if self.progress else 0, "pictures") as bar:
             for begin in range(0, n, batch_size):
                 part = slice(begin, min(begin + batch_size, n))
                 here = select_cond(cond, part)
-                latents = self.model.generate(part.stop - begin, steps, cond=here, seeds=seeds[part])
-                made.append(latents)
-                bar.advance(len(latents))
-                if callback is not None and callback(part.stop, n) is True:
-                    break
+                made.append(self.model.generate(part.stop - begin, steps, cond=here, seeds=seeds[part]))
+                bar.advance(len(made[-1]))
             latents = torch.cat(made)
-            images = self.decode(latents)
-        kept = len(latents)
-        return PipelineOutput(
-            from_tensor(images, output),
-            latents,
-            None if labels is None else labels[:kept],
-            seeds[:kept],
-            meter.cost(),
-            interrupted=kept < n,
-        )
+            pictures = self.decode(latents)
+        return PipelineOutput(pictures, latents, labels, seeds, meter.cost())
 
     @torch.no_grad()
     def posterior(
@@ -220,31 +213,21 @@ class Pipeline:
         guidance: float | None = None,
         *,
         generator: torch.Generator | None = None,
-        output: str = "pil",
     ) -> PipelineOutput:
         """Noise pictures to time t, then draw what they may have been: ``images[draw][picture]``.
 
         ``image``: one or several, of the pipeline's size. ``info["noisy"]`` is the state they are drawn for.
         """
-        check_kind(output)
         check_time(t)
         x_1, label = self.encode(image), _plain(label)
         labels, n = self.labels(label, 1 if isinstance(label, list) else len(x_1))
         if n != len(x_1):
             raise InputError(f"{n} labels for {len(x_1)} pictures: give one, or one a picture")
-        eps = randn(tuple(x_1.shape), generator, x_1.dtype, x_1.device)
-        x_t = self.model.path.interpolate(eps, x_1, t)
+        x_t = self.model.path.interpolate(randn(tuple(x_1.shape), generator, x_1.dtype, x_1.device), x_1, t)
         with self._metered() as meter, self.autocast():
             latents = self.model.draw(t, x_t, num_draws, steps, generator, self.condition(labels, guidance, n))
-            images = self.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        return PipelineOutput(
-            [from_tensor(draw, output) for draw in images] if output != "tensor" else images,
-            latents,
-            labels,
-            None,
-            meter.cost(),
-            info={"noisy": x_t},
-        )
+            pictures = self.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return PipelineOutput(pictures, latents, labels, None, meter.cost(), info={"noisy": x_t})
 
     def steer(
         self,
@@ -256,10 +239,6 @@ class Pipeline:
         guidance: float | None = None,
         *,
         seed: Seed = None,
-        batch_size: int = STEERED_AT_A_TIME,
-        callback: Callable[[Step], Any] | None = None,
-        progress: bool = True,
-        output: str = "pil",
     ) -> PipelineOutput:
         """Sample towards e^r, r a reward on pictures (B, 3, H, W) in [−1, 1].
 
@@ -267,12 +246,11 @@ class Pipeline:
         its samples made again from their seeds. Particles that are returned together are systems of ``batch_size`` at
         most.
         """
-        check_kind(output)
         if reward is None:
             raise InputError("steer needs a reward: a function of pictures, or one of mfm.rewards, such as PickScore")
         labels, n = self.labels(label, num_images)
         with self.autocast():
-            result = steer(
+            made = steer(
                 self.model,
                 self.on_latents(reward),
                 n,
@@ -280,56 +258,71 @@ class Pipeline:
                 process,
                 cond=self.condition(labels, guidance, n),
                 seed=seed,
-                batch_size=batch_size,
-                callback=callback,
-                progress=progress,
+                batch_size=self._batch_size(STEERED_AT_A_TIME),
+                progress=self.progress,
             )
-        kept = len(result.samples)
-        with torch.no_grad(), self.autocast():
-            images = from_tensor(self.decode(result.samples), output)
-        return PipelineOutput(
-            images,
-            result.samples,
-            None if labels is None else labels[:kept],
-            result.seeds,
-            result.cost,
-            result.rewards,
-            result.info,
-            result.interrupted,
-        )
+            with torch.no_grad():
+                pictures = self.decode(made.samples)
+        labels = None if labels is None else labels[: len(pictures)]
+        rest = (made.seeds, made.cost, made.rewards, made.info, made.interrupted)
+        return PipelineOutput(pictures, made.samples, labels, *rest)
 
     def estimate(
-        self, num_images: int = 1, reward: Callable[..., Tensor] | None = None, **options: Any
+        self,
+        num_images: int = 1,
+        reward: Callable[..., Tensor] | None = None,
+        *,
+        label: Labels = None,
+        steps: int = STEPS,
+        method: Method | str = USUAL.method,
+        process: Process | str | None = None,
+        guidance: float | None = None,
     ) -> dict[str, float]:
-        """What a call costs before it is made: calls, seconds, memory, from two short trials of a single batch.
+        """What a call costs before it is made: calls, seconds, memory, from short trials of a single batch.
 
-        With a ``reward``, of ``steer`` with these options; without, of a plain call. Counts grow by a constant a step
-        and a sample: trials of two and of three steps tell it.
+        With a ``reward``, of ``steer`` by ``method`` and ``process``; without, of a plain call with ``steps``. Counts
+        grow by a constant a step and a sample: trials of two and of three steps tell it.
         """
-        trial = _Trial(self, reward, options)
-        each = self.labels(options.get("label"), 1)[1]  # pictures of one count
-        rows = min(num_images, max(1, trial.batch_size // each))
-        system = trial.method.system or 1
-        if system > 1:  # whole systems
-            rows = min(num_images, max(system, rows // system * system))
+        chosen = built(Method, method)
+        usual = chosen.usual() if process is None else built(Process, process)
+        steps = steps if reward is None else usual.steps
+        check_count(steps, "steps")
+        each = self.labels(label, 1)[1]  # pictures of one count
+        batch_size = self._batch_size(MADE_AT_A_TIME if reward is None else STEERED_AT_A_TIME)
+        rows, system = min(num_images, max(1, batch_size // each)), 1 if reward is None else chosen.system or 1
+        rows = min(num_images, max(system, rows // system * system))  # whole systems
+        quiet = copy.copy(self)
+        quiet.progress = False
+
+        def trial(k: int) -> dict[str, float]:
+            if reward is None:
+                return quiet(label, k, guidance, rows, seed=0).cost
+            with warnings.catch_warnings():  # of so few steps the cost alone is looked at
+                warnings.simplefilter("ignore", UserWarning)
+                return quiet.steer(label, reward, chosen, replace(usual, steps=k), rows, guidance, seed=0).cost
+
         # the first call allocates and compiles: it tells the memory, not the time
-        first, short, longer = (trial.cost(rows, k) for k in (2, 2, 3))
-        steps, batch = trial.steps, trial.batch_size
-        chunks = -(-num_images * each // batch) / -(-rows * each // batch)
+        first, short, longer = trial(2), trial(2), trial(3)
         counted = [key for key in short if key not in ("peak_memory_bytes", "seconds", "nfe")]
         whole = {key: short[key] + (steps - 2) * (longer[key] - short[key]) for key in counted}
         out = {key: value * num_images / rows for key, value in whole.items()}
         per_step = max(longer["seconds"] - short["seconds"], short["seconds"] / 3)
-        out["seconds"] = chunks * (short["seconds"] + (steps - 2) * per_step)
+        batches = -(-num_images * each // batch_size) / -(-rows * each // batch_size)
+        out["seconds"] = batches * (short["seconds"] + (steps - 2) * per_step)
         out["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in (first, short, longer))
         calls = ("forwards", "backwards", "reward_calls", "reward_backwards")
         out["nfe"] = sum(out[key] for key in calls) / (num_images * each)
         return out
 
+    def _batch_size(self, usual: int) -> int:
+        size = usual if self.batch_size is None else self.batch_size
+        check_count(size, "batch_size")
+        return size
+
     # -- between pictures and latents --------------------------------------------------------------------------------
 
     def encode(self, image: Any) -> Tensor:
-        """PipelineOutput of any kind -> the model's samples, (B, *event): the mean of their latents."""
+        """Pictures of any kind -> the model's samples, (B, *event): the mean of their latents."""
         x = to_tensor(image, self.image_shape[0]).to(self.device, self.model.dtype)
         if tuple(x.shape[1:]) != tuple(self.image_shape):
             wanted = "×".join(map(str, self.image_shape[1:]))
@@ -404,28 +397,3 @@ def _plain(label: Any) -> Any:
         if not isinstance(name, str | int):
             raise InputError(f"a label is a class's name or number, or a list of these; got {name!r}")
     return names
-
-
-class _Trial:
-    """A call of a pipeline with fewer samples and steps, as :meth:`Pipeline.estimate` makes them."""
-
-    def __init__(self, pipe: Pipeline, reward: Callable[..., Tensor] | None, options: dict[str, Any]) -> None:
-        self.pipe, self.reward = pipe, reward
-        own = ("steps", "process", "seed", "num_images", "callback", "method")
-        self.options = {k: v for k, v in options.items() if k not in own}
-        self.method = built(Method, options.get("method", USUAL.method if reward is not None else Unsteered()))
-        process = options.get("process")
-        self.process = self.method.usual() if process is None else built(Process, process)
-        self.steps = self.process.steps if reward is not None else options.get("steps", STEPS)
-        check_count(self.steps, "steps")
-        self.batch_size = int(options.get("batch_size", STEERED_AT_A_TIME if reward is not None else MADE_AT_A_TIME))
-
-    def cost(self, num_images: int, steps: int) -> dict[str, float]:
-        """The meter of one trial."""
-        options = {**self.options, "progress": False, "output": "tensor", "num_images": num_images, "seed": 0}
-        if self.reward is None:
-            return self.pipe(steps=steps, **options).cost
-        process = replace(self.process, steps=steps)
-        with warnings.catch_warnings():  # of so few steps the cost alone is looked at
-            warnings.simplefilter("ignore", UserWarning)
-            return self.pipe.steer(reward=self.reward, method=self.method, process=process, **options).cost

@@ -93,7 +93,7 @@ def test_an_autoencoder_of_this_machine_goes_beside_the_map(command, files, tmp_
     for made in (tmp_path / "map", tmp_path / "runs/map-map"):
         assert json.loads((made / "pipeline.json").read_text())["vae"] == "vae"
         assert "the autoencoder in `vae/`" in (made / "README.md").read_text()
-        assert mfm.Pipeline.from_pretrained(made)(1, steps=1, progress=False).images[0].size == (64, 64)
+        assert mfm.Pipeline.from_pretrained(made)(1, steps=1).images[0].size == (64, 64)
         assert not [p for p in made.iterdir() if p.name.startswith(".")]
 
 

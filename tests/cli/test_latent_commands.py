@@ -53,7 +53,7 @@ def test_samples_are_those_of_the_pipeline_and_written_as_pictures(run, place, t
     assert code == 0, err
     held = load_file(out / "samples.safetensors")
     pipe = pipeline(place)
-    made = pipe("ring", steps=2, guidance=2.5, num_images=3, seed=held["seeds"], progress=False)
+    made = pipe("ring", steps=2, guidance=2.5, num_images=3, seed=held["seeds"])
     torch.testing.assert_close(held["samples"], made.latents, rtol=0, atol=1e-6)
     for i, picture in enumerate(made.images):
         with Image.open(out / f"images/{i:06d}.png") as written:
@@ -71,7 +71,7 @@ def test_all_takes_the_classes_in_turn_whatever_the_shards(run, place, tmp_path)
     whole, cut = (load_file(tmp_path / name / "samples.safetensors") for name in ("whole", "cut"))
     torch.testing.assert_close(whole["samples"], cut["samples"], rtol=1e-4, atol=1e-5)  # batches of another size
     pipe = pipeline(place)
-    each = pipe([0, 1, 2, 3, 0, 1], steps=1, seed=whole["seeds"], progress=False, output="tensor")
+    each = pipe([0, 1, 2, 3, 0, 1], steps=1, seed=whole["seeds"])
     torch.testing.assert_close(whole["samples"], each.latents, rtol=1e-4, atol=1e-5)
 
 

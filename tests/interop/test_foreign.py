@@ -83,7 +83,8 @@ def wrapped(predicts, schedule, time, **options):
 @pytest.mark.parametrize(("predicts", "schedule", "time"), CONVENTIONS)
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
 def test_the_drift_is_the_exact_one_in_every_convention(predicts, schedule, time, path):
-    model = wrapped(predicts, schedule, time, path=path)
+    model = wrapped(predicts, schedule, time)
+    model.path = mfm.LinearPath() if path == "linear" else mfm.TrigonometricPath()
     g = torch.Generator().manual_seed(0)
     ours = model.path
     t = torch.tensor([0.02, 0.1, 0.35, 0.5, 0.77, 0.97], dtype=torch.float64)
@@ -215,16 +216,14 @@ def test_networks_of_diffusers():
     left = int((logs > wanted).sum()) - 1
     k = left + float((logs[left] - wanted) / (logs[left] - logs[left + 1]))
     for network, classes in ((unet, 4), (transformer, 5)):
-        model = mfm.wrap(network, "noise", "data-at-0", scheduler, num_classes=classes, label="class_labels")
+        model = mfm.wrap(network, "noise", "data-at-0", scheduler, num_classes=classes)
         assert model.event_shape == (3, 8, 8)
         with torch.no_grad():
             out = model.drift(t, x, {"label": y})
             eps = network(x / math.sqrt(0.4**2 + 0.6**2), torch.full((2,), k), class_labels=y).sample[:, :3]
         # y = x/√(α² + β²) has unit weights, as the table has; D = (x − α ε)/β, b = D − ε; k is known to 1e-4 in float32
         torch.testing.assert_close(out, (x - 0.6 * eps) / 0.4 - eps, rtol=1e-3, atol=1e-3)
-    assert (
-        mfm.wrap(unet, "noise", "data-at-0", "ddpm", num_classes=4, label="class_labels").drift(t, x).shape == x.shape
-    )
+    assert mfm.wrap(unet, "noise", "data-at-0", "ddpm", num_classes=4).drift(t, x).shape == x.shape
 
 
 def test_what_cannot_be_wrapped_is_refused_with_the_fix():

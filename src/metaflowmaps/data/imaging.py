@@ -12,8 +12,6 @@ from torch import Tensor
 
 from metaflowmaps.errors import InputError
 
-KINDS = ("pil", "numpy", "tensor")
-
 
 def to_tensor(pictures: Any, channels: int = 3) -> Tensor:
     """One picture or several, of any kind, as float32 (B, C, H, W) in [−1, 1] on CPU; tensors stay where they are."""
@@ -76,21 +74,10 @@ def _on_white(picture: Any) -> Any:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
 
-def from_tensor(x: Tensor, kind: str = "pil") -> Any:
-    """(B, C, H, W) in [−1, 1] as a list of PIL images, a float array (B, H, W, C) in [0, 1], or as it is."""
-    check_kind(kind)
-    if kind == "tensor":
-        return x
-    unit = ((x.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    if kind == "numpy":
-        return unit
+def from_tensor(x: Tensor) -> list[Any]:
+    """(B, C, H, W) in [−1, 1] as PIL images."""
     from PIL import Image
 
-    whole = (unit * 255).round().astype(np.uint8)
+    unit = ((x.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
+    whole = (unit * 255).round().to(torch.uint8).numpy()
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in whole]
-
-
-def check_kind(kind: str) -> None:
-    """Refuse a kind of output that there is none of."""
-    if kind not in KINDS:
-        raise InputError(f"output must be 'pil', 'numpy' or 'tensor', got {kind!r}")

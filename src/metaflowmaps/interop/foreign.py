@@ -20,7 +20,7 @@ and the drift ``b_t(x) = α̇_t E + β̇_t D``, without a division by α or β o
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from metaflowmaps._shapes import Cond, Time, batch_time, check_count, check_stat
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import CONDITIONS
 from metaflowmaps.interop.schedules import Schedule, View, schedule_of
-from metaflowmaps.path import Path, as_path, make_path
+from metaflowmaps.path import LinearPath, Path
 from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.random import randn
 from metaflowmaps.sampling import integrate, uniform_grid
@@ -38,6 +38,7 @@ from metaflowmaps.sampling import integrate, uniform_grid
 TIMES = ("data-at-1", "data-at-0")
 SMALLEST_WEIGHT = 1e-3
 GLASS_STEPS = 30
+LABELS = ("label", "class_labels", "y", "labels")  # what networks call the class that they are given
 
 
 class Prediction(NamedTuple):
@@ -82,10 +83,11 @@ class _Network(nn.Module):
     It is fed in the dtype of its weights, and answers in that of the state.
     """
 
-    def __init__(self, network: Callable[..., Any], scale: float, label: str, fixed: dict[str, Any]) -> None:
+    def __init__(self, network: Callable[..., Any], scale: float, fixed: Mapping[str, Any]) -> None:
         super().__init__()
-        self.network, self.scale, self.label, self.fixed = network, scale, label, fixed
+        self.network, self.scale, self.fixed = network, scale, fixed
         self.named_clock = _takes(network, "timestep")  # in diffusers it is not always the second
+        self.label = next((name for name in LABELS if _takes(network, name)), LABELS[0])
 
     def forward(self, y: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
         own = next((p.dtype for p in self.parameters() if p.is_floating_point()), y.dtype)
@@ -102,9 +104,7 @@ class _Network(nn.Module):
             raise InputError(
                 f"the wrapped network must return a tensor or an object with .sample, got {type(out).__name__}"
             )
-        if (
-            out.ndim == y.ndim and out.shape[1] == 2 * y.shape[1]
-        ):  # a learned variance, as DiT has: the mean comes first
+        if out.ndim == y.ndim and out.shape[1] == 2 * y.shape[1]:  # a learned variance: the mean comes first
             out = out[:, : y.shape[1]]
         if out.shape != y.shape:
             raise InputError(f"the wrapped network returns {tuple(out.shape)} for states of {tuple(y.shape)}")
@@ -131,13 +131,12 @@ class ForeignModel(nn.Module):
 
     It steers and can be distilled by its ``drift``, draws from posteriors by GLASS and generates by its ODE. With
     classes, ``cond`` may hold "label" (``num_classes`` is the null class) and "guidance" w, by which the drift is
-    guided, ``b_∅ + w (b_y − b_∅)``. :func:`wrap` makes it.
+    guided, ``b_∅ + w (b_y − b_∅)``. :func:`wrap` makes it. Its ``path`` is linear, and may be set to another one.
 
     Args:
         network: what is called at every time, with its labels and fixed arguments bound.
         prediction: what the network predicts.
         schedule: how its clock and its noise are ours.
-        path: of this model.
         event_shape: the shape of one sample; None where it is not known.
         num_classes: how many classes it knows; the number itself is the null class.
     """
@@ -147,14 +146,13 @@ class ForeignModel(nn.Module):
         network: _Network,
         prediction: Prediction,
         schedule: Schedule,
-        path: Path,
         event_shape: tuple[int, ...] | None,
         num_classes: int,
     ) -> None:
         super().__init__()
         self.network, self.prediction, self.schedule = network, prediction, schedule
-        self.path, self.num_classes = path, num_classes
-        self._event_shape = event_shape
+        self.path: Path = LinearPath()
+        self.num_classes, self._event_shape = num_classes, event_shape
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -271,9 +269,7 @@ def wrap(
     *,
     event_shape: tuple[int, ...] | None = None,
     num_classes: int = 0,
-    label: str = "label",
     time_scale: float = 1.0,
-    path: Path | str = "linear",
     **fixed: Any,
 ) -> ForeignModel:
     """A model of any flow or diffusion network: to steer, to draw from by GLASS, to generate with, to distil.
@@ -286,10 +282,9 @@ def wrap(
             ``alphas_cumprod``, or what has them, such as a diffusers scheduler; "exploding" (the clock is σ), or
             ("exploding", largest σ).
         event_shape: The shape of one sample; may be left out for networks of diffusers, whose configuration has it.
-        num_classes: How many classes it knows; the number itself is the null class.
-        label: The argument that labels are passed as.
+        num_classes: How many classes it knows; the number itself is the null class. They are passed as the argument
+            ``label``, ``class_labels``, ``y`` or ``labels`` that it has.
         time_scale: Multiplies the clock (1000 for the flow transformers of diffusers).
-        path: Of the model that is returned.
         fixed: Other arguments of the network, always the same; tensors (1, …) go to every row.
 
     Returns:
@@ -311,10 +306,9 @@ def wrap(
     if not isinstance(num_classes, int) or num_classes < 0:
         raise InputError(f"num_classes must be a whole number >= 0, got {num_classes!r}")
     return ForeignModel(
-        _Network(network, float(time_scale), label, fixed),
+        _Network(network, float(time_scale), fixed),
         PREDICTIONS[predicts],
         chosen,
-        make_path(path) if isinstance(path, str) else as_path(path),
         _event_shape(network) if event_shape is None else tuple(event_shape),
         num_classes,
     )
