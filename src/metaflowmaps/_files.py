@@ -17,6 +17,15 @@ from torch import Tensor
 STALE_SECONDS = 3600.0  # after which a file that is half written belongs to nobody: writing one takes a few
 
 
+def write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file that is not there yet, and wait until the disk has it; ``durable=False``: do not wait."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
 def write_whole(path: Path, data: bytes, *, replace: bool = True, durable: bool = True) -> None:
     """Write a file whole or not at all: under a name of this process's own first, then renamed.
 
@@ -28,11 +37,7 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True, durable: bool 
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+        write_new(temporary, data, durable=durable)
         if not replace:
             try:
                 os.link(temporary, path)

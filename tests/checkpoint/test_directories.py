@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metaflowmaps as mfm
+from metaflowmaps import _files
 from metaflowmaps.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -248,7 +249,7 @@ def faults(action, at, onwards=False, deleting=False):
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(os, name, faulty(getattr(os, name)))
-        patch.setattr(writing, "open", lambda *a: File(builtins.open(*a)), raising=False)  # noqa: SIM115
+        patch.setattr(_files, "open", lambda *a: File(builtins.open(*a)), raising=False)  # noqa: SIM115
         yield count
 
 
@@ -449,6 +450,22 @@ def test_an_edited_manifest_is_refused(saved):
         shutil.rmtree(saved)
         write_checkpoint(saved, *contents(1))
         (saved / "x.pt").write_bytes((saved / "config.json").read_bytes())
+
+
+def test_parts_of_several_ranks_of_version_0_1_are_ignored(saved):
+    """Beside them their averaged weights lay in one piece, and load."""
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for name, part in (("model.safetensors", "__0_0.distcp"), ("optimizer.safetensors", ".metadata")):
+        (saved / name).rename(saved / part)
+        (saved / part).write_bytes(pickle.dumps(Bomb(saved.parent / "unpickled")))
+        manifest["files"][part] = manifest["files"].pop(name)
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(saved)
+    assert same(MetaFlowMap.from_pretrained(saved).state_dict()["data_mean"], STATE["data_mean"] - 1)
+    assert "holds ema.safetensors" in refusal(lambda: MetaFlowMap.from_pretrained(saved, weights="raw"))
+    assert not (saved.parent / "unpickled").exists()
+    write_checkpoint(saved, *contents(2))
+    assert value_of(saved) == 2
 
 
 def test_files_that_are_not_listed_are_ignored(saved):

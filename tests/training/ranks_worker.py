@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps.checkpoint import resolve_checkpoint, sharded, writing
+from metaflowmaps.checkpoint import resolve_checkpoint, writing
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.dit import DiT
@@ -28,7 +28,7 @@ from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainCon
 from metaflowmaps.training.training_run import starting_point
 from metaflowmaps.work import ranks
 
-PRELOADED = ["ranks_worker", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor"]
+PRELOADED = ["ranks_worker", "torch.distributed.fsdp", "torch.distributed.tensor"]
 MEANS = [[-1.0, 0.5, 0.2], [1.0, -0.5, 0.4]]
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -135,16 +135,16 @@ class At:
                 os.kill(os.getpid(), signal.SIGTERM)
             elif self.event == "error":
                 raise RuntimeError("something unforeseen")
-            elif self.event == "killed while writing":  # its own part is there, the directory is not yet in place
-                sharded.entry_of = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+            elif self.event == "killed while gathering":  # the others wait for its part of a weight
+                ranks.whole = lambda named: os.kill(os.getpid(), signal.SIGKILL)
             elif self.event == "killed before the rename":
                 writing._swap = lambda staging, target: os.kill(os.getpid(), signal.SIGKILL)
             elif self.event == "disk full":
-                os.fsync = _no_space
+                writing.write_new = _no_space
         return self.objective.batch(model, step)
 
 
-def _no_space(descriptor: int) -> None:
+def _no_space(file: Path, data: bytes) -> None:
     raise OSError(28, "No space left on device")
 
 

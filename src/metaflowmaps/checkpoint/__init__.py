@@ -5,7 +5,8 @@ each of them:
 
     config.json  model.safetensors  manifest.json                 every checkpoint
     ema.safetensors  optimizer.safetensors  position.json  …      a training run's, besides
-    __0_0.distcp  …  .metadata  (ema but no model, optimizer)     several ranks', see metaflowmaps.checkpoint.sharded
+
+However many ranks train, the first one writes whole tensors: a checkpoint does not know how many there were.
 
 **Writing.** Everything goes into a ``.tmp-`` sibling, each file flushed to the disk, the manifest last, and
 one rename puts it in place. A checkpoint that is replaced first steps aside to ``.old-<name>``: whatever
@@ -15,8 +16,8 @@ carries a checkpoint's name.
 
 **Reading.** Each file is read once, hashed, and parsed from those same bytes: a file that changes between the
 check and the use cannot slip through. (One flipped bit in a safetensors file loads without an error: only the
-hash knows.) Nothing is returned until every file has passed, and nothing is ever unpickled, but for an index of torch's
-own that :mod:`metaflowmaps.checkpoint.sharded` reads with care.
+hash knows.) Nothing is returned until every file has passed, and nothing is ever unpickled. Of what several ranks of
+version 0.1 wrote in parts, the averaged weights are read, which were written whole.
 
 **Training.** :class:`CheckpointStore` keeps the newest few and the best. The score is in the checkpoint
 itself, so what is pruned depends on the directories alone, not on what a process remembers: a resumed run

@@ -2,11 +2,10 @@
 
 import errno
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -18,10 +17,9 @@ from metaflowmaps.errors import InputError
 FORMAT = 1
 CONFIG, MODEL, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 EMA, OPTIMIZER, POSITION = "ema.safetensors", "optimizer.safetensors", "position.json"
-INDEX = ".metadata"  # of the parts that several ranks write, see metaflowmaps.checkpoint.sharded
-PART = re.compile(r"__\d+_\d+\.distcp")
+PART = re.compile(r"__\d+_\d+\.distcp|\.metadata")  # several ranks of version 0.1 wrote them; nothing reads them
 INSTEAD = "restore it from a copy or use another checkpoint"
-Entry = dict[str, Any]  # {"sha256": hexadecimal, "bytes": size}
+Entry = Mapping[str, str | int]  # {"sha256": hexadecimal, "bytes": size}
 
 
 class CheckpointError(InputError):
@@ -80,11 +78,12 @@ def read_manifest(directory: FilePath) -> dict[str, Entry]:
     if set(manifest) != {"format", "files"} or not isinstance(files, dict):
         raise CheckpointError(file, f"is not a checkpoint's manifest: {INSTEAD}")
     for name, entry in files.items():
-        known = name.endswith((".json", ".safetensors")) or name == INDEX or PART.fullmatch(name)
+        known = name.endswith((".json", ".safetensors")) or PART.fullmatch(name)
         plain = FilePath(name).name == name and known
         if not plain or not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise CheckpointError(file, f"has an entry {name!r} that no checkpoint has: {INSTEAD}")
-    for name in (CONFIG, EMA if INDEX in files else MODEL):
+    parts = any(PART.fullmatch(name) for name in files)
+    for name in (CONFIG, EMA if parts else MODEL):
         if name not in files:
             raise CheckpointError(file, f"does not list {name}, which every checkpoint has: {INSTEAD}")
     return files
@@ -95,42 +94,21 @@ def wrong_format(version: Any) -> str:
     return f"has format {version!r}; this package reads format {FORMAT}: pip install --upgrade metaflowmaps"
 
 
-def entry_of(file: FilePath) -> Entry:
-    """What a manifest says of a file, read in little memory."""
-    with open(file, "rb") as handle:
-        return {"sha256": file_digest(handle, "sha256").hexdigest(), "bytes": os.fstat(handle.fileno()).st_size}
-
-
-def entry_of_bytes(data: bytes) -> Entry:
+def entry_of(data: bytes) -> Entry:
     """What a manifest says of a file that holds these bytes."""
     return {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def verified(file: FilePath, entry: Mapping[str, Any]) -> bytes:
+def verified(file: FilePath, entry: Entry) -> bytes:
     """The bytes of a file, if they are those of its entry."""
-    _check_exists(file)
-    data = file.read_bytes()
-    _check_entry(file, entry_of_bytes(data), entry)
-    return data
-
-
-def check_file(file: FilePath, entry: Mapping[str, Any]) -> None:
-    """Verify a file of any size in little memory."""
-    _check_exists(file)
-    _check_entry(file, entry_of(file), entry)
-
-
-def _check_exists(file: FilePath) -> None:
     if not file.is_file():
         raise CheckpointError(file, f"missing, though {MANIFEST} lists it: {INSTEAD}")
-
-
-def _check_entry(file: FilePath, held: Entry, listed: Mapping[str, Any]) -> None:
-    if held["bytes"] != listed["bytes"]:
-        problem = f"has {held['bytes']} bytes, not the {listed['bytes']} of {MANIFEST}"
-        raise CheckpointError(file, f"{problem}: {INSTEAD}")
-    if held["sha256"] != listed["sha256"]:
+    data = file.read_bytes()
+    if len(data) != entry["bytes"]:
+        raise CheckpointError(file, f"has {len(data)} bytes, not the {entry['bytes']} of {MANIFEST}: {INSTEAD}")
+    if entry_of(data)["sha256"] != entry["sha256"]:
         raise CheckpointError(file, f"is damaged, its sha256 is not the one in {MANIFEST}: {INSTEAD}")
+    return data
 
 
 # -- contents ----------------------------------------------------------------------------------------------------------

@@ -4,18 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaflowmaps.checkpoint.manifest import (
     CONFIG,
-    INDEX,
     INSTEAD,
     MANIFEST,
     CheckpointError,
-    check_file,
     parse_json,
     parse_tensors,
     read_manifest,
@@ -23,57 +20,28 @@ from metaflowmaps.checkpoint.manifest import (
     verified,
 )
 from metaflowmaps.checkpoint.writing import old_name
-from metaflowmaps.work import ranks
-
-if TYPE_CHECKING:
-    from metaflowmaps.checkpoint.sharded import OnDisk
 
 PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt"}
 
 
-class InMemory(dict[str, dict[str, Tensor]]):
-    """File name -> tensors, all of them read."""
-
-    sharded = False
-
-    def forms(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and type of the tensors of a file."""
-        return {key: (value.shape, value.dtype) for key, value in self[name].items()}
-
-    def fill(self, wanted: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy the tensors of files into those given."""
-        for file, named in wanted.items():
-            for name, value in named.items():
-                ranks.copy_into(value, self[file][name])
-
-
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A verified checkpoint: file name -> content.
-
-    In memory; the tensors of a ``sharded`` one, and those that another rank has verified, stay on disk and are verified
-    again, in the very bytes that are parsed, when they are asked for.
-    """
+    """A verified checkpoint, in memory: file name -> content."""
 
     path: FilePath
-    _tensors: "InMemory | OnDisk" = field(repr=False)
+    _tensors: Mapping[str, dict[str, Tensor]] = field(repr=False)
     _documents: Mapping[str, Any] = field(repr=False)
 
     @property
-    def sharded(self) -> bool:
-        """Whether several ranks wrote its tensors in parts."""
-        return self._tensors.sharded
-
-    @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """config.json."""
-        config: dict[str, Any] = self._documents[CONFIG]
+        config: Mapping[str, Any] = self._documents[CONFIG]
         return config
 
     @property
-    def training(self) -> dict[str, Any]:
+    def training(self) -> Mapping[str, Any]:
         """The configuration it was trained by: its own, or the one an exported model carries; published ones: none."""
-        own: dict[str, Any] = self.config.get("training") or (self.config.get("origin") or {}).get("training") or {}
+        own: Mapping[str, Any] = self.config.get("training") or (self.config.get("origin") or {}).get("training") or {}
         return own
 
     @property
@@ -97,22 +65,12 @@ class Checkpoint:
         return name in self._tensors or name in self._documents
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a safetensors file, on CPU; those of a sharded file, put together."""
+        """The tensors of a safetensors file, on CPU."""
         return self._tensors[self._present(name, self._tensors)]
 
     def document(self, name: str) -> Any:
         """The content of a JSON file."""
         return self._documents[self._present(name, self._documents)]
-
-    def forms(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and type of the tensors of a file."""
-        return self._tensors.forms(self._present(name, self._tensors))
-
-    def fill(self, wanted: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy the tensors of files into those given, sharded or not: every rank its own part. All ranks must enter."""
-        for name in wanted:
-            self._present(name, self._tensors)
-        self._tensors.fill(wanted)
 
     def _present(self, name: str, among: Mapping[str, Any]) -> str:
         if name not in among:
@@ -121,31 +79,20 @@ class Checkpoint:
         return name
 
 
-def read_checkpoint(path: str | FilePath, known_good: bool = False) -> Checkpoint:
-    """Read and verify every file, or refuse with the file and the fix.
-
-    ``known_good``: another rank has just verified it, so tensors are read when they are asked for.
-    """
+def read_checkpoint(path: str | FilePath) -> Checkpoint:
+    """Read and verify every file, or refuse with the file and the fix."""
     path = FilePath(path)
+    tensors, documents = {}, {}
     with reading(path):
         directory = _locate(path)
-        manifest = read_manifest(directory)
-        documents, tensors = {}, InMemory()
-        on_disk = known_good or INDEX in manifest
-        for name, entry in manifest.items():
+        for name, entry in read_manifest(directory).items():
             file = directory / name
             if name.endswith(".json"):
                 documents[name] = parse_json(file, verified(file, entry))
-            elif not on_disk:
+            elif name.endswith(".safetensors"):
                 tensors[name] = parse_tensors(file, verified(file, entry))
-            elif not known_good:
-                check_file(file, entry)
         if not isinstance(documents[CONFIG], dict):
             raise CheckpointError(directory / CONFIG, f"is not a JSON object: {INSTEAD}")
-        if on_disk:
-            from metaflowmaps.checkpoint.sharded import OnDisk  # torch's distributed checkpoints take long to import
-
-            return Checkpoint(path, OnDisk(directory, manifest), documents)
     return Checkpoint(path, tensors, documents)
 
 

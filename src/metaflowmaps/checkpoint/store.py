@@ -41,27 +41,18 @@ class CheckpointStore:
         tensors: Mapping[str, Mapping[str, Tensor]],
         documents: Mapping[str, Any],
         score: float | None = None,
-        shards: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> FilePath:
-        """Write the checkpoint of a step, then prune. Lower scores are better; None and NaN never win.
-
-        With ``shards``, tensors that several ranks write in parts, all ranks must enter.
-        """
+        """Write the checkpoint of a step, then prune. Lower scores are better; None and NaN never win."""
         if step < 0:
             raise InputError(f"step must be at least 0, got {step}")
         kept = None if score is None or math.isnan(score) else float(score)
         documents = {**documents, POSITION: {**documents.get(POSITION, {}), "score": kept}}
-        if shards is None:
-            write_checkpoint(self.path(step), tensors, documents)
-        else:
-            from metaflowmaps.checkpoint.sharded import write_sharded  # it takes long to import
-
-            write_sharded(self.path(step), shards, tensors, documents)
-        ranks.first(lambda: self.prune(step))
+        write_checkpoint(self.path(step), tensors, documents)
+        self.prune(step)
         return self.path(step)
 
     def latest_for_all(self) -> tuple[Checkpoint | None, list[str]]:
-        """latest_valid, verified by the first rank for all; all ranks must enter."""
+        """latest_valid, chosen by the first rank for all; all ranks must enter."""
         if ranks.size() == 1:
             return self.latest_valid()
 
@@ -70,7 +61,7 @@ class CheckpointStore:
             return (None if newest is None else newest.path), skipped
 
         path, skipped = ranks.first(look)
-        return (None if path is None else ranks.together(lambda: read_checkpoint(path, known_good=True))), skipped
+        return (None if path is None else ranks.together(lambda: read_checkpoint(path))), skipped
 
     def latest_valid(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that passes every check, and a line for each newer one that does not."""

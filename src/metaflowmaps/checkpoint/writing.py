@@ -12,20 +12,18 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from metaflowmaps._files import sync_folder
+from metaflowmaps._files import sync_folder, write_new
 from metaflowmaps.checkpoint.manifest import (
     CONFIG,
     EMA,
     FORMAT,
-    INDEX,
     MANIFEST,
     MODEL,
     OPTIMIZER,
     PART,
     POSITION,
     CheckpointError,
-    Entry,
-    entry_of_bytes,
+    entry_of,
     shortened,
     writing,
 )
@@ -41,38 +39,17 @@ def write_checkpoint(
     """
     _check_names(tensors, documents)
     target = FilePath(path).resolve()
-    staging = name_staging(target)
+    staging = _sibling(target, ".tmp-")
     try:
         with writing(path):
-            make_staging(staging, target, {*tensors, *documents})
-            finish_staging(staging, target, tensors, documents)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _settle(old_name(target))
+            _check_replaceable(target, {*tensors, *documents})
+            staging.mkdir()
+            _fill(staging, tensors, documents)
+            _swap(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def name_staging(target: FilePath) -> FilePath:
-    """A new name beside a checkpoint's, for the directory that is to become it."""
-    return _sibling(target, ".tmp-")
-
-
-def make_staging(staging: FilePath, target: FilePath, names: set[str]) -> None:
-    """Make it, unless what is to be replaced holds more than a checkpoint."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _settle(old_name(target))
-    _check_replaceable(target, names)
-    staging.mkdir()
-
-
-def finish_staging(
-    staging: FilePath,
-    target: FilePath,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    documents: Mapping[str, Any],
-    there: Mapping[str, Any] | None = None,
-) -> None:
-    """Write all files, then the manifest, which also lists what is ``there`` already; put the directory in place."""
-    _fill(staging, tensors, documents, there or {})
-    _swap(staging, target)
 
 
 def recover(parent: str | FilePath) -> None:
@@ -100,7 +77,7 @@ def _check_replaceable(target: FilePath, names: set[str]) -> None:
     # replacing deletes: never a directory with anything in it that a checkpoint would not hold
     if target.is_file():
         raise CheckpointError(target, "is a file; a checkpoint is a directory: write to another name")
-    known = {CONFIG, MODEL, MANIFEST, EMA, OPTIMIZER, POSITION, INDEX, *names}
+    known = {CONFIG, MODEL, MANIFEST, EMA, OPTIMIZER, POSITION, *names}
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
     others = sorted(name for name in held - known if not PART.fullmatch(name))
     if others:
@@ -108,18 +85,14 @@ def _check_replaceable(target: FilePath, names: set[str]) -> None:
         raise CheckpointError(target, problem)
 
 
-def _fill(
-    directory: FilePath,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    documents: Mapping[str, Any],
-    there: Mapping[str, Any],
-) -> None:
-    listed = dict(there)
-    for name, named in tensors.items():
-        listed[name] = _write(directory / name, safetensors.torch.save(_storable(named)))
-    for name, document in documents.items():
-        listed[name] = _write(directory / name, _json(document))
-    _write(directory / MANIFEST, _json({"format": FORMAT, "files": listed}))
+def _fill(directory: FilePath, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> None:
+    """Write all files, then the manifest that lists them, to the disk itself."""
+    listed = {}
+    for name, content in {**tensors, **documents}.items():
+        data = safetensors.torch.save(_storable(content)) if name in tensors else _json(content)
+        write_new(directory / name, data)
+        listed[name] = entry_of(data)
+    write_new(directory / MANIFEST, _json({"format": FORMAT, "files": listed}))
     sync_folder(directory)
 
 
@@ -139,29 +112,18 @@ def _json(document: Any) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def _write(file: FilePath, data: bytes) -> Entry:
-    """Write to the disk itself; returns the file's entry in the manifest."""
-    with open(file, "xb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    return entry_of_bytes(data)
-
-
 def _swap(staging: FilePath, target: FilePath) -> None:
     """Put a complete directory in place; on failure put back the one that was there."""
-    old, placed = old_name(target), False
+    old = old_name(target)
     try:
         if target.exists():
             os.rename(target, old)
         os.rename(staging, target)
-        placed = True
         sync_folder(target.parent)
     except BaseException:
-        if placed:
+        if not staging.exists():  # it is in place already
             os.rename(target, staging)
-        if old.exists() and not target.exists():
-            os.rename(old, target)
+        _settle(old)
         raise
     if old.exists():
         discard(old)

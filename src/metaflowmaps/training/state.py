@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metaflowmaps.checkpoint import (
     Checkpoint,
@@ -80,7 +80,7 @@ class TrainState:
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def save(self, store: CheckpointStore, config: RunConfig, scheduled: bool) -> None:
-        """One checkpoint directory, complete or not at all; several ranks write it together.
+        """One checkpoint directory, complete or not at all; the first rank writes it, all must enter.
 
         An unscheduled one has no score: kept as the best, it would make an interrupted run differ from a whole one.
         """
@@ -93,66 +93,50 @@ class TrainState:
             "metrics_bytes": self.metrics_bytes,
             "optimizer": skeleton,
         }
-        extra: dict[str, Any] = {}
-        if self.objective is not None:
-            extra[OBJECTIVE], position["objective"] = flatten_state(self.objective.state_dict())
-        score = self.last_loss if scheduled and math.isfinite(self.last_loss) else None
         learned = {MODEL: self.model.state_dict(), EMA: self.ema, OPTIMIZER: optimizer}
+        tensors = {name: ranks.whole(named) for name, named in learned.items()}
+        if self.objective is not None:
+            tensors[OBJECTIVE], position["objective"] = flatten_state(self.objective.state_dict())
+        score = self.last_loss if scheduled and math.isfinite(self.last_loss) else None
         documents = {
             "config.json": {**model_config(self.model), "training": config.model_dump()},
             "position.json": position,
         }
-        if ranks.size() > 1:
-            store.save(self.step, extra, documents, score, shards=learned)
-        else:
-            store.save(self.step, {**learned, **extra}, documents, score)
+        ranks.first(lambda: store.save(self.step, tensors, documents, score))
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take up where the checkpoint left, however many ranks wrote it."""
+        """Take up where the checkpoint left, however many ranks there were and are."""
         position = checkpoint.document("position.json")
-        if ranks.size() > 1:
-            self._load_parts(checkpoint, position["optimizer"])
-        else:
-            self.model.load_state_dict(checkpoint.tensors(MODEL))
-            for name, value in checkpoint.tensors(EMA).items():
-                self.ema[name].copy_(value)
-            # cloned: torch aligns what it allocates, a view into a file's bytes it does not, and kernels round by that
-            stored = {name: value.clone() for name, value in checkpoint.tensors(OPTIMIZER).items()}
-            self.optimizer.load_state_dict(unflatten_state(stored, position["optimizer"]))
+        for held, name in ((self.model.state_dict(), MODEL), (self.ema, EMA)):
+            stored = checkpoint.tensors(name)
+            for key, value in held.items():
+                ranks.copy_into(value, stored[key])
+        optimizer = unflatten_state(checkpoint.tensors(OPTIMIZER), position["optimizer"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, slots in optimizer["state"].items():
+            for key, value in slots.items():
+                slots[key] = _own(value, parameters[number])
+        self.optimizer.load_state_dict(optimizer)
         if self.objective is not None and checkpoint.has(OBJECTIVE):
-            held = {name: value.clone() for name, value in checkpoint.tensors(OBJECTIVE).items()}
-            self.objective.load_state_dict(unflatten_state(held, position["objective"]))
+            memory = {name: value.clone() for name, value in checkpoint.tensors(OBJECTIVE).items()}
+            self.objective.load_state_dict(unflatten_state(memory, position["objective"]))
         self.step = position["step"]
         self.window, self.window_steps = position["window"], position["window_steps"]
         self.last_loss = math.inf if position["last_loss"] is None else position["last_loss"]
         self.metrics_bytes = position["metrics_bytes"]
 
-    def _load_parts(self, checkpoint: Checkpoint, skeleton: Any) -> None:
-        """Each rank takes its own part of every tensor."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        owners, made = _owners(skeleton), {}
-        for name, (shape, dtype) in checkpoint.forms(OPTIMIZER).items():
-            owner = parameters[owners[name]].detach() if name in owners else torch.empty(0)
-            # what has the shape of its weight is sharded like it; the rest is whole on every rank
-            alike = name in owners and owner.shape == shape
-            made[name] = torch.empty_like(owner, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
-        checkpoint.fill({MODEL: self.model.state_dict(), EMA: self.ema, OPTIMIZER: made})
-        self.optimizer.load_state_dict(unflatten_state(made, skeleton))
 
+def _own(value: Any, parameter: Tensor) -> Any:
+    """A copy of what an optimizer keeps of a weight; of its shape, it is sharded like it.
 
-class _Slot(str):
-    """The name of a tensor, in its place."""
-
-
-def _owners(skeleton: Any) -> dict[str, int]:
-    """Of a flattened optimizer: tensor -> the number of the weight that it belongs to."""
-
-    class Slots(dict[str, _Slot]):
-        def __missing__(self, name: str) -> _Slot:
-            return _Slot(name)
-
-    states = unflatten_state(Slots(), skeleton)["state"]  # type: ignore[arg-type]
-    return {name: number for number, held in states.items() for name in held.values() if isinstance(name, _Slot)}
+    A copy in any case: torch aligns what it allocates, a view into a file's bytes it does not, and kernels round by it.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    like = parameter.detach() if value.shape == parameter.shape and hasattr(parameter, "placements") else value
+    mine = torch.empty_like(like, dtype=value.dtype)
+    ranks.copy_into(mine, value)
+    return mine
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
