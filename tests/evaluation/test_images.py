@@ -721,6 +721,11 @@ def test_names_of_methods():
     assert named("mfm-gf-rescale-4") == (mfm.MFMGF(4), "rescale")
     assert named("dps-rescale") == (mfm.DPS(), "rescale")
     assert named("best-of-n-100") == (mfm.BestOfN(100), None)
+    assert named("best-of-n-map-100") == (mfm.BestOfN(100, source="map"), None)
+    assert named("dps-scale=.03") == (mfm.DPS(scale=0.03), None)
+    assert named("tds-temper=.5-scale=.1-16") == (mfm.TDS(particles=16, temper=0.5, scale=0.1), None)
+    assert named("resampling-8") == (mfm.Resampling(8, particles=64), None)
+    assert steered.image_variant("dps-scale=.03").title == "DPS scale .03"
     assert steered.image_variant("mfm-g-1").title == "MFM-G, 1 draw"
     assert steered.image_variant("tds-64").title == "TDS, 64 particles"
     for bad in (
@@ -732,6 +737,9 @@ def test_names_of_methods():
         "exact",
         "tds-plain-64",
         "tds-rescale-64",
+        "dps-scale=low",
+        "dps-scales=.1",
+        "mfm-gf-map-4",
         "mfm-smc-rescale-4",
         "",
         "-4",

@@ -19,9 +19,9 @@ from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.lab.report.html import tables_of, write_report
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.steering import DPS, MFMG, MFMGF, SMC, TDS, BestOfN, Exact, Rejection, Unsteered
+from metaflowmaps.steering import DPS, MFMG, MFMGF, SMC, TDS, BestOfN, Exact, Rejection, Resampling, Unsteered
 
-METHODS = [m.name for m in (Unsteered, MFMG, MFMGF, SMC, DPS, TDS, BestOfN, Rejection, Exact)]
+METHODS = [m.name for m in (Unsteered, MFMG, MFMGF, SMC, DPS, TDS, BestOfN, Rejection, Resampling, Exact)]
 
 
 class Demo(Options):

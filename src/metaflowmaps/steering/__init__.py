@@ -7,6 +7,7 @@ from metaflowmaps.steering.glass import Glass
 from metaflowmaps.steering.method import Guidance, GuidedMethod, Method
 from metaflowmaps.steering.mfm_g import MFMG
 from metaflowmaps.steering.mfm_gf import MFMGF
+from metaflowmaps.steering.pool import Resampling
 from metaflowmaps.steering.presets import IMAGES, PRESETS, USUAL, Preset
 from metaflowmaps.steering.process import ODE, SDE, Process
 from metaflowmaps.steering.rejection import Rejection
@@ -38,6 +39,7 @@ __all__ = [
     "Preset",
     "Process",
     "Rejection",
+    "Resampling",
     "Search",
     "SteerResult",
     "SteeringFailed",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import event_sum
+from metaflowmaps._shapes import event_sum, positive
 from metaflowmaps.draws import reward_gradient
 from metaflowmaps.errors import InputError
 from metaflowmaps.steering.method import Guidance, GuidedMethod
@@ -15,12 +15,21 @@ from metaflowmaps.steering.problem import FIRST, SteeringProblem
 
 @dataclass(frozen=True)
 class DPS(GuidedMethod):
-    """D* − D = (α²/β) ∇_x r(D_t(x)): exact for a linear reward and a Gaussian posterior, a point estimate otherwise."""
+    """D* − D = scale (α²/β) ∇_x r(D_t(x)): exact for a linear reward and a Gaussian posterior, else a point estimate.
+
+    Args:
+        scale: what practitioners tune: a sharp reward's gradient at a point is far larger than ∇V.
+    """
 
     name = "dps"
     title = "DPS"
     look = ("#8c4480", "X")
     gradients = True
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self.scale, "scale", or_zero=True)
 
     @property
     def calls_per_step(self) -> float:
@@ -35,7 +44,7 @@ class DPS(GuidedMethod):
         """The drift and the shift of the point estimate."""
         at = at_posterior_mean(problem, t, x)
         norm = event_sum(at.gradient.square()).sqrt()
-        return Guidance(at.drift, at.shift, {"value": at.reward, "gradient_norm": norm})
+        return Guidance(at.drift, self.scale * at.shift, {"value": at.reward, "gradient_norm": norm})
 
 
 class AtMean(NamedTuple):

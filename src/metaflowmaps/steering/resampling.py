@@ -1,4 +1,5 @@
-r"""Resampling: ancestors for S systems of M weighted particles, unbiased: particle m has M w_m children on average.
+r"""Resampling: ancestors for S systems of M weighted particles, unbiased: particle m has M w_m children on average
+(or a given number of them in place of M).
 
     multinomial   M independent choices
     stratified    one in each M-th of the unit interval
@@ -17,9 +18,12 @@ from metaflowmaps.random import Source, rand
 RESAMPLERS = ("systematic", "stratified", "multinomial", "residual")
 
 
-def resample(kind: str, log_weights: Tensor, generator: Source | None = None) -> Tensor:
-    """Ancestors (S, M) from unnormalised log-weights (S, M)."""
-    systems, count = log_weights.shape
+def resample(
+    kind: str, log_weights: Tensor, generator: Source | None = None, num_children: int | None = None
+) -> Tensor:
+    """Ancestors from unnormalised log-weights (S, M): (S, num_children), M where nobody says."""
+    systems, particles = log_weights.shape
+    count = particles if num_children is None else num_children
     dead = log_weights.amax(1, keepdim=True) == -torch.inf
     weights = torch.where(dead, torch.zeros_like(log_weights), log_weights).double().softmax(1)
     if kind == "multinomial":
@@ -37,10 +41,10 @@ def resample(kind: str, log_weights: Tensor, generator: Source | None = None) ->
         chosen = _at(_normalised(rest, weights), points)
         places = torch.arange(count, device=log_weights.device)[None]
         ordered = torch.searchsorted(certain.cumsum(1), places.double().expand(systems, -1).contiguous(), right=True)
-        ancestors = torch.where(places < filled, ordered.clamp_max(count - 1), chosen)
+        ancestors = torch.where(places < filled, ordered.clamp_max(particles - 1), chosen)
     else:
         raise unknown("resampler", kind, RESAMPLERS)
-    return torch.where(dead, torch.arange(count, device=log_weights.device)[None], ancestors)
+    return torch.where(dead, torch.arange(count, device=log_weights.device)[None] % particles, ancestors)
 
 
 def _normalised(rest: Tensor, weights: Tensor) -> Tensor:
@@ -55,6 +59,17 @@ def _at(weights: Tensor, points: Tensor) -> Tensor:
     index = torch.searchsorted(edges, points.contiguous(), right=True)
     last = (weights > 0).long() * torch.arange(weights.shape[1], device=weights.device)
     return torch.minimum(index, last.amax(1, keepdim=True))
+
+
+def by_system(values: Tensor, size: int) -> Tensor:
+    """Rows m·S + s, particle m of system s, as systems: (M·S,) -> (S, M)."""
+    return values.reshape(size, -1).T
+
+
+def rows_of_systems(ancestors: Tensor) -> Tensor:
+    """Indices (S, k) of particles within their systems as rows of the batch: (k·S,)."""
+    systems = len(ancestors)
+    return (ancestors * systems + torch.arange(systems, device=ancestors.device)[:, None]).T.flatten()
 
 
 def effective(log_weights: Tensor) -> Tensor:

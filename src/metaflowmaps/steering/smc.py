@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count, positive
+from metaflowmaps._shapes import check_count
 from metaflowmaps.draws import equal_log_weights, tilted_weights
-from metaflowmaps.errors import InputError, check_one_of
+from metaflowmaps.errors import check_one_of
 from metaflowmaps.random import rand
 from metaflowmaps.steering.from_draws import FromDraws, draw_info
 from metaflowmaps.steering.mfm_g import blended
@@ -25,7 +25,6 @@ class SMC(TwistedSMC, FromDraws):
     Args:
         recycle: steps whose draws are used together.
         guide: the proposals': mfm-gf, mfm-g (needs a gradient of the reward) or none.
-        temper: the time at which γ reaches 1.
     """
 
     name = "mfm-smc"
@@ -42,10 +41,6 @@ class SMC(TwistedSMC, FromDraws):
         FromDraws.__post_init__(self)
         check_count(self.recycle, "recycle")
         check_one_of("guide", self.guide, ("mfm-gf", "mfm-g", "none"))
-        if positive(self.temper, "temper", or_zero=True) > 1:
-            raise InputError(
-                f"temper is the time at which the twist reaches full strength, in [0, 1], got {self.temper}"
-            )
 
     @property
     def calls_per_step(self) -> float:
@@ -58,7 +53,7 @@ class SMC(TwistedSMC, FromDraws):
         return DrawPool(problem.path, self.recycle)
 
     def twist(self, problem: SteeringProblem, memory: DrawPool, t: float, x: Tensor) -> Twisted:
-        """γ V̂ of the pool, and the shift of its draws."""
+        """V̂ of the pool, and the shift of its draws."""
         gradients = self.guide == "mfm-g"
         looked_at = max(t, FIRST) if gradients else t
         made = problem.draws(looked_at, x, self.options(gradients))
@@ -71,14 +66,8 @@ class SMC(TwistedSMC, FromDraws):
             shift, _ = blended(made, pool, log_base, problem.denoise(t, x, drift))
         else:
             shift = free_shift(pool, log_base)
-        gamma = 1.0 if self.temper == 0 else min(1.0, t / self.temper)
-        value = log_mean(pool.rewards, log_base)
-        return Twisted(
-            drift,
-            gamma * value if gamma > 0 else torch.zeros_like(value),
-            shift,
-            draw_info(problem, looked_at, shift, pool.rewards, log_base),
-        )
+        info = draw_info(problem, looked_at, shift, pool.rewards, log_base)
+        return Twisted(drift, log_mean(pool.rewards, log_base), shift, info)
 
     def select(self, memory: DrawPool, rows: Tensor) -> None:
         """Histories go with their particles."""

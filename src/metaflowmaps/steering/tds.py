@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaflowmaps._shapes import event_sum
+from metaflowmaps._shapes import event_sum, positive
 from metaflowmaps.steering.dps import at_posterior_mean, check_differentiable
 from metaflowmaps.steering.problem import FIRST, SteeringProblem
 from metaflowmaps.steering.twisted import Twisted, TwistedSMC
@@ -13,12 +13,22 @@ from metaflowmaps.steering.twisted import Twisted, TwistedSMC
 
 @dataclass(frozen=True)
 class TDS(TwistedSMC):
-    """r at the posterior mean; the last move goes there, so the last twist is e^r itself."""
+    """r at the posterior mean; the last move goes there, so the last twist is e^r itself.
+
+    Args:
+        scale: of the proposals' shift, as in DPS; the weights make up for whatever it is.
+    """
 
     name = "tds"
     title = "TDS"
     look = ("#0d5226", "^")
     gradients = True
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self.scale, "scale", or_zero=True)
 
     @property
     def calls_per_step(self) -> float:
@@ -33,7 +43,7 @@ class TDS(TwistedSMC):
         """r(D_t(x)) and its shift."""
         at = at_posterior_mean(problem, t, x)
         norm = event_sum(at.gradient.square()).sqrt()
-        return Twisted(at.drift, at.reward, at.shift, {"value": at.reward, "gradient_norm": norm})
+        return Twisted(at.drift, at.reward, self.scale * at.shift, {"value": at.reward, "gradient_norm": norm})
 
     def last(
         self, problem: SteeringProblem, memory: Any, t: float, x: Tensor, twisted: Twisted

@@ -31,7 +31,7 @@ from metaflowmaps._shapes import check_count, event_sum, positive
 from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.method import SDE, Info, Method, Process
 from metaflowmaps.steering.problem import SteeringProblem
-from metaflowmaps.steering.resampling import RESAMPLERS, effective, resample
+from metaflowmaps.steering.resampling import RESAMPLERS, by_system, effective, resample, rows_of_systems
 from metaflowmaps.steering.result import SteerResult
 
 
@@ -63,6 +63,7 @@ class TwistedSMC(Method):
         returns: all particles of a system, or one of each.
         threshold: resample where the ESS falls below this share of the particles.
         resampler: systematic, stratified, multinomial or residual.
+        temper: the time at which γ reaches 1; 0 for full twists from the start.
     """
 
     usual = SDE
@@ -73,6 +74,7 @@ class TwistedSMC(Method):
     returns: str = "all"
     threshold: float = 0.5
     resampler: str = "systematic"
+    temper: float = 0.0
 
     def __post_init__(self) -> None:
         if self.particles is not None:
@@ -81,6 +83,10 @@ class TwistedSMC(Method):
         check_one_of("resampler", self.resampler, RESAMPLERS)
         if positive(self.threshold, "threshold", or_zero=True) > 1:
             raise InputError(f"threshold is a fraction of the particles, in [0, 1], got {self.threshold}")
+        if positive(self.temper, "temper", or_zero=True) > 1:
+            raise InputError(
+                f"temper is the time at which the twist reaches full strength, in [0, 1], got {self.temper}"
+            )
         if self.returns == "one" and self.particles is None:
             raise InputError('returns="one" needs particles=, the size of the system that each sample comes from')
 
@@ -128,9 +134,9 @@ class TwistedSMC(Method):
                 f"{len(x)} samples cannot be shared out to systems of {size} particles: ask for a multiple of it, "
                 "or leave particles unset for one system of all"
             )
-        _one_condition(problem, len(x), size)
+        check_one_condition(problem, len(x), size)
         zeros = x.new_zeros(len(x))
-        grouped = _by_system(zeros, size)
+        grouped = by_system(zeros, size)
         return Particles(x, grouped, zeros, grouped[:, 0], self.remember(problem))
 
     def step(
@@ -138,10 +144,12 @@ class TwistedSMC(Method):
     ) -> tuple[Particles, Info]:
         """Weigh by the twist, resample where it is due, move by the guided bridge."""
         twisted = self.twist(problem, state.memory, t, state.x)
+        gamma = 1.0 if self.temper == 0 else min(1.0, t / self.temper)
+        log_twist = gamma * twisted.log_twist if gamma > 0 else torch.zeros_like(twisted.log_twist)
         # a twist must be positive: where the estimate is e^{−inf}, the draws have seen nothing and the last one stays
-        log_twist = torch.where(twisted.log_twist == -torch.inf, state.log_twist, twisted.log_twist)
+        log_twist = torch.where(log_twist == -torch.inf, state.log_twist, log_twist)
         size = state.log_weights.shape[1]
-        log_weights = _dead_if_nan(state.log_weights + _by_system(log_twist - state.log_twist, size))
+        log_weights = _dead_if_nan(state.log_weights + by_system(log_twist - state.log_twist, size))
         particle_ess = effective(log_weights)
         x, evidence, drift, shift, raw = state.x, state.log_evidence, twisted.drift, twisted.shift, twisted.log_twist
         tired = particle_ess < self.threshold * size
@@ -157,7 +165,7 @@ class TwistedSMC(Method):
         if float(problem.path.alpha(u)) == 0:
             x, more = self.last(problem, state.memory, t, x, Twisted(drift, raw, shift, {}))
             more = more - log_twist
-            log_weights = _dead_if_nan(log_weights + _by_system(more, size))
+            log_weights = _dead_if_nan(log_weights + by_system(more, size))
             return Particles(x, log_weights, log_twist, evidence, state.memory), info
         bridge = problem.path.bridge(t, u)
         std, data = float(bridge.std), float(bridge.data)
@@ -167,7 +175,7 @@ class TwistedSMC(Method):
         x = bridge.keep.to(x) * x + bridge.data.to(x) * (denoise + shift) + std * noise
         # log p/q for x_u = m_p + moved + std ξ: −(moved/std)·ξ − ‖moved/std‖²/2
         ratio = -event_sum(moved * noise) / std - event_sum(moved.square()) / (2 * std**2)
-        return Particles(x, log_weights + _by_system(ratio, size), log_twist, evidence, state.memory), info
+        return Particles(x, log_weights + by_system(ratio, size), log_twist, evidence, state.memory), info
 
     def finish(self, problem: SteeringProblem, state: Particles) -> tuple[Tensor, Info]:
         """Particles chosen by weight, and the log-evidence of each system."""
@@ -178,7 +186,7 @@ class TwistedSMC(Method):
             chosen = resample("multinomial", state.log_weights, generator)[:, :1]
         else:
             chosen = resample(self.resampler, state.log_weights, generator)
-        return state.x[_rows(chosen)], {"log_evidence": log_evidence}
+        return state.x[rows_of_systems(chosen)], {"log_evidence": log_evidence}
 
     def _resample(
         self, problem: SteeringProblem, t: float, log_weights: Tensor, evidence: Tensor, tired: Tensor
@@ -191,7 +199,7 @@ class TwistedSMC(Method):
         # a system without any weight left goes on unweighted, for samples' sake; its evidence is zero and stays so
         evidence = torch.where(tired, evidence + gained, evidence)
         log_weights = torch.where(tired[:, None], torch.zeros_like(log_weights), log_weights)
-        return _rows(ancestors), log_weights, evidence
+        return rows_of_systems(ancestors), log_weights, evidence
 
 
 def _dead_if_nan(log_weights: Tensor) -> Tensor:
@@ -199,21 +207,10 @@ def _dead_if_nan(log_weights: Tensor) -> Tensor:
     return torch.where(log_weights.isnan(), -torch.inf, log_weights)
 
 
-def _by_system(values: Tensor, size: int) -> Tensor:
-    """(M·S,) rows as (S, M)."""
-    return values.reshape(size, -1).T
-
-
-def _rows(ancestors: Tensor) -> Tensor:
-    """Indices (S, k) of particles within their systems as rows of the batch, (k·S,)."""
-    systems = len(ancestors)
-    return (ancestors * systems + torch.arange(systems, device=ancestors.device)[:, None]).T.flatten()
-
-
-def _one_condition(problem: SteeringProblem, rows: int, size: int) -> None:
+def check_one_condition(problem: SteeringProblem, rows: int, size: int) -> None:
     """Particles replace each other, so a system has one condition."""
     for name, value in (problem.cond_for(rows) or {}).items():
-        grouped = _by_system(value, size)
+        grouped = by_system(value, size)
         if bool((grouped != grouped[:, :1]).any()):
             raise InputError(
                 f"particles of one system replace each other, so they must share cond[{name!r}]: "

@@ -5,6 +5,8 @@ r"""What a comparison may name: a method, with the words that tables have for it
     mfm-g-rescale-1      the direction alone: the steering term γ times as long as the drift (γ = 1 in the paper)
     mfm-g-plain-clip     at most as long
     tds-64-all, tds-64-one   all particles of a system are returned, or one of each
+    best-of-n-map-64     of one-step samples
+    dps-scale=.03        any option of the method: a rival at its best setting
     my.py:MyMethod       a method of one's own; a number may follow it as well
 
 A word means the same for every method; one that says nothing to a method is refused.
@@ -68,6 +70,7 @@ WORDS = {
     "particle": _Word("by particle", lambda method: {"selection": "particle"}),
     "all": _Word("all returned", lambda method: {"returns": "all"}),
     "one": _Word("one returned", lambda method: {"returns": "one"}),
+    "map": _Word("of one-step samples", lambda method: {"source": "map"}),
 }
 
 
@@ -83,6 +86,11 @@ def variant(name: str) -> Variant:
         method = method.with_draws(numbers[0]) if method.draws else changed(method, {"particles": numbers[0]})
     renormalize, title = None, method.titled()
     for word in (word for word in words if not word.isdecimal()):
+        if "=" in word:
+            option, _, value = word.partition("=")
+            method = changed(method, {option: _value(method, option, value)})
+            title += f" {option} {value}"
+            continue
         if word not in WORDS:
             raise unknown("word of a method's name", word, WORDS)
         meant = WORDS[word]
@@ -103,6 +111,17 @@ def changed(method: Method, options: Options) -> Method:
         if option not in known:
             raise unknown(f"option of {method.titled()}", option, known)
     return replace(method, **options)  # type: ignore[type-var,no-any-return]
+
+
+def _value(method: Method, option: str, text: str) -> object:
+    """An option's value from its text: a number where the default is one."""
+    default = getattr(method, option, "")
+    if isinstance(default, str) or text.isalpha():
+        return text
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise InputError(f"{option}={text}: write a number, as in dps-scale=.03") from None
 
 
 def _method_of(name: str) -> tuple[type[Method], str]:

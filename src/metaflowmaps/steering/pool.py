@@ -1,0 +1,104 @@
+r"""Self-normalised resampling of a pool: one-step samples, n for each that is returned, chosen by weights ∝ e^r.
+
+Where rejection needs a bound and waits until it accepts, this takes what a fixed number of calls brings: importance
+sampling from p_1, with the bias of its normaliser, O(1/pool), and repeats where few proposals carry the weight
+(``pool_ess`` tells how many). Samples of one batch share their pool, which is the strong form; ``particles=1`` gives
+each sample a pool of its own, n proposals of which one is chosen.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from metaflowmaps._shapes import check_count
+from metaflowmaps.errors import InputError, check_one_of
+from metaflowmaps.steering.method import Guided, Info, Method, Process
+from metaflowmaps.steering.one_step import OneStep
+from metaflowmaps.steering.problem import SteeringProblem
+from metaflowmaps.steering.resampling import RESAMPLERS, by_system, effective, resample, rows_of_systems
+from metaflowmaps.steering.twisted import check_one_condition
+
+
+@dataclass(frozen=True)
+class Resampling(Method):
+    """One-step samples chosen by e^r: the cheap rival that needs neither a bound nor a gradient.
+
+    Args:
+        n: one-step samples for each that is returned.
+        particles: samples that share a pool; None: all of a batch.
+        resampler: systematic, stratified, multinomial or residual.
+    """
+
+    name = "resampling"
+    title = "resampling"
+    look = ("#7a5c00", "H")
+    draws = True
+    moved_by = "one step"
+    own_moves = "makes its samples in one step"
+
+    n: int = 16
+    particles: int | None = None
+    resampler: str = "systematic"
+
+    def __post_init__(self) -> None:
+        check_count(self.n, "n")
+        if self.particles is not None:
+            check_count(self.particles, "particles")
+        check_one_of("resampler", self.resampler, RESAMPLERS)
+
+    @property
+    def copies(self) -> int:
+        """n rows a sample."""
+        return self.n
+
+    @property
+    def system(self) -> int | None:
+        """The samples that share a pool."""
+        return self.particles
+
+    @property
+    def row_by_row(self) -> bool:
+        """Samples of one pool replace each other, unless each has its own."""
+        return self.particles == 1
+
+    @property
+    def shown_draws(self) -> int:
+        """n."""
+        return self.n
+
+    def with_draws(self, num_draws: int) -> Method:
+        """Another n."""
+        return replace(self, n=num_draws)
+
+    @property
+    def calls_per_step(self) -> float:
+        """A call and a reward a proposal; there is one step."""
+        return 2 * self.n
+
+    def times(self, problem: SteeringProblem, process: Process) -> list[float]:
+        """One step from noise to data."""
+        return [0.0, 1.0]
+
+    def start(self, problem: SteeringProblem, x: Tensor) -> Guided:
+        """The proposals' noise."""
+        size = self.n * self.particles if self.particles else len(x)
+        if len(x) % size:
+            raise InputError(f"{len(x) // self.n} samples cannot be shared out to pools of {self.particles} samples")
+        check_one_condition(problem, len(x), size)
+        return Guided(x, size)
+
+    def step(
+        self, problem: SteeringProblem, process: Process, state: Guided, t: float, u: float
+    ) -> tuple[Guided, Info]:
+        """The one step of the map."""
+        return Guided(OneStep(problem).samples(state.x), state.memory), {}
+
+    def finish(self, problem: SteeringProblem, state: Guided) -> tuple[Tensor, Info]:
+        """Samples chosen by weight, and the log of the mean of e^r of each pool."""
+        size: int = state.memory
+        log_weights = by_system(problem.score_of(state.x).double(), size)
+        chosen = resample(self.resampler, log_weights, problem.stream("return"), size // self.n)
+        log_evidence = torch.logsumexp(log_weights, 1) - math.log(size)
+        return state.x[rows_of_systems(chosen)], {"log_evidence": log_evidence, "pool_ess": effective(log_weights)}
