@@ -56,7 +56,7 @@ QUIET = sets("meters.every=0")
 REWARDS = '''
 import torch
 import metaflowmaps as mfm
-from metaflowmaps.cli import evaluate
+from metaflowmaps.lab.evaluate import on_mixtures
 from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
 
 def right(x):

@@ -7,11 +7,12 @@ from pydantic import Field
 from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.cli.context import COMPUTES, Argument, Context, Name, Options, Results
 from metaflowmaps.cli.evaluate import measure_images
-from metaflowmaps.cli.finetune import Finetune, about, choose_subject, tune
+from metaflowmaps.cli.finetune import Finetune, choose_subject, tune
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig
 from metaflowmaps.lab.evaluate.images.experiments import EXPERIMENTS
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
+from metaflowmaps.lab.evaluate.tuning_run import about
 from metaflowmaps.lab.imagenet_tasks import TaskConfig, task
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.networks import DiT, DiTConfig, NetworkConfig, read_network
@@ -52,7 +53,7 @@ def run(config: RunTask, context: Context) -> Results:
     opened = OpenedModel.open(config.checkpoint, context.device)
     asked = Finetune(checkpoint=config.checkpoint, reward=given.reward, strength=given.strength, data=given.data_moved)
     subject, chosen = choose_subject(opened, asked)
-    return tune(subject, merged(given, about(subject, chosen)), context)
+    return tune(subject, merged(given, about(subject, chosen.name, chosen.sha256)), context)
 
 
 def plan_task(config: RunTask, context: Context) -> Results:
