@@ -205,8 +205,8 @@ def make_probes(exact: Exact, model: MetaFlowMap, n: int, last: float, seed: int
 @torch.no_grad()
 def drift_flow(model: MetaFlowMap, probes: Probes) -> Tensor:
     """F of a model's drift at the probes, float64."""
-    a, z, x = (part.to(model.dtype) for part in (probes.a, probes.z, probes.x))
-    return student_flow(model, a, z, x, {}).double()
+    a, z = (part.to(model.dtype) for part in (probes.a, probes.z))
+    return student_flow(model, a, z, {}).double()
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def test_the_bound_is_reached_at_the_tilted_law_alone(path):
 
 def test_what_has_no_drift_has_no_distance():
     case = Case("gaussian-2d", mfm.LinearPath())
-    meters = Meters(case.problem(), MetersConfig(samples=64, steps=2), 0, Path(), one_step=True, has_drift=False)
+    meters = Meters(case.problem(), MetersConfig(samples=64, steps=2), 0, Path(), tuned={"drift": False, "map": True})
     figures = meters.measure(case.base())
     assert "reward" in figures
     assert not {"distance_to_base", "bound"} & figures.keys()
@@ -86,7 +86,9 @@ def test_rewards_are_those_of_the_samples_that_are_tuned(one_step):
     An Euler step of the ODE from 0 lands at the mean, without spread: r there; the map has the spread as well.
     """
     case = Case("gaussian-2d", mfm.LinearPath())
-    meters = Meters(case.problem(), MetersConfig(samples=4000, steps=1), 0, Path(), one_step=one_step)
+    meters = Meters(
+        case.problem(), MetersConfig(samples=4000, steps=1), 0, Path(), tuned={"drift": True, "map": one_step}
+    )
     a, precision = case.reward.A[0].to(F64), case.reward.precision
     gap = float(case.reward.y) - float(a @ case.mean)
     spread = float(a @ case.law.covariances[0] @ a) if one_step else 0.0

@@ -4,8 +4,7 @@ from metaflowmaps.finetuning.adjoint_matching import AdjointMatching
 from metaflowmaps.finetuning.baseline import Baseline, DrawnBaseline, LearnedBaseline, NoBaseline, RunningBaseline
 from metaflowmaps.finetuning.direct import Direct
 from metaflowmaps.finetuning.draft import DRaFT
-from metaflowmaps.finetuning.mfm_ft import MFMFT
-from metaflowmaps.finetuning.self_normalised import SelfNormalised
+from metaflowmaps.finetuning.mfm_ft import MFMFT, SelfNormalised
 from metaflowmaps.finetuning.state_laws import StateLaw, StateMixture, StateSource
 from metaflowmaps.finetuning.tuning_objective import Regression, TargetBatch, TuningObjective, TuningSetup
 

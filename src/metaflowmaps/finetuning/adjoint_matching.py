@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from metaflowmaps._shapes import expand_time
+from metaflowmaps._shapes import Cond, expand_time, repeat_cond
 from metaflowmaps.draws import pull_back
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.tuning_objective import (
@@ -25,7 +25,7 @@ from metaflowmaps.finetuning.tuning_objective import (
     TuningSetup,
     mean_of_finite,
 )
-from metaflowmaps.finetuning.tuning_problem import Cond, evaluating
+from metaflowmaps.finetuning.tuning_problem import evaluating
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.steering.problem import FIRST
@@ -73,7 +73,7 @@ class AdjointRegression(Regression):
         for t, u in pairwise(grid):
             bridge = problem.path.bridge(t, u)
             with evaluating(model):
-                drift = model.drift(float(t), states[-1], cond or None)
+                drift = model.drift(float(t), states[-1], cond)
             ahead = problem.path.to_denoise(float(t), states[-1], drift, "drift")
             noise = randn(tuple(x.shape), g, x.dtype, x.device)
             states.append(bridge.keep.to(x) * states[-1] + bridge.data.to(x) * ahead + bridge.std.to(x) * noise)
@@ -85,7 +85,7 @@ class AdjointRegression(Regression):
                 times.append(t.to(x).expand(m))
                 visited.append(x_t)
                 pulled.append(a)
-        wide = {k: v.repeat(len(times)) for k, v in cond.items()}
+        wide = repeat_cond(cond, len(times))
         reached = problem.at(torch.cat(times), torch.cat(visited), wide)
         half = problem.path.sigma_squared(expand_time(reached.t, reached.x)) / 2
         target = reached.as_flow(reached.drift - half * torch.cat(pulled))
@@ -114,14 +114,14 @@ class AdjointRegression(Regression):
         problem, steps = self.problem, list(pairwise(grid))
         with torch.enable_grad():
             end = states[-1].detach().requires_grad_(True)
-            a = -pull_back(problem.reward(end, cond or None), end, end)
+            a = -pull_back(problem.reward(end, cond), end, end)
         problem.count(reward_calls=len(a), reward_backwards=len(a))
         out = [a]
         for (t, u), state in zip(reversed(steps), reversed(states[:-1]), strict=True):
             bridge = problem.path.bridge(t, u)
             with torch.enable_grad():
                 x = state.detach().requires_grad_(True)
-                ahead = problem.path.to_denoise(float(t), x, problem.base.drift(float(t), x, cond or None), "drift")
+                ahead = problem.path.to_denoise(float(t), x, problem.base.drift(float(t), x, cond), "drift")
                 following = bridge.keep.to(x) * x + bridge.data.to(x) * ahead
                 (a,) = torch.autograd.grad(following, x, a)
             problem.count(forwards=len(a), backwards=len(a))

@@ -5,19 +5,16 @@ not act on c, and c does not look at the draws it weighs (with V̂ of the same d
 estimate and its bias). All kinds here are used first and updated after.
 """
 
-import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from metaflowmaps.draws import equal_log_weights
-from metaflowmaps.finetuning.tuning_problem import BaseStates, TuningProblem
+from metaflowmaps.finetuning.tuning_problem import BaseStates, Resumable, Tilt, TuningProblem
 from metaflowmaps.networks.mlp import MLP
-from metaflowmaps.value import log_mean
 from metaflowmaps.work.choices import Choice
 
 LIMIT = 5.0  # of r − c, beyond which the fit of a learned baseline goes on linearly
@@ -28,7 +25,7 @@ Bins = Annotated[int, Field(ge=1)]  # of the inner time, in which running means 
 Rate = Annotated[float, Field(gt=0, le=1)]  # of their averages
 
 
-class Level:
+class Level(Resumable):
     """A baseline at work; by default c = 0, which learns nothing."""
 
     def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
@@ -37,13 +34,6 @@ class Level:
 
     def update(self, states: BaseStates, value: Tensor) -> None:
         """Learn from log-means (B,) of e^r over this batch's draws."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it has learned."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
 
 
 class Baseline(Choice):
@@ -78,6 +68,30 @@ class RunningBaseline(Baseline):
         return RunningLevel(self.bins, self.rate, level)
 
 
+class RunningLevel(Level):
+    """Log-mean of e^r a bin, an exponential average; a bin that nothing fell into yet has the mean over all."""
+
+    learned: ClassVar[tuple[str, ...]] = ("level",)
+
+    def __init__(self, bins: int, rate: float, start: float) -> None:
+        self.rate, self.level = rate, torch.full((bins,), start, dtype=torch.float64)
+
+    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
+        """The level of each state's bin."""
+        return self.level.to(states.t)[bins_of(states.a, len(self.level))]
+
+    def update(self, states: BaseStates, value: Tensor) -> None:
+        """e^level moves by the rate towards the mean of e^value of its bin."""
+        index = bins_of(states.a, len(self.level)).cpu()
+        value = value.detach().double().cpu()
+        rates = torch.tensor([1 - self.rate, self.rate], dtype=torch.float64).log()
+        for b in index.unique().tolist():
+            mine = value[index == b]
+            seen = torch.logsumexp(mine, 0) - math.log(len(mine))
+            if bool(seen.isfinite()):
+                self.level[b] = torch.logsumexp(rates + torch.stack([self.level[b], seen]), 0)
+
+
 @dataclass(frozen=True)
 class LearnedBaseline(Baseline):
     """A perceptron fitted to V by ``E[e^{r − c} + c]``, whose minimum is c = V: all states count alike."""
@@ -93,55 +107,13 @@ class LearnedBaseline(Baseline):
         return LearnedLevel(self, problem, level, seed)
 
 
-@dataclass(frozen=True)
-class DrawnBaseline(Baseline):
-    """V̂ from independent draws, not far below the running level."""
-
-    name: ClassVar[str] = "draws"
-    num_draws: Annotated[int, Field(ge=1)] = 4
-    bins: Bins = 32
-    rate: Rate = 0.01
-
-    def start(self, problem: TuningProblem, level: float, seed: int) -> "DrawnLevel":
-        """Draws over a running floor."""
-        return DrawnLevel(problem, self.num_draws, RunningLevel(self.bins, self.rate, level))
-
-
-class RunningLevel(Level):
-    """Log-mean of e^r a bin, an exponential average; a bin that nothing fell into yet has the mean over all."""
-
-    def __init__(self, bins: int, rate: float, start: float) -> None:
-        self.rate, self.level = rate, torch.full((bins,), start, dtype=torch.float64)
-
-    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
-        """The level of each state's bin."""
-        return self.level.to(states.t)[bins_of(states.a, len(self.level))]
-
-    def update(self, states: BaseStates, value: Tensor) -> None:
-        """e^level moves by the rate towards the mean of e^value of its bin."""
-        index = bins_of(states.a, len(self.level)).cpu()
-        value = value.detach().double().cpu()
-        for b in index.unique().tolist():
-            mine = value[index == b]
-            seen = torch.logsumexp(mine, 0) - math.log(len(mine))
-            if bool(seen.isfinite()):
-                rates = torch.tensor([1 - self.rate, self.rate], dtype=torch.float64).log()
-                self.level[b] = torch.logsumexp(rates + torch.stack([self.level[b], seen]), 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The level of each bin."""
-        return {"level": self.level.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        self.level = state["level"]
-
-
-class LearnedLevel(Level):
+class LearnedLevel(RunningLevel):
     """A running level plus a perceptron of (a, z)."""
 
+    learned: ClassVar[tuple[str, ...]] = ("level", "network", "optimizer")
+
     def __init__(self, options: LearnedBaseline, problem: TuningProblem, start: float, seed: int) -> None:
-        self.running = RunningLevel(options.bins, options.rate, start)
+        super().__init__(options.bins, options.rate, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _ValueNetwork(math.prod(problem.base.event_shape), options.width)
@@ -151,7 +123,7 @@ class LearnedLevel(Level):
     @torch.no_grad()
     def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
         """The running level and what the perceptron adds."""
-        return self.running(states, generator) + self._added(states)
+        return super().__call__(states, generator) + self._added(states)
 
     def _added(self, states: BaseStates) -> Tensor:
         out: Tensor = REACH * torch.tanh(self.network(states.a, states.z) / REACH)
@@ -160,7 +132,7 @@ class LearnedLevel(Level):
     @torch.enable_grad()
     def update(self, states: BaseStates, value: Tensor) -> None:
         """A step of Adam on ``e^{r − c} + c``, then the running level."""
-        level = self.running(states, torch.Generator())
+        level = super().__call__(states, torch.Generator())
         self.optimizer.zero_grad()
         c = self._added(states)
         # a logarithm of a mean is below V on average, its exponential is right: the loss weighs e^{r − c}
@@ -170,46 +142,7 @@ class LearnedLevel(Level):
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        self.running.update(states, value)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The running level, the perceptron and Adam's moments."""
-        return {
-            "running": self.running.state_dict(),
-            "network": {k: v.clone() for k, v in self.network.state_dict().items()},
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        self.running.load_state_dict(state["running"])
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-class DrawnLevel(Level):
-    """V̂ from draws of its own over a floor: few draws of a sharp reward may all miss, and e^{r − c} had no bound."""
-
-    def __init__(self, problem: TuningProblem, num_draws: int, running: RunningLevel) -> None:
-        self.problem, self.num_draws, self.running = problem, num_draws, running
-
-    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
-        """log(e^V̂ + e^{level − BELOW})."""
-        rewards = self.problem.draws(states, self.num_draws, False, generator).rewards
-        value = log_mean(rewards, equal_log_weights(rewards))
-        return torch.logaddexp(value, self.running(states, generator) - BELOW)
-
-    def update(self, states: BaseStates, value: Tensor) -> None:
-        """The floor learns."""
-        self.running.update(states, value)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The floor."""
-        return {"running": self.running.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        self.running.load_state_dict(state["running"])
+        super().update(states, value)
 
 
 class _ValueNetwork(nn.Module):
@@ -225,9 +158,35 @@ class _ValueNetwork(nn.Module):
 
     def forward(self, a: Tensor, z: Tensor) -> Tensor:
         flat = z.flatten(1)
-        zero = torch.zeros_like(a)
-        out: Tensor = self.head(self.body(flat, a, a, torch.zeros_like(flat), zero))[:, 0]
+        out: Tensor = self.head(self.body(flat, a, a, torch.zeros_like(flat), torch.zeros_like(a)))[:, 0]
         return out
+
+
+@dataclass(frozen=True)
+class DrawnBaseline(Baseline):
+    """V̂ from independent draws, not far below the running level."""
+
+    name: ClassVar[str] = "draws"
+    num_draws: Annotated[int, Field(ge=1)] = 4
+    bins: Bins = 32
+    rate: Rate = 0.01
+
+    def start(self, problem: TuningProblem, level: float, seed: int) -> "DrawnLevel":
+        """Draws over a running floor."""
+        return DrawnLevel(self, problem, level)
+
+
+class DrawnLevel(RunningLevel):
+    """V̂ from draws of its own over a floor: few draws of a sharp reward may all miss, and e^{r − c} had no bound."""
+
+    def __init__(self, options: DrawnBaseline, problem: TuningProblem, start: float) -> None:
+        super().__init__(options.bins, options.rate, start)
+        self.problem, self.num_draws = problem, options.num_draws
+
+    def __call__(self, states: BaseStates, generator: torch.Generator) -> Tensor:
+        """log(e^V̂ + e^{level − BELOW})."""
+        value = Tilt.of(self.problem.draws(states, self.num_draws, False, generator).rewards).value
+        return torch.logaddexp(value, super().__call__(states, generator) - BELOW)
 
 
 def bins_of(a: Tensor, bins: int) -> Tensor:

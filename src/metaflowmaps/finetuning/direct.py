@@ -5,27 +5,24 @@ linear in their data target (the diagonal, MeanFlow) stay unbiased when each row
 with probability ∝ e^{r_i}, and the row counts (1/N) Σ e^{r_i − c}.
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count
-from metaflowmaps.draws import equal_log_weights, tilted_weights
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.baseline import Baseline, Level, NoBaseline, RunningBaseline
 from metaflowmaps.finetuning.distillation import MapObjective
-from metaflowmaps.finetuning.state_laws import StateSource
 from metaflowmaps.finetuning.tuning_objective import TuningObjective, TuningSetup, figures_of
-from metaflowmaps.finetuning.tuning_problem import gather
+from metaflowmaps.finetuning.tuning_problem import Tilt, gather
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.losses import MeanFlow
 from metaflowmaps.random import rand, randn, stream
 from metaflowmaps.training.objective import Batch, Given
 from metaflowmaps.training.times import context_times
 from metaflowmaps.training.train_config import LossConfig
-from metaflowmaps.value import log_mean
 from metaflowmaps.work.choices import Pick
 
 
@@ -72,6 +69,8 @@ class Direct(TuningObjective):
 class WeightedMapObjective(MapObjective):
     """The losses of the tilted map at work, on weighted draws."""
 
+    learned: ClassVar[tuple[str, ...]] = (*MapObjective.learned, "source", "baseline")
+
     def __init__(self, options: Direct, setup: TuningSetup, baseline: Level) -> None:
         super().__init__(setup)
         self.source, self.baseline, self.num_draws = setup.source, baseline, options.num_draws
@@ -86,27 +85,13 @@ class WeightedMapObjective(MapObjective):
         noise = randn(tuple(end.shape), g, end.dtype, end.device)
         states = self.problem.at(t, self.problem.path.interpolate(noise, end, t), cond)
         draws = self.problem.draws(states, self.num_draws, False, g)
-        level, log_base = self.baseline(states, g), equal_log_weights(draws.rewards)
-        value, share = log_mean(draws.rewards, log_base), tilted_weights(draws.rewards, log_base)
-        weight = torch.exp(value - level)
+        value, share = Tilt.of(draws.rewards)
+        weight = torch.exp(value - self.baseline(states, g))
         self.baseline.update(states, value)
         x_1 = gather(draws.x_1, pick(share, rand((n,), g).to(share)))
         drawn = self._inner(model, step, g, Given(x_1.cpu(), t.cpu(), states.x.cpu(), None))
-        figures = figures_of(draws.rewards, share, weight)
-        parts = {k: v for k, v in vars(drawn).items() if k not in ("weight", "figures", "cond")}
-        return Batch(**parts, cond={k: v.cpu() for k, v in cond.items()}, weight=weight.cpu(), figures=figures)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The calls, the source's and the baseline's."""
-        held = self.source.state_dict() if isinstance(self.source, StateSource) else {}
-        return {**super().state_dict(), "source": held, "baseline": self.baseline.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        super().load_state_dict(state)
-        self.baseline.load_state_dict(state["baseline"])
-        if isinstance(self.source, StateSource):
-            self.source.load_state_dict(state["source"])
+        on_cpu = {name: value.cpu() for name, value in (cond or {}).items()}
+        return replace(drawn, cond=on_cpu, weight=weight.cpu(), figures=figures_of(draws.rewards, share, weight))
 
 
 def pick(share: Tensor, u: Tensor) -> Tensor:

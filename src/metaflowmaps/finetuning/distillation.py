@@ -4,14 +4,15 @@ The tuned drift b̂ is a drift like any other; GLASS turns it into the auxiliary
 learns that by the usual losses, from the base's weights on. Contexts are made from samples of b̂.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._shapes import Cond
 from metaflowmaps.finetuning.state_laws import samples_stream, student_samples
 from metaflowmaps.finetuning.tuning_objective import TuningSetup
-from metaflowmaps.finetuning.tuning_problem import Cond
+from metaflowmaps.finetuning.tuning_problem import Resumable
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher
@@ -21,46 +22,40 @@ from metaflowmaps.training.train_config import ConditionConfig
 class TunedSamples:
     """Finished samples as a source of training data, with labels where there are classes."""
 
-    def __init__(self, x_1: Tensor, cond: Cond, classes: int) -> None:
-        self.x_1, self.label, self.classes = x_1.cpu(), cond.get("label"), classes
+    def __init__(self, x_1: Tensor, cond: Cond) -> None:
+        self.x_1, label = x_1.cpu(), (cond or {}).get("label")
+        self.label = torch.zeros(len(x_1), dtype=torch.long) if label is None else label.cpu()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n of them, at random."""
-        return self.x_1[torch.randint(len(self.x_1), (n,), generator=generator)]
+        return self.sample_labelled(n, generator)[0]
 
     def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The same with labels; samples of the null class keep theirs."""
         index = torch.randint(len(self.x_1), (n,), generator=generator)
-        assert self.label is not None
-        return self.x_1[index], self.label.cpu()[index]
+        return self.x_1[index], self.label[index]
 
 
-class MapObjective(Objective):
+class MapObjective(Objective, Resumable):
     """The usual objective, its calls counted by hooks. Conditions are the problem's."""
 
-    _watched: nn.Module | None
+    learned: ClassVar[tuple[str, ...]] = ("problem",)
 
     def __init__(self, setup: TuningSetup, data: Any = None, teacher: Teacher | None = None) -> None:
-        problem, condition = setup.problem, None
-        if problem.classes:  # labels come with their null class drawn already
-            condition = ConditionConfig(dropout=0.0, guidance=(max(1.0, problem.guidance),))
+        self.problem = setup.problem
+        # labels come with their null class drawn already
+        guidance = (max(1.0, self.problem.guidance),)
+        condition = ConditionConfig(dropout=0.0, guidance=guidance) if self.problem.classes else None
         super().__init__(data, setup.loss, setup.times, teacher, setup.batch_size, setup.seed + 2, condition)
-        self.problem, self._counting, self._watched = problem, False, None
+        self._counting = False
+        self._watched: list[nn.Module] = []
 
-    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: torch.Generator) -> Cond:
-        if label is None or not self.problem.classes:
-            return {}
-        cond = {"label": label}
-        if self.problem.guidance != 1:
-            null = label == self.problem.classes
-            cond["guidance"] = torch.where(null, torch.ones(()), torch.tensor(float(self.problem.guidance)))
-        return cond
+    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: torch.Generator) -> dict[str, Tensor]:
+        return {} if label is None or not self.problem.classes else self.problem.guided(label)
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         """Per-row losses, (B,)."""
-        if self._watched is not model.network:
-            self._watched = model.network
-            self.watch(model.network)
+        self.watch(model.network)
         self._counting = True
         losses = super().__call__(model, batch)
         self._counting = False
@@ -68,6 +63,9 @@ class MapObjective(Objective):
 
     def watch(self, network: nn.Module) -> None:
         """Count this network's calls while losses are computed."""
+        if network in self._watched:
+            return
+        self._watched.append(network)
 
         def hook(_m: nn.Module, _a: Any, out: Tensor) -> None:
             if self._counting:
@@ -78,14 +76,6 @@ class MapObjective(Objective):
 
     def _guided(self, model: MetaFlowMap, flow: Anchored, batch: Batch, z: Tensor, target: Tensor) -> Tensor:
         return target  # draws and drifts of the base are guided already
-
-    def state_dict(self) -> dict[str, Any]:
-        """The calls on the bill."""
-        return {"calls": dict(self.problem.calls)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        self.problem.calls = dict(state["calls"])
 
 
 def distillation(setup: TuningSetup, student: MetaFlowMap, pool: int, steps: int) -> MapObjective:
@@ -98,8 +88,7 @@ def distillation(setup: TuningSetup, student: MetaFlowMap, pool: int, steps: int
         steps: of its ODE, each.
     """
     problem = setup.problem
-    x_1, cond = student_samples(problem, student, pool, steps, samples_stream(setup.seed, "distil"))
-    teacher = GlassTeacher(problem.path, student.drift, None)
-    objective = MapObjective(setup, TunedSamples(x_1, cond, problem.classes), teacher)
+    samples = student_samples(problem, student, pool, steps, samples_stream(setup.seed, "distil"))
+    objective = MapObjective(setup, TunedSamples(*samples), GlassTeacher(problem.path, student.drift, None))
     objective.watch(student.network)
     return objective

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from metaflowmaps._shapes import expand_time
 from metaflowmaps.finetuning.tuning_objective import Regression, StateRows, TuningObjective, TuningSetup
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import rand, randn, stream
@@ -59,12 +60,12 @@ class DraftAscent(Regression):
         zero = (rand((len(eps),), g) < self.at_zero).to(eps.device)
         t = torch.where(zero, torch.zeros_like(states.t), states.t)
         noise = randn(tuple(eps.shape), g, eps.dtype, eps.device)
-        x = torch.where(zero.reshape(-1, *([1] * (eps.ndim - 1))), noise, states.x)
+        x = torch.where(expand_time(t, eps) == 0, noise, states.x)
         return DraftBatch(t=t, x_t=x, eps=eps, cond=states.cond)
 
     def __call__(self, model: MetaFlowMap, batch: DraftBatch) -> Tensor:
         """−r of each row's draw, (B,)."""
         n = len(batch)
         self.problem.count(forwards=n, backwards=n, reward_calls=n, reward_backwards=n)
-        x_1 = model.push(batch.eps, batch.t, batch.x_t, 1, batch.cond or None)
-        return -self.problem.reward(x_1, batch.cond or None)
+        x_1 = model.push(batch.eps, batch.t, batch.x_t, 1, batch.cond)
+        return -self.problem.reward(x_1, batch.cond)

@@ -14,16 +14,16 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from metaflowmaps._files import write_whole
-from metaflowmaps._shapes import event_sum
-from metaflowmaps.finetuning.state_laws import samples_stream, student_samples
+from metaflowmaps._shapes import Cond, event_sum, select_cond
+from metaflowmaps.finetuning.state_laws import Samples, samples_stream, student_samples
 from metaflowmaps.finetuning.tuning_config import MetersConfig
-from metaflowmaps.finetuning.tuning_problem import Cond, TuningProblem, rows_of_cond
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.random import randn, stream
@@ -56,8 +56,8 @@ class Meters:
         seed: of the samples.
         out: the run's directory.
         watched: what else to look at.
-        one_step: whether the map is tuned: its one-step samples are measured then, not those of its ODE.
-        has_drift: whether the drift is: without it (DRaFT) there is no distance to the base.
+        tuned: what of the model is tuned. With its ``map``, one-step samples are measured, not those of its ODE;
+            without its ``drift`` (DRaFT) there is no distance to the base.
     """
 
     def __init__(
@@ -67,11 +67,9 @@ class Meters:
         seed: int,
         out: Path,
         watched: Watched = Watched(),
-        one_step: bool = False,
-        has_drift: bool = True,
+        tuned: Mapping[str, bool] = MappingProxyType({"drift": True, "map": False}),
     ) -> None:
-        self.problem, self.config, self.seed = problem, config, seed
-        self.one_step, self.has_drift = one_step, has_drift
+        self.problem, self.config, self.seed, self.tuned = problem, config, seed, tuned
         self.out, self.file = out, out / "meters.jsonl"
         self.others = {name: checked_reward(reward) for name, reward in watched.others.items()}
         self.features = watched.features or (lambda x: x.flatten(1))
@@ -80,13 +78,12 @@ class Meters:
     @property
     def names(self) -> list[str]:
         """What a record holds."""
-        return measurements(self.others, self.has_drift)
+        return measurements(self.others, self.tuned["drift"])
 
     def __call__(self, model: MetaFlowMap, step: int) -> dict[str, float]:
         """Measure, write down, and return the record."""
-        calls = dict(self.problem.calls)  # looking on is not part of the bill
-        record = {"step": step, **self.measure(model)}
-        self.problem.calls = calls
+        with self.problem.unbilled():
+            record = {"step": step, **self.measure(model)}
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -94,25 +91,25 @@ class Meters:
     @torch.no_grad()
     def measure(self, model: MetaFlowMap) -> dict[str, float]:
         """The figures for a model as it is."""
-        c = self.config
-        if self.one_step:
+        n = self.config.samples
+        if self.tuned["map"]:
             g = stream(self.seed, "meters")
-            cond = self.problem.conditions(c.samples, g)
-            x = model.generate(c.samples, 1, g, cond or None)
+            cond: Cond = self.problem.conditions(n, g)
+            x = model.generate(n, 1, g, cond)
         else:
-            x, cond = self._samples(model, c.samples, "meters")
+            x, cond = self._samples(model, n, "meters")
         finite = x.flatten(1).isfinite().all(1)
-        x, cond = x[finite], rows_of_cond(cond, finite)
+        x, cond, lost = x[finite], select_cond(cond, finite), {"lost": float(int((~finite).sum()))}
         if len(x) < 8:
-            return {"lost": float(int((~finite).sum()))}
+            return lost
         reward = self.problem.rewards(x, cond)
         figures = {
             "reward": float(reward[reward.isfinite()].mean()) if bool(reward.isfinite().any()) else -torch.inf,
-            **{name: float(r(x, cond or None).mean()) for name, r in self.others.items()},
+            **{name: float(r(x, cond).mean()) for name, r in self.others.items()},
             **diversity(self.features(x)),
-            "lost": float(int((~finite).sum())),
+            **lost,
         }
-        if self.has_drift:
+        if self.tuned["drift"]:
             figures["distance_to_base"] = self.distance_to_base(model, x, cond)
             figures["bound"] = figures["reward"] - figures["distance_to_base"]
         return figures
@@ -124,7 +121,7 @@ class Meters:
         a = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=g)] * self.problem.last
         noise = randn(tuple(x_1.shape), g, x_1.dtype, x_1.device)
         states = self.problem.noised(a.to(x_1), x_1, noise, cond)
-        apart = event_sum((model.drift(states.t, states.x, cond or None) - states.drift).square())
+        apart = event_sum((model.drift(states.t, states.x, cond) - states.drift).square())
         sigma = self.problem.path.sigma_squared(states.t.clamp_min(1e-6))
         # times are uniform in the angle a: dt = (dt/da) da
         h = 1e-3
@@ -135,12 +132,11 @@ class Meters:
     def draw(self, model: MetaFlowMap, step: int) -> None:
         """The picture of a step, where there is one to draw."""
         if self.picture is not None:
-            calls = dict(self.problem.calls)
-            x, _ = self._samples(model, PICTURED, "picture")
-            self.problem.calls = calls
-            self.picture(x, self.out / "samples" / f"step-{step:08d}.png")
+            with self.problem.unbilled():
+                x_1, _ = self._samples(model, PICTURED, "picture")
+            self.picture(x_1, self.out / "samples" / f"step-{step:08d}.png")
 
-    def _samples(self, model: MetaFlowMap, n: int, name: str) -> tuple[Tensor, Cond]:
+    def _samples(self, model: MetaFlowMap, n: int, name: str) -> Samples:
         """n samples of the student's ODE, the same noise at each look."""
         return student_samples(self.problem, model, n, self.config.steps, samples_stream(self.seed, name))
 
@@ -158,7 +154,7 @@ def diversity(features: Tensor) -> dict[str, float]:
     return out
 
 
-def kept_records(out: Path, step: int) -> list[dict[str, Any]]:
+def kept_records(out: Path, step: int) -> list[dict[str, float]]:
     """The measurements of a run up to a step; later ones, of a run that was killed, are taken out of the file."""
     file = out / "meters.jsonl"
     if not file.exists():

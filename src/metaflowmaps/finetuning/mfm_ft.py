@@ -21,14 +21,14 @@ that does not look at these draws. λ is kept in bins of time and is the one of 
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count, expand_time
-from metaflowmaps.draws import Draws, equal_log_weights, tilted_weights
+from metaflowmaps.draws import Draws
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.finetuning.baseline import Baseline, Level, NoBaseline, RunningBaseline, bins_of
 from metaflowmaps.finetuning.tuning_objective import (
@@ -39,11 +39,10 @@ from metaflowmaps.finetuning.tuning_objective import (
     figures_of,
     mean_of_finite,
 )
-from metaflowmaps.finetuning.tuning_problem import BaseStates, evaluating, student_flow
+from metaflowmaps.finetuning.tuning_problem import BaseStates, Resumable, Tilt, evaluating, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import stream
 from metaflowmaps.steering.problem import FIRST
-from metaflowmaps.value import log_mean
 from metaflowmaps.work.choices import Pick
 
 BINS = 32  # of the inner time, for λ
@@ -90,6 +89,15 @@ class MFMFT(TuningObjective):
         return WeightedRegression(self, setup, self.baseline.start(setup.problem, setup.log_evidence(), setup.seed))
 
 
+@dataclass(frozen=True)
+class SelfNormalised(MFMFT):
+    """Regression on MFM-G's self-normalised target, all rows alike: its bias of order 1/N is learned too."""
+
+    name: ClassVar[str] = "self-normalised"
+    title: ClassVar[str] = "self-normalised"
+    weighted: ClassVar[bool] = False
+
+
 class WeightedRegression(Regression):
     """MFM-FT at work, in any of its forms; without ``weighted`` all rows count alike.
 
@@ -98,6 +106,8 @@ class WeightedRegression(Regression):
         setup: of the run.
         baseline: c(t, x) at work.
     """
+
+    learned: ClassVar[tuple[str, ...]] = (*Regression.learned, "baseline", "mixing")
 
     def __init__(self, options: MFMFT, setup: TuningSetup, baseline: Level) -> None:
         super().__init__(setup)
@@ -115,7 +125,7 @@ class WeightedRegression(Regression):
         level = self.baseline(states, g)
         target, weight, value = self.targets(states, draws, level, model)
         self.baseline.update(states, value)
-        share = tilted_weights(draws.rewards, equal_log_weights(draws.rewards))
+        share = Tilt.of(draws.rewards).share
         figures = figures_of(draws.rewards, share, weight) | {"value": mean_of_finite(value)}
         if not self.weighted:
             weight = torch.ones_like(weight)
@@ -137,17 +147,15 @@ class WeightedRegression(Regression):
         Returns:
             Targets in F (B, *event), weights w (B,) and V̂ (B,).
         """
-        log_base = equal_log_weights(draws.rewards)
-        value = log_mean(draws.rewards, log_base)
+        value, share = Tilt.of(draws.rewards)
         weight = torch.exp(value - level)
-        share = tilted_weights(draws.rewards, log_base)
         flows = self._flows(states, draws)
         if self.form == "blend":
             free, gradient = flows
             mix = torch.where(states.t >= FIRST, self.mixing(states.a), torch.zeros_like(states.t))
             if model is not None:
                 with evaluating(model):
-                    now = student_flow(model, states.a, states.z, states.x, states.cond)
+                    now = student_flow(model, states.a, states.z, states.cond)
                 self.problem.count(forwards=len(states.t))
                 each = torch.exp(draws.rewards - level)
                 self.mixing.update(states.a, states.t >= FIRST, each, free - now, gradient - now)
@@ -180,22 +188,14 @@ class WeightedRegression(Regression):
         drifts = [self.problem.path.from_denoise(states.t, states.x, x, "drift") for x in draws.x_1]
         return torch.stack([states.as_flow(v) for v in drifts])
 
-    def state_dict(self) -> dict[str, Any]:
-        """The source's, the baseline's and λ's."""
-        return {**super().state_dict(), "baseline": self.baseline.state_dict(), "mixing": self.mixing.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        super().load_state_dict(state)
-        self.baseline.load_state_dict(state["baseline"])
-        self.mixing.load_state_dict(state["mixing"])
-
-
-class Mixing:
+class Mixing(Resumable):
     """λ in bins of the inner time, from running second moments of both forms' weighted residuals.
 
     ``E‖(1 − λ) R_f + λ R_g‖²`` is least at ``λ = (ff − fg)/(ff + gg − 2 fg)``.
     """
+
+    learned: ClassVar[tuple[str, ...]] = ("moments",)
 
     def __init__(self) -> None:
         self.moments = torch.zeros(3, BINS, dtype=torch.float64)  # ff, gg, fg
@@ -219,11 +219,3 @@ class Mixing:
             seen = each[:, finite & (index == b)].mean(1)
             fresh = bool((self.moments[:, b] == 0).all())
             self.moments[:, b] = seen if fresh else torch.lerp(self.moments[:, b], seen, RATE)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The moments."""
-        return {"moments": self.moments.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        self.moments = state["moments"]

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import select_cond
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.state_laws import base_pool
+from metaflowmaps.finetuning.state_laws import Samples, base_pool
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig
-from metaflowmaps.finetuning.tuning_problem import Cond, TuningProblem, rows_of_cond
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 
 PROBED = 1024  # samples of the base that a reward is first tried on
 POOL_STEPS = 4  # network calls each
@@ -38,16 +39,20 @@ def probe(config: FinetuneConfig, problem: TuningProblem) -> Probe:
         config: of the run, with λ as its strength.
         problem: the base and the reward at strength 1.
     """
-    x_1, cond = base_pool(problem, PROBED, getattr(config.states, "pool_steps", POOL_STEPS), config.seed)
-    r = problem.rewards(x_1, cond).double().cpu()
-    _check_values(config, r)
-    _check_gradient(config, problem, x_1, cond)
-    _check_spread(config, r)
+    samples = base_pool(problem, PROBED, getattr(config.states, "pool_steps", POOL_STEPS), config.seed)
+    r, said = problem.rewards(*samples).double().cpu(), f"--reward {config.reward}"
+    if not bool(r.isfinite().any()):
+        raise InputError(f"{said} is finite on none of {PROBED} base samples: check its scale")
+    _check_gradient(config, problem, samples)
+    if bool(r.isfinite().all()) and float(r.std()) <= 1e-6 * float(r.abs().max()):
+        raise InputError(
+            f"{said} is {float(r[0]):g} on all of {PROBED} base samples, and a constant tilts nothing: check the reward"
+        )
     fitting = fitting_strength(r, config.strength)
-    _check_strength(config, r, fitting)
     scaled = config.strength * r
-    shown, evidence = scaled[scaled.isfinite()], float(scaled.logsumexp(0)) - math.log(len(scaled))
-    ess = float(1 / scaled.softmax(0).square().sum())
+    evidence = float(scaled.logsumexp(0)) - math.log(len(scaled))
+    _check_strength(config, scaled, fitting, evidence)
+    shown, ess = scaled[scaled.isfinite()], float(1 / scaled.softmax(0).square().sum())
     if ess < FEW:
         warnings.warn(
             f"λ = {config.strength:g} asks for what {ess:.1f} of {PROBED} base samples have; --strength {fitting:.2g} "
@@ -68,54 +73,38 @@ def fitting_strength(r: Tensor, strength: float) -> float:
     return low
 
 
-def _check_values(config: FinetuneConfig, r: Tensor) -> None:
-    if not bool(r.isfinite().any()):
-        raise InputError(f"--reward {config.reward} is finite on none of {PROBED} base samples: check its scale")
-
-
-def _check_spread(config: FinetuneConfig, r: Tensor) -> None:
-    if bool(r.isfinite().all()) and float(r.std()) <= 1e-6 * float(r.abs().max()):
-        raise InputError(
-            f"--reward {config.reward} is {float(r[0]):g} on all of {PROBED} base samples, and a constant "
-            "tilts nothing: check the reward"
-        )
-
-
-def _check_strength(config: FinetuneConfig, r: Tensor, fitting: float) -> None:
+def _check_strength(config: FinetuneConfig, scaled: Tensor, fitting: float, evidence: float) -> None:
     """Refuse a λ whose weights overflow, or vanish."""
-    finite = r[r.isfinite()]
+    finite = scaled[scaled.isfinite()]
     highest, size = float(finite.max()), float(finite.abs().max())
-    largest = config.strength * highest
-    bare = config.method.unbounded and largest > OVERFLOW
-    if bare or config.strength * size > LARGEST:
-        limit = 0.9 * (OVERFLOW / highest if bare else LARGEST / size)
+    bare = config.method.unbounded and highest > OVERFLOW
+    if bare or size > LARGEST:
+        limit = 0.9 * config.strength * (OVERFLOW / highest if bare else LARGEST / size)
         remedy = ", or keep a baseline (--set method.baseline=running)" if bare else ""
         raise InputError(
-            f"--strength {config.strength:g} overflows: λr reaches {largest if bare else config.strength * size:.3g} "
+            f"--strength {config.strength:g} overflows: λr reaches {highest if bare else size:.3g} "
             f"on {PROBED} base samples; --strength {min(limit, fitting):.2g} fits{remedy}"
         )
-    evidence = float((config.strength * r).logsumexp(0)) - math.log(len(r))
     if config.method.unbounded and evidence < -2 * OVERFLOW:
         raise InputError(
-            f"without a baseline e^{{λr}} vanishes: λr is at most {largest:.3g} on {PROBED} base samples; keep one "
+            f"without a baseline e^{{λr}} vanishes: λr is at most {highest:.3g} on {PROBED} base samples; keep one "
             "(--set method.baseline=running)"
         )
 
 
-def _check_gradient(config: FinetuneConfig, problem: TuningProblem, x_1: Tensor, cond: Cond) -> None:
+def _check_gradient(config: FinetuneConfig, problem: TuningProblem, samples: Samples) -> None:
     """Refuse a reward without the gradient that its method takes."""
-    declared, fix = problem.reward.differentiable, config.method.without_gradient
+    declared, said, fix = problem.reward.differentiable, f"--reward {config.reward}", config.method.without_gradient
     if not config.method.differentiates(declared):
         return
-    config.method.check_reward(declared, f"--reward {config.reward}")
+    config.method.check_reward(declared, said)
     try:
         with torch.enable_grad():
-            x = x_1[:2].detach().clone().requires_grad_(True)
-            r = problem.reward(x, rows_of_cond(cond, slice(2)) or None)
+            x = samples.x_1[:2].detach().clone().requires_grad_(True)
+            r = problem.reward(x, select_cond(samples.cond, slice(2)))
     except InputError as error:
         raise InputError(
-            f"--reward {config.reward} takes no x with a gradient ({str(error)[:160]}): {fix}, or wrap it as "
-            "mfm.rewards.BlackBox"
+            f"{said} takes no x with a gradient ({str(error)[:160]}): {fix}, or wrap it as mfm.rewards.BlackBox"
         ) from error
     if not r.requires_grad:
-        raise InputError(f"--reward {config.reward} has no gradient in x (detach(), steps or numpy inside): {fix}")
+        raise InputError(f"{said} has no gradient in x (detach(), steps or numpy inside): {fix}")

@@ -7,14 +7,15 @@ times, where all laws are one, and the rest of the space covered.
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from metaflowmaps._shapes import Cond, select_cond
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning.tuning_problem import Cond, TuningProblem, evaluating, in_parts, rows_of_cond
+from metaflowmaps.finetuning.tuning_problem import Resumable, TuningProblem, evaluating, in_parts
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import randn, stream
 from metaflowmaps.sampling import integrate, uniform_grid
@@ -33,7 +34,19 @@ class Data(Protocol):
         ...
 
 
-class StateSource:
+class Samples(NamedTuple):
+    """Samples x_1 (n, *event) with their conditions."""
+
+    x_1: Tensor
+    cond: Cond
+
+    def rows(self, index: Tensor) -> "Samples":
+        """Some of them."""
+        index = index.to(self.x_1.device)
+        return Samples(self.x_1[index], select_cond(self.cond, index))
+
+
+class StateSource(Resumable):
     """A law of states at work: the x_1 that the states x_t = α ε + β x_1 of a step are made from."""
 
     def __call__(self, model: MetaFlowMap, step: int, n: int, generator: torch.Generator) -> tuple[Tensor, Cond]:
@@ -43,13 +56,6 @@ class StateSource:
     def log_evidence(self) -> float:
         """log E[e^r] over samples of the base, where baselines start; 0 where it is not known."""
         return 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot make again."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
 
 
 class StateLaw(Choice):
@@ -108,6 +114,8 @@ class StateMixture(StateLaw):
 class MixedStates(StateSource):
     """Mixes the sources by their shares; rows of one source stand together, in the order of the options."""
 
+    learned: ClassVar[tuple[str, ...]] = ("replay", "replay_cond")
+
     def __init__(self, problem: TuningProblem, options: StateMixture, seed: int, data: Data | None = None) -> None:
         if options.data and data is None:
             raise InputError("states.data needs the base's own data, and its checkpoint names none: use states.base")
@@ -115,30 +123,22 @@ class MixedStates(StateSource):
         self.pool, self.cond = base_pool(problem, options.pool, options.pool_steps, seed)
         self.pool_rewards = problem.rewards(self.pool, self.cond).double().cpu()
         self.replay: Tensor | None = None
-        self.replay_cond: Cond = {}
+        self.replay_cond: Cond = None
 
     def __call__(self, model: MetaFlowMap, step: int, n: int, generator: torch.Generator) -> tuple[Tensor, Cond]:
         """x_1 (n, *event) and their conditions."""
         shares = [self.options.data, self.options.base, self.options.tilted, self.options.replay]
         edges = [round(n * sum(shares[:i]) / sum(shares)) for i in range(5)]
-        from_data, from_base, from_tilted, from_replay = (end - begin for begin, end in pairwise(edges))
-        parts: list[tuple[Tensor, Cond]] = []
-        if from_data:
-            assert self.data is not None
-            x_1 = self.data.sample(from_data, generator).to(self.pool)
-            parts.append((x_1, self.problem.conditions(from_data, generator)))
-        if from_base:
-            parts.append(self._pooled(torch.randint(len(self.pool), (from_base,), generator=generator)))
-        if from_tilted:
-            tilt = self.tilt()
-            parts.append(self._pooled(torch.multinomial(tilt, from_tilted, replacement=True, generator=generator)))
-        if from_replay:
-            self._refresh(model, step)
-            assert self.replay is not None
-            chosen = torch.randint(len(self.replay), (from_replay,), generator=generator).to(self.replay.device)
-            parts.append((self.replay[chosen], rows_of_cond(self.replay_cond, chosen)))
-        names = parts[0][1]
-        return torch.cat([x for x, _ in parts]), {name: torch.cat([cond[name] for _, cond in parts]) for name in names}
+        makers = (
+            self._from_data,
+            self._from_base,
+            self._from_tilted,
+            lambda n, g: self._from_replay(model, step, n, g),
+        )
+        counts = [end - begin for begin, end in pairwise(edges)]
+        parts = [make(count, generator) for make, count in zip(makers, counts, strict=True) if count]
+        conds = [dict(cond or {}) for _, cond in parts]
+        return torch.cat([x for x, _ in parts]), {k: torch.cat([cond[k] for cond in conds]) for k in conds[0]}
 
     def tilt(self) -> Tensor:
         """Weights e^r of the pool, (pool,)."""
@@ -149,38 +149,41 @@ class MixedStates(StateSource):
         """log E[e^r] over the pool."""
         return log_mean_exp(self.pool_rewards)
 
-    def _pooled(self, index: Tensor) -> tuple[Tensor, Cond]:
-        index = index.to(self.pool.device)
-        return self.pool[index], rows_of_cond(self.cond, index)
-
-    def _refresh(self, model: MetaFlowMap, step: int) -> None:
-        """Samples of the student: all of them at first, then a quarter in turn."""
-        size, every = self.options.replay_pool, self.options.refresh_every
-        if self.replay is not None and step % every:
-            return
-        n = size if self.replay is None else max(1, size // 4)
-        with evaluating(model):
-            steps = self.options.replay_steps
-            samples, cond = student_samples(self.problem, model, n, steps, samples_stream(self.seed, f"replay-{step}"))
-        if self.replay is None:
-            self.replay, self.replay_cond = samples, cond
-            return
-        replaced = (torch.arange(n) + (step // every) * n) % size
-        self.replay[replaced] = samples
-        for name, value in cond.items():
-            self.replay_cond[name][replaced] = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """The replay."""
-        if self.replay is None:
-            return {}
-        return {"replay": self.replay.clone(), "cond": {k: v.clone() for k, v in self.replay_cond.items()}}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        if state:
-            self.replay = state["replay"].to(self.pool)
-            self.replay_cond = {name: value.to(self.pool.device) for name, value in state["cond"].items()}
+        """Take up the replay, where the pool is."""
+        super().load_state_dict(state)
+        if self.replay is not None:
+            self.replay = self.replay.to(self.pool)
+            self.replay_cond = {k: v.to(self.pool.device) for k, v in (self.replay_cond or {}).items()}
+
+    def _from_data(self, n: int, generator: torch.Generator) -> Samples:
+        assert self.data is not None
+        return Samples(self.data.sample(n, generator).to(self.pool), self.problem.conditions(n, generator))
+
+    def _from_base(self, n: int, generator: torch.Generator) -> Samples:
+        return Samples(self.pool, self.cond).rows(torch.randint(len(self.pool), (n,), generator=generator))
+
+    def _from_tilted(self, n: int, generator: torch.Generator) -> Samples:
+        chosen = torch.multinomial(self.tilt(), n, replacement=True, generator=generator)
+        return Samples(self.pool, self.cond).rows(chosen)
+
+    def _from_replay(self, model: MetaFlowMap, step: int, n: int, generator: torch.Generator) -> Samples:
+        """Of samples of the student: all are made at first, then a quarter in turn."""
+        size, every = self.options.replay_pool, self.options.refresh_every
+        fresh = size if self.replay is None else 0 if step % every else max(1, size // 4)
+        if fresh:
+            g = samples_stream(self.seed, f"replay-{step}")
+            with evaluating(model):
+                samples, cond = student_samples(self.problem, model, fresh, self.options.replay_steps, g)
+            if self.replay is None:
+                self.replay, self.replay_cond = samples, cond
+            else:
+                replaced = (torch.arange(fresh) + (step // every) * fresh) % size
+                self.replay[replaced] = samples
+                for name, value in (self.replay_cond or {}).items():
+                    value[replaced] = (cond or {})[name]
+        assert self.replay is not None
+        return Samples(self.replay, self.replay_cond).rows(torch.randint(size, (n,), generator=generator))
 
 
 def log_mean_exp(rewards: Tensor) -> float:
@@ -192,16 +195,14 @@ def log_mean_exp(rewards: Tensor) -> float:
 
 
 @torch.no_grad()
-def base_pool(problem: TuningProblem, n: int, steps: int, seed: int) -> tuple[Tensor, Cond]:
+def base_pool(problem: TuningProblem, n: int, steps: int, seed: int) -> Samples:
     """n samples of the base with their conditions, a function of the seed."""
     g = stream(seed, "finetune-pool")
     cond = problem.conditions(n, g)
-    parts = [
-        problem.base.generate(s.stop - s.start, steps, g, rows_of_cond(cond, s) or None)
-        for s in in_parts(n, problem.chunk)
-    ]
+    slices = in_parts(n, problem.chunk)
+    parts = [problem.base.generate(s.stop - s.start, steps, g, select_cond(cond, s)) for s in slices]
     problem.count(forwards=n * steps)
-    return torch.cat(parts), cond
+    return Samples(torch.cat(parts), cond)
 
 
 def samples_stream(seed: int, name: str) -> torch.Generator:
@@ -212,13 +213,13 @@ def samples_stream(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def student_samples(
     problem: TuningProblem, model: MetaFlowMap, n: int, steps: int, generator: torch.Generator
-) -> tuple[Tensor, Cond]:
+) -> Samples:
     """n samples (n, *event) of the student's drift by its ODE, with their conditions."""
     cond = problem.conditions(n, generator)
     noise = randn((n, *model.event_shape), generator, model.dtype, model.device)
     parts = []
     for s in in_parts(n, problem.chunk):
-        part = rows_of_cond(cond, s) or None
+        part = select_cond(cond, s)
         parts.append(integrate(lambda t, x, c=part: model.drift(t, x, c), noise[s], uniform_grid(steps)))  # type: ignore[misc]
     problem.count(forwards=n * steps)
-    return torch.cat(parts), cond
+    return Samples(torch.cat(parts), cond)

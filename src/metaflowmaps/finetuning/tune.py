@@ -19,7 +19,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.distillation import distillation
 from metaflowmaps.finetuning.meters import Meters, Watched, kept_records
 from metaflowmaps.finetuning.reward_probe import probe
-from metaflowmaps.finetuning.state_laws import Data
+from metaflowmaps.finetuning.state_laws import Data, StateSource
 from metaflowmaps.finetuning.stop_rule import StopRule
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved
 from metaflowmaps.finetuning.tuning_objective import TuningSetup
@@ -96,9 +96,11 @@ def make_objective(config: FinetuneConfig, problem: TuningProblem, data: Data | 
     """The objective of a configuration's first stage, at work."""
     config.method.check_reward(problem.reward.differentiable)
     source = config.states.start(problem, config.seed, data) if config.method.needs_states else None
-    return config.method.start(
-        TuningSetup(problem, source, config.batch_size, config.seed, config.map_loss, config.times)
-    )
+    return config.method.start(_setup(config, problem, source))
+
+
+def _setup(config: FinetuneConfig, problem: TuningProblem, source: StateSource | None = None) -> TuningSetup:
+    return TuningSetup(problem, source, config.batch_size, config.seed, config.map_loss, config.times)
 
 
 def make_student(config: FinetuneConfig, base: MetaFlowMap) -> MetaFlowMap:
@@ -107,18 +109,6 @@ def make_student(config: FinetuneConfig, base: MetaFlowMap) -> MetaFlowMap:
     if config.low_rank:
         add_low_rank(student.network, config.low_rank, stream(config.seed, "low-rank"))
     return student
-
-
-def first_stage(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration that the first stage's checkpoints carry: a drift on its way to a map is not that map."""
-    return config.model_copy(update={"map": "none"})
-
-
-def second_stage(config: FinetuneConfig) -> FinetuneConfig:
-    """That of the distillation."""
-    return config.model_copy(
-        update={"steps": config.distil.steps, "batch_size": config.distil.batch_size, "stop": "none"}
-    )
 
 
 def run_finetuning(
@@ -138,52 +128,40 @@ def run_finetuning(
         context: device, resumption, reports.
     """
     problem = make_problem(config, base.to(context.device), reward)
-    elsewhere = context.resume not in ("auto", "none")
-    other_drift = Path(context.resume) / "drift"
-    distils, parts = config.map == "distil", first_stage(config).tuned
-    if elsewhere and (other_drift / "checkpoints").is_dir() and (distils or parts["drift"] != parts["map"]):
-        context = replace(context, resume=str(other_drift))
-    first = _Stage(
-        "map" if parts["map"] else "drift",
-        first_stage(config),
-        out / "drift" if distils else out,
-        one_step=parts["map"],
-        has_drift=parts["drift"],
-    )
-    tuned = first.run(problem, make_objective(config, problem, context.data), context)
-    seconds = {first.name: tuned.seconds}
-    if distils:
-        second = _Stage("map", second_stage(config), out)
-        context = replace(context, resume="auto") if elsewhere else context
-        drift = MetaFlowMap.from_pretrained(tuned.checkpoint).to(context.device).requires_grad_(False)
-        size, seed = config.distil.batch_size, config.seed
-        setup = TuningSetup(problem, None, size, seed, config.map_loss, config.times)
-        objective = distillation(setup, drift, config.distil.pool, config.distil.pool_steps)
-        tuned = second.run(problem, objective, context)
-        seconds["map"] = tuned.seconds
-    return Tuned(tuned, dict(problem.calls), seconds)
+    first, *others = stages_of(config, out)
+    elsewhere = Path(context.resume) / "drift"
+    if context.resume not in ("auto", "none") and first.name == "drift" and (elsewhere / "checkpoints").is_dir():
+        context = replace(context, resume=str(elsewhere))
+    result = first.run(problem, make_objective(first.config, problem, context.data), context)
+    seconds = {first.name: result.seconds}
+    for stage in others:  # the distillation, if there is one; what is resumed from elsewhere is the first stage alone
+        context = replace(context, resume="none" if context.resume == "none" else "auto")
+        drift = MetaFlowMap.from_pretrained(result.checkpoint).to(context.device).requires_grad_(False)
+        objective = distillation(_setup(stage.config, problem), drift, config.distil.pool, config.distil.pool_steps)
+        result = stage.run(problem, objective, context)
+        seconds[stage.name] = result.seconds
+    return Tuned(result, dict(problem.calls), seconds)
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """One stage in one directory: its configuration, and what of the model it tunes."""
+class Stage:
+    """One stage in one directory, and the configuration that its checkpoints carry."""
 
-    name: str
     config: FinetuneConfig
     out: Path
-    one_step: bool = True
-    has_drift: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it tunes, first of all."""
+        return "map" if self.config.tuned["map"] else "drift"
 
     def run(self, problem: TuningProblem, objective: TrainingObjective, context: TuningContext) -> TrainResult:
         """Train with its meters and its rule for stopping, going on from what is there."""
-        meters = Meters(
-            problem, self.config.meters, self.config.seed, self.out, context.watched, self.one_step, self.has_drift
-        )
         config, rule = self.config, StopRule.of(self.config.stop)
+        meters = Meters(problem, config.meters, config.seed, self.out, context.watched, config.tuned)
         if rule is not None:
             rule.check(meters.names)
         self.out.mkdir(parents=True, exist_ok=True)
-        config = config.model_copy(update={"sample_every": config.meters.every})
         start = starting_point(config, self.out, context.resume)
         student = make_student(config, problem.base)
         step = 0 if start is None else int(start.document("position.json")["step"])
@@ -202,18 +180,25 @@ class _Stage:
         return train(student, objective, config, self.out, device=context.device, start=start, watch=watch)
 
 
+def stages_of(config: FinetuneConfig, out: Path) -> list[Stage]:
+    """A run's stages: one, or with ``map=distil`` the drift's, which is not that map yet, and the map's."""
+    whole = config.model_copy(update={"sample_every": config.meters.every})
+    if config.map != "distil":
+        return [Stage(whole, out)]
+    learned = {"steps": config.distil.steps, "batch_size": config.distil.batch_size, "stop": "none"}
+    return [
+        Stage(whole.model_copy(update={"map": "none"}), out / "drift"),
+        Stage(whole.model_copy(update=learned), out),
+    ]
+
+
 def _check_free(config: FinetuneConfig, out: Path) -> None:
     """Refuse a directory in which another run stands."""
     if out.is_file():
         raise InputError(f"{out} is a file: give a directory")
-    distils = config.map == "distil"
-    stages = {out: second_stage(config), out / "drift": first_stage(config)} if distils else {out: config}
+    wanted = {stage.out: stage.config.model_dump(mode="json") for stage in stages_of(config, out)}
     for folder in (out, out / "drift"):
         held, _ = CheckpointStore(folder / "checkpoints").latest_valid()
-        if held is None:
-            continue
-        wanted = stages[folder].model_dump(mode="json") if folder in stages else None
-        lines = differences(held.config.get("training"), wanted)
-        other = [line for line in lines if not line.startswith("sample_every")]
-        if other:
-            raise InputError(f"{out} holds another run ({'; '.join(other[:3])}): choose another out")
+        lines = [] if held is None else differences(held.config.get("training"), wanted.get(folder))
+        if lines:
+            raise InputError(f"{out} holds another run ({'; '.join(lines[:3])}): choose another out")

@@ -3,21 +3,21 @@ r"""What a way to fine-tune is.
 The **choice** is a :class:`TuningObjective`: a frozen dataclass whose fields are its options and whose class attributes
 are its traits. ``start(setup)`` gives what the training loop runs: an object with ``batch(model, step)``, which makes
 frozen inputs, and ``objective(model, batch) -> (B,)`` losses. What it learns on its way (baselines, replay) goes
-through ``state_dict``, so that runs resume to the bit. :class:`Regression` is that object for all that regress the
-student's drift on targets, ``w ‖F̂ − F‖²``; a new one needs ``batch`` alone.
+through ``state_dict``, so that runs resume to the bit: a :class:`Resumable` names it. :class:`Regression` is that
+object for all that regress the student's drift on targets, ``w ‖F̂ − F‖²``; a new one needs ``batch`` alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import event_sum
+from metaflowmaps._shapes import Cond, event_sum
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.state_laws import StateSource
-from metaflowmaps.finetuning.tuning_problem import BaseStates, Cond, TuningProblem, student_flow
+from metaflowmaps.finetuning.tuning_problem import BaseStates, Resumable, TuningProblem, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import randn
 from metaflowmaps.training.loop import TrainingObjective
@@ -31,7 +31,7 @@ class TuningSetup:
     """What a run gives to its objective."""
 
     problem: TuningProblem
-    source: Callable[[MetaFlowMap, int, int, torch.Generator], tuple[Tensor, Cond]] | StateSource | None
+    source: StateSource | None
     batch_size: int
     seed: int
     loss: LossConfig = field(default_factory=LossConfig)  # of a map; what tunes a drift does not look at it
@@ -86,7 +86,7 @@ class StateRows:
     """Rows of a batch: tensors (B, …) and their conditions."""
 
     t: Tensor
-    cond: Cond = field(default_factory=dict)
+    cond: Cond = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -105,9 +105,8 @@ class StateRows:
         return f"context times in [{float(t.min()):.3f}, {float(t.max()):.3f}]"
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: change(v) for name, v in own.items() if isinstance(v, Tensor)}
-        return replace(self, **changed, cond={name: change(v) for name, v in self.cond.items()})
+        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed, cond={name: change(v) for name, v in (self.cond or {}).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +125,10 @@ class TargetBatch(StateRows):
         return f"times in [{float(t.min()):.3f}, {float(t.max()):.3f}] and weights up to {float(weight.max()):.3g}"
 
 
-class Regression:
+class Regression(Resumable):
     """w ‖F̂ − F‖² on targets that a subclass makes; counts the student's own calls."""
+
+    learned: ClassVar[tuple[str, ...]] = ("problem", "source")
 
     def __init__(self, setup: TuningSetup) -> None:
         self.problem, self.source = setup.problem, setup.source
@@ -141,7 +142,7 @@ class Regression:
         """Per-row losses, (B,)."""
         n = len(batch)
         self.problem.count(forwards=n, backwards=n)
-        f = student_flow(model, batch.a, batch.z, batch.z, batch.cond)
+        f = student_flow(model, batch.a, batch.z, batch.cond)
         losses: Tensor = batch.weight * event_sum((f - batch.target).square())
         return losses
 
@@ -153,33 +154,17 @@ class Regression:
         noise = randn(tuple(x_1.shape), generator, x_1.dtype, x_1.device)
         return self.problem.noised(self.problem.times(n, generator).to(x_1), x_1, noise, cond)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot make again."""
-        held = self.source.state_dict() if isinstance(self.source, StateSource) else {}
-        return {"source": held, "calls": dict(self.problem.calls)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what state_dict gave."""
-        if isinstance(self.source, StateSource):
-            self.source.load_state_dict(state["source"])
-        self.problem.calls = dict(state["calls"])
-
 
 def figures_of(rewards: Tensor, share: Tensor, weight: Tensor) -> dict[str, float]:
     """What a batch reports of its draws (N, B), with their shares, and of its rows' weights (B,)."""
+    w = weight.double()
+    squares = float(w.square().sum())
     return {
         "ess_of_draws": float(ess(share).mean()) / len(share),
-        "ess_of_rows": share_of_rows(weight),
+        "ess_of_rows": float(w.sum()) ** 2 / squares / len(w) if squares > 0 else 0.0,
         "weight": float(weight.mean()),
         "reward_of_draws": mean_of_finite(rewards),
     }
-
-
-def share_of_rows(weight: Tensor) -> float:
-    """(Σ w)²/Σ w² over the number of rows: how many of them a batch rests on."""
-    w = weight.double()
-    squares = float(w.square().sum())
-    return float(w.sum()) ** 2 / squares / len(w) if squares > 0 else 0.0
 
 
 def mean_of_finite(values: Tensor) -> float:

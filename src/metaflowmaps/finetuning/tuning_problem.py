@@ -4,23 +4,45 @@ Velocities are compared in chart coordinates at context time 0, where the studen
 one-draw target has bounded variance at every t (:mod:`metaflowmaps.parameterization`).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps.draws import DrawOptions, Draws, make_draws
+from metaflowmaps._shapes import Cond, select_cond
+from metaflowmaps.draws import DrawOptions, Draws, equal_log_weights, make_draws, tilted_weights
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.parameterization import Chart
 from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.random import rand
-from metaflowmaps.rewards.checked import CheckedReward, checked_reward
+from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.value import log_mean
 
-Cond = dict[str, Tensor]
 COUNTS = ("forwards", "backwards", "reward_calls", "reward_backwards")
+
+
+class Resumable:
+    """What learns while a run lasts: the attributes that ``learned`` names go through its checkpoints."""
+
+    learned: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot make again."""
+        held = {name: getattr(self, name) for name in self.learned}
+        return {k: copy.deepcopy(v.state_dict() if hasattr(v, "state_dict") else v) for k, v in held.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what state_dict gave."""
+        for name in self.learned:
+            held = getattr(self, name)
+            if hasattr(held, "load_state_dict"):
+                held.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
 
 
 class BaseStates(NamedTuple):
@@ -40,7 +62,20 @@ class BaseStates(NamedTuple):
         return self.chart.velocity_in(self.t, self.x, velocity)
 
 
-class TuningProblem:
+class Tilt(NamedTuple):
+    """What the rewards of N draws say of each state: V̂ (B,), and each draw's share of e^r (N, B)."""
+
+    value: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, rewards: Tensor) -> "Tilt":
+        """From rewards (N, B)."""
+        equal = equal_log_weights(rewards)
+        return cls(log_mean(rewards, equal), tilted_weights(rewards, equal))
+
+
+class TuningProblem(Resumable):
     """The base and the reward. Everything about the base is without gradient in its weights.
 
     Args:
@@ -52,6 +87,8 @@ class TuningProblem:
         chunk: rows differentiated at a time.
     """
 
+    learned: ClassVar[tuple[str, ...]] = ("calls",)
+
     def __init__(
         self,
         base: MetaFlowMap,
@@ -61,8 +98,7 @@ class TuningProblem:
         null_share: float = 0.2,
         chunk: int = 2048,
     ) -> None:
-        self.base = base.requires_grad_(False).eval()
-        self.reward: CheckedReward = checked_reward(reward)
+        self.base, self.reward = base.requires_grad_(False).eval(), checked_reward(reward)
         self.path, self.last, self.guidance, self.chunk = base.path, last, guidance, chunk
         self.null_share = null_share
         self.classes = int(getattr(base.network, "num_classes", 0))
@@ -70,7 +106,7 @@ class TuningProblem:
         if guidance != 1 and not self.classes:
             raise InputError(f"guidance={guidance:g} needs a base with classes, and this one has none: leave it out")
 
-    def conditions(self, n: int, generator: torch.Generator, label: Tensor | None = None) -> Cond:
+    def conditions(self, n: int, generator: torch.Generator, label: Tensor | None = None) -> dict[str, Tensor]:
         """Labels, all classes alike and the null class in its share, at the one guidance scale; {} without classes."""
         if not self.classes:
             return {}
@@ -78,10 +114,14 @@ class TuningProblem:
             label = torch.randint(self.classes, (n,), generator=generator)
         null = rand((n,), generator) < self.null_share
         label = torch.where(null, torch.full_like(label, self.classes), label)
-        cond = {"label": label}
-        if self.guidance != 1:
-            cond["guidance"] = torch.where(null, torch.ones(()), torch.tensor(float(self.guidance)))
-        return {name: value.to(self.base.device) for name, value in cond.items()}
+        return {name: value.to(self.base.device) for name, value in self.guided(label).items()}
+
+    def guided(self, label: Tensor) -> dict[str, Tensor]:
+        """Labels with the one guidance scale, if it is not 1; the null class has nothing to guide."""
+        if self.guidance == 1:
+            return {"label": label}
+        scale = torch.where(label == self.classes, torch.ones(()), torch.tensor(float(self.guidance)))
+        return {"label": label, "guidance": scale}
 
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """(n,) inner times of states, uniform below ``last``."""
@@ -89,8 +129,7 @@ class TuningProblem:
 
     def noised(self, a: Tensor, x_1: Tensor, noise: Tensor, cond: Cond) -> BaseStates:
         """The states α ε + β x_1 at inner times a (B,), and the base there."""
-        chart = self.base.anchor(torch.zeros_like(a), torch.zeros_like(x_1)).chart
-        t = chart.time_out(a).clamp(0, 1)
+        t = self.base.anchor(torch.zeros_like(a), torch.zeros_like(x_1)).chart.time_out(a).clamp(0, 1)
         return self.at(t, self.path.interpolate(noise, x_1, t), cond)
 
     @torch.no_grad()
@@ -109,44 +148,42 @@ class TuningProblem:
         Returns:
             Draws of shape (num_draws, B, *event), rewards (num_draws, B) and gradients or None.
         """
-        n = len(states.t)
+        n, posterior = len(states.t), MapPosterior(self.base)
         options = DrawOptions(num_draws, differentiate, chunk=max(1, self.chunk // n))
         parts = [
             make_draws(
-                MapPosterior(self.base),
-                self.reward,
-                states.t[s],
-                states.x[s],
-                options,
-                generator,
-                rows_of_cond(states.cond, s) or None,
+                posterior, self.reward, states.t[s], states.x[s], options, generator, select_cond(states.cond, s)
             )
             for s in in_parts(n, self.chunk)
         ]
         gradients = torch.cat([p.gradients for p in parts if p.gradients is not None], 1) if differentiate else None
-        drawn = Draws(torch.cat([p.x_1 for p in parts], 1), torch.cat([p.rewards for p in parts], 1), gradients)
-        calls = n * num_draws
-        self.count(forwards=calls, reward_calls=calls)
+        self.count(forwards=n * num_draws, reward_calls=n * num_draws)
         if differentiate:
-            self.count(backwards=calls, reward_backwards=calls)
-        return drawn
+            self.count(backwards=n * num_draws, reward_backwards=n * num_draws)
+        return Draws(torch.cat([p.x_1 for p in parts], 1), torch.cat([p.rewards for p in parts], 1), gradients)
 
     @torch.no_grad()
     def rewards(self, x_1: Tensor, cond: Cond) -> Tensor:
         """r(x_1): (B,), in parts."""
-        parts = [self.reward(x_1[s], rows_of_cond(cond, s) or None) for s in in_parts(len(x_1), self.chunk)]
         self.count(reward_calls=len(x_1))
-        return torch.cat(parts)
+        return torch.cat([self.reward(x_1[s], select_cond(cond, s)) for s in in_parts(len(x_1), self.chunk)])
 
     def count(self, **calls: int) -> None:
         """Add network and reward calls to the bill."""
         for name, number in calls.items():
             self.calls[name] += number
 
+    @contextmanager
+    def unbilled(self) -> Iterator[None]:
+        """Looking on is not part of the bill."""
+        calls = dict(self.calls)
+        yield
+        self.calls = calls
 
-def student_flow(model: MetaFlowMap, a: Tensor, z: Tensor, x: Tensor, cond: Cond) -> Tensor:
+
+def student_flow(model: MetaFlowMap, a: Tensor, z: Tensor, cond: Cond) -> Tensor:
     """The student's diagonal at context time 0: F of its drift."""
-    return model.anchor(torch.zeros_like(a), torch.zeros_like(x), cond)(a, a, z)
+    return model.anchor(torch.zeros_like(a), torch.zeros_like(z), cond)(a, a, z)
 
 
 @contextmanager
@@ -163,11 +200,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def in_parts(n: int, size: int) -> Sequence[slice]:
     """Slices that cover n rows."""
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
-def rows_of_cond(cond: Cond, rows: slice | Tensor) -> Cond:
-    """The conditions of some rows."""
-    return {name: value[rows] for name, value in cond.items()}
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
