@@ -16,7 +16,7 @@ from test_image_commands import EXPERIMENTS
 
 from conftest import mfm_command as mfm
 from metaflowmaps.errors import InputError
-from metaflowmaps.lab.evaluate.images import generation
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup
 from metaflowmaps.work import claims
 from metaflowmaps.work import shards as sharding
 from metaflowmaps.work.shards import Shard, Share, Worker
@@ -364,7 +364,7 @@ def test_an_interrupted_evaluation_keeps_its_cells(capsys, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "integrate", stop)
+        patched.setattr(ImageSetup, "flow", stop)
         code, _, err = mfm(capsys, *case, tmp_path / "s")
     assert code == 130
     made = err.count("is made")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import metaflowmaps as mfm
 from conftest import normal
+from metaflowmaps.cost import Meter
 from metaflowmaps.data import ImageSet
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.draws import posteriors
@@ -18,9 +19,9 @@ from metaflowmaps.lab.evaluate.images import class_mixture as mixture
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
 from metaflowmaps.lab.evaluate.images import race, recovery, steered
 from metaflowmaps.lab.evaluate.images import rollout_value as value
-from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation, nearest
+from metaflowmaps.lab.evaluate.images.generation import Generation, GenerationConfig, nearest
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
-from metaflowmaps.lab.evaluate.images.setup import ImageSetup, Judge, Timed, per_sample
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, Judge, diversity_of, per_sample
 from metaflowmaps.posterior import RolloutPosterior
 from metaflowmaps.random import RowNoise, randn, stream
 from metaflowmaps.rewards import InverseProblem
@@ -68,7 +69,7 @@ class Oracle(nn.Module):
         times = torch.as_tensor(t).expand(len(x)).repeat(num_draws)
         return self.push(noise.flatten(0, 1), times, wide, steps).reshape(noise.shape)
 
-    def generate(self, n: int, steps: int = 1, generator=None, seeds=None) -> Tensor:
+    def generate(self, n: int, steps: int = 1, generator=None, cond=None, seeds=None) -> Tensor:
         source = generator if seeds is None else RowNoise(seeds, "generate")
         noise = randn((n, *self.event_shape), source)
         return self.push(randn((n, *self.event_shape), source), 0.0, noise, steps)
@@ -147,9 +148,9 @@ def test_distances_to_the_held_out_images():
     assert setup.floor() > 0.1  # other images of the same law: 32 dimensions fitted from 100 images are never equal
     assert setup.floor() < setup.frechet(1.5 * x[:200])
     assert setup.everything().shape == (300, *SHAPE)
-    alike = setup.diversity(x[:1].repeat(10, 1, 1, 1) + 1e-4 * x[:10])
-    assert alike["distance"] < 1e-2 * setup.diversity(x[:10])["distance"]
-    assert alike["vendi"] == pytest.approx(1, abs=1e-3)
+    alike = diversity_of(setup.judge.features(x[:1].repeat(10, 1, 1, 1) + 1e-4 * x[:10]))
+    assert alike.distance < 1e-2 * diversity_of(setup.judge.features(x[:10])).distance
+    assert alike.vendi == pytest.approx(1, abs=1e-3)
 
 
 def test_held_out_images_come_equally_often_and_in_a_seeded_order():
@@ -179,10 +180,10 @@ def test_cost_of_one_sample():
         "nfe": 7.5,
     }
     model = Oracle(images(2))
-    with Timed(model) as timed:
+    with Meter(model.network) as meter:
         model.generate(6)
         model.drift(0.5, images(2))
-    assert timed.cost(2)["forwards"] == 4
+    assert per_sample(meter.cost(), 2)["forwards"] == 4
 
 
 # -- recovery ----------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ FEW = recovery.RecoveryConfig(samples=400, times=(0.0, 0.2, 0.5), glass_steps=(3
 
 @pytest.fixture(scope="module")
 def recovered() -> recovery.Recovered:
-    return recovery.evaluate_recovery(made(), FEW)
+    return recovery.Recovery(made(), FEW).run()
 
 
 def test_exact_draws_are_at_the_floor_and_calibrated(recovered):
@@ -222,7 +223,7 @@ def test_draws_of_the_wrong_spread_are_seen(recovered):
     setup = made()
     t0 = FEW.model_copy(update={"times": (0.0,), "glass_steps": ()})
     setup.model.dropped = 1.0
-    broken = recovery.evaluate_recovery(setup, t0).metrics
+    broken = recovery.Recovery(setup, t0).run().metrics
     features = setup.judge.features(setup.held_out.tensor()).double()
     trace = float(features.var(0).sum())
     # the images are as often in either set: means agree, and a point has no spread
@@ -230,7 +231,7 @@ def test_draws_of_the_wrong_spread_are_seen(recovered):
     assert broken["frechet"]["0.0"]["map-1"] > 50 * recovered.metrics["frechet"]["0.0"]["map-1"]
     assert broken["spread_ratio"]["0.0"]["map-1"] > 100  # infinite, but for rounding
     setup.model.dropped = 0.5
-    half = recovery.evaluate_recovery(setup, t0).metrics["spread_ratio"]["0.0"]["map-1"]
+    half = recovery.Recovery(setup, t0).run().metrics["spread_ratio"]["0.0"]["map-1"]
     n = FEW.draws
     expected = math.sqrt((1 + 0.25 / n) / ((1 + 1 / n) * 0.25))
     assert half == pytest.approx(expected, rel=0.1)  # of 100 images: the error's own deviation is 5 %
@@ -241,7 +242,7 @@ def test_several_draws_belong_to_the_image_that_was_noised(monkeypatch):
     compared: list[tuple[Tensor, Tensor]] = []
     monkeypatch.setattr(recovery, "spread_ratio", lambda drawn, truth: compared.append((drawn, truth)) or 1.0)
     config = recovery.RecoveryConfig(samples=20, times=(0.9,), glass_steps=(), map_steps=(1,), images=12, draws=5)
-    recovery.evaluate_recovery(made(), config)
+    recovery.Recovery(made(), config).run()
     ((drawn, truth),) = compared
     assert drawn.shape == (5, 12, *SHAPE)
     torch.testing.assert_close(drawn, truth.expand_as(drawn))
@@ -249,7 +250,7 @@ def test_several_draws_belong_to_the_image_that_was_noised(monkeypatch):
 
 def test_recovery_says_nothing_of_what_it_did_not_measure():
     config = recovery.RecoveryConfig(samples=20, times=(0.5,), glass_steps=(2,), map_steps=(1,), images=4, draws=2)
-    metrics = recovery.evaluate_recovery(made(), config).metrics
+    metrics = recovery.Recovery(made(), config).run().metrics
     assert "30 calls" not in metrics["summary"]
     for bad in ({"times": (1.0,)}, {"map_steps": (2,)}, {"glass_steps": (0,)}):
         with pytest.raises(ValueError, match=r"times|steps"):
@@ -279,10 +280,11 @@ def test_rollouts_agree_with_the_value_in_closed_form():
         p = model.posterior(t, x_t).double()
         moments = [(p * (i * r).exp()).sum(1) for i in (1, 2)]
         deviation = ((moments[1] / moments[0] ** 2 - 1) / n).sqrt()  # of log mean e^r, by the delta method
-        found = value._value(RolloutPosterior(model.path, model.drift, 100), reward, t, x_t, n, stream(0, "roll", t))
+        states = value.NoisyStates(t, x_t)
+        found = value.estimate(RolloutPosterior(model.path, model.drift, 100), reward, states, n, stream(0, "roll", t))
         # 18 comparisons: P(|normal| > 4.5) is 7e-6 each; 1e-3 for steps and for states that are decided
         assert bool(((found - moments[0].log()).abs() <= 4.5 * deviation + 1e-3).all()), t
-        drawn = value._value(model, reward, t, x_t, n, stream(0, "draw", t))
+        drawn = value.estimate(model, reward, states, n, stream(0, "draw", t))
         assert bool(((drawn - moments[0].log()).abs() <= 4.5 * deviation + 1e-3).all()), t
 
 
@@ -291,7 +293,7 @@ def test_value_of_exact_draws_and_of_broken_ones():
         states=48, times=(0.1,), num_draws=(1, 200), map_steps=(1,), glass_steps=(), rollout_steps=40, reward="slant",
         strength=20.0,
     )  # fmt: skip
-    metrics = value.evaluate_image_value(made(), config)
+    metrics = value.ImageValue(made(), config).run().metrics
     cells = metrics["by_sampler"]
     assert cells.keys() == {"map-1", "rollout"}
     exact = cells["map-1"]["200"]["0.1"]
@@ -302,7 +304,7 @@ def test_value_of_exact_draws_and_of_broken_ones():
     assert metrics["value_std"]["0.1"] > 3 * exact["rmse"]
     setup = made()
     setup.model.dropped = 1.0  # the posterior mean in place of draws: Jensen's gap
-    point = value.evaluate_image_value(setup, config)["by_sampler"]["map-1"]["200"]["0.1"]
+    point = value.ImageValue(setup, config).run().metrics["by_sampler"]["map-1"]["200"]["0.1"]
     assert point["rmse"] > 2 * exact["rmse"]
     for bad in ({"times": (1.0,)}, {"num_draws": (0,)}, {"map_steps": (), "glass_steps": ()}):
         with pytest.raises(ValueError, match=r"times|num_draws|nothing to judge"):
@@ -317,7 +319,7 @@ def test_the_targets_of_the_class_mixture():
     x = images(10)
     labels = torch.tensor([0] * 10 + [1] * 30 + [3] * 10 + [5] * 20 + [7] * 10 + [9] * 20)
     train = ImageSet("made", x[labels], labels, tuple(map(str, range(10))))
-    wanted, tilted = mixture._targets(ImageSetup(Oracle(x), train, train, Judge(Nearest(x), train)))
+    wanted, tilted = mixture.targets(ImageSetup(Oracle(x), train, train, Judge(Nearest(x), train)))
     expected = torch.tensor([0, 30, 0, 10, 0, 40, 0, 20, 0, 80], dtype=torch.float64) / 180
     torch.testing.assert_close(tilted, expected)
     torch.testing.assert_close(wanted, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
@@ -329,12 +331,12 @@ def test_what_the_budget_pays_for():
     config = mixture.MixtureConfig(samples=4096, steps=100, budget=1e6)
     a_step = {"none": 2, "dps": 2, "mfm-g-1": 2, "mfm-gf-16": 17, "mfm-search-4": 40, "tds-64": 2, "tds-one-64": 128}
     for name, calls in a_step.items():
-        n = mixture._affordable(name, config)
+        n = mixture.affordable(name, config)
         assert n == min(4096, max(64, 1e6 // (100 * calls))), name
         assert n == 64 or n * 100 * calls <= 1e6
-    assert mixture._affordable("tds-one-64", config) == 78
-    assert mixture._affordable("tds-one-64", config.model_copy(update={"budget": 1.0})) == 64
-    assert mixture._affordable("none", config.model_copy(update={"samples": 7})) == 7
+    assert mixture.affordable("tds-one-64", config) == 78
+    assert mixture.affordable("tds-one-64", config.model_copy(update={"budget": 1.0})) == 64
+    assert mixture.affordable("none", config.model_copy(update={"samples": 7})) == 7
 
 
 def test_steering_to_a_mixture_of_classes_meets_its_target():
@@ -343,7 +345,7 @@ def test_steering_to_a_mixture_of_classes_meets_its_target():
     setup = made(10, judge=Nearest(x), guide=Nearest(x))
     config = mixture.MixtureConfig(methods=("none", "mfm-gf-16", "tds-64"), samples=400, steps=25)
     lines: list[str] = []
-    found = mixture.evaluate_mixture(setup, config, lines.append)
+    found = mixture.Mixture(setup, config, lines.append).run()
     cells = found.metrics["methods"]
     target = torch.tensor(found.metrics["target"], dtype=torch.float64)
     torch.testing.assert_close(target, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
@@ -371,13 +373,16 @@ def test_both_distances_of_the_class_mixture():
     wanted, tilted = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
     wanted[1] = 1.0
     tilted[1], tilted[3] = 0.5, 0.5
-    got = mixture._judged(setup, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), wanted, tilted)
-    assert got["frequencies"] == [0, 0.75, 0, 0.25, 0, 0, 0, 0, 0, 0]
-    assert got["l2"] == pytest.approx(math.sqrt(2) / 4)
-    assert got["l2_tilted"] == pytest.approx(math.sqrt(2) / 4)
-    assert got["chance"] == 0  # one class alone: nothing is left to chance
-    got = mixture._judged(setup, x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]), tilted, wanted)
-    assert got["chance"] == pytest.approx(math.sqrt(0.5 * (1 + 4 + 1) / 16))
+    experiment = mixture.Mixture(setup, mixture.MixtureConfig())
+    experiment.wanted, experiment.tilted = wanted, tilted
+    got = experiment.frequencies(x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]))
+    assert got.frequencies == [0, 0.75, 0, 0.25, 0, 0, 0, 0, 0, 0]
+    assert got.l2 == pytest.approx(math.sqrt(2) / 4)
+    assert got.l2_tilted == pytest.approx(math.sqrt(2) / 4)
+    assert got.chance == 0  # one class alone: nothing is left to chance
+    experiment.wanted, experiment.tilted = tilted, wanted
+    got = experiment.frequencies(x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]))
+    assert got.chance == pytest.approx(math.sqrt(0.5 * (1 + 4 + 1) / 16))
 
 
 def test_the_class_mixture_refuses_what_it_cannot_count():
@@ -388,13 +393,13 @@ def test_the_class_mixture_refuses_what_it_cannot_count():
         ({"guide": Nearest(x)}, "--set judge=RUN"),
     ):
         with pytest.raises(InputError, match=says):
-            mixture.evaluate_mixture(made(**parts), config)
+            mixture.Mixture(made(**parts), config).run()
     setup = made(guide=Nearest(x), judge=Nearest(x))
     unlabelled = ImageSetup(setup.model, repeated(x, 5, classes=False), setup.held_out, setup.judge, setup.guide)
     with pytest.raises(InputError, match="one subfolder a class"):
-        mixture.evaluate_mixture(unlabelled, config)
+        mixture.Mixture(unlabelled, config).run()
     with pytest.raises(InputError, match="unknown method"):
-        mixture.evaluate_mixture(setup, config.model_copy(update={"methods": ("none", "mfm-h-4")}))
+        mixture.Mixture(setup, config.model_copy(update={"methods": ("none", "mfm-h-4")})).run()
 
 
 def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
@@ -410,12 +415,12 @@ def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
     monkeypatch.setattr(mixture, "run", broken)
     lines: list[str] = []
     config = mixture.MixtureConfig(methods=("mfm-g-1", "dps"), samples=43, steps=2)
-    cells = mixture.evaluate_mixture(setup, config, lines.append).metrics["methods"]
+    cells = mixture.Mixture(setup, config, lines.append).run().metrics["methods"]
     assert list(cells) == ["mfm-g-1"]
     assert (cells["mfm-g-1"]["lost"], cells["mfm-g-1"]["samples"]) == (3, 40)
     assert any("43 samples are not finite" in line for line in lines)
     with pytest.raises(InputError, match="no method gave finite samples"):
-        mixture.evaluate_mixture(setup, config.model_copy(update={"methods": ("dps",)}))
+        mixture.Mixture(setup, config.model_copy(update={"methods": ("dps",)})).run()
 
 
 # -- the race ----------------------------------------------------------------------------------------------------------
@@ -430,10 +435,9 @@ def pool(size: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def lane() -> race._Race:
-    setup, config = made(), race.RaceConfig(samples=64, pool=8000)
-    rewards = {"slant": image_reward(setup, "slant"), "ink": image_reward(setup, "ink")}
-    return race._Race(setup, "slant", rewards, setup.everything(), config)
+def lane() -> race.RewardRace:
+    config = race.RaceConfig(samples=64, pool=8000, rewards=("slant", "ink"))
+    return race.Race(made(), config).races["slant"]
 
 
 @pytest.mark.parametrize("n", [1, 10, 100])
@@ -443,22 +447,22 @@ def test_best_of_n_has_its_exact_expectation(lane, n):
     before = len(lane.cells)
     lane.best_of("ode", n, *pool(size), COST)
     (cell,) = lane.cells[before:]
-    groups = cell["samples"]
+    groups = cell.samples
     assert groups == min(size // n, 64)
     expected = n * (size + 1) / (n + 1)
     variance = n * (size - n) * (size + 1) / ((n + 1) ** 2 * (n + 2))
     # disjoint groups are negatively correlated: the mean's deviation is at most that of independent ones
-    assert cell["reward"] == pytest.approx(expected, abs=4 * math.sqrt(variance / groups))
-    assert cell["others"] == {"ink": -cell["reward"]}
-    assert cell["reward_se"] == pytest.approx(math.sqrt(variance / groups), rel=0.4)  # 4 × √(1/(2·64)) = .35
-    assert cell["cost"] == {**COST, "forwards": 250 * n, "seconds": 0.5 * n, "reward_calls": n, "nfe": 251 * n}
-    assert (cell["method"], cell["n"], cell["lost"]) == ("ode", n, 0)
+    assert cell.reward == pytest.approx(expected, abs=4 * math.sqrt(variance / groups))
+    assert cell.others == {"ink": -cell.reward}
+    assert cell.reward_se == pytest.approx(math.sqrt(variance / groups), rel=0.4)  # 4 × √(1/(2·64)) = .35
+    assert cell.cost == {**COST, "forwards": 250 * n, "seconds": 0.5 * n, "reward_calls": n, "nfe": 251 * n}
+    assert (cell.method, cell.number, cell.lost) == ("ode", n, 0)
 
 
 def test_groups_are_disjoint_and_cover_the_pool(lane, monkeypatch):
     """Where the groups are the whole pool, its best image wins once, and no image wins twice."""
     caught: list[Tensor] = []
-    monkeypatch.setattr(lane, "_add", lambda method, n, x, scores, cost: caught.append(x[:, 0, 0, 0]))
+    monkeypatch.setattr(lane, "_add", lambda method, n, made: caught.append(made.x[:, 0, 0, 0]))
     for size, n in ((640, 10), (6400, 100), (1000, 500)):
         lane.best_of("map-1", n, *pool(size), COST)
         winners = (caught.pop() * size).round().tolist()
@@ -481,10 +485,13 @@ def test_a_race_that_cannot_be_run_is_refused():
         override(race.RaceConfig(), ["pool=1000"])
 
 
-def cell(method: str, number: float, reward: float, nfe: float = 100.0, seconds: float = 1.0, **more) -> dict:
-    key = "n" if method in race.POOLS else "strength"
+def cell(
+    method: str, number: float, reward: float, nfe: float = 100.0, seconds: float = 1.0, **more: float | None
+) -> race.RaceCell:
+    spread = {"distance": 1.0, "vendi": 1.0, "frechet": 2.0, **more}
     cost = {"nfe": nfe, "seconds": seconds}
-    return {"method": method, key: number, "reward": reward, "cost": cost, "distance": 1.0, "frechet": 2.0, **more}
+    known = {"reward": reward, "reward_se": 0.1, "others": {}, "samples": 64, "cost": cost}
+    return race.RaceCell(method=method, number=number, **known, **spread)
 
 
 def test_the_headline_takes_the_most_diverse_that_is_enough():
@@ -493,18 +500,17 @@ def test_the_headline_takes_the_most_diverse_that_is_enough():
         cell("mfm-g-1", 1.0, 4.9, distance=9.0), cell("mfm-g-1", 8.0, 9.0, 500, 0.2, distance=1.5),
         cell("mfm-g-rescale-1", 0.5, 5.0, 400, 0.1, distance=2.0), cell("mfm-g-plain-1", 4.0, 6.0, distance=1.9),
         cell("mfm-g-4", 0.5, 99.0, distance=9.0), cell("dps", 0.5, 99.0, distance=9.0),
-        {"method": "mfm-g-plain-1", "strength": 0.25, "lost": 64},
     ]  # fmt: skip
     found = race.headline(cells)
     assert found.keys() == {"ode"}  # pools that were not run are not there
     ode = found["ode"]
-    assert (ode["n"], ode["reached"], ode["method"], ode["strength"]) == (1000, True, "mfm-g-rescale-1", 0.5)
-    assert (ode["reward"], ode["rival_reward"]) == (5.0, 5.0)  # as much is enough
-    assert ode["nfe_ratio"] == pytest.approx(251_000 / 400)
-    assert ode["seconds_ratio"] == pytest.approx(40 / 0.1)
-    assert (ode["distance"], ode["rival_distance"]) == (2.0, 3.0)
+    assert (ode.n, ode.reached, ode.method, ode.strength) == (1000, True, "mfm-g-rescale-1", 0.5)
+    assert (ode.reward, ode.rival_reward) == (5.0, 5.0)  # as much is enough
+    assert ode.nfe_ratio == pytest.approx(251_000 / 400)
+    assert ode.seconds_ratio == pytest.approx(40 / 0.1)
+    assert (ode.distance, ode.rival_distance) == (2.0, 3.0)
     none = race.headline([cell("ode", 1000, 50.0), *cells[2:]])["ode"]
-    assert (none["reached"], none["method"], none["strength"], none["reward"]) == (False, "mfm-g-1", 8.0, 9.0)
+    assert (none.reached, none.method, none.strength, none.reward) == (False, "mfm-g-1", 8.0, 9.0)
     assert race.headline(cells[:2]) == {}  # nobody to compare
     assert race.headline(cells[2:]) == {}  # no rival
     assert race.headline([]) == {}
@@ -515,7 +521,6 @@ def test_the_frontier_is_what_none_beats_in_both():
         cell("dps", 1.0, 5.0, distance=1.0, frechet=9.0), cell("mfm-g-1", 1.0, 4.0, distance=2.0, frechet=8.0),
         cell("mfm-g-1", 2.0, 4.0, distance=1.9, frechet=7.0), cell("ode", 1, 1.0, distance=3.0, frechet=7.0),
         cell("tds-64", 1.0, 0.9, distance=2.9, frechet=None), cell("mfm-gf-4", 1.0, 4.0, distance=2.0, frechet=8.0),
-        {"method": "dps", "strength": 9.0, "lost": 64},
     ]  # fmt: skip
     assert [cells.index(c) for c in race.frontier(cells, "distance")] == [0, 1, 3, 5]  # equal ones stay, both
     assert [cells.index(c) for c in race.frontier(cells, "frechet")] == [0, 2]
@@ -537,7 +542,7 @@ def test_a_whole_race(monkeypatch):
         rewards=("margin", "slant"), methods=("mfm-gf-8", "dps", "none", "mfm-gf-rescale-8"), strengths=(4.0,),
         rescales=(0.01, 1.0), samples=64, steps=10, base_steps=10, pool=1000, best_of=(1, 10, 500),
     )  # fmt: skip
-    found = race.evaluate_race(setup, config)
+    found = race.Race(setup, config).run()
     for name, one in found.metrics["rewards"].items():
         cells = {(c["method"], c.get("n", c.get("strength"))): c for c in one["cells"]}
         assert len(cells) == 9 + 5
@@ -570,9 +575,8 @@ def test_few_images_still_race():
     """A folder of sixty images has no 128 that are best."""
     x = images(6)
     setup = ImageSetup(Oracle(x), repeated(x, 9), repeated(x, 1), Judge(None, repeated(x, 9)))
-    one = race._Race(setup, "ink", {"ink": image_reward(setup, "ink")}, setup.everything(), race.RaceConfig())
-    assert one.data["target_images"] == 60
-    assert one.data["frechet"] is None
+    one = race.Race(setup, race.RaceConfig(rewards=("ink",))).races["ink"].result().data
+    assert (one.target_images, one.frechet) == (60, None)
 
 
 # -- inverse problems --------------------------------------------------------------------------------------------------
@@ -584,31 +588,31 @@ def test_the_truth_leaves_the_noise_alone(problem):
     setup = made(10, 200)
     truth, _ = setup.images(200, "inverse", 0)
     seen = InverseProblem.observe(inverse.operator(problem, SHAPE), truth, 0.3, stream(0, "noise"))
-    cell = inverse._judge(setup, truth[None].repeat(3, 1, 1, 1, 1), truth, None, seen)
+    cell = inverse.fit(setup, truth[None].repeat(3, 1, 1, 1, 1), truth, None, seen)
     count = seen.y.numel()
-    assert cell["residual"] == pytest.approx(1, abs=4 * math.sqrt(2 / count))
-    assert cell["psnr"] == cell["psnr_mean"] == 100  # the cap
-    off = inverse._judge(setup, truth[None] + 0.3, truth, None, seen)
-    assert off["residual"] == pytest.approx(2, abs=0.2)  # every A keeps a constant: one σ² more
-    assert off["psnr"] == pytest.approx(20 * math.log10(2 / 0.3), abs=1e-3)
-    assert "accuracy" not in off
+    assert cell.residual == pytest.approx(1, abs=4 * math.sqrt(2 / count))
+    assert cell.psnr == cell.psnr_mean == 100  # the cap
+    off = inverse.fit(setup, truth[None] + 0.3, truth, None, seen)
+    assert off.residual == pytest.approx(2, abs=0.2)  # every A keeps a constant: one σ² more
+    assert off.psnr == pytest.approx(20 * math.log10(2 / 0.3), abs=1e-3)
+    assert off.accuracy is None
 
 
 def test_operators_and_their_pictures():
     x = normal(3, *SHAPE, dtype=torch.float32)
     half = inverse.operator("inpaint", SHAPE)(x)
     assert half.shape == (3, 32)
-    shown = inverse._shown("inpaint", half, x)
+    shown = inverse.shown("inpaint", half, x)
     torch.testing.assert_close(shown[..., :4], x[..., :4])
     assert not shown[..., 4:].any()
     for factor in (2, 4):
-        shown = inverse._shown(f"sr{factor}", inverse.operator(f"sr{factor}", SHAPE)(x), x)
+        shown = inverse.shown(f"sr{factor}", inverse.operator(f"sr{factor}", SHAPE)(x), x)
         assert shown.shape == x.shape
         torch.testing.assert_close(shown[:, :, 0, 0], x[:, :, :factor, :factor].mean((2, 3)))
     blurred = inverse.operator("deblur", SHAPE)(x)
-    torch.testing.assert_close(inverse._shown("deblur", blurred, x), blurred)
+    torch.testing.assert_close(inverse.shown("deblur", blurred, x), blurred)
     colour = normal(2, 3, 6, 6, dtype=torch.float32)
-    shown = inverse._shown("inpaint", inverse.operator("inpaint", (3, 6, 6))(colour), colour)
+    shown = inverse.shown("inpaint", inverse.operator("inpaint", (3, 6, 6))(colour), colour)
     torch.testing.assert_close(shown[..., :3], colour[..., :3])
     with pytest.raises(InputError, match="did you mean 'sr4'"):
         inverse.operator("sr44", SHAPE)
@@ -624,7 +628,7 @@ def test_samples_come_in_the_order_of_their_observations(name):
     assert len({tuple(row) for row in truth.flatten(1).sign().tolist()}) == 4
     seen = InverseProblem.observe(inverse.operator("inpaint", SHAPE), truth, 0.5, stream(0, "noise"))
     config = inverse.InverseConfig(images=12, draws=5, steps=30)
-    x, cost = inverse._solve(setup, name, seen, config)
+    x, cost = inverse.solve(setup, name, seen, config)
     assert x.shape == (5, 12, *SHAPE)
     found = Nearest(setup.model.images)(x.flatten(0, 1)).argmax(1).reshape(5, 12)
     right = (found == Nearest(setup.model.images)(truth).argmax(1)).double().mean()
@@ -651,19 +655,19 @@ def test_calibration_of_the_whole_experiment(monkeypatch):
         drawn = randn((config.draws, config.images, *SHAPE), stream(0, "exact"))
         return mean + scale * std * drawn, {"nfe": 0.0, "seconds": 0.0}
 
-    monkeypatch.setattr(inverse, "_solve", solve)
+    monkeypatch.setattr(inverse, "solve", solve)
     config = inverse.InverseConfig(problems=("inpaint",), methods=("mfm-gf-4",), images=100, draws=15)
-    exact = inverse.evaluate_inverse(setup, config)
+    exact = inverse.Inverse(setup, config).run()
     one = exact.metrics["problems"]["inpaint"]["mfm-gf-4"]
     assert one["rank_p"] > 0.01
     assert one["spread_ratio"] == pytest.approx(1, abs=0.05)  # 6,400 pixels: 4 × √(1/(2·6400)) = .035
     assert exact.histograms["inpaint"]["mfm-gf-4"].sum() == 6400
     scale = 0.5
-    narrow = inverse.evaluate_inverse(setup, config).metrics["problems"]["inpaint"]["mfm-gf-4"]
+    narrow = inverse.Inverse(setup, config).run().metrics["problems"]["inpaint"]["mfm-gf-4"]
     assert narrow["rank_p"] <= 0.001
     assert narrow["spread_ratio"] == pytest.approx(2, abs=0.2)
     scale = math.nan
-    lost = inverse.evaluate_inverse(setup, config).metrics["problems"]["inpaint"]["mfm-gf-4"]
+    lost = inverse.Inverse(setup, config).run().metrics["problems"]["inpaint"]["mfm-gf-4"]
     assert lost["lost"] == 1500  # counted, shown as grey, and the experiment goes on
     assert lost["spread_ratio"] == math.inf
 
@@ -678,7 +682,7 @@ def test_generation_and_copying():
     # held-out images lie about the four images, so that nearness to training images has a scale
     setup.held_out = ImageSet("made", images(4).repeat(10, 1, 1, 1) + x)
     config = GenerationConfig(samples=200, refine_steps=(1, 2), compose_steps=(2,), ode_steps=(1, 30))
-    found = evaluate_generation(setup, config)
+    found = Generation(setup, config).run()
     cells = found.metrics["by_sampler"]
     assert list(cells) == ["refine-1", "refine-2", "compose-2", "ode-1", "ode-30", "drift-ode-1", "drift-ode-30"]
     assert cells["refine-1"]["copying"] == 0  # the oracle repeats what it has seen
@@ -770,7 +774,7 @@ def test_an_interruption_is_not_a_result(monkeypatch):
     for name in ("mfm-gf-4", "tds-64"):
         asked.clear()
         with pytest.raises(KeyboardInterrupt):
-            inverse._solve(setup, name, seen, config)
+            inverse.solve(setup, name, seen, config)
         assert len(asked) == 1
 
 
@@ -801,5 +805,5 @@ def test_rewards_by_name():
 
 def test_a_reward_that_is_the_same_for_all_data_has_a_scale():
     setup = made()
-    flat = {"flat": lambda x, cond=None: x.new_zeros(len(x))}
-    assert race._Race(setup, "flat", flat, setup.everything(), race.RaceConfig()).scale == 1
+    setup.named = lambda name: lambda x, cond=None: x.new_zeros(len(x))
+    assert race.Race(setup, race.RaceConfig(rewards=("flat",))).races["flat"].scale == 1

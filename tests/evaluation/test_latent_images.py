@@ -515,13 +515,13 @@ def test_calls_of_the_experiments_of_pixels(pixels, monkeypatch):
     setup, watch = pixels
     monkeypatch.setattr(mixture, "BASE", 50)
     config = mixture.MixtureConfig(methods=("none", "mfm-gf-4", "tds-64"), samples=70, steps=4)
-    mixture.evaluate_mixture(setup, config)
+    mixture.Mixture(setup, config).run()
     assert watch.rows == config.calls()
     watch.rows = 0
     config = inverse.InverseConfig(
         methods=("mfm-gf-4", "dps", "tds-64"), problems=("sr2", "inpaint"), images=8, draws=3, steps=3
     )
-    inverse.evaluate_inverse(setup, config)
+    inverse.Inverse(setup, config).run()
     assert watch.rows == config.calls()
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
-from metaflowmaps.lab.evaluate.images.race import RaceConfig, Raced, evaluate_race, title
-from metaflowmaps.lab.evaluate.images.setup import ImageSetup, Table, table
+from metaflowmaps.lab.evaluate.images.experiment import Json
+from metaflowmaps.lab.evaluate.images.race import COLUMNS, Race, RaceCell, RaceConfig, Raced, title
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
 from metaflowmaps.lab.figures import image_figures
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.opened import OpenedModel
@@ -25,6 +26,7 @@ RACE = RaceConfig(
     pool=8000,
 )
 GAMMA = {"margin": 1.5, "slant": 0.5}  # the length of MFM-G's steering that the story shows
+WANTED = {"margin": "“be a three”", "slant": "“lean to the right”"}
 STEERED = (
     ("ode 1", "unsteered"),
     ("ode 1000", "best of 1,000"),
@@ -41,58 +43,53 @@ SUMMARY = (
     "Every row of draws comes from one noisy digit, one network call a draw. Steered digits come from noise; beside "
     "them is what one sample cost in network and reward evaluations (NFE) and in time here."
 )
+SHORT: dict[str, Callable[[RaceCell], object]] = {
+    "λσ, γ or N": lambda cell: cell.number,
+    "reward": lambda cell: cell.reward,
+    "mean distance": lambda cell: cell.distance,
+    "NFE": COLUMNS["NFE"],
+    "ms": COLUMNS["ms"],
+}
+NoisyDigit = tuple[Tensor, Tensor, Tensor]  # a digit, its noisy version, six draws of what it may have been
 
 
-def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable[[str], None]) -> Json:
     """The metrics of the race that the story shows; its figures go into ``out``."""
     setup, _ = open_setup(opened, config)
-    raced = evaluate_race(setup, config, say)
-    races = raced.metrics["rewards"]
+    raced = Race(setup, config, say).run()
     _draw(_noisy_digits(setup, config.seed), raced, out)
-    tables = {HEADLINE: raced.metrics["tables"][HEADLINE]}
-    tables |= {f"Reward {name}": _short(race) for name, race in races.items()}
-    return {"rewards": races, "tables": tables, "summary": SUMMARY, "captions": CAPTIONS}
+    tables = {HEADLINE: raced.headlines()}
+    for name, race in raced.races.items():
+        rows = [[title(cell.method), *(shown(cell) for shown in SHORT.values())] for cell in race.scored]
+        tables[f"Reward {name}"] = table(["method", *SHORT], rows)
+    return {"rewards": raced.metrics["rewards"], "tables": tables, "summary": SUMMARY, "captions": CAPTIONS}
 
 
-def _noisy_digits(setup: ImageSetup, seed: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Digits, noised to the story's times, and six draws of what they may have been."""
+@torch.no_grad()
+def _noisy_digits(setup: ImageSetup, seed: int) -> list[NoisyDigit]:
+    """One digit for each of the story's times."""
     model, noisy = setup.model, []
     images, _ = setup.images(len(STORY_TIMES), "story", seed)
     for i, t in enumerate(STORY_TIMES):
         g = stream(seed, "story", i)
         x_t = model.path.interpolate(randn(tuple(images[i : i + 1].shape), g), images[i : i + 1], t)
-        with torch.no_grad():
-            noisy.append((images[i], x_t[0], model.draw(t, x_t, 6, generator=g)[:, 0]))
+        noisy.append((images[i], x_t[0], model.draw(t, x_t, 6, generator=g)[:, 0]))
     return noisy
 
 
-def _draw(noisy: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], raced: Raced, out: Path) -> None:
+def _draw(noisy: list[NoisyDigit], raced: Raced, out: Path) -> None:
     """A figure a reward."""
-    for name, wanted in (("margin", "“be a three”"), ("slant", "“lean to the right”")):
-        cells = {f"{c['method']} {c.get('strength', c.get('n')):g}": c for c in raced.metrics["rewards"][name]["cells"]}
-        keys = [(key.format(gamma=GAMMA[name]), label) for key, label in STEERED]
-        shown = [(label, raced.samples[name][key][:6], _price(cells[key])) for key, label in keys]
+    for name, wanted in WANTED.items():
+        race, shown = raced.races[name], []
+        cells = {cell.key: cell for cell in race.scored}
+        for key, label in STEERED:
+            cell = cells[key.format(gamma=GAMMA[name])]
+            shown.append((label, race.shown[cell.key][:6], _price(cell)))
         picture = image_figures.story(noisy, shown, f"From noisy digits to steered digits; the reward says {wanted}")
         figures.save(picture, out / f"story-{name}.png")
 
 
-def _price(cell: dict[str, Any]) -> str:
-    seconds = cell["cost"]["seconds"]
+def _price(cell: RaceCell) -> str:
+    seconds = cell.cost["seconds"]
     took = f"{1000 * seconds:.2g} ms" if seconds < 1 else f"{seconds:.2g} s"
-    return f"reward {cell['reward']:.2f}, diversity {cell['distance']:.1f}\n{cell['cost']['nfe']:,.0f} NFE, {took}"
-
-
-def _short(race: dict[str, Any]) -> Table:
-    rows = [
-        [
-            title(c["method"]),
-            c.get("strength", c.get("n")),
-            c["reward"],
-            c["distance"],
-            round(c["cost"]["nfe"]),
-            1000 * c["cost"]["seconds"],
-        ]
-        for c in race["cells"]
-        if "reward" in c
-    ]
-    return table(["method", "λσ, γ or N", "reward", "mean distance", "NFE", "ms"], rows)
+    return f"reward {cell.reward:.2f}, diversity {cell.distance:.1f}\n{cell.cost['nfe']:,.0f} NFE, {took}"

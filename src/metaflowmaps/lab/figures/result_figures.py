@@ -112,7 +112,7 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
         curves,
         "network calls a draw",
         measure,
-        dict.fromkeys(curves, found.metrics["floor"]),
+        dict.fromkeys(curves, found.floor),
         f"Draws against {against}, in {found.metrics['space']}",
         "images trained on",
     )

@@ -8,20 +8,30 @@ and this judge gives is measured: ODE samples weighted by e^r.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json, known
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
 from metaflowmaps.lab.evaluate.images.judging import BATCH
-from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, cost_of, table
+from metaflowmaps.lab.evaluate.images.setup import (
+    ImageEvalConfig,
+    ImageSetup,
+    Say,
+    cost_of,
+    diversity_of,
+    finite_samples,
+    table_of,
+)
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, run
 from metaflowmaps.metrics.image_by_image import class_distance
 from metaflowmaps.random import randn, stream
-from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Shard, ranges
 
@@ -42,6 +52,8 @@ METHODS = (
     "tds-one-64",
 )
 BASE = 4096  # ODE samples that are tilted by their weights
+DIVERSE = 512  # samples whose diversity is looked at
+SHOWN = 20
 
 
 class MixtureConfig(ImageEvalConfig):
@@ -56,91 +68,136 @@ class MixtureConfig(ImageEvalConfig):
     def calls(self) -> int:
         """Evaluations of the map's network."""
         return BASE * self.steps + sum(
-            calls(image_variant(name), _affordable(name, self), self.steps) for name in self.methods
+            calls(image_variant(name), affordable(name, self), self.steps) for name in self.methods
         )
 
 
-class Mixed(NamedTuple):
-    """Figures and the first samples of each method."""
+@dataclass(frozen=True, kw_only=True)
+class Frequencies:
+    """Class frequencies of weighted samples, their distances, and what chance alone would give."""
 
-    metrics: dict[str, Any]
+    l2: float
+    l2_tilted: float
+    chance: float
+    frequencies: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureCell(Frequencies):
+    """The samples of one method; of the weighted base, its frequencies alone are known."""
+
+    samples: int
+    reward: float | None = None
+    distance: float | None = None
+    vendi: float | None = None
+    lost: int | None = None
+    cost: dict[str, float] | None = None
+
+
+COLUMNS: dict[str, Callable[[MixtureCell], object]] = {
+    "L2": lambda cell: cell.l2,
+    "by chance": lambda cell: cell.chance,
+    "L2 to tilted data": lambda cell: cell.l2_tilted,
+    "reward": lambda cell: cell.reward,
+    "mean distance": lambda cell: cell.distance,
+    "Vendi": lambda cell: cell.vendi,
+    "NFE": lambda cell: cell.cost and round(cell.cost["nfe"]),
+    "ms": lambda cell: cell.cost and 1000 * cell.cost["seconds"],
+    "samples": lambda cell: cell.samples,
+}
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Every method's cell, the exact tilt of the model's own samples, and the first samples of each method."""
+
+    cells: dict[str, MixtureCell]
+    weighted_base: MixtureCell
+    target: Tensor
+    steps: int
     samples: dict[str, Tensor]
 
-
-def evaluate_mixture(setup: ImageSetup, config: MixtureConfig, say: Say = lambda line: None) -> Mixed:
-    """metrics.methods[name] = {l2, l2_tilted, chance, frequencies, reward, distance, vendi, samples, cost}."""
-    for name in config.methods:
-        image_variant(name)  # what does not exist is refused before anything runs
-    reward, (wanted, tilted) = image_reward(setup, "mixture", config.strength), _targets(setup)
-    cells: dict[str, Any] = {}
-    shown: dict[str, Tensor] = {}
-    base = ranges(BASE, BATCH)
-    drawn = setup.share(
-        {name: _steered(setup, name, reward, config, say) for name in config.methods}
-        | {f"base.{part}": _base(setup, config, index) for part, index in base.items()}
-    )
-    for name in config.methods:
-        made = drawn(name)
-        x = made.tensors["samples"]
-        finite = x.flatten(1).isfinite().all(1)
-        lost, x = int((~finite).sum()), x[finite]
-        if len(x) < 2:  # the method broke: said so, and not judged
-            say(f"{name}: {lost} samples are not finite")
-            continue
-        cells[name] = {
-            **_judged(setup, x, torch.ones(len(x)), wanted, tilted),
-            "reward": float(scored(reward, x).mean()),
-            **setup.diversity(x[:512]),
-            "samples": len(x),
-            "lost": lost,
-            "cost": made.facts["cost"],
+    @cached_property
+    def metrics(self) -> Json:
+        """metrics.methods[name] = {l2, l2_tilted, chance, frequencies, reward, distance, vendi, samples, cost}."""
+        best = min(self.cells, key=lambda name: self.cells[name].l2)
+        rows = {image_variant(name).title: cell for name, cell in self.cells.items()}
+        rows["ODE samples weighted by e^r"] = self.weighted_base
+        return {
+            "methods": {name: known(cell) for name, cell in self.cells.items()},
+            "weighted_base": known(self.weighted_base),
+            "target": self.target.tolist(),
+            "steps": self.steps,
+            "tables": {
+                f"Class frequencies against w, {self.steps} steps, costs a sample": table_of("method", rows, COLUMNS)
+            },
+            "summary": f"A mixture of classes asked for by one reward. Nearest to it: {image_variant(best).title}, L2 "
+            f"{self.cells[best].l2:.3f} ({self.cells[best].chance:.3f} by chance alone).",
         }
-        shown[name] = x[:20].cpu()
-    if not cells:
-        raise InputError("no method gave finite samples: lower --set strength=, or take more --set steps=")
-    # ODE samples of the model with weights e^r: its own p_1 tilted exactly, which no sampler can be asked to beat
-    x = torch.cat([drawn(f"base.{part}").tensors["samples"] for part in base])
-    exact = {**_judged(setup, x, scored(reward, x).softmax(0), wanted, tilted), "samples": BASE}
-    metrics = {"methods": cells, "weighted_base": exact, "target": wanted.tolist(), "steps": config.steps}
-    return Mixed({**metrics, **_words(cells, exact, config)}, shown)
 
 
-def _judged(setup: ImageSetup, x: Tensor, weight: Tensor, wanted: Tensor, tilted: Tensor) -> dict[str, Any]:
-    """Class frequencies of weighted samples, their distances, and what chance alone would give."""
-    weight = weight.double() / weight.sum()
-    found = torch.zeros_like(wanted).scatter_add(0, setup.judge.classes(x), weight)
-    return {
-        "l2": class_distance(found, wanted),
-        "l2_tilted": class_distance(found, tilted),
-        "chance": math.sqrt(float((1 - wanted.square().sum()) * weight.square().sum())),
-        "frequencies": found.tolist(),
-    }
+class Mixture(ImageExperiment[MixtureConfig, Mixed]):
+    """Samples of every method, and ODE samples of the model itself."""
 
+    def __init__(self, setup: ImageSetup, config: MixtureConfig, say: Say = lambda line: None) -> None:
+        super().__init__(setup, config, say)
+        for name in config.methods:
+            image_variant(name)  # what does not exist is refused before anything runs
+        self.reward: Any = image_reward(setup, "mixture", config.strength)
+        self.wanted, self.tilted = targets(setup)
 
-def _steered(setup: ImageSetup, name: str, reward: Any, config: MixtureConfig, say: Say) -> Callable[[], Shard]:
-    """Samples of one method."""
+    def cells(self) -> Cells:
+        steered = {name: partial(self._steer, name) for name in self.config.methods}
+        return steered | {f"base.{part}": partial(self._base, index) for part, index in ranges(BASE, BATCH).items()}
 
-    def make() -> Shard:
-        n = _affordable(name, config)
-        say(f"{name}, {n} samples")
-        x, result = run(
-            setup, image_variant(name), reward, n, ODE(steps=config.steps), stream(config.seed, "mixture", name)
-        )
+    def judge(self, drawn: Drawn) -> Mixed:
+        setup, cells, shown = self.setup, {}, {}
+        for name in self.config.methods:
+            made = drawn(name)
+            x, lost = finite_samples(made.tensors["samples"])
+            if len(x) < 2:  # the method broke: said so, and not judged
+                self.say(f"{name}: {lost} samples are not finite")
+                continue
+            distance, vendi = diversity_of(setup.judge.features(x[:DIVERSE]))
+            cells[name] = MixtureCell(
+                **vars(self.frequencies(x, torch.ones(len(x)))),
+                samples=len(x),
+                reward=float(scored(self.reward, x).mean()),
+                distance=distance,
+                vendi=vendi,
+                lost=lost,
+                cost=made.facts["cost"],
+            )
+            shown[name] = x[:SHOWN].cpu()
+        if not cells:
+            raise InputError("no method gave finite samples: lower --set strength=, or take more --set steps=")
+        # ODE samples of the model with weights e^r: its own p_1 tilted exactly, which no sampler can be asked to beat
+        x = torch.cat([drawn(f"base.{part}").tensors["samples"] for part in ranges(BASE, BATCH)])
+        exact = self.frequencies(x, scored(self.reward, x).softmax(0))
+        base = MixtureCell(**vars(exact), samples=BASE)
+        return Mixed(cells, base, self.wanted, self.config.steps, shown)
+
+    def frequencies(self, x: Tensor, weight: Tensor) -> Frequencies:
+        """Of samples (n, *event) with weights (n,)."""
+        weight, wanted = weight.double() / weight.sum(), self.wanted
+        found = torch.zeros_like(wanted).scatter_add(0, self.setup.judge.classes(x), weight)
+        chance = math.sqrt(float((1 - wanted.square().sum()) * weight.square().sum()))
+        l2, l2_tilted = class_distance(found, wanted), class_distance(found, self.tilted)
+        return Frequencies(l2=l2, l2_tilted=l2_tilted, chance=chance, frequencies=found.tolist())
+
+    def _steer(self, name: str) -> Shard:
+        """Samples of one method."""
+        n, g = affordable(name, self.config), stream(self.config.seed, "mixture", name)
+        self.say(f"{name}, {n} samples")
+        x, result = run(self.setup, image_variant(name), self.reward, n, ODE(steps=self.config.steps), g)
         return Shard({"samples": x}, {"cost": cost_of(result)})
 
-    return make
-
-
-def _base(setup: ImageSetup, config: MixtureConfig, index: slice) -> Callable[[], Shard]:
-    """ODE samples of the model, those of these indices."""
-    model = setup.model
-
     @torch.no_grad()
-    def make() -> Shard:
-        noise = randn((BASE, *model.event_shape), stream(config.seed, "mixture-base"), model.dtype, model.device)
-        return Shard({"samples": integrate(model.drift, noise[index], uniform_grid(config.steps))}, {})
-
-    return make
+    def _base(self, index: slice) -> Shard:
+        """ODE samples of the model, those of these indices."""
+        model, g = self.setup.model, stream(self.config.seed, "mixture-base")
+        noise = randn((BASE, *model.event_shape), g, model.dtype, model.device)[index]
+        return Shard({"samples": self.setup.flow(noise, self.config.steps)}, {})
 
 
 def wanted_mixture(setup: ImageSetup) -> Tensor:
@@ -149,7 +206,7 @@ def wanted_mixture(setup: ImageSetup) -> Tensor:
     return w / w.sum()
 
 
-def _targets(setup: ImageSetup) -> tuple[Tensor, Tensor]:
+def targets(setup: ImageSetup) -> tuple[Tensor, Tensor]:
     """w normalised, and w times the data's own frequencies, normalised."""
     if setup.judge.classifier is None:
         raise InputError("class-mixture needs a judging classifier to count classes: give it with --set judge=RUN")
@@ -160,46 +217,8 @@ def _targets(setup: ImageSetup) -> tuple[Tensor, Tensor]:
     return w, tilted / tilted.sum()
 
 
-def _affordable(name: str, config: MixtureConfig) -> int:
+def affordable(name: str, config: MixtureConfig) -> int:
+    """As many samples as the budget pays for."""
     method = image_variant(name).method
     a_step = method.copies * (1 + max(1, method.shown_draws))
     return int(min(config.samples, max(64, config.budget // (config.steps * a_step))))
-
-
-def _words(cells: dict[str, Any], exact: dict[str, Any], config: MixtureConfig) -> dict[str, Any]:
-    head = [
-        "method",
-        "L2",
-        "by chance",
-        "L2 to tilted data",
-        "reward",
-        "mean distance",
-        "Vendi",
-        "NFE",
-        "ms",
-        "samples",
-    ]
-    rows = [
-        [
-            image_variant(name).title,
-            c["l2"],
-            c["chance"],
-            c["l2_tilted"],
-            c["reward"],
-            c["distance"],
-            c["vendi"],
-            round(c["cost"]["nfe"]),
-            1000 * c["cost"]["seconds"],
-            c["samples"],
-        ]
-        for name, c in cells.items()
-    ]
-    rows.append(
-        ["ODE samples weighted by e^r", exact["l2"], exact["chance"], exact["l2_tilted"], *[None] * 5, exact["samples"]]
-    )
-    best = min(cells, key=lambda name: cells[name]["l2"])
-    return {
-        "tables": {f"Class frequencies against w, {config.steps} steps, costs a sample": table(head, rows)},
-        "summary": f"A mixture of classes asked for by one reward. Nearest to it: {image_variant(best).title}, L2 "
-        f"{cells[best]['l2']:.3f} ({cells[best]['chance']:.3f} by chance alone).",
-    }

@@ -8,65 +8,57 @@ from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.opening import is_latent, stored
 from metaflowmaps.lab.evaluate.images.assemble import chosen_features, equip, open_setup
-from metaflowmaps.lab.evaluate.images.class_mixture import MixtureConfig, evaluate_mixture
-from metaflowmaps.lab.evaluate.images.generation import GenerationConfig, evaluate_generation
-from metaflowmaps.lab.evaluate.images.inverse_problems import InverseConfig, evaluate_inverse
-from metaflowmaps.lab.evaluate.images.race import RaceConfig, evaluate_race
-from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig, evaluate_recovery
-from metaflowmaps.lab.evaluate.images.rollout_value import ImageValueConfig, evaluate_image_value
-from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup
+from metaflowmaps.lab.evaluate.images.class_mixture import Mixture, MixtureConfig
+from metaflowmaps.lab.evaluate.images.experiment import ImageExperiment, Json
+from metaflowmaps.lab.evaluate.images.generation import Generation, GenerationConfig
+from metaflowmaps.lab.evaluate.images.inverse_problems import Inverse, InverseConfig
+from metaflowmaps.lab.evaluate.images.race import Race, RaceConfig
+from metaflowmaps.lab.evaluate.images.recovery import Recovery, RecoveryConfig
+from metaflowmaps.lab.evaluate.images.rollout_value import ImageValue, ImageValueConfig
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say
 from metaflowmaps.lab.figures import result_figures as figures
 from metaflowmaps.lab.opened import OpenedModel, images_of
 
-Say = Callable[[str], None]
-Measured = tuple[dict[str, Any], Callable[[Path], dict[str, str]]]  # metrics; what writes the figures -> captions
+Draw = Callable[[Path], dict[str, str]]  # writes the figures into a folder, and says what they show
 
 
 class Experiment(NamedTuple):
-    """One question: the command that asks it, its configuration, and what answers it."""
+    """One question: the command that asks it, its configuration, what answers it, and the figures of an answer."""
 
     command: str
     config: type[ImageEvalConfig]
-    run: Callable[[ImageSetup, Any, Say], Measured]
+    kind: type[ImageExperiment[Any, Any]]
+    figures: Callable[[Any, Any, Path], dict[str, str]]
 
-
-def _recovery(setup: ImageSetup, config: RecoveryConfig, say: Say) -> Measured:
-    result = evaluate_recovery(setup, config, say)
-    return result.metrics, lambda out: figures.recovery(result, config.times, out)
-
-
-def _value(setup: ImageSetup, config: ImageValueConfig, say: Say) -> Measured:
-    metrics = evaluate_image_value(setup, config, say)
-    return metrics, lambda out: figures.value(metrics, out)
-
-
-def _mixture(setup: ImageSetup, config: MixtureConfig, say: Say) -> Measured:
-    result = evaluate_mixture(setup, config, say)
-    return result.metrics, lambda out: figures.mixture(result, out)
-
-
-def _race(setup: ImageSetup, config: RaceConfig, say: Say) -> Measured:
-    result = evaluate_race(setup, config, say)
-    return result.metrics, lambda out: figures.race(result, out)
-
-
-def _inverse(setup: ImageSetup, config: InverseConfig, say: Say) -> Measured:
-    result = evaluate_inverse(setup, config, say)
-    return result.metrics, lambda out: figures.inverse(result, config.draws, out)
-
-
-def _generation(setup: ImageSetup, config: GenerationConfig, say: Say) -> Measured:
-    result = evaluate_generation(setup, config, say)
-    return result.metrics, lambda out: figures.generation(result, out)
+    def run(self, setup: ImageSetup, config: ImageEvalConfig, say: Say) -> tuple[Json, Draw]:
+        """Metrics, and what draws the figures."""
+        result = self.kind(setup, config, say).run()
+        return result.metrics, lambda out: self.figures(result, config, out)
 
 
 EXPERIMENTS = {
-    "posterior": Experiment("eval posterior", RecoveryConfig, _recovery),
-    "value": Experiment("eval value", ImageValueConfig, _value),
-    "generation": Experiment("eval generation", GenerationConfig, _generation),
-    "class-mixture": Experiment("eval steering", MixtureConfig, _mixture),
-    "race": Experiment("eval steering", RaceConfig, _race),
-    "inverse": Experiment("eval steering", InverseConfig, _inverse),
+    "posterior": Experiment(
+        "eval posterior",
+        RecoveryConfig,
+        Recovery,
+        lambda result, config, out: figures.recovery(result, config.times, out),
+    ),
+    "value": Experiment(
+        "eval value", ImageValueConfig, ImageValue, lambda result, config, out: figures.value(result.metrics, out)
+    ),
+    "generation": Experiment(
+        "eval generation", GenerationConfig, Generation, lambda result, config, out: figures.generation(result, out)
+    ),
+    "class-mixture": Experiment(
+        "eval steering", MixtureConfig, Mixture, lambda result, config, out: figures.mixture(result, out)
+    ),
+    "race": Experiment("eval steering", RaceConfig, Race, lambda result, config, out: figures.race(result, out)),
+    "inverse": Experiment(
+        "eval steering",
+        InverseConfig,
+        Inverse,
+        lambda result, config, out: figures.inverse(result, config.draws, out),
+    ),
 }
 STEERING = ("class-mixture", "race", "inverse")  # of images; of latents the race alone
 PIXELS_ONLY = ("class-mixture", "inverse")

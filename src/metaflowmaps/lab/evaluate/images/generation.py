@@ -8,27 +8,35 @@ FID, and no data are needed: without any, floor and copying are left out.
 Samples are judged part by part as they are made: a part keeps its features, not its pictures.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond
+from metaflowmaps.cost import Meter
+from metaflowmaps.lab.evaluate.draws import steps_of
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json, known
 from metaflowmaps.lab.evaluate.images.setup import (
     ImageEvalConfig,
     ImageSetup,
-    Say,
-    Timed,
+    Table,
     cost_of_parts,
     diversity_of,
     table,
 )
-from metaflowmaps.path import call_drift
 from metaflowmaps.random import RowNoise, fresh_seeds, stream
-from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.work.shards import Shard, ranges
+
+SHOWN = 16  # samples of each sampler
+TITLES = {
+    "refine": "map, refined",
+    "compose": "map, composed jumps",
+    "ode": "ODE of the map's drift",
+    "drift-ode": "ODE of the drift alone",
+}
 
 
 class GenerationConfig(ImageEvalConfig):
@@ -50,45 +58,54 @@ class GenerationConfig(ImageEvalConfig):
         return self.samples * sum((*self.refine_steps, *self.compose_steps, *self.ode_steps))
 
 
-SHOWN = 16  # samples of each sampler
+@dataclass(frozen=True)
+class GeneratedCell:
+    """The samples of one sampler, or the images trained on."""
+
+    frechet: float
+    distance: float
+    vendi: float
+    copying: float | None = None  # None: no data to be compared with
+    cost: dict[str, float] | None = None  # None: nothing was made
 
 
-class Generated(NamedTuple):
-    """Figures and pictures of the first samples of each sampler."""
+@dataclass(frozen=True)
+class Generated:
+    """Every sampler's figures, and its first samples."""
 
-    metrics: dict[str, Any]
+    setup: ImageSetup
+    num: int
+    by_sampler: dict[str, GeneratedCell]
+    floor: GeneratedCell | None  # None without data
     samples: dict[str, Tensor]
 
+    @cached_property
+    def metrics(self) -> Json:
+        """metrics.by_sampler[name] = {frechet, distance, vendi, copying, cost}."""
+        setup = self.setup
+        title = "Unconditional samples" if setup.conditions is None else setup.conditions.title()
+        copying = " Copying: distance to the nearest training image, 1 for images never seen." if self.floor else ""
+        return {
+            "by_sampler": {name: known(cell) for name, cell in self.by_sampler.items()},
+            **({} if self.floor is None else {"floor": known(self.floor)}),
+            "samples": self.num,
+            "space": setup.judge.space,
+            **setup.extras(),
+            "tables": {f"{title}, in {setup.judge.space}": self._table()},
+            "summary": f"{title} by number of network calls.{copying}",
+        }
 
-@torch.no_grad()
-def evaluate_generation(setup: ImageSetup, config: GenerationConfig, say: Say = lambda line: None) -> Generated:
-    """metrics.by_sampler[name] = {frechet, distance, vendi, copying, cost}."""
-    cells: dict[str, Any] = {}
-    shown: dict[str, Tensor] = {}
-    samplers, parts = _samplers(setup, config), ranges(config.samples, setup.shard)
-    drawn = setup.share(
-        {f"{name}.{part}": _cell(setup, config, name, index, say) for name in samplers for part, index in parts.items()}
-    )
-    known = len(setup.train) > 0
-    usual = nearest(setup.unseen, setup.seen).median() if known else None
-    for name in samplers:
-        made = [drawn(f"{name}.{part}") for part in parts]
-        features = torch.cat([part.tensors["features"] for part in made])
-        cells[name] = {"frechet": setup.frechet_of(features), **diversity_of(features)}
-        if usual is not None:
-            cells[name]["copying"] = float(torch.cat([part.tensors["nearest"] for part in made]).median() / usual)
-        cells[name]["cost"] = cost_of_parts(made, config.samples)
-        first = torch.cat([part.tensors["shown"] for part in made if "shown" in part.tensors])
-        shown[name] = setup.decode(first).cpu()
-    floor = {"frechet": setup.floor(), **diversity_of(setup.reference)} if known else None
-    metrics = {
-        "by_sampler": cells,
-        **({} if floor is None else {"floor": floor}),
-        "samples": config.samples,
-        "space": setup.judge.space,
-        **setup.extras(),
-    }
-    return Generated({**metrics, **_words(cells, floor, setup)}, shown)
+    def _table(self) -> Table:
+        rows: list[list[object]] = []
+        for name, cell in self.by_sampler.items():
+            took = 1000 * cell.cost["seconds"] if cell.cost else None
+            figures = [cell.frechet, cell.distance, cell.vendi, cell.copying, took]
+            rows.append([TITLES[name.rpartition("-")[0]], steps_of(name), *figures])
+        if self.floor is not None:
+            floor = self.floor
+            held_out = "held-out images (floor: trained on)"
+            rows.append([held_out, None, floor.frechet, floor.distance, floor.vendi, 1.0, None])
+        return table(["sampler", "steps", self.setup.measure, "mean distance", "Vendi", "copying", "ms a sample"], rows)
 
 
 def nearest(x: Tensor, data: Tensor) -> Tensor:
@@ -97,84 +114,69 @@ def nearest(x: Tensor, data: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part, flat).amin(1) for part in x.flatten(1).split(512)])
 
 
-def _cell(setup: ImageSetup, config: GenerationConfig, name: str, index: slice, say: Say) -> Callable[[], Shard]:
-    """What is kept of the samples of these indices: each is a function of its own seed, and of its class."""
+class Generation(ImageExperiment[GenerationConfig, Generated]):
+    """Samples of every sampler."""
+
+    @cached_property
+    def samplers(self) -> list[str]:
+        """``refine-K``, ``compose-K``, ``ode-K`` and, where a drift was trained alone, ``drift-ode-K``."""
+        config, odes = self.config, ["ode"] if self.setup.drift is None else ["ode", "drift-ode"]
+        steps = {
+            "refine": config.refine_steps,
+            "compose": config.compose_steps,
+            **dict.fromkeys(odes, config.ode_steps),
+        }
+        return [f"{kind}-{k}" for kind, ks in steps.items() for k in ks]
+
+    @cached_property
+    def parts(self) -> dict[str, slice]:
+        """How the samples are cut."""
+        return ranges(self.config.samples, self.setup.shard)
+
+    def cells(self) -> Cells:
+        parts = self.parts.items()
+        return {f"{name}.{part}": partial(self._draw, name, index) for name in self.samplers for part, index in parts}
 
     @torch.no_grad()
-    def make() -> Shard:
-        say(f"{name}, samples {index.start} to {index.stop - 1}")
+    def judge(self, drawn: Drawn) -> Generated:
+        setup, cells, shown = self.setup, {}, {}
+        with_data = len(setup.train) > 0
+        usual = float(nearest(setup.unseen, setup.seen).median()) if with_data else None
+        for name in self.samplers:
+            made = [drawn(f"{name}.{part}") for part in self.parts]
+            features = torch.cat([part.tensors["features"] for part in made])
+            copying = None
+            if usual is not None:
+                copying = float(torch.cat([part.tensors["nearest"] for part in made]).median() / usual)
+            cost = cost_of_parts(made, self.config.samples)
+            cells[name] = GeneratedCell(setup.frechet_of(features), *diversity_of(features), copying, cost)
+            first = torch.cat([part.tensors["shown"] for part in made if "shown" in part.tensors])
+            shown[name] = setup.decode(first).cpu()
+        floor = GeneratedCell(setup.floor(), *diversity_of(setup.reference)) if with_data else None
+        return Generated(setup, self.config.samples, cells, floor, shown)
+
+    @torch.no_grad()
+    def _draw(self, name: str, index: slice) -> Shard:
+        """What is kept of the samples of these indices: each is a function of its own seed, and of its class."""
+        setup, config = self.setup, self.config
+        self.say(f"{name}, samples {index.start} to {index.stop - 1}")
         seeds = fresh_seeds(config.samples, stream(config.seed, "generation", name))[index]
-        labels = setup.labels(config.samples, "generation", config.seed)
-        cond = setup.cond(None if labels is None else labels[index], len(seeds))
-        with Timed(setup.model) as timed, setup.autocast():
-            x = _samplers(setup, config, cond)[name](seeds)
+        cond = setup.cond_of_noise(config.samples, "generation", config.seed, index)
+        with Meter(setup.model.network) as meter, setup.autocast():
+            x = self._samples(name, seeds, cond)
         kept = {"features": setup.judge.features(x)}
         if len(setup.train):
             kept["nearest"] = nearest(x, setup.seen)
         if index.start < SHOWN:
             kept["shown"] = x[: SHOWN - index.start]
-        return Shard(kept, {"cost": timed.meter.cost()})
+        return Shard(kept, {"cost": meter.cost()})
 
-    return make
-
-
-def _samplers(setup: ImageSetup, config: GenerationConfig, cond: Cond = None) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name -> seeds (n,) -> (n, *event), under the condition of these samples."""
-    model = setup.model
-    told: dict[str, Any] = {} if cond is None else {"cond": cond}
-
-    def noise(seeds: Tensor) -> Tensor:
-        return RowNoise(seeds.to(model.device), "generate").normal(model.event_shape, dtype=model.dtype)
-
-    def composed(seeds: Tensor, k: int) -> Tensor:
-        x = noise(seeds)
-        return model.push(x, 0.0, torch.zeros_like(x), k, **told)
-
-    def carried(seeds: Tensor, k: int, drift: Any) -> Tensor:
-        return integrate(lambda t, x: call_drift(drift, t, x, cond), noise(seeds), uniform_grid(k))
-
-    out: dict[str, Callable[[Tensor], Tensor]] = {}
-    for k in config.refine_steps:
-        out[f"refine-{k}"] = lambda seeds, k=k: model.generate(len(seeds), k, seeds=seeds, **told)  # type: ignore[misc]
-    for k in config.compose_steps:
-        out[f"compose-{k}"] = lambda seeds, k=k: composed(seeds, k)  # type: ignore[misc]
-    sources = {"ode": model.drift, **({} if setup.drift is None else {"drift-ode": setup.drift})}
-    for name, drift in sources.items():
-        for k in config.ode_steps:
-            out[f"{name}-{k}"] = lambda seeds, k=k, drift=drift: carried(seeds, k, drift)  # type: ignore[misc]
-    return out
-
-
-TITLES = {
-    "refine": "map, refined",
-    "compose": "map, composed jumps",
-    "ode": "ODE of the map's drift",
-    "drift-ode": "ODE of the drift alone",
-}
-
-
-def _words(cells: dict[str, Any], floor: dict[str, float] | None, setup: ImageSetup) -> dict[str, Any]:
-    rows = []
-    for name, cell in cells.items():
-        kind, _, steps = name.rpartition("-")
-        rows.append(
-            [
-                TITLES[kind],
-                int(steps),
-                cell["frechet"],
-                cell["distance"],
-                cell["vendi"],
-                cell.get("copying"),
-                1000 * cell["cost"]["seconds"],
-            ]
-        )
-    if floor is not None:
-        held = [floor[k] for k in ("frechet", "distance", "vendi")]
-        rows.append(["held-out images (floor: trained on)", None, *held, 1.0, None])
-    head = ["sampler", "steps", setup.measure, "mean distance", "Vendi", "copying", "ms a sample"]
-    title = "Unconditional samples" if setup.conditions is None else setup.conditions.title()
-    copying = "" if floor is None else (" Copying: distance to the nearest training image, 1 for images never seen.")
-    return {
-        "tables": {f"{title}, in {setup.judge.space}": table(head, rows)},
-        "summary": f"{title} by number of network calls.{copying}",
-    }
+    def _samples(self, name: str, seeds: Tensor, cond: Cond) -> Tensor:
+        """Samples of one sampler, each of its own seed: (n, *event)."""
+        model, kind, steps = self.setup.model, name.rpartition("-")[0], steps_of(name)
+        if kind == "refine":
+            return model.generate(len(seeds), steps, seeds=seeds, cond=cond)
+        noise = RowNoise(seeds.to(model.device), "generate").normal(model.event_shape, dtype=model.dtype)
+        if kind == "compose":
+            return model.push(noise, 0.0, torch.zeros_like(noise), steps, cond)
+        return self.setup.flow(noise, steps, cond, self.setup.drift if kind == "drift-ode" else None)

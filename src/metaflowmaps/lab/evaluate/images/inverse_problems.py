@@ -10,7 +10,9 @@ For each problem and method, ``draws`` samples for each of ``images`` observatio
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from metaflowmaps._shapes import repeat_rows
 from metaflowmaps.errors import unknown
-from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, per_sample, table
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json, known
+from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, per_sample, table_of
 from metaflowmaps.lab.evaluate.images.steered import CHUNK, calls, image_variant, quiet_steer
 from metaflowmaps.lab.evaluate.variants import Variant
 from metaflowmaps.metrics.calibration import rank_test
@@ -35,6 +38,7 @@ PROBLEMS = {
     "deblur": "deblurring",
 }
 METHODS = ("mfm-g-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "dps", "tds-64")
+SHOWN_IMAGES, SHOWN_DRAWS = 6, 4
 
 
 class InverseConfig(ImageEvalConfig):
@@ -48,21 +52,73 @@ class InverseConfig(ImageEvalConfig):
     noise_std: float = Field(0.2, gt=0)
 
     def calls(self) -> int:
-        """Evaluations of the map's network."""
-        return len(self.problems) * sum(map(self._calls, self.methods))
+        """Evaluations of the map's network: a particle system has as many particles as samples at least."""
+        each = 0
+        for name in self.methods:
+            v = for_draws(name, self.draws)
+            each += calls(v, max(v.method.system or 1, self.draws) * self.images, self.steps)
+        return len(self.problems) * each
 
-    def _calls(self, name: str) -> int:
-        """For all samples of one problem: a particle system has as many particles as samples at least."""
-        v = _for_draws(name, self.draws)
-        return calls(v, max(v.method.system or 1, self.draws) * self.images, self.steps)
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How near samples are to the truth, and to what was seen of it."""
+
+    psnr_mean: float
+    psnr: float
+    residual: float
+    accuracy: float | None  # None: without classes, or without a judge of them
 
 
-class Solved(NamedTuple):
-    """Figures; and for each problem the truth, what was seen, and samples of each method for the first images."""
+@dataclass(frozen=True, kw_only=True)
+class SolvedCell(Fit):
+    """The samples of one method for one problem."""
 
-    metrics: dict[str, Any]
+    spread_ratio: float
+    rank_p: float
+    lost: int
+    cost: dict[str, float]
+
+
+COLUMNS: dict[str, Callable[[SolvedCell], object]] = {
+    "PSNR of the mean, dB": lambda cell: cell.psnr_mean,
+    "PSNR of a sample, dB": lambda cell: cell.psnr,
+    "judge's accuracy": lambda cell: cell.accuracy,
+    "residual": lambda cell: cell.residual,
+    "spread ratio": lambda cell: cell.spread_ratio,
+    "rank test p": lambda cell: cell.rank_p,
+    "NFE": lambda cell: round(cell.cost["nfe"]),
+    "ms": lambda cell: 1000 * cell.cost["seconds"],
+}
+
+
+@dataclass(frozen=True)
+class Solved:
+    """For each problem its cells by method, the truth, what was seen, and samples; histograms of the truth's ranks."""
+
+    config: InverseConfig
+    problems: dict[str, dict[str, SolvedCell]]
     pictures: dict[str, dict[str, Tensor]]
     histograms: dict[str, dict[str, Tensor]]
+
+    @cached_property
+    def metrics(self) -> Json:
+        """metrics.problems[problem][method] = {psnr_mean, psnr, accuracy, residual, spread_ratio, rank_p, cost}."""
+        config, tables = self.config, {}
+        for problem, cells in self.problems.items():
+            titled = {image_variant(name).title: cell for name, cell in cells.items()}
+            tables[PROBLEMS[problem].capitalize()] = table_of("method", titled, COLUMNS)
+        return {
+            "problems": {
+                problem: {name: known(cell) for name, cell in cells.items()} for problem, cells in self.problems.items()
+            },
+            "images": config.images,
+            "draws": config.draws,
+            "noise_std": config.noise_std,
+            "tables": tables,
+            "summary": f"{config.images} held-out images observed with noise of {config.noise_std:g}; {config.draws} "
+            "samples of each posterior by every method. Residual and spread ratio are 1 for a calibrated sampler.",
+        }
 
 
 def operator(problem: str, event_shape: tuple[int, ...]) -> Any:
@@ -78,68 +134,58 @@ def operator(problem: str, event_shape: tuple[int, ...]) -> Any:
     return Downsample(int(problem.removeprefix("sr")))
 
 
-def evaluate_inverse(setup: ImageSetup, config: InverseConfig, say: Say = lambda line: None) -> Solved:
-    """metrics.problems[problem][method] = {psnr_mean, psnr, accuracy, residual, spread_ratio, rank_p, cost}."""
-    for name in config.methods:
-        image_variant(name)
-    truth, labels = setup.images(config.images, "inverse", config.seed)
-    results: dict[str, Any] = {}
-    pictures: dict[str, dict[str, Tensor]] = {}
-    histograms: dict[str, dict[str, Tensor]] = {}
-    observed = {
-        problem: InverseProblem.observe(
-            operator(problem, setup.model.event_shape), truth, config.noise_std, stream(config.seed, "noise", problem)
-        )
-        for problem in config.problems
-    }
-    drawn = setup.share(
-        {
-            f"{problem}.{name}": _solved(setup, problem, name, seen, config, say)
-            for problem, seen in observed.items()
-            for name in config.methods
-        }
-    )
-    for problem, seen in observed.items():
-        results[problem], histograms[problem] = {}, {}
-        pictures[problem] = {"truth": truth[:6].cpu(), "seen": _shown(problem, seen.y[:6], truth[:6])}
+class Inverse(ImageExperiment[InverseConfig, Solved]):
+    """Samples of every method for every problem."""
+
+    def __init__(self, setup: ImageSetup, config: InverseConfig, say: Say = lambda line: None) -> None:
+        super().__init__(setup, config, say)
         for name in config.methods:
-            solved = drawn(f"{problem}.{name}")
-            x, cost = solved.tensors["samples"], solved.facts["cost"]
-            lost = ~x.flatten(2).isfinite().all(2)
-            x = torch.where(lost[..., None, None, None], 0, x)  # grey: left out, it would flatter the method
-            # stored images have so many levels; what lies between two of them, or beyond the ends, says nothing
-            judged = rank_test(
-                x.clamp(-1, 1), truth, generator=stream(config.seed, "ranks"), resolution=2 / setup.train.top
-            )
-            results[problem][name] = {
-                **_judge(setup, x, truth, labels, seen),
-                "spread_ratio": judged.spread_ratio,
-                "rank_p": judged.p_value,
-                "lost": int(lost.sum()),
-                "cost": cost,
-            }
-            pictures[problem][name] = x[:4, :6].cpu()
-            histograms[problem][name] = judged.histogram
-    metrics = {"problems": results, "images": config.images, "draws": config.draws, "noise_std": config.noise_std}
-    return Solved({**metrics, **_words(results, config)}, pictures, histograms)
+            image_variant(name)  # what does not exist is refused before anything runs
+        self.truth, self.labels = setup.images(config.images, "inverse", config.seed)
+        self.observed = {problem: self._observe(problem) for problem in config.problems}
 
+    def cells(self) -> Cells:
+        names = [(problem, name) for problem in self.observed for name in self.config.methods]
+        return {f"{problem}.{name}": partial(self._solve, problem, name) for problem, name in names}
 
-def _solved(
-    setup: ImageSetup, problem: str, name: str, seen: InverseProblem, config: InverseConfig, say: Say
-) -> Callable[[], Shard]:
-    def make() -> Shard:
-        say(f"{problem}: {name}")
-        x, cost = _solve(setup, name, seen, config)
+    def judge(self, drawn: Drawn) -> Solved:
+        solved, few = Solved(self.config, {}, {}, {}), self.truth[:SHOWN_IMAGES]
+        # stored images have so many levels; what lies between two of them, or beyond the ends, says nothing
+        level = 2 / self.setup.train.top
+        for problem, seen in self.observed.items():
+            cells, histograms = solved.problems.setdefault(problem, {}), solved.histograms.setdefault(problem, {})
+            pictures = solved.pictures.setdefault(problem, {"truth": few.cpu()})
+            pictures["seen"] = shown(problem, seen.y[:SHOWN_IMAGES], few)
+            for name in self.config.methods:
+                made = drawn(f"{problem}.{name}")
+                x = made.tensors["samples"]
+                lost = ~x.flatten(2).isfinite().all(2)
+                x = torch.where(lost[..., None, None, None], 0, x)  # grey: left out, it would flatter the method
+                g = stream(self.config.seed, "ranks")
+                ranks = rank_test(x.clamp(-1, 1), self.truth, generator=g, resolution=level)
+                cells[name] = SolvedCell(
+                    **vars(fit(self.setup, x, self.truth, self.labels, seen)),
+                    spread_ratio=ranks.spread_ratio,
+                    rank_p=ranks.p_value,
+                    lost=int(lost.sum()),
+                    cost=made.facts["cost"],
+                )
+                pictures[name], histograms[name] = x[:SHOWN_DRAWS, :SHOWN_IMAGES].cpu(), ranks.histogram
+        return solved
+
+    def _observe(self, problem: str) -> InverseProblem:
+        config, seen_by = self.config, operator(problem, self.setup.model.event_shape)
+        return InverseProblem.observe(seen_by, self.truth, config.noise_std, stream(config.seed, "noise", problem))
+
+    def _solve(self, problem: str, name: str) -> Shard:
+        self.say(f"{problem}: {name}")
+        x, cost = solve(self.setup, name, self.observed[problem], self.config)
         return Shard({"samples": x}, {"cost": cost})
 
-    return make
 
-
-def _solve(
-    setup: ImageSetup, name: str, seen: InverseProblem, config: InverseConfig
-) -> tuple[Tensor, dict[str, float]]:
+def solve(setup: ImageSetup, name: str, seen: InverseProblem, config: InverseConfig) -> tuple[Tensor, dict[str, float]]:
     """(draws, images, *event) samples and their cost; a particle system takes one observation at a time."""
-    v, g, draws = _for_draws(name, config.draws), stream(config.seed, "inverse", name), config.draws
+    v, g, draws = for_draws(name, config.draws), stream(config.seed, "inverse", name), config.draws
     system = not v.method.row_by_row  # particles replace each other: one observation at a time
     # on a processor a few observations at a time: their states and draws should stay in its cache
     together = 1 if system else max(1, 2 * CHUNK // draws) if setup.model.device.type == "cpu" else len(seen.y)
@@ -155,34 +201,31 @@ def _solve(
     return torch.cat(parts, 1), per_sample(totals, draws * config.images)
 
 
-def _for_draws(name: str, draws: int) -> Variant:
+def for_draws(name: str, draws: int) -> Variant:
     """A variant whose particle systems, where it has some, are returned whole and hold as many samples as asked for."""
     v = image_variant(name)
-    return (
-        v
-        if v.method.row_by_row
-        else v.using({"particles": max(v.method.system or v.method.copies, draws), "returns": "all"})
-    )
+    if v.method.row_by_row:
+        return v
+    return v.using({"particles": max(v.method.system or v.method.copies, draws), "returns": "all"})
 
 
 @torch.no_grad()
-def _judge(
-    setup: ImageSetup, x: Tensor, truth: Tensor, labels: Tensor | None, seen: InverseProblem
-) -> dict[str, float]:
+def fit(setup: ImageSetup, x: Tensor, truth: Tensor, labels: Tensor | None, seen: InverseProblem) -> Fit:
+    """Of samples (draws, images, *event)."""
     flat = x.flatten(0, 1)
-    repeated = repeat_rows(truth, len(x))
     residual = (seen.operator(flat) - repeat_rows(seen.y, len(x))) / seen.noise_std
-    cell = {
-        "psnr_mean": float(psnr(x.mean(0), truth).mean()),
-        "psnr": float(psnr(flat, repeated).mean()),
-        "residual": float(residual.square().mean()),
-    }
+    accuracy = None
     if labels is not None and setup.judge.classifier is not None:
-        cell["accuracy"] = float((setup.judge.classes(flat) == labels.repeat(len(x))).double().mean())
-    return cell
+        accuracy = float((setup.judge.classes(flat) == labels.repeat(len(x))).double().mean())
+    return Fit(
+        psnr_mean=float(psnr(x.mean(0), truth).mean()),
+        psnr=float(psnr(flat, repeat_rows(truth, len(x))).mean()),
+        residual=float(residual.square().mean()),
+        accuracy=accuracy,
+    )
 
 
-def _shown(problem: str, y: Tensor, truth: Tensor) -> Tensor:
+def shown(problem: str, y: Tensor, truth: Tensor) -> Tensor:
     """An observation as an image of the truth's size: hidden pixels grey, small images enlarged."""
     if problem == "inpaint":
         picture = torch.zeros_like(truth)
@@ -191,39 +234,3 @@ def _shown(problem: str, y: Tensor, truth: Tensor) -> Tensor:
         return picture.cpu()
     factor = truth.shape[-1] // y.shape[-1]
     return y.repeat_interleave(factor, -1).repeat_interleave(factor, -2).cpu()
-
-
-def _words(results: dict[str, Any], config: InverseConfig) -> dict[str, Any]:
-    head = [
-        "method",
-        "PSNR of the mean, dB",
-        "PSNR of a sample, dB",
-        "judge's accuracy",
-        "residual",
-        "spread ratio",
-        "rank test p",
-        "NFE",
-        "ms",
-    ]
-    tables = {}
-    for problem, cells in results.items():
-        rows = [
-            [
-                image_variant(name).title,
-                c["psnr_mean"],
-                c["psnr"],
-                c.get("accuracy"),
-                c["residual"],
-                c["spread_ratio"],
-                c["rank_p"],
-                round(c["cost"]["nfe"]),
-                1000 * c["cost"]["seconds"],
-            ]
-            for name, c in cells.items()
-        ]
-        tables[PROBLEMS[problem].capitalize()] = table(head, rows)
-    return {
-        "tables": tables,
-        "summary": f"{config.images} held-out images observed with noise of {config.noise_std:g}; {config.draws} "
-        "samples of each posterior by every method. Residual and spread ratio are 1 for a calibrated sampler.",
-    }

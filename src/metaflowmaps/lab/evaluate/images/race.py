@@ -16,39 +16,41 @@ latents decoded, is scored where it is made.
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from metaflowmaps.cost import Meter
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json
 from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward, scores_of, short
 from metaflowmaps.lab.evaluate.images.judging import BATCH
 from metaflowmaps.lab.evaluate.images.setup import (
     ImageEvalConfig,
     ImageSetup,
     Say,
-    Timed,
+    Table,
     cost_of,
     cost_of_parts,
+    finite_samples,
     table,
 )
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, labels_of, run
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
-from metaflowmaps.path import call_drift
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards import Tempered
-from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.steering import ODE
 from metaflowmaps.work.shards import Shard, ranges
 
 SUBSET = 64
 SETS = 8  # of SUBSET samples, at most
 TOP = 0.1  # of all images: the data of the target
+PICTURED = 16
 METHODS = (
     "mfm-g-1",
     "mfm-g-rescale-1",
@@ -68,6 +70,7 @@ POOLS = {
     "map-1": "best-of-N of map samples, 1 step",
     "map-4": "best-of-N of map samples, 4 steps",
 }
+FRONTIERS = {"distance": "mean distance", "frechet": "Fréchet to target"}
 
 
 class RaceConfig(ImageEvalConfig):
@@ -94,286 +97,248 @@ class RaceConfig(ImageEvalConfig):
 
     def calls(self) -> int:
         """Evaluations of the map's network: the pools, and every steered cell."""
-        pools = self.pool * (self.base_steps + sum(int(kind.removeprefix("map-")) for kind in POOLS if kind != "ode"))
+        pools = self.pool * sum(map(self.steps_of, POOLS))
         cells = sum(
             len(self.numbers(name)) * calls(image_variant(name), self.samples, self.steps) for name in self.methods
         )
         return pools + len(self.rewards) * cells
 
+    def steps_of(self, pool: str) -> int:
+        """Network calls of a sample of a pool."""
+        return self.base_steps if pool == "ode" else int(pool.removeprefix("map-"))
+
     def numbers(self, name: str) -> tuple[float, ...]:
         """The strengths at which a method runs."""
-        return (0.0,) if name == "none" else self.rescales if _rescaled(name) else self.strengths
+        return (0.0,) if name == "none" else self.rescales if image_variant(name).rescaled else self.strengths
 
 
-class Raced(NamedTuple):
-    """Figures, and for each reward the samples that the story shows."""
-
-    metrics: dict[str, Any]
-    samples: dict[str, dict[str, Tensor]]
+# -- what comes of it --------------------------------------------------------------------------------------------------
 
 
-def evaluate_race(setup: ImageSetup, config: RaceConfig, say: Say = lambda line: None) -> Raced:
-    """metrics.rewards[reward].cells: {method, strength | n, reward, others, distance, vendi, frechet, cost}, each."""
-    for name in config.methods:
-        image_variant(name)
-    rewards = {name: image_reward(setup, name) for name in config.rewards}
-    data = setup.everything()
-    known = scores_of(rewards, data, setup.cond(setup.everything_told(), len(data)))
-    races = {name: _Race(setup, name, rewards, data, config, known[name]) for name in rewards}
-    parts = ranges(config.pool, setup.shard if setup.latent else BATCH)
-    steered = [
-        (race, name, number) for race in races.values() for name in config.methods for number in config.numbers(name)
-    ]
-    drawn = setup.share(
-        {
-            f"{pool}.{part}": _pool(setup, pool, config, rewards, index, say)
-            for pool in POOLS
-            for part, index in parts.items()
-        }
-        | {_key(*cell): cell[0].steer(*cell[1:], say) for cell in steered}
-    )
-    for pool in POOLS:
-        made = [drawn(f"{pool}.{part}") for part in parts]
-        images = torch.cat([part.tensors["samples"] for part in made])
-        cost = cost_of_parts(made, config.pool)
-        scores = _scores_in(rewards, torch.cat([part.tensors["scores"] for part in made], 1))
-        for race in races.values():
-            for n in config.best_of:
-                race.best_of(pool, n, images, scores, cost)
-    for race, name, number in steered:
-        race.steered(name, number, drawn(_key(race, name, number)))
-    metrics = {
-        "rewards": {name: race.metrics() for name, race in races.items()},
-        "steps": config.steps,
-        "base_steps": config.base_steps,
-        "pool": config.pool,
-        "space": setup.judge.space,
-        **setup.extras(),
-    }
-    return Raced({**metrics, **_words(metrics)}, {name: race.shown for name, race in races.items()})
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean pairwise distance, and Vendi score and Fréchet distance to the target on sets of SUBSET; None: too few."""
+
+    distance: float
+    vendi: float | None
+    frechet: float | None
 
 
-class _Race:
-    """All cells of one reward."""
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Samples of best-of-N of a pool, ``number`` its N, or of a method, ``number`` its λσ or γ.
 
-    def __init__(
-        self,
-        setup: ImageSetup,
-        name: str,
-        rewards: dict[str, Any],
-        data: Tensor,
-        config: RaceConfig,
-        on_data: Tensor | None = None,
-    ) -> None:
-        self.setup, self.name, self.rewards, self.config = setup, name, rewards, config
-        self.images = data
-        self.on_data = scores_of({name: rewards[name]}, data)[name] if on_data is None else on_data
-        self.scale = float(self.on_data.std()) or 1.0  # a reward that is the same for all data has no scale
-        self.best = self.on_data.topk(min(len(data), max(2 * SUBSET, round(TOP * len(data))))).indices
-        self.cells: list[dict[str, Any]] = []
-        self.shown: dict[str, Tensor] = {"target data": self._picture(data[self.best[:16].to(data.device)])}
+    A method that breaks at a strength is a cell that says so, and is not scored.
+    """
 
-    @cached_property
-    def target(self) -> Tensor:
-        """Features of the data with the highest reward."""
-        return self.setup.judge.features(self.images[self.best.to(self.images.device)])
+    method: str
+    number: float
+    lost: int = 0
 
-    @cached_property
-    def data(self) -> dict[str, Any]:
-        """What the data have; only who puts the cells together needs it."""
-        first = self.setup.judge.features(self.images[:BATCH])
+    def to_json(self) -> Json:
+        """{method, strength | n, lost} and what a scored cell has besides."""
+        found = asdict(self)
         return {
-            "target_reward": float(self.on_data[self.best].mean()),
-            "reward": float(self.on_data.mean()),
-            "reward_std": self.scale,
-            "target_images": len(self.best),
-            **self.judged(self.target),
-            "base_frechet": self._subsets(first, "frechet"),
+            "method": found.pop("method"),
+            "n" if self.method in POOLS else "strength": found.pop("number"),
+            **found,
         }
 
-    def best_of(self, pool: str, n: int, images: Tensor, scores: dict[str, Tensor], cost: dict[str, float]) -> None:
-        """Groups of n, the best of each; a group costs n samples and n rewards."""
-        groups = min(len(images) // n, max(self.config.samples, SUBSET))
-        order = torch.randperm(len(images), generator=stream(self.config.seed, "groups", pool, n))[: groups * n]
-        won = scores[self.name][order].reshape(groups, n).argmax(1, keepdim=True)
-        best = order.reshape(groups, n).gather(1, won)[:, 0]
-        each = {k: n * v for k, v in cost.items()}
-        each |= {"reward_calls": float(n), "nfe": n * cost["nfe"] + n}
-        self._add(pool, n, images[best.to(images.device)], {k: v[best] for k, v in scores.items()}, each)
 
-    def steer(self, name: str, strength: float, say: Say = lambda line: None) -> Callable[[], Shard]:
-        """Samples of one method at λ/σ, or rescaled to γ = strength."""
+@dataclass(frozen=True, kw_only=True)
+class RaceCell(Spread, Cell):
+    """One that is scored."""
 
-        def make() -> Shard:
-            rescaled = _rescaled(name)
-            say(f"{self.name}: {name}, {'γ' if rescaled else 'λσ'} = {strength:g}")
-            weight = self.config.rescale_strength if rescaled else strength
-            reward = Tempered(self.rewards[self.name], weight / self.scale) if weight else self.rewards[self.name]
-            process = ODE(steps=self.config.steps)
-            if rescaled:
-                process = replace(process, renormalize="rescale", renormalize_to=strength)
-            g = stream(self.config.seed, "race", self.name, name, repr(strength))
-            labels = labels_of(name, self.setup.labels(self.config.samples, "race", self.config.seed))
-            x, result = run(self.setup, image_variant(name), reward, self.config.samples, process, g, labels)
-            finite = x.flatten(1).isfinite().all(1)
-            kept = {"samples": x}
-            if int(finite.sum()) >= SUBSET:
-                cond = self.setup.cond(None if labels is None else labels[finite], int(finite.sum()))
-                kept["scores"] = torch.stack([*scores_of(self.rewards, x[finite], cond).values()])
-                kept["features"] = self.setup.judge.features(x[finite])
-            return Shard(kept, {"cost": cost_of(result)})
+    reward: float
+    reward_se: float
+    others: dict[str, float]  # rewards that it was not steered by
+    samples: int
+    cost: dict[str, float]
 
-        return make
-
-    def steered(self, name: str, strength: float, made: Shard) -> None:
-        """Judge these samples."""
-        x = made.tensors["samples"]
-        finite = x.flatten(1).isfinite().all(1)
-        x = x[finite]
-        if len(x) < SUBSET:  # the method broke at this strength: said so, and not scored
-            self.cells.append({"method": name, "strength": strength, "lost": int((~finite).sum())})
-            return
-        scores = _scores_in(self.rewards, made.tensors["scores"])
-        lost = int((~finite).sum())
-        self._add(name, strength, x, scores, made.facts["cost"], lost, made.tensors["features"])
-
-    def _add(
-        self,
-        method: str,
-        number: float,
-        x: Tensor,
-        scores: dict[str, Tensor],
-        cost: dict[str, float],
-        lost: int = 0,
-        features: Tensor | None = None,
-    ) -> None:
-        own = scores[self.name]
-        self.cells.append(
-            {
-                "method": method,
-                ("n" if method in POOLS else "strength"): number,
-                "reward": float(own.mean()),
-                "reward_se": float(own.std() / math.sqrt(len(own))),
-                "others": {k: float(v.mean()) for k, v in scores.items() if k != self.name},
-                **self.judged(self.setup.judge.features(x) if features is None else features),
-                "samples": len(x),
-                "lost": lost,
-                "cost": cost,
-            }
-        )
-        self.shown[f"{method} {number:g}"] = self._picture(x[:16])
-
-    def _picture(self, x: Tensor) -> Tensor:
-        return self.setup.decode(x).cpu()
-
-    def judged(self, features: Tensor) -> dict[str, float | None]:
-        """Distance, Vendi score and Fréchet distance to the target, the last two on sets of SUBSET."""
-        return {
-            "distance": mean_pairwise_distance(features),
-            "vendi": self._subsets(features, "vendi"),
-            "frechet": self._subsets(features, "frechet"),
-        }
-
-    def _subsets(self, features: Tensor, what: str) -> float | None:
-        sets = [part for part in features.split(SUBSET) if len(part) == SUBSET][:SETS]
-        if not sets:  # too few samples to be compared with the others
-            return None
-        if what == "vendi":
-            return sum(vendi_score(part) for part in sets) / len(sets)
-        return sum(frechet_distance(part, self.target) for part in sets) / len(sets)
-
-    def metrics(self) -> dict[str, Any]:
-        owners = {
-            what: [f"{c['method']} {c.get('strength', c.get('n')):g}" for c in frontier(self.cells, what)]
-            for what in ("distance", "frechet")
-        }
-        return {"data": self.data, "cells": self.cells, "headline": headline(self.cells), "frontier": owners}
+    @property
+    def key(self) -> str:
+        """Its name among the samples that are shown."""
+        return f"{self.method} {self.number:g}"
 
 
-def _key(race: _Race, name: str, number: float) -> str:
-    return f"{race.name}.{name}.{number!r}"
+@dataclass(frozen=True)
+class Headline:
+    """MFM-G with one draw against best-of-N of a pool, at its largest N."""
+
+    n: float
+    reached: bool
+    method: str
+    strength: float
+    reward: float
+    rival_reward: float
+    nfe_ratio: float
+    seconds_ratio: float
+    distance: float
+    rival_distance: float
+    frechet: float | None
+    rival_frechet: float | None
 
 
-def _rescaled(name: str) -> bool:
-    return image_variant(name).rescaled
-
-
-def _scores_in(rewards: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
-    """Rewards by name, of a cell's rows (rewards, n)."""
-    return dict(zip(rewards, rows.cpu(), strict=True))
-
-
-def _pool(
-    setup: ImageSetup, kind: str, config: RaceConfig, rewards: dict[str, Any], index: slice, say: Say
-) -> Callable[[], Shard]:
-    """Samples of the model itself, those of these indices, and their rewards."""
-    model, n = setup.model, index.stop - index.start
-
-    @torch.no_grad()
-    def make() -> Shard:
-        if index.start == 0:
-            say(f"a pool of {config.pool:,} samples: {POOLS[kind]}")
-        g = stream(config.seed, "pool", kind, index.start)
-        labels = setup.labels(config.pool, "pool", config.seed)
-        cond = setup.cond(None if labels is None else labels[index], n)
-        with Timed(model) as timed, setup.autocast():
-            if kind == "ode":
-                noise = randn((n, *model.event_shape), g, model.dtype, model.device)
-                x = integrate(lambda t, x: call_drift(model.drift, t, x, cond), noise, uniform_grid(config.base_steps))
-            else:
-                steps = int(kind.removeprefix("map-"))
-                asked: dict[str, Any] = {} if cond is None else {"cond": cond}
-                x = model.generate(n, steps, g, **asked)
-        scores = torch.stack([*scores_of(rewards, x, cond).values()])
-        return Shard({"samples": x, "scores": scores}, {"cost": timed.meter.cost()})
-
-    return make
-
-
-def headline(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """MFM-G with one draw against best-of-N of each pool: the most diverse that reaches its reward, and the ratios.
+def headline(cells: Iterable[RaceCell]) -> dict[str, Headline]:
+    """By pool: the most diverse MFM-G of one draw that reaches the reward of best-of-N, and the ratios.
 
     Where none does, the one of highest reward, with ``reached`` false.
     """
-    single = [c for c in cells if c["method"] in SINGLE and "reward" in c]
-    out = {}
+    cells, found = list(cells), {}
+    single = [cell for cell in cells if cell.method in SINGLE]
     for pool in POOLS:
-        rival = max((c for c in cells if c["method"] == pool), key=lambda c: c["n"], default=None)
+        rival = max((cell for cell in cells if cell.method == pool), key=lambda cell: cell.number, default=None)
         if rival is None or not single:
             continue
-        enough = [c for c in single if c["reward"] >= rival["reward"]]
-        ours = max(enough, key=lambda c: c["distance"]) if enough else max(single, key=lambda c: c["reward"])
-        out[pool] = {
-            "n": rival["n"],
-            "reached": bool(enough),
-            "method": ours["method"],
-            "strength": ours["strength"],
-            "reward": ours["reward"],
-            "rival_reward": rival["reward"],
-            "nfe_ratio": rival["cost"]["nfe"] / ours["cost"]["nfe"],
-            "seconds_ratio": rival["cost"]["seconds"] / ours["cost"]["seconds"],
-            "distance": ours["distance"],
-            "rival_distance": rival["distance"],
-            "frechet": ours["frechet"],
-            "rival_frechet": rival["frechet"],
-        }
-    return out
+        enough = [cell for cell in single if cell.reward >= rival.reward]
+        best = max(single, key=lambda cell: cell.reward)
+        ours = max(enough, key=lambda cell: cell.distance, default=best)
+        found[pool] = Headline(
+            n=rival.number,
+            reached=bool(enough),
+            method=ours.method,
+            strength=ours.number,
+            reward=ours.reward,
+            rival_reward=rival.reward,
+            nfe_ratio=rival.cost["nfe"] / ours.cost["nfe"],
+            seconds_ratio=rival.cost["seconds"] / ours.cost["seconds"],
+            distance=ours.distance,
+            rival_distance=rival.distance,
+            frechet=ours.frechet,
+            rival_frechet=rival.frechet,
+        )
+    return found
 
 
-def frontier(cells: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+def frontier(cells: Iterable[RaceCell], what: str) -> list[RaceCell]:
     """The cells that no other beats in reward and in ``what`` at once (distance: more is better; frechet: less)."""
     sign = 1.0 if what == "distance" else -1.0
-    usable = [c for c in cells if c.get(what) is not None]
-    return [
-        c
-        for c in usable
-        if not any(
-            o["reward"] >= c["reward"]
-            and sign * o[what] >= sign * c[what]
-            and (o["reward"], sign * o[what]) != (c["reward"], sign * c[what])
-            for o in usable
-        )
-    ]
+    goods = [(cell, getattr(cell, what)) for cell in cells if getattr(cell, what) is not None]
+    points = [(cell.reward, sign * value) for cell, value in goods]
+
+    def beaten(reward: float, good: float) -> bool:
+        return any(r >= reward and g >= good and (r, g) != (reward, good) for r, g in points)
+
+    return [cell for (cell, _), point in zip(goods, points, strict=True) if not beaten(*point)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetData(Spread):
+    """What the data of the target have, and all data beside them."""
+
+    target_reward: float
+    reward: float
+    reward_std: float
+    target_images: int
+    base_frechet: float | None
+
+
+COLUMNS: dict[str, Callable[[RaceCell], object]] = {
+    "NFE": lambda cell: round(cell.cost["nfe"]),
+    "ms": lambda cell: 1000 * cell.cost["seconds"],
+    "samples": lambda cell: cell.samples,
+}
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """All cells of one reward, what the data have, and the first samples of each cell."""
+
+    data: TargetData
+    cells: list[Cell]
+    shown: dict[str, Tensor]
+
+    @property
+    def scored(self) -> list[RaceCell]:
+        """The cells that did not break."""
+        return [cell for cell in self.cells if isinstance(cell, RaceCell)]
+
+    @cached_property
+    def headline(self) -> dict[str, Headline]:
+        """MFM-G with one draw against best-of-N, by pool."""
+        return headline(self.scored)
+
+    def to_json(self) -> Json:
+        """{data, cells, headline, frontier}."""
+        return {
+            "data": asdict(self.data),
+            "cells": [cell.to_json() for cell in self.cells],
+            "headline": {pool: asdict(found) for pool, found in self.headline.items()},
+            "frontier": {what: [cell.key for cell in frontier(self.scored, what)] for what in FRONTIERS},
+        }
+
+    def table(self, brief: Mapping[str, str]) -> Table:
+        """One row a cell, and one for the data of the target."""
+        others = list(self.scored[0].others)
+        head = ["method", "λσ, γ or N", "reward", "±", *(f"{brief[other]} too" for other in others), "mean distance"]
+        head += [f"Vendi of {SUBSET}", "Fréchet to target", *COLUMNS]
+        rows: list[list[object]] = [
+            [
+                *(title(cell.method), cell.number, cell.reward, cell.reward_se, *cell.others.values()),
+                *(cell.distance, cell.vendi, cell.frechet, *(column(cell) for column in COLUMNS.values())),
+            ]
+            for cell in self.scored
+        ]
+        data = self.data
+        target = ["data of the target", None, data.target_reward, None, *(None for _ in others)]
+        return table(head, [*rows, [*target, data.distance, data.vendi, data.frechet, None, None, data.target_images]])
+
+
+@dataclass(frozen=True)
+class Raced:
+    """Every reward."""
+
+    setup: ImageSetup
+    config: RaceConfig
+    races: dict[str, RewardResult]
+
+    @property
+    def samples(self) -> dict[str, dict[str, Tensor]]:
+        """For each reward the samples that pictures show, by :attr:`RaceCell.key`."""
+        return {name: race.shown for name, race in self.races.items()}
+
+    @cached_property
+    def metrics(self) -> Json:
+        """metrics.rewards[reward].cells, and tables."""
+        config, races, brief = self.config, self.races, short(self.races)
+        won = sum("ode" in race.headline and race.headline["ode"].reached for race in races.values())
+        return {
+            "rewards": {name: race.to_json() for name, race in races.items()},
+            "steps": config.steps,
+            "base_steps": config.base_steps,
+            "pool": config.pool,
+            "space": self.setup.judge.space,
+            **self.setup.extras(),
+            "tables": {
+                "MFM-G with one draw against best-of-N": self.headlines(),
+                "Cells that none beats in reward and in the other at once": self._frontiers(),
+                **{f"Reward {name}": race.table(brief) for name, race in races.items()},
+            },
+            "summary": f"MFM-G with one draw a step reaches the mean reward of best-of-N over {config.base_steps}-step "
+            f"ODE samples on {won} of {len(races)} rewards. Reward is shown beside diversity and beside the "
+            "distance to the data that have such a reward: reward alone proves little.",
+        }
+
+    def headlines(self) -> Table:
+        """MFM-G with one draw against best-of-N of each pool, by reward."""
+        head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ or γ", "NFE, times fewer"]
+        head += ["seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]
+        rows: list[list[object]] = []
+        for name, race in self.races.items():
+            for pool, h in race.headline.items():
+                rival, reached = f"{POOLS[pool]}, N = {h.n}", "yes" if h.reached else "no"
+                row = [name, rival, h.rival_reward, h.reward, reached, title(h.method), f"{h.strength:g}"]
+                row += [h.nfe_ratio, h.seconds_ratio, h.rival_distance, h.distance, h.rival_frechet, h.frechet]
+                rows.append(row)
+        return table(head, rows)
+
+    def _frontiers(self) -> Table:
+        rows = []
+        for name, race in self.races.items():
+            for what, words in FRONTIERS.items():
+                owners = Counter(title(cell.method) for cell in frontier(race.scored, what))
+                rows.append([name, words, ", ".join(f"{method}: {count}" for method, count in owners.most_common())])
+        return table(["reward", "against", "cells of"], rows)
 
 
 def title(method: str) -> str:
@@ -381,60 +346,184 @@ def title(method: str) -> str:
     return POOLS[method] if method in POOLS else image_variant(method).title
 
 
-def _words(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The tables and the summary."""
-    races = metrics["rewards"]
-    tables = {
-        "MFM-G with one draw against best-of-N": _headlines(races),
-        "Cells that none beats in reward and in the other at once": _frontiers(races),
-        **{f"Reward {name}": _cells_of(race, short(races)) for name, race in races.items()},
-    }
-    won = sum(race["headline"].get("ode", {}).get("reached", False) for race in races.values())
-    return {
-        "tables": tables,
-        "summary": f"MFM-G with one draw a step reaches the mean reward of best-of-N over {metrics['base_steps']}-step "
-        f"ODE samples on {won} of {len(races)} rewards. Reward is shown beside diversity and beside the "
-        "distance to the data that have such a reward: reward alone proves little.",
-    }
+# -- how it is run -----------------------------------------------------------------------------------------------------
 
 
-def _headlines(races: dict[str, Any]) -> Any:
-    head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ or γ", "NFE, times fewer"]
-    head += ["seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]
-    rows = []
-    for name, race in races.items():
-        for pool, h in race["headline"].items():
-            row = [
-                name,
-                f"{POOLS[pool]}, N = {h['n']}",
-                h["rival_reward"],
-                h["reward"],
-                "yes" if h["reached"] else "no",
-            ]
-            row += [title(h["method"]), f"{h['strength']:g}", h["nfe_ratio"], h["seconds_ratio"]]
-            rows.append([*row, h["rival_distance"], h["distance"], h["rival_frechet"], h["frechet"]])
-    return table(head, rows)
+class Race(ImageExperiment[RaceConfig, Raced]):
+    """Pools of the model's own samples, and samples steered to every reward by every method at every strength."""
+
+    def __init__(self, setup: ImageSetup, config: RaceConfig, say: Say = lambda line: None) -> None:
+        super().__init__(setup, config, say)
+        for name in config.methods:
+            image_variant(name)  # what does not exist is refused before anything runs
+        self.rewards: dict[str, Any] = {name: image_reward(setup, name) for name in config.rewards}
+        self.images = setup.everything()
+        self.on_data = scores_of(self.rewards, self.images, setup.cond_of_everything())
+
+    @cached_property
+    def races(self) -> dict[str, "RewardRace"]:
+        """One a reward."""
+        return {name: RewardRace(self, name) for name in self.rewards}
+
+    @cached_property
+    def parts(self) -> dict[str, slice]:
+        """How a pool is cut."""
+        return ranges(self.config.pool, self.setup.shard if self.setup.latent else BATCH)
+
+    def cells(self) -> Cells:
+        pools = {
+            f"{pool}.{part}": partial(self._pool, pool, index) for pool in POOLS for part, index in self.parts.items()
+        }
+        return pools | {
+            f"{race.name}.{name}.{number!r}": partial(race.steer, name, number)
+            for race in self.races.values()
+            for name, number in self._steered()
+        }
+
+    def judge(self, drawn: Drawn) -> Raced:
+        for pool in POOLS:
+            made = [drawn(f"{pool}.{part}") for part in self.parts]
+            images = torch.cat([part.tensors["samples"] for part in made])
+            scores = self.by_reward(torch.cat([part.tensors["scores"] for part in made], 1))
+            cost = cost_of_parts(made, self.config.pool)
+            for race in self.races.values():
+                for n in self.config.best_of:
+                    race.best_of(pool, n, images, scores, cost)
+        for race in self.races.values():
+            for name, number in self._steered():
+                race.steered(name, number, drawn(f"{race.name}.{name}.{number!r}"))
+        return Raced(self.setup, self.config, {name: race.result() for name, race in self.races.items()})
+
+    def by_reward(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rewards by name, of a cell's rows (rewards, n)."""
+        return dict(zip(self.rewards, rows.cpu(), strict=True))
+
+    def _steered(self) -> list[tuple[str, float]]:
+        return [(name, number) for name in self.config.methods for number in self.config.numbers(name)]
+
+    @torch.no_grad()
+    def _pool(self, kind: str, index: slice) -> Shard:
+        """Samples of the model itself, those of these indices, and their rewards."""
+        model, config, n = self.setup.model, self.config, index.stop - index.start
+        if index.start == 0:
+            self.say(f"a pool of {config.pool:,} samples: {POOLS[kind]}")
+        g, steps = stream(config.seed, "pool", kind, index.start), config.steps_of(kind)
+        cond = self.setup.cond_of_noise(config.pool, "pool", config.seed, index)
+        with Meter(model.network) as meter, self.setup.autocast():
+            if kind == "ode":
+                noise = randn((n, *model.event_shape), g, model.dtype, model.device)
+                x = self.setup.flow(noise, steps, cond)
+            else:
+                x = model.generate(n, steps, g, cond)
+        scores = torch.stack([*scores_of(self.rewards, x, cond).values()])
+        return Shard({"samples": x, "scores": scores}, {"cost": meter.cost()})
 
 
-def _frontiers(races: dict[str, Any]) -> Any:
-    rows = []
-    for name, race in races.items():
-        for what, words in (("distance", "mean distance"), ("frechet", "Fréchet to target")):
-            owners = Counter(title(owner.rpartition(" ")[0]) for owner in race["frontier"][what])
-            rows.append([name, words, ", ".join(f"{method}: {count}" for method, count in owners.most_common())])
-    return table(["reward", "against", "cells of"], rows)
+class Made(NamedTuple):
+    """Samples of a cell with their rewards and features, and what one cost."""
+
+    x: Tensor
+    scores: Mapping[str, Tensor]
+    features: Tensor
+    cost: dict[str, float]
+    lost: int = 0
 
 
-def _cells_of(race: dict[str, Any], brief: dict[str, str]) -> Any:
-    others, data = list(race["cells"][0]["others"]), race["data"]
-    head = ["method", "λσ, γ or N", "reward", "±", *(f"{brief[o]} too" for o in others), "mean distance"]
-    head += [f"Vendi of {SUBSET}", "Fréchet to target", "NFE", "ms", "samples"]
-    rows = []
-    for c in race["cells"]:
-        if "reward" in c:
-            row = [title(c["method"]), c.get("strength", c.get("n")), c["reward"], c["reward_se"]]
-            row += [*(c["others"][o] for o in others), c["distance"], c["vendi"], c["frechet"]]
-            rows.append([*row, round(c["cost"]["nfe"]), 1000 * c["cost"]["seconds"], c["samples"]])
-    row = ["data of the target", None, data["target_reward"], None, *(None for _ in others)]
-    rows.append([*row, data["distance"], data["vendi"], data["frechet"], None, None, data["target_images"]])
-    return table(head, rows)
+class RewardRace:
+    """The cells of one reward."""
+
+    def __init__(self, race: Race, name: str) -> None:
+        self.race, self.setup, self.config, self.name = race, race.setup, race.config, name
+        self.on_data, images = race.on_data[name], race.images
+        self.scale = float(self.on_data.std()) or 1.0  # a reward that is the same for all data has no scale
+        self.best = self.on_data.topk(min(len(images), max(2 * SUBSET, round(TOP * len(images))))).indices
+        self.cells: list[Cell] = []
+        self.shown = {"target data": self._picture(images[self.best[:PICTURED].to(images.device)])}
+
+    @cached_property
+    def target(self) -> Tensor:
+        """Features of the data with the highest reward; only who puts the cells together needs them."""
+        return self.setup.judge.features(self.race.images[self.best.to(self.race.images.device)])
+
+    def best_of(self, pool: str, n: int, images: Tensor, scores: Mapping[str, Tensor], cost: dict[str, float]) -> None:
+        """Groups of n, the best of each; a group costs n samples and n rewards."""
+        groups = min(len(images) // n, max(self.config.samples, SUBSET))
+        order = torch.randperm(len(images), generator=stream(self.config.seed, "groups", pool, n))[: groups * n]
+        won = scores[self.name][order].reshape(groups, n).argmax(1, keepdim=True)
+        best = order.reshape(groups, n).gather(1, won)[:, 0]
+        each = {key: n * value for key, value in cost.items()}
+        each |= {"reward_calls": float(n), "nfe": n * cost["nfe"] + n}
+        x = images[best.to(images.device)]
+        self._add(pool, n, Made(x, {k: v[best] for k, v in scores.items()}, self.setup.judge.features(x), each))
+
+    def steer(self, name: str, strength: float) -> Shard:
+        """Samples of one method at λ/σ, or rescaled to γ = strength."""
+        setup, config, v = self.setup, self.config, image_variant(name)
+        self.race.say(f"{self.name}: {name}, {'γ' if v.rescaled else 'λσ'} = {strength:g}")
+        weight = config.rescale_strength if v.rescaled else strength
+        reward = self.race.rewards[self.name]
+        if weight:
+            reward = Tempered(reward, weight / self.scale)
+        process = ODE(steps=config.steps)
+        if v.rescaled:
+            process = replace(process, renormalize="rescale", renormalize_to=strength)
+        g = stream(config.seed, "race", self.name, name, repr(strength))
+        labels = labels_of(name, setup.labels(config.samples, "race", config.seed))
+        x, result = run(setup, v, reward, config.samples, process, g, labels)
+        kept, finite = {"samples": x}, x.flatten(1).isfinite().all(1)
+        x = x[finite]
+        if len(x) >= SUBSET:
+            cond = setup.cond(None if labels is None else labels[finite], len(x))
+            kept["scores"] = torch.stack([*scores_of(self.race.rewards, x, cond).values()])
+            kept["features"] = setup.judge.features(x)
+        return Shard(kept, {"cost": cost_of(result)})
+
+    def steered(self, name: str, strength: float, made: Shard) -> None:
+        """Judge these samples."""
+        x, lost = finite_samples(made.tensors["samples"])
+        if len(x) < SUBSET:
+            self.cells.append(Cell(method=name, number=strength, lost=lost))
+            return
+        scores = self.race.by_reward(made.tensors["scores"])
+        self._add(name, strength, Made(x, scores, made.tensors["features"], made.facts["cost"], lost))
+
+    def result(self) -> RewardResult:
+        """The cells, and what they are held against."""
+        first = self.setup.judge.features(self.race.images[:BATCH])
+        data = TargetData(
+            target_reward=float(self.on_data[self.best].mean()),
+            reward=float(self.on_data.mean()),
+            reward_std=self.scale,
+            target_images=len(self.best),
+            base_frechet=self.spread(first).frechet,
+            **asdict(self.spread(self.target)),
+        )
+        return RewardResult(data, self.cells, self.shown)
+
+    def spread(self, features: Tensor) -> Spread:
+        """Of samples with these features; sets of SUBSET make their figures those of other cells."""
+        distance = mean_pairwise_distance(features)
+        sets = [part for part in features.split(SUBSET) if len(part) == SUBSET][:SETS]
+        if not sets:
+            return Spread(distance=distance, vendi=None, frechet=None)
+        vendi, frechet = map(vendi_score, sets), (frechet_distance(part, self.target) for part in sets)
+        return Spread(distance=distance, vendi=sum(vendi) / len(sets), frechet=sum(frechet) / len(sets))
+
+    def _add(self, method: str, number: float, made: Made) -> None:
+        own = made.scores[self.name]
+        cell = RaceCell(
+            method=method,
+            number=number,
+            reward=float(own.mean()),
+            reward_se=float(own.std() / math.sqrt(len(own))),
+            others={name: float(score.mean()) for name, score in made.scores.items() if name != self.name},
+            samples=len(own),
+            lost=made.lost,
+            cost=made.cost,
+            **asdict(self.spread(made.features)),
+        )
+        self.cells.append(cell)
+        self.shown[cell.key] = self._picture(made.x[:PICTURED])
+
+    def _picture(self, x: Tensor) -> Tensor:
+        return self.setup.decode(x).cpu()

@@ -10,48 +10,48 @@ Of a map of latents, latents are noised and drawn, and their pictures compared: 
 features that is posterior FID. A map that knows classes is told the image's own.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond, repeat_cond, repeat_rows, select_cond
+from metaflowmaps.cost import Meter
+from metaflowmaps.lab.evaluate.draws import DrawsConfig, DrawsPosterior, posteriors, steps_of, title_of
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json
 from metaflowmaps.lab.evaluate.images.setup import (
     LATENT_BATCH,
     ImageEvalConfig,
     ImageSetup,
-    Say,
-    Timed,
+    Table,
     cost_of_parts,
     table,
 )
 from metaflowmaps.metrics.calibration import spread_ratio
-from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
 from metaflowmaps.sampling import INTEGRATORS
 from metaflowmaps.work.shards import Shard, ranges
 
+PICTURED = 256  # draws behind the picture of their mean and spread
+SHOWN = 8  # draws in the picture of draws
+SPREAD = ("map-1", "map-4", "glass-30", "drift-glass-30")  # whose spread is looked at
+ByTime = dict[str, dict[str, float]]  # by time, by sampler
 
-class RecoveryConfig(ImageEvalConfig):
+
+class RecoveryConfig(DrawsConfig, ImageEvalConfig):
     """What to noise, how far, and who draws."""
+
+    one_step_leads: ClassVar[bool] = True
 
     samples: int = Field(2048, ge=2)
     times: tuple[float, ...] = Field((0.0, 0.1, 0.2, 0.5, 0.8), min_length=1)
-    map_steps: tuple[int, ...] = (1, 2, 4)
     glass_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 30, 32)
     glass_method: str = "euler"
     draws: int = Field(16, ge=2)  # for spread, and for the picture
     images: int = Field(128, ge=2)  # whose spread is looked at
-
-    @model_validator(mode="after")
-    def _possible(self) -> "RecoveryConfig":
-        if any(not 0 <= t < 1 for t in self.times):
-            raise ValueError("times must lie in [0, 1): at t = 1 the posterior is a point")
-        if 1 not in self.map_steps or min((*self.map_steps, *self.glass_steps)) < 1:
-            raise ValueError("steps must be at least 1, and map_steps must contain 1")
-        return self
 
     def calls(self) -> int:
         """Evaluations of the map's network: a draw an image, several of some, and those of the picture."""
@@ -62,81 +62,68 @@ class RecoveryConfig(ImageEvalConfig):
         return len(self.times) * (draws + PICTURED)
 
 
-class Recovered(NamedTuple):
-    """Figures, and for one held-out image at each time: noisy state, draws, their mean and spread."""
+@dataclass(frozen=True)
+class Recovered:
+    """Distances and calibration of every sampler, and one held-out image at each time."""
 
-    metrics: dict[str, Any]
+    frechet: ByTime
+    floor: float
+    spread_ratio: ByTime
+    cost: dict[str, dict[str, float]]  # of a draw, by sampler
+    samples: int
+    setup: ImageSetup
     image: Tensor
     noisy: list[Tensor]
     draws: list[Tensor]
-    spread: list[tuple[Tensor, Tensor]]
+    spread: list[tuple[Tensor, Tensor]]  # mean and standard deviation of draws
+
+    @cached_property
+    def metrics(self) -> Json:
+        """metrics.frechet[t][sampler], metrics.floor, metrics.spread_ratio[t][sampler]."""
+        setup = self.setup
+        return {
+            "frechet": self.frechet,
+            "floor": self.floor,
+            "spread_ratio": self.spread_ratio,
+            "cost_per_draw": self.cost,
+            "samples": self.samples,
+            "space": setup.judge.space,
+            **setup.extras(),
+            "tables": {
+                f"{setup.measure} of draws to {setup.compared_with}, in {setup.judge.space}": self._distances(),
+                "Spread ratio: the truth's distance over the draws' spread (1: calibrated, above: too narrow)": (
+                    _by_time(self.spread_ratio)
+                ),
+            },
+            "summary": self._summary(),
+        }
+
+    def _distances(self) -> Table:
+        times, found = list(self.frechet), _by_time(self.frechet)
+        for name, row in zip(self.cost, found["rows"], strict=True):
+            row.insert(1, self.cost[name]["forwards"] or float(steps_of(name)))
+        floor = ["images trained on (floor)", None, *(self.floor for _ in times)]
+        head, *when = found["head"]
+        return table([head, "calls a draw", *when], [*found["rows"], floor])
+
+    def _summary(self) -> str:
+        won, compared = 0, 0
+        for by_sampler in self.frechet.values():
+            rivals = [value for name, value in by_sampler.items() if name.endswith("glass-30")]
+            compared += bool(rivals)
+            won += bool(rivals) and by_sampler["map-1"] <= min(rivals)
+        told = "Held-out images noised to t and drawn again."
+        if not compared:
+            return told
+        times = len(self.frechet)
+        return f"{told} One map step is at least as close to the data as 30 calls of GLASS at {won} of {times} times."
 
 
-Push = Callable[[Tensor, float, Tensor, Cond], Tensor]
-PICTURED = 256  # draws behind the picture of their mean and spread
-SPREAD = ("map-1", "map-4", "glass-30", "drift-glass-30")  # whose spread is looked at
-
-
-def samplers(
-    setup: ImageSetup, map_steps: tuple[int, ...], glass_steps: tuple[int, ...], method: str
-) -> dict[str, Push]:
-    """Name -> (noise, t, x_t, cond) -> draws. glass-k: on the map's own drift; drift-glass-k: on one trained alone."""
-    model = setup.model
-    out: dict[str, Push] = {}
-    for k in map_steps:
-        out[f"map-{k}"] = lambda noise, t, x, cond=None, k=k: model.push(  # type: ignore[misc]
-            noise, t, x, k, **({} if cond is None else {"cond": cond})
-        )
-    sources = {"glass": model.drift, **({} if setup.drift is None else {"drift-glass": setup.drift})}
-    for name, drift in sources.items():
-        for k in glass_steps:
-            glass = GlassPosterior(model.path, drift, k, method)
-            out[f"{name}-{k}"] = lambda noise, t, x, cond=None, glass=glass: glass.push(  # type: ignore[misc]
-                noise, x.new_full((len(x),), t), x, cond
-            )
-    return out
-
-
-@torch.no_grad()
-def evaluate_recovery(setup: ImageSetup, config: RecoveryConfig, say: Say = lambda line: None) -> Recovered:
-    """metrics.frechet[t][sampler], metrics.floor, metrics.spread_ratio[t][sampler], and pictures."""
-    pushes = samplers(setup, config.map_steps, config.glass_steps, config.glass_method)
-    parts = ranges(config.samples, setup.shard)
-    cells: dict[str, Callable[[], Shard]] = {}
-    for t in config.times:
-        for name, push in pushes.items():
-            for part, index in parts.items():
-                cells[f"{t!r}.{name}.{part}"] = _cell(setup, config, t, push, index)
-            if name in SPREAD:
-                cells[f"{t!r}.{name}.spread"] = _spread_cell(setup, config, t, push)
-    drawn = setup.share(cells)
-    first, _ = setup.images(config.samples, "recovery", config.seed, slice(config.images))
-    frechet: dict[str, dict[str, float]] = {}
-    ratio: dict[str, dict[str, float]] = {}
-    cost: dict[str, dict[str, float]] = {}
-    for t in config.times:
-        say(f"t = {t:g}")
-        frechet[repr(t)], ratio[repr(t)] = {}, {}
-        for name in pushes:
-            made = [drawn(f"{t!r}.{name}.{part}") for part in parts]
-            cost[name] = cost_of_parts(made, config.samples)
-            frechet[repr(t)][name] = setup.frechet_of(torch.cat([part.tensors["features"] for part in made]))
-            if name in SPREAD:
-                several = drawn(f"{t!r}.{name}.spread").tensors["draws"]
-                ratio[repr(t)][name] = spread_ratio(several, first)
-    image, noisy, shown, spread = _pictured(setup, config)
-    floor = setup.floor()
-    metrics = {
-        "frechet": frechet,
-        "floor": floor,
-        "spread_ratio": ratio,
-        "cost_per_draw": cost,
-        "samples": config.samples,
-        "space": setup.judge.space,
-        **setup.extras(),
-        **_words(frechet, ratio, floor, cost, setup),
-    }
-    return Recovered(metrics, image, noisy, shown, spread)
+def _by_time(figures: ByTime) -> Table:
+    """One row a sampler, one column a time."""
+    names = next(iter(figures.values()))
+    head = ["sampler", *(f"t = {float(t):g}" for t in figures)]
+    return table(head, [[title_of(name), *(at[name] for at in figures.values())] for name in names])
 
 
 class _Noised(NamedTuple):
@@ -147,108 +134,104 @@ class _Noised(NamedTuple):
     cond: Cond
 
 
-def _noised(setup: ImageSetup, config: RecoveryConfig, t: float, index: slice) -> _Noised:
-    """The images of these indices. Latents, which may be many, have noise by the row; images of memory one for all."""
-    labels = setup.told_of(config.samples, "recovery", config.seed, index)
-    if setup.latent:
-        x_1, _ = setup.images(config.samples, "recovery", config.seed, index)
-        seeds = fresh_seeds(config.samples, stream(config.seed, "recovery", repr(t)))[index].to(x_1.device)
-        eps, noise = (RowNoise(seeds, name).normal(tuple(x_1.shape[1:])) for name in ("state", "draw"))
-    else:
-        x_1, _ = setup.images(config.samples, "recovery", config.seed)
-        g = stream(config.seed, "recovery", repr(t))
-        eps, noise = (randn(tuple(x_1.shape), g, device=x_1.device)[index] for _ in range(2))
-        x_1 = x_1[index]
-    return _Noised(setup.model.path.interpolate(eps, x_1, t), noise, setup.cond(labels, len(x_1)))
+class Recovery(ImageExperiment[RecoveryConfig, Recovered]):
+    """Draws of every sampler for noised held-out images."""
 
+    @cached_property
+    def samplers(self) -> dict[str, DrawsPosterior]:
+        """Who draws, by name."""
+        return posteriors(self.setup.model, self.config, self.config.glass_method, drift_alone=self.setup.drift)
 
-def _several(setup: ImageSetup, config: RecoveryConfig, t: float, shape: tuple[int, ...]) -> Tensor:
-    """Noise for several draws of each of the first images: (draws, images, *event)."""
-    whole = (config.samples, *shape[1:])
-    g = stream(config.seed, "recovery", repr(t), *(("several",) if setup.latent else ()))
-    if not setup.latent:
-        for _ in range(2):  # what the states and the single draws have taken of it
-            randn(whole, g, device=setup.model.device)
-    return randn((config.draws, *shape), g, device=setup.model.device)
+    @cached_property
+    def parts(self) -> dict[str, slice]:
+        """How the images are cut."""
+        return ranges(self.config.samples, self.setup.shard)
 
+    def cells(self) -> Cells:
+        cells: dict[str, partial[Shard]] = {}
+        for t in self.config.times:
+            for name in self.samplers:
+                for part, index in self.parts.items():
+                    cells[f"{t!r}.{name}.{part}"] = partial(self._features, t, name, index)
+                if name in SPREAD:
+                    cells[f"{t!r}.{name}.spread"] = partial(self._several, t, name)
+        return cells
 
-def _cell(setup: ImageSetup, config: RecoveryConfig, t: float, push: Push, index: slice) -> Callable[[], Shard]:
-    """Features of a draw for each of these images."""
+    def judge(self, drawn: Drawn) -> Recovered:
+        setup, config = self.setup, self.config
+        first, _ = setup.images(config.samples, "recovery", config.seed, slice(config.images))
+        frechet: ByTime = {repr(t): {} for t in config.times}
+        ratio: ByTime = {repr(t): {} for t in config.times}
+        cost: dict[str, dict[str, float]] = {}
+        for t in config.times:
+            self.say(f"t = {t:g}")
+            for name in self.samplers:
+                made = [drawn(f"{t!r}.{name}.{part}") for part in self.parts]
+                cost[name] = cost_of_parts(made, config.samples)
+                frechet[repr(t)][name] = setup.frechet_of(torch.cat([part.tensors["features"] for part in made]))
+                if name in SPREAD:
+                    ratio[repr(t)][name] = spread_ratio(drawn(f"{t!r}.{name}.spread").tensors["draws"], first)
+        return Recovered(frechet, setup.floor(), ratio, cost, config.samples, setup, *self._picture())
+
+    def _noised(self, t: float, index: slice) -> _Noised:
+        """The images of these indices. Latents, which may be many, have noise by the row; images one for all."""
+        setup, samples, seed = self.setup, self.config.samples, self.config.seed
+        cond, g = setup.cond_of_images(samples, "recovery", seed, index), stream(seed, "recovery", repr(t))
+        x_1, _ = setup.images(samples, "recovery", seed, index)
+        if setup.latent:
+            seeds = fresh_seeds(samples, g)[index].to(x_1.device)
+            eps, noise = (RowNoise(seeds, name).normal(tuple(x_1.shape[1:])) for name in ("state", "draw"))
+        else:
+            whole = (samples, *x_1.shape[1:])
+            eps, noise = (randn(whole, g, device=x_1.device)[index] for _ in range(2))
+        return _Noised(setup.model.path.interpolate(eps, x_1, t), noise, cond)
+
+    def _noise_of_several(self, t: float, shape: tuple[int, ...]) -> Tensor:
+        """Noise for several draws of each of the first images: (draws, images, *event)."""
+        setup, config = self.setup, self.config
+        g = stream(config.seed, "recovery", repr(t), *(("several",) if setup.latent else ()))
+        if not setup.latent:
+            for _ in range(2):  # what the states and the single draws have taken of it
+                randn((config.samples, *shape[1:]), g, device=setup.model.device)
+        return randn((config.draws, *shape), g, device=setup.model.device)
 
     @torch.no_grad()
-    def make() -> Shard:
-        noised = _noised(setup, config, t, index)
-        with Timed(setup.model) as timed, setup.autocast():
-            draws = push(noised.noise, t, noised.x_t, noised.cond)
-        return Shard({"features": setup.judge.features(draws)}, {"cost": timed.meter.cost()})
-
-    return make
-
-
-def _spread_cell(setup: ImageSetup, config: RecoveryConfig, t: float, push: Push) -> Callable[[], Shard]:
-    """Several draws for each of the first images: (draws, images, *event)."""
+    def _features(self, t: float, name: str, index: slice) -> Shard:
+        """Of a draw for each of these images."""
+        noised = self._noised(t, index)
+        with Meter(self.setup.model.network) as meter, self.setup.autocast():
+            draws = self.samplers[name].push(noised.noise, t, noised.x_t, noised.cond)
+        return Shard({"features": self.setup.judge.features(draws)}, {"cost": meter.cost()})
 
     @torch.no_grad()
-    def make() -> Shard:
-        x_t, _, cond = _noised(setup, config, t, slice(config.images))
-        many = _several(setup, config, t, tuple(x_t.shape))
-        repeated = repeat_rows(x_t, config.draws)
-        told = repeat_cond(cond, config.draws)
-        size = LATENT_BATCH if setup.latent else len(repeated)
-        parts = []
-        with setup.autocast():
+    def _several(self, t: float, name: str) -> Shard:
+        """Several draws for each of the first images: (draws, images, *event)."""
+        draws = self.config.draws
+        x_t, _, cond = self._noised(t, slice(self.config.images))
+        noise = self._noise_of_several(t, tuple(x_t.shape))
+        repeated, told = repeat_rows(x_t, draws), repeat_cond(cond, draws)
+        size, parts = LATENT_BATCH if self.setup.latent else len(repeated), []
+        with self.setup.autocast():
             for begin in range(0, len(repeated), size):
-                part = slice(begin, begin + size)
-                here = select_cond(told, part)
-                parts.append(push(many.flatten(0, 1)[part], t, repeated[part], here))
-        return Shard({"draws": torch.cat(parts).reshape(many.shape)}, {})
+                rows = slice(begin, begin + size)
+                here = noise.flatten(0, 1)[rows]
+                parts.append(self.samplers[name].push(here, t, repeated[rows], select_cond(told, rows)))
+        return Shard({"draws": torch.cat(parts).reshape(noise.shape)}, {})
 
-    return make
-
-
-def _pictured(setup: ImageSetup, config: RecoveryConfig) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any]]:
-    x_1, _ = setup.images(1, "picture", config.seed)
-    cond = setup.cond(setup.told_of(1, "picture", config.seed), 1)
-    told: dict[str, Any] = {} if cond is None else {"cond": cond}
-    eps = randn(tuple(x_1.shape), stream(config.seed, "picture"), device=x_1.device)
-    noisy, shown, spread = [], [], []
-    for t in config.times:
-        x_t = setup.model.path.interpolate(eps, x_1, t)
-        g = stream(config.seed, "picture", repr(t))
-        with setup.autocast():
-            draws = setup.decode(setup.model.draw(t, x_t, PICTURED, generator=g, **told)[:, 0])
-        noisy.append(setup.decode(x_t)[0].cpu())
-        shown.append(draws[:8].cpu())
-        spread.append((draws.mean(0).cpu(), draws.std(0).cpu()))
-    return setup.decode(x_1)[0].cpu(), noisy, shown, spread
-
-
-def _words(
-    frechet: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]], floor: float, cost: Any, setup: ImageSetup
-) -> dict[str, Any]:
-    times = list(frechet)
-    names = list(frechet[times[0]])
-    rows: list[list[Any]] = [
-        [_title(name), cost[name]["forwards"] or float(name.rpartition("-")[2]), *(frechet[t][name] for t in times)]
-        for name in names
-    ]
-    rows.append(["images trained on (floor)", None, *(floor for _ in times)])
-    head = ["sampler", "calls a draw", *(f"t = {float(t):g}" for t in times)]
-    judged = [[_title(name), *(ratio[t][name] for t in times)] for name in ratio[times[0]]]
-    best = {t: min((v for k, v in frechet[t].items() if k.endswith("glass-30")), default=None) for t in times}
-    won = [t for t in times if best[t] is not None and frechet[t]["map-1"] <= best[t]]  # type: ignore[operator]
-    claim = f" One map step is at least as close to the data as 30 calls of GLASS at {len(won)} of {len(times)} times."
-    return {
-        "tables": {
-            f"{setup.measure} of draws to {setup.compared_with}, in {setup.judge.space}": table(head, rows),
-            "Spread ratio: the truth's distance over the draws' spread (1: calibrated, above: too narrow)": table(
-                ["sampler", *head[2:]], judged
-            ),
-        },
-        "summary": "Held-out images noised to t and drawn again." + claim * any(v is not None for v in best.values()),
-    }
-
-
-def _title(name: str) -> str:
-    kind, _, steps = name.rpartition("-")
-    return {"map": "map", "glass": "GLASS", "drift-glass": "GLASS on the drift alone"}[kind] + f", {steps} steps"
+    @torch.no_grad()
+    def _picture(self) -> tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """One held-out image; at each time its noisy state, draws for it, and their mean and spread."""
+        setup, seed = self.setup, self.config.seed
+        x_1, _ = setup.images(1, "picture", seed)
+        cond = setup.cond_of_images(1, "picture", seed)
+        eps = randn(tuple(x_1.shape), stream(seed, "picture"), device=x_1.device)
+        noisy, shown, spread = [], [], []
+        for t in self.config.times:
+            x_t = setup.model.path.interpolate(eps, x_1, t)
+            g = stream(seed, "picture", repr(t))
+            with setup.autocast():
+                draws = setup.decode(setup.model.draw(t, x_t, PICTURED, generator=g, cond=cond)[:, 0])
+            noisy.append(setup.decode(x_t)[0].cpu())
+            shown.append(draws[:SHOWN].cpu())
+            spread.append((draws.mean(0).cpu(), draws.std(0).cpu()))
+        return setup.decode(x_1)[0].cpu(), noisy, shown, spread

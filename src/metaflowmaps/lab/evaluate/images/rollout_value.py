@@ -5,47 +5,38 @@ States are held-out images noised to t. The rollouts of the map's own drift draw
 measured by a second, independent set, and no estimate can correlate with the first better than the second does.
 """
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond
-from metaflowmaps.lab.evaluate.draws import pearson
+from metaflowmaps.cost import Meter
+from metaflowmaps.lab.evaluate.draws import DrawsConfig, DrawsPosterior, pearson, posteriors, rmse, steps_of, title_of
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward
-from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, Timed, table
-from metaflowmaps.posterior import GlassPosterior, MapPosterior, RolloutPosterior
+from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, Table, table
+from metaflowmaps.posterior import Posterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.value import GradientFree, value_gradient
 from metaflowmaps.work.shards import Shard
 
 CHUNK = 32  # draws a state at a time
+ByDraws = dict[str, dict[str, dict[str, float]]]  # number of draws -> time -> {pearson, rmse}
 
 
-class ImageValueConfig(ImageEvalConfig):
+class ImageValueConfig(DrawsConfig, ImageEvalConfig):
     """Which states, which reward, how many draws."""
 
     states: int = Field(64, ge=3)
-    times: tuple[float, ...] = Field((0.1, 0.2, 0.5, 0.8), min_length=1)
-    num_draws: tuple[int, ...] = Field((1, 4, 16, 64, 200), min_length=1)
-    map_steps: tuple[int, ...] = (1, 2, 4)
-    glass_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    num_draws: tuple[PositiveInt, ...] = Field((1, 4, 16, 64, 200), min_length=1)
     rollout_steps: int = Field(200, ge=1)
     rollout_particles: int = Field(200, ge=2)
     reward: str = "margin"
     strength: float = Field(0.2, gt=0)
-
-    @model_validator(mode="after")
-    def _possible(self) -> "ImageValueConfig":
-        if any(not 0 <= t < 1 for t in self.times):
-            raise ValueError("times must lie in [0, 1): at t = 1 the value is the reward")
-        if not (self.map_steps or self.glass_steps):
-            raise ValueError("give map_steps or glass_steps: there is nothing to judge")
-        if min((*self.map_steps, *self.glass_steps, *self.num_draws)) < 1:
-            raise ValueError("steps and num_draws must be at least 1")
-        return self
 
     def calls(self) -> int:
         """Evaluations of the map's network: two sets of rollouts, and every estimate."""
@@ -54,137 +45,142 @@ class ImageValueConfig(ImageEvalConfig):
         return len(self.times) * self.states * (rollouts + draws)
 
 
-@torch.no_grad()
-def evaluate_image_value(setup: ImageSetup, config: ImageValueConfig, say: Say = lambda line: None) -> dict[str, Any]:
-    """metrics.by_sampler[name][num_draws][t] = {pearson, rmse}, with calls a draw; rollout: the second reference."""
-    model, reward = setup.model, image_reward(setup, config.reward, config.strength)
-    posteriors: dict[str, Any] = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
-    for k in config.glass_steps:
-        posteriors[f"glass-{k}"] = GlassPosterior(model.path, model.drift, k)
-    drawn = setup.share(
-        {f"{t!r}.rollout": _rollouts(setup, reward, config, t, say) for t in config.times}
-        | {
-            f"{t!r}.{name}": _estimates(setup, reward, config, t, name, posterior)
-            for t in config.times
-            for name, posterior in posteriors.items()
+class NoisyStates(NamedTuple):
+    """Held-out images at time t, what the map is told of them, and draws of each at a time."""
+
+    t: float
+    x_t: Tensor
+    cond: Cond = None
+    chunk: int = CHUNK
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """The error of each sampler's estimates, and of a second set of rollouts."""
+
+    config: ImageValueConfig
+    by_sampler: dict[str, ByDraws]
+    rollout: ByDraws
+    seconds: dict[str, float]  # a draw, by sampler
+    value_std: dict[str, float]  # of the reference over the states, by time
+    extras: Json
+
+    @cached_property
+    def metrics(self) -> Json:
+        """metrics.by_sampler[name][num_draws][t] = {pearson, rmse}; rollout: the second reference."""
+        config, most = self.config, max(self.config.num_draws)
+        return {
+            "by_sampler": {**self.by_sampler, "rollout": self.rollout},
+            "seconds_per_draw": self.seconds,
+            "value_std": self.value_std,
+            "reward": config.reward,
+            **self.extras,
+            "tables": {
+                f"Value of the reward {config.reward}, {most} draws, against rollouts": self._errors(str(most)),
+                "Pearson r by number of draws": self._few_draws(),
+            },
+            "summary": f"The value from posterior draws against {config.rollout_particles} rollouts of "
+            f"{config.rollout_steps} steps at {config.states} noised held-out images a time.",
         }
-    )
-    cells: dict[str, Any] = {name: {str(n): {} for n in config.num_draws} for name in posteriors}
-    cells["rollout"] = {str(config.rollout_particles): {}}
-    seconds, spread = {}, {}
-    for t in config.times:
-        truth, again = drawn(f"{t!r}.rollout").tensors["values"].cpu()
-        spread[repr(t)] = float(truth.std())
-        cells["rollout"][str(config.rollout_particles)][repr(t)] = _against(again, truth)
-        for name in posteriors:
-            made = drawn(f"{t!r}.{name}")
-            for n, estimate in zip(config.num_draws, made.tensors["values"].cpu(), strict=True):
-                cells[name][str(n)][repr(t)] = _against(estimate, truth)
-            seconds[name] = made.facts["seconds"]
-    metrics = {"by_sampler": cells, "seconds_per_draw": seconds, "value_std": spread, "reward": config.reward}
-    metrics |= setup.extras()
-    return {**metrics, **_words(cells, config)}
+
+    def _errors(self, most: str) -> Table:
+        """Every sampler with as many draws as there are, and the rollouts beside them."""
+        rows: list[list[object]] = []
+        for name, by_draws in self.by_sampler.items():
+            rows.append([title_of(name), steps_of(name), *_in_a_row(by_draws[most])])
+        again = self.rollout[str(self.config.rollout_particles)]
+        rows.append(["rollouts again", self.config.rollout_steps, *_in_a_row(again)])
+        columns = [f"{what}, t = {t:g}" for what in ("r", "RMSE") for t in self.config.times]
+        return table(["sampler", "calls a draw", *columns], rows)
+
+    def _few_draws(self) -> Table:
+        chosen = ("map-1", f"glass-{max(self.config.glass_steps, default=0)}")
+        rows = [
+            [title_of(name), int(n), *(at["pearson"] for at in by_time.values())]
+            for name, by_draws in self.by_sampler.items()
+            if name in chosen
+            for n, by_time in by_draws.items()
+        ]
+        return table(["sampler", "draws", *(f"t = {t:g}" for t in self.config.times)], rows)
 
 
-def _states(setup: ImageSetup, config: ImageValueConfig, t: float) -> tuple[Tensor, torch.Generator, dict[str, Any]]:
-    """Held-out images noised to t, the generator that goes on with the rollouts from there, and how to draw."""
-    x_1, _ = setup.images(config.states, "value", config.seed)
-    g = stream(config.seed, "value", repr(t))
-    x_t = setup.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
-    cond = setup.cond(setup.told_of(config.states, "value", config.seed), config.states)
-    return x_t, g, {"cond": cond, "chunk": max(1, LATENT_BATCH // len(x_t)) if setup.latent else CHUNK}
+def _in_a_row(by_time: dict[str, dict[str, float]]) -> list[float]:
+    return [at[what] for what in ("pearson", "rmse") for at in by_time.values()]
 
 
-def _rollouts(setup: ImageSetup, reward: Any, config: ImageValueConfig, t: float, say: Say) -> Callable[[], Shard]:
-    """The reference and a second one: (2, states)."""
+class ImageValue(ImageExperiment[ImageValueConfig, Estimated]):
+    """V̂ of map and GLASS at noised held-out images, and V of rollouts."""
+
+    def __init__(self, setup: ImageSetup, config: ImageValueConfig, say: Say = lambda line: None) -> None:
+        super().__init__(setup, config, say)
+        self.reward: Any = image_reward(setup, config.reward, config.strength)
+
+    @cached_property
+    def samplers(self) -> dict[str, DrawsPosterior]:
+        """Whose draws V̂ is made of, by name."""
+        return posteriors(self.setup.model, self.config)
+
+    def cells(self) -> Cells:
+        times = self.config.times
+        rollouts = {f"{t!r}.rollout": partial(self._rollouts, t) for t in times}
+        return rollouts | {f"{t!r}.{name}": partial(self._estimates, t, name) for t in times for name in self.samplers}
+
+    def judge(self, drawn: Drawn) -> Estimated:
+        config, numbers = self.config, [str(n) for n in self.config.num_draws]
+        errors: dict[str, ByDraws] = {name: {n: {} for n in numbers} for name in self.samplers}
+        rollout: ByDraws = {str(config.rollout_particles): {}}
+        seconds, spread = {}, {}
+        for t in config.times:
+            truth, again = drawn(f"{t!r}.rollout").tensors["values"].cpu()
+            spread[repr(t)] = float(truth.std())
+            rollout[str(config.rollout_particles)][repr(t)] = _error(again, truth)
+            for name in self.samplers:
+                made = drawn(f"{t!r}.{name}")
+                seconds[name] = made.facts["seconds"]
+                for n, estimate in zip(numbers, made.tensors["values"].cpu(), strict=True):
+                    errors[name][n][repr(t)] = _error(estimate, truth)
+        return Estimated(config, errors, rollout, seconds, spread, self.setup.extras())
+
+    def _states(self, t: float) -> tuple[NoisyStates, torch.Generator]:
+        """The states, and the generator that goes on with the rollouts from there."""
+        setup, states, seed = self.setup, self.config.states, self.config.seed
+        x_1, _ = setup.images(states, "value", seed)
+        g = stream(seed, "value", repr(t))
+        x_t = setup.model.path.interpolate(randn(tuple(x_1.shape), g, device=x_1.device), x_1, t)
+        chunk = max(1, LATENT_BATCH // len(x_t)) if setup.latent else CHUNK
+        return NoisyStates(t, x_t, setup.cond_of_images(states, "value", seed), chunk), g
 
     @torch.no_grad()
-    def make() -> Shard:
-        say(f"t = {t:g}: {2 * config.states * config.rollout_particles:,} rollouts of {config.rollout_steps} steps")
-        rollout = RolloutPosterior(setup.model.path, setup.model.drift, config.rollout_steps)
-        x_t, g, how = _states(setup, config, t)
-        with setup.autocast():
-            values = [_value(rollout, reward, t, x_t, config.rollout_particles, g, **how) for _ in range(2)]
+    def _rollouts(self, t: float) -> Shard:
+        """The reference and a second one: (2, states)."""
+        config, model = self.config, self.setup.model
+        count = 2 * config.states * config.rollout_particles
+        self.say(f"t = {t:g}: {count:,} rollouts of {config.rollout_steps} steps")
+        rollout = RolloutPosterior(model.path, model.drift, config.rollout_steps)
+        states, g = self._states(t)
+        with self.setup.autocast():
+            values = [estimate(rollout, self.reward, states, config.rollout_particles, g) for _ in range(2)]
         return Shard({"values": torch.stack(values)}, {})
 
-    return make
-
-
-def _estimates(
-    setup: ImageSetup, reward: Any, config: ImageValueConfig, t: float, name: str, posterior: Any
-) -> Callable[[], Shard]:
-    """V̂ by number of draws, (num_draws, states), and the seconds a draw took."""
-
     @torch.no_grad()
-    def make() -> Shard:
-        x_t, _, how = _states(setup, config, t)
-        with Timed(setup.model) as timed, setup.autocast():
-            values = [
-                _value(posterior, reward, t, x_t, n, stream(config.seed, "value", name, n, repr(t)), **how)
-                for n in config.num_draws
-            ]
-        seconds = timed.cost(config.states * sum(config.num_draws))["seconds"]
-        return Shard({"values": torch.stack(values)}, {"seconds": seconds})
-
-    return make
-
-
-def _value(
-    posterior: Any,
-    reward: Any,
-    t: float,
-    x_t: Tensor,
-    n: int,
-    g: torch.Generator,
-    cond: Cond = None,
-    chunk: int = CHUNK,
-) -> Tensor:
-    return value_gradient(posterior, reward, t, x_t, n, GradientFree(chunk=chunk), g, cond).value.double().cpu()
+    def _estimates(self, t: float, name: str) -> Shard:
+        """V̂ by number of draws, (num_draws, states), and the seconds a draw took."""
+        config, values = self.config, []
+        states, _ = self._states(t)
+        with Meter(self.setup.model.network) as meter, self.setup.autocast():
+            for n in config.num_draws:
+                g = stream(config.seed, "value", name, n, repr(t))
+                values.append(estimate(self.samplers[name], self.reward, states, n, g))
+        return Shard(
+            {"values": torch.stack(values)}, {"seconds": meter.seconds / (config.states * sum(config.num_draws))}
+        )
 
 
-def _against(estimate: Tensor, truth: Tensor) -> dict[str, float]:
-    return {"pearson": pearson(estimate, truth), "rmse": float((estimate - truth).square().mean().sqrt())}
+def estimate(posterior: Posterior, reward: Any, states: NoisyStates, n: int, g: torch.Generator) -> Tensor:
+    """V̂ at these states from n draws each: (states,)."""
+    how = GradientFree(chunk=states.chunk)
+    return value_gradient(posterior, reward, states.t, states.x_t, n, how, g, states.cond).value.double().cpu()
 
 
-def _words(cells: dict[str, Any], config: ImageValueConfig) -> dict[str, Any]:
-    times = [repr(t) for t in config.times]
-    most = str(max(config.num_draws))
-    rows = [
-        [
-            _title(name),
-            int(name.rpartition("-")[2]),
-            *(cells[name][most][t]["pearson"] for t in times),
-            *(cells[name][most][t]["rmse"] for t in times),
-        ]
-        for name in cells
-        if name != "rollout"
-    ]
-    own = cells["rollout"][str(config.rollout_particles)]
-    rows.append(
-        ["rollouts again", config.rollout_steps, *(own[t]["pearson"] for t in times), *(own[t]["rmse"] for t in times)]
-    )
-    head = [
-        "sampler",
-        "calls a draw",
-        *(f"r, t = {float(t):g}" for t in times),
-        *(f"RMSE, t = {float(t):g}" for t in times),
-    ]
-    few = [
-        [_title(name), int(n), *(cells[name][n][t]["pearson"] for t in times)]
-        for name in cells
-        if name in ("map-1", f"glass-{max(config.glass_steps, default=0)}")
-        for n in cells[name]
-    ]
-    return {
-        "tables": {
-            f"Value of the reward {config.reward}, {most} draws, against rollouts": table(head, rows),
-            "Pearson r by number of draws": table(["sampler", "draws", *(f"t = {float(t):g}" for t in times)], few),
-        },
-        "summary": f"The value from posterior draws against {config.rollout_particles} rollouts of "
-        f"{config.rollout_steps} steps at {config.states} noised held-out images a time.",
-    }
-
-
-def _title(name: str) -> str:
-    kind, _, steps = name.rpartition("-")
-    return f"{'map' if kind == 'map' else 'GLASS'}, {steps} steps"
+def _error(estimate: Tensor, truth: Tensor) -> dict[str, float]:
+    return {"pearson": pearson(estimate, truth), "rmse": rmse(estimate, truth)}

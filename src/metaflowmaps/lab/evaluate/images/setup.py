@@ -17,22 +17,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from metaflowmaps._shapes import Cond
-from metaflowmaps.cost import Meter
 from metaflowmaps.data import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.images.judging import BATCH, PART, Judge
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import Moments, frechet_distance
+from metaflowmaps.path import Drift, call_drift
 from metaflowmaps.pipeline import Pipeline
 from metaflowmaps.random import stream
+from metaflowmaps.sampling import integrate, uniform_grid
 from metaflowmaps.steering import SteerResult
 from metaflowmaps.work.config import Config
 from metaflowmaps.work.shards import Shard, ShardFolder
@@ -40,6 +41,8 @@ from metaflowmaps.work.shards import Shard, ShardFolder
 LATENT_BATCH = 128  # latents of a cell, and rows of a network at a time
 MOST = 10_000  # of encoded pictures, that are looked at
 Say = Callable[[str], None]
+R = TypeVar("R")
+ALL = slice(None)
 LATENT_SETTINGS = ("vae", "features", "inception", "statistics", "guidance", "labels", "precision", "pictures")
 
 
@@ -106,7 +109,7 @@ class ImageSetup:
     held_out: Examples
     judge: Judge
     guide: nn.Module | None = None
-    drift: Any = None  # (t, x) -> b, of a model trained for that alone; None: the map's own
+    drift: Drift | None = None  # (t, x) -> b, of a model trained for that alone; None: the map's own
     shards: ShardFolder | None = None  # where what is drawn is kept, and shared with other processes; None: nowhere
     shard: int = BATCH  # samples of a cell that is cut by their indices
     open_codec: Callable[[], Any] | None = None  # the autoencoder of latents; None: samples are pictures
@@ -167,12 +170,27 @@ class ImageSetup:
         return self._own(self._order(n, name, seed))
 
     def cond(self, labels: Tensor | None, n: int) -> Cond:
-        """What the map is told of n samples."""
+        """What the map is told of n samples of these classes."""
         return None if self.conditions is None else self.conditions.of(labels, n)
+
+    def cond_of_noise(self, n: int, name: str, seed: int, index: slice = ALL) -> Cond:
+        """What it is told of n samples made of noise; of these, those at index."""
+        labels = self.labels(n, name, seed)
+        return self.cond(None if labels is None else labels[index], len(range(n)[index]))
+
+    def cond_of_images(self, n: int, name: str, seed: int, index: slice = ALL) -> Cond:
+        """What it is told of the :meth:`images` of the same arguments, when they are noised: their own classes."""
+        chosen = self._order(n, name, seed)[index]
+        return self.cond(self._own(chosen), len(chosen))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the network computes in, while it lasts."""
         return nullcontext() if self.conditions is None else self.conditions.pipe.autocast()
+
+    def flow(self, noise: Tensor, steps: int, cond: Cond = None, drift: Drift | None = None) -> Tensor:
+        """Noise carried to samples by Euler steps of a drift, by default the map's own."""
+        moves = self.model.drift if drift is None else drift
+        return integrate(lambda t, x: call_drift(moves, t, x, cond), noise, uniform_grid(steps))
 
     def _own(self, index: Tensor) -> Tensor | None:
         """The held-out images' classes, as the map is told them."""
@@ -190,15 +208,11 @@ class ImageSetup:
 
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def images(self, n: int, name: str, seed: int, index: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+    def images(self, n: int, name: str, seed: int, index: slice = ALL) -> tuple[Tensor, Tensor | None]:
         """n held-out images, each as often as any other, with their labels; of these, those at index."""
         chosen = self._order(n, name, seed)[index]
         labels = None if self.held_out.labels is None else self.held_out.labels[chosen]
         return self.held_out.tensor(chosen).to(self.model.device), labels
-
-    def told_of(self, n: int, name: str, seed: int, index: slice = slice(None)) -> Tensor | None:
-        """Classes that the map is told of the same images."""
-        return self._own(self._order(n, name, seed)[index])
 
     def _order(self, n: int, name: str, seed: int) -> Tensor:
         order = torch.randperm(len(self.held_out), generator=stream(seed, "held-out", name))
@@ -229,14 +243,12 @@ class ImageSetup:
         """All images there are, of those that are looked at."""
         return torch.cat([self.seen, self.unseen])
 
-    def everything_told(self) -> Tensor | None:
-        """Their classes, as the map is told them."""
-        told, parts = self.conditions, (self.train, self.held_out)
-        if told is None or not told.conditional or any(part.labels is None for part in parts):
-            return None
-        roles = zip(parts, ("train", "held-out"), strict=True)
-        labels = [part.labels[self._chosen(part, role)] for part, role in roles if part.labels is not None]
-        return torch.cat(labels).to(self.model.device)
+    def cond_of_everything(self) -> Cond:
+        """What the map would be told of them."""
+        told, parts = self.conditions, {"train": self.train, "held-out": self.held_out}
+        known = [part.labels[self._chosen(part, role)] for role, part in parts.items() if part.labels is not None]
+        labels = torch.cat(known).to(self.model.device) if told and told.conditional and len(known) == 2 else None
+        return self.cond(labels, len(self.everything()))
 
     # -- distances ---------------------------------------------------------------------------------------------------
 
@@ -269,14 +281,23 @@ class ImageSetup:
         """The same for the images trained on: what nothing can be expected to beat by much."""
         return self.frechet(self.seen)
 
-    def diversity(self, x: Tensor) -> dict[str, float]:
-        """Mean pairwise distance and Vendi score in the judge's features; both depend on how many samples there are."""
-        return diversity_of(self.judge.features(x))
+
+class Diversity(NamedTuple):
+    """Mean pairwise distance and Vendi score in the judge's features; both depend on how many samples there are."""
+
+    distance: float
+    vendi: float
 
 
-def diversity_of(features: Tensor) -> dict[str, float]:
-    """Mean pairwise distance and Vendi score of features (n, d)."""
-    return {"distance": mean_pairwise_distance(features), "vendi": vendi_score(features)}
+def diversity_of(features: Tensor) -> Diversity:
+    """Of features (n, d)."""
+    return Diversity(mean_pairwise_distance(features), vendi_score(features))
+
+
+def finite_samples(x: Tensor) -> tuple[Tensor, int]:
+    """The samples (n, *event) that are finite, and how many are not."""
+    finite = x.flatten(1).isfinite().all(1)
+    return x[finite], int((~finite).sum())
 
 
 def per_sample(cost: dict[str, float], n: int) -> dict[str, float]:
@@ -296,23 +317,6 @@ def cost_of(result: SteerResult) -> dict[str, float]:
     return per_sample(result.cost, len(result.samples))
 
 
-class Timed:
-    """``with Timed(model) as timed: …`` and then ``timed.cost(n)`` per sample."""
-
-    def __init__(self, model: MetaFlowMap) -> None:
-        self.meter = Meter(model.network)
-
-    def __enter__(self) -> "Timed":
-        self.meter.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.meter.__exit__(*error)
-
-    def cost(self, n: int) -> dict[str, float]:
-        return per_sample(self.meter.cost(), n)
-
-
 class Table(TypedDict):
     """A table as results.json and the report hold it: numbers as they are."""
 
@@ -323,3 +327,8 @@ class Table(TypedDict):
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """A table of rows."""
     return {"head": list(head), "rows": [list(row) for row in rows]}
+
+
+def table_of(first: str, rows: Mapping[str, R], columns: Mapping[str, Callable[[R], object]]) -> Table:
+    """One row a result by its title; a column is its title and what it shows."""
+    return table([first, *columns], ([name, *(shown(row) for shown in columns.values())] for name, row in rows.items()))
