@@ -19,7 +19,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.random import RowNoise, Source
 from metaflowmaps.random import noise as draw_noise
-from metaflowmaps.rewards.base import is_differentiable, rows_of
+from metaflowmaps.rewards.base import check_differentiable, rows_of
 
 NEGLIGIBLE = 1e-4  # of an equal share: the second pass leaves such draws out
 RewardCall = Callable[[Tensor, Cond], Tensor]
@@ -217,7 +217,4 @@ def _check_differentiable(posterior: Any, reward: Any) -> None:
             "draws of an exact mixture pick a component and have no gradient in x_t: use the gradient-free method "
             "(mfm.MFMGF, --method mfm-gf, GradientFree()), or a GlassPosterior on its drift"
         )
-    if not is_differentiable(reward):
-        raise InputError(
-            "this reward declares itself not differentiable: use mfm.MFMGF (--method mfm-gf, or GradientFree())"
-        )
+    check_differentiable(reward)

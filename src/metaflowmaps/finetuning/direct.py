@@ -91,7 +91,7 @@ class WeightedMapObjective(MapObjective):
         x_1 = gather(draws.x_1, pick(share, rand((n,), g).to(share)))
         drawn = self._inner(model, step, g, Given(x_1.cpu(), t.cpu(), states.x.cpu(), None))
         on_cpu = {name: value.cpu() for name, value in (cond or {}).items()}
-        return replace(drawn, cond=on_cpu, weight=weight.cpu(), figures=figures_of(draws.rewards, share, weight))
+        return replace(drawn, cond=on_cpu, weight=weight.cpu(), figures=figures_of(draws.rewards, weight))
 
 
 def pick(share: Tensor, u: Tensor) -> Tensor:

@@ -125,8 +125,7 @@ class WeightedRegression(Regression):
         level = self.baseline(states, g)
         target, weight, value = self.targets(states, draws, level, model)
         self.baseline.update(states, value)
-        share = Tilt.of(draws.rewards).share
-        figures = figures_of(draws.rewards, share, weight) | {"value": mean_of_finite(value)}
+        figures = figures_of(draws.rewards, weight) | {"value": mean_of_finite(value)}
         if not self.weighted:
             weight = torch.ones_like(weight)
         return TargetBatch(

@@ -17,7 +17,7 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond, event_sum
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.state_laws import StateSource
-from metaflowmaps.finetuning.tuning_problem import BaseStates, Resumable, TuningProblem, student_flow
+from metaflowmaps.finetuning.tuning_problem import BaseStates, Resumable, Tilt, TuningProblem, student_flow
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import randn
 from metaflowmaps.training.loop import TrainingObjective
@@ -155,12 +155,12 @@ class Regression(Resumable):
         return self.problem.noised(self.problem.times(n, generator).to(x_1), x_1, noise, cond)
 
 
-def figures_of(rewards: Tensor, share: Tensor, weight: Tensor) -> dict[str, float]:
-    """What a batch reports of its draws (N, B), with their shares, and of its rows' weights (B,)."""
+def figures_of(rewards: Tensor, weight: Tensor) -> dict[str, float]:
+    """What a batch reports of its draws' rewards (N, B), and of its rows' weights (B,)."""
     w = weight.double()
     squares = float(w.square().sum())
     return {
-        "ess_of_draws": float(ess(share).mean()) / len(share),
+        "ess_of_draws": float(ess(Tilt.of(rewards).share).mean()) / len(rewards),
         "ess_of_rows": float(w.sum()) ** 2 / squares / len(w) if squares > 0 else 0.0,
         "weight": float(weight.mean()),
         "reward_of_draws": mean_of_finite(rewards),

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from metaflowmaps._shapes import Cond, event_sum
+from metaflowmaps.errors import InputError
 
 
 @runtime_checkable
@@ -34,6 +35,14 @@ def is_differentiable(reward: Callable[..., Any]) -> bool:
         Its ``differentiable``; True where it declares nothing.
     """
     return bool(getattr(reward, "differentiable", True))
+
+
+def check_differentiable(reward: Callable[..., Any]) -> None:
+    """Refuse a reward that declares itself not differentiable, where its gradient is taken."""
+    if not is_differentiable(reward):
+        raise InputError(
+            "this reward declares itself not differentiable: use mfm.MFMGF (--method mfm-gf, or GradientFree())"
+        )
 
 
 def rows_of(reward: Any, x: Tensor) -> int | None:

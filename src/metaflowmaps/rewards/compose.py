@@ -36,7 +36,7 @@ class WeightedSum:
             if callable(weight) or not callable(reward):
                 raise InputError(f"{PAIRS}, got the pair ({describe(weight)}, {describe(reward)})")
         self.weights = tuple(_finite(weight) for weight, _ in pairs)
-        self.rewards = tuple(reward for _, reward in pairs)
+        self.rewards = tuple(checked_reward(reward) for _, reward in pairs)
         self.strength = positive(strength, "strength", or_zero=True)
         self.differentiable = all(is_differentiable(r) for r, scale in self._scaled() if scale)
 
@@ -56,12 +56,12 @@ class WeightedSum:
 
     def _part(self, i: int, x: Tensor, cond: Cond) -> Tensor:
         try:
-            return checked_reward(self.rewards[i])(x, cond)
+            return self.rewards[i](x, cond)
         except InputError as error:
-            raise InputError(f"part {i}, {describe(self.rewards[i])}: {error}") from error
+            raise InputError(f"part {i}, {describe(self.rewards[i].reward)}: {error}") from error
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"({w:g}, {describe(r)})" for r, w in zip(self.rewards, self.weights, strict=True))
+        parts = ", ".join(f"({w:g}, {describe(r.reward)})" for r, w in zip(self.rewards, self.weights, strict=True))
         return f"WeightedSum([{parts}], strength={self.strength:g})"
 
 

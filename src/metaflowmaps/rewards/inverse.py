@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Cond, as_numbers, check_state, event_sum, positive
+from metaflowmaps._shapes import Cond, as_numbers, check_state, event_sum, positive, repeat_rows
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import randn
 from metaflowmaps.rewards.base import describe
@@ -79,7 +79,7 @@ class InverseProblem:
         y = self.y
         if y.ndim == seen.ndim and tuple(y.shape[1:]) == one and len(y) > 1 and len(x) % len(y) == 0:
             # several draws a state come as several copies of the batch, one after the other
-            y = y.repeat(len(x) // len(y), *([1] * len(one)))
+            y = repeat_rows(y, len(x) // len(y))
         elif tuple(y.shape) not in (one, rows):
             hint = "; y[0] is one observation for the whole batch" if tuple(self.y.shape) == (1, *one) else ""
             raise InputError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import event_sum, positive
 from metaflowmaps.draws import reward_gradient
-from metaflowmaps.errors import InputError
+from metaflowmaps.rewards.base import check_differentiable
 from metaflowmaps.steering.method import Guidance, GuidedMethod
 from metaflowmaps.steering.problem import FIRST, SteeringProblem
 
@@ -36,10 +36,6 @@ class DPS(GuidedMethod):
         """A call of the network and one of the reward, both differentiated."""
         return 4
 
-    def remember(self, problem: SteeringProblem) -> None:
-        """Refuse a reward without a gradient."""
-        check_differentiable(problem)
-
     def guide(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Guidance:
         """The drift and the shift of the point estimate."""
         at = at_posterior_mean(problem, t, x)
@@ -56,14 +52,9 @@ class AtMean(NamedTuple):
     reward: Tensor
 
 
-def check_differentiable(problem: SteeringProblem) -> None:
-    """Refuse a reward that declares itself not differentiable."""
-    if not problem.reward.differentiable:
-        raise InputError("this reward declares itself not differentiable: use mfm.MFMGF (--method mfm-gf)")
-
-
 def at_posterior_mean(problem: SteeringProblem, t: float, x: Tensor) -> AtMean:
     """r(D_t(x)) and its gradient: one differentiated call of the network and one of the reward."""
+    check_differentiable(problem.reward)
     looked_at = max(t, FIRST)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)

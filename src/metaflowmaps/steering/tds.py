@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from metaflowmaps._shapes import event_sum, positive
-from metaflowmaps.steering.dps import at_posterior_mean, check_differentiable
+from metaflowmaps.steering.dps import at_posterior_mean
 from metaflowmaps.steering.problem import FIRST, SteeringProblem
 from metaflowmaps.steering.twisted import Twisted, TwistedSMC
 
@@ -34,10 +34,6 @@ class TDS(TwistedSMC):
     def calls_per_step(self) -> float:
         """A call of the network and one of the reward a particle, both differentiated."""
         return 4 * self.copies
-
-    def remember(self, problem: SteeringProblem) -> None:
-        """Refuse a reward without a gradient."""
-        check_differentiable(problem)
 
     def twist(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Twisted:
         """r(D_t(x)) and its shift."""

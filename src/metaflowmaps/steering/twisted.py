@@ -107,9 +107,9 @@ class TwistedSMC(Method):
 
     # -- what distinguishes one twisted SMC from another --------------------------------------------------------------
 
-    @abstractmethod
     def remember(self, problem: SteeringProblem) -> Any:
         """A memory for one batch of particles, or None."""
+        return None
 
     @abstractmethod
     def twist(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Twisted:

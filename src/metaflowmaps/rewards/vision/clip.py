@@ -209,9 +209,9 @@ def from_open_clip(
     width, _, patch, _ = given["visual.conv1.weight"].shape
     vocabulary, text_width = given["token_embedding.weight"].shape
     side = round((len(given["visual.positional_embedding"]) - 1) ** 0.5)
-    shared = {"hidden_act": hidden_act, "projection_dim": given["visual.proj"].shape[1]}
+    shared: dict[str, int | str] = {"hidden_act": hidden_act, "projection_dim": given["visual.proj"].shape[1]}
 
-    def tower(prefix: str, width: int, heads: int) -> dict[str, Any]:
+    def tower(prefix: str, width: int, heads: int) -> dict[str, int | str]:
         return {
             "hidden_size": width,
             "intermediate_size": len(given[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"]),
