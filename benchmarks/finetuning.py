@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import benchmark_figures
 from benchmarks.common import RESULTS, RUNS, machine, say, trained
 from metaflowmaps.cli.context import Context, typed_settings
 from metaflowmaps.cli.finetune import Finetune, choose_subject, resolve, tune
@@ -19,7 +20,6 @@ from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.evaluate.images.steered import run as steered
 from metaflowmaps.lab.evaluate.tuning_error import Drawn, TunedEvalConfig
 from metaflowmaps.lab.figures import plots as figures
-from metaflowmaps.lab.figures import tuning_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.random import stream
 from metaflowmaps.recipes.gmm import gmm
@@ -95,7 +95,7 @@ def mixture() -> None:
     out = RUNS / "finetune-mixture"
     out.mkdir(parents=True, exist_ok=True)
     curves = {ON_MIXTURE[name][0]: [_best_ratio(cells[f"{name}-{s:g}"]) for s in STRENGTHS] for name in SWEPT}
-    figures.save(tuning_figures.sweep(STRENGTHS, curves), out / "sweep.png")
+    figures.save(benchmark_figures.sweep(STRENGTHS, curves), out / "sweep.png")
     _keep(out, "finetune-mixture", metrics)
 
 
@@ -151,7 +151,7 @@ def digits() -> None:
     }  # fmt: skip
     out = RUNS / "finetune-digits"
     out.mkdir(parents=True, exist_ok=True)
-    figures.save(tuning_figures.crossover(_bills(rewards["mixture"]["1"])), out / "crossover.png")
+    figures.save(benchmark_figures.crossover(_bills(rewards["mixture"]["1"])), out / "crossover.png")
     for reward in ON_DIGITS:
         for lam in LAMBDAS:
             picture = PLACE / f"digits-{reward}-{lam * ON_DIGITS[reward]:.4g}-ft" / "samples.png"

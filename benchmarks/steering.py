@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import benchmark_figures
 from benchmarks.common import RESULTS, keep, say, table, trained
 from metaflowmaps.draws import DrawOptions, make_draws
 from metaflowmaps.flow_map import MetaFlowMap
@@ -75,7 +76,7 @@ def gmm_inverse() -> None:
     measured = _parts("steering", model, task.law, task.reward(""), PARTS)
     main = measured["ode, 50 steps"]
     figures.save(steering_figures.error_against_cost(main), RESULTS / "steering-error.png")
-    figures.save(steering_figures.reward_against_cost(main), RESULTS / "steering-reward.png")
+    figures.save(benchmark_figures.reward_against_cost(main), RESULTS / "steering-reward.png")
 
 
 def gmm_inverse_seeds() -> None:

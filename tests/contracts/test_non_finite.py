@@ -223,13 +223,13 @@ def test_a_summary_is_not_better_than_what_is_missing(value):
         "network_calls_per_draw": {"map-1": 1}, "floor_of_others": at,
         "glass_calls_to_match_one_map_step": dict.fromkeys(at),
     }  # fmt: skip
-    assert "at most nan times" in described(results("eval posterior", metrics))[1]
+    assert "at most nan times" in described(results("eval posterior", metrics)).summary
     cell = {"pearson": 0.9, "rmse": 0.1, "bias": 0.0}
     metrics = {
         "by_sampler": {"map-1": {"0.1": cell, "0.5": {**cell, "pearson": value}}}, "num_draws": 8,
         "network_calls_per_draw": {"map-1": 1}, "seconds_by_sampler": {"map-1": 1.0}, "value_std": at,
     }  # fmt: skip
-    assert "r ≥ nan" in described(results("eval value", metrics))[1]
+    assert "r ≥ nan" in described(results("eval value", metrics)).summary
 
 
 @pytest.mark.parametrize("value", [None, math.nan])
@@ -242,4 +242,4 @@ def test_the_nearest_method_has_an_error(value, lost):
     methods = {name: {"1": {**cell, "sw2": value} if name == lost else cell} for name in ("dps", "mfm-g")}
     metrics = {"methods": methods, "floor": {"mode_l1": 0.01}, "exact_reward": -0.5}
     (other,) = set(methods) - {lost}
-    assert f"law is {other} with" in described(results("eval steering", metrics))[1]
+    assert f"law is {other} with" in described(results("eval steering", metrics)).summary

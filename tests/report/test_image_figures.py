@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,18 @@ from matplotlib.text import Text
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.figures import image_figures as f
-from metaflowmaps.lab.figures.picture_layout import thinned
-from metaflowmaps.lab.figures.steering_figures import looks, style
+from metaflowmaps.lab.figures.curves import (
+    Floor,
+    Frontier,
+    against_calls,
+    binomial_band,
+    by_calls,
+    frequencies,
+    frontier,
+    rank_histograms,
+    thinned,
+)
+from metaflowmaps.lab.figures.looks import looks, style
 from metaflowmaps.random import stream
 
 
@@ -55,12 +66,12 @@ def overlaps(figure):
 
 def test_a_grid_shows_every_pixel_in_its_place():
     rows = [pictures(4, seed="a"), pictures(4, seed="b")]
-    figure = f.image_grid(rows, ["t = 0", "t = 0.5"], ["image", "noisy", "draws", ""], "Draws", "a note")
+    figure = f.image_grid(rows, ["t = 0", "t = 0.5"], ["image", "noisy", "draws", ""], "Draws")
     shown = images(figure)
     assert len(shown) == 8
     for array, picture in zip(shown, torch.cat(rows), strict=True):
         np.testing.assert_allclose(array[..., 0], (picture[0] + 1) / 2, atol=1e-7)  # the pictures are float32
-    assert {"t = 0", "t = 0.5", "image", "noisy", "draws", "Draws", "a note"} <= set(texts(figure))
+    assert {"t = 0", "t = 0.5", "image", "noisy", "draws", "Draws"} <= set(texts(figure))
     assert all(image.get_interpolation() == "nearest" for image in figure.axes[0].findobj(AxesImage))
     lefts = [image.get_extent()[0] for image in figure.axes[0].findobj(AxesImage)]
     assert lefts[:4] == sorted(lefts[:4]) == lefts[4:]
@@ -101,15 +112,16 @@ def test_grids_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="story needs"):
         f.story([], [], "title")
     with pytest.raises(InputError, match="mfm-g has shape"):
-        f.story([(a[0], a[1], a)], [("mfm-g", a[0], "cost")], "title")
+        f.story([f.Noisy(a[0], a[1], a)], [f.Steered("mfm-g", a[0], "cost")], "title")
     with pytest.raises(InputError, match="spread_maps needs 2"):
-        f.spread_maps({"map": (a, a)}, ["one", "two"], "title")
+        f.spread_maps({"map": (a, a)}, ["one", "two"], "title", a)
 
 
 def test_the_story_reads_from_left_to_right_with_its_costs():
-    noisy = [(pictures(1)[0], pictures(1, seed="n")[0], pictures(5, seed=f"d{k}")) for k in range(2)]
+    noisy = [f.Noisy(pictures(1)[0], pictures(1, seed="n")[0], pictures(5, seed=f"d{k}")) for k in range(2)]
     steered = [
-        (name, pictures(4, seed=name), f"{i} NFE\n{i} s") for i, name in enumerate(("best-of-1000", "dps", "mfm-g"))
+        f.Steered(name, pictures(4, seed=name), f"{i} NFE\n{i} s")
+        for i, name in enumerate(("best-of-1000", "dps", "mfm-g"))
     ]
     figure = f.story(noisy, steered, "From noise to choice")
     assert len(images(figure)) == 2 * (2 + 5) + 3 * 4
@@ -132,21 +144,21 @@ def test_spread_maps_share_one_scale_with_a_bar():
     assert overlaps(figure) == []
 
 
-def panel(title="race", **more):
+def panel(title="race", target=None):
     lines = {
         "mfm-g": [(0, 1.0, 0.0), (1, 0.9, 0.5), (10, 0.7, 1.2)],
         "dps": [(0, 1.0, 0.1), (1, 0.5, 0.2), (10, 0.2, 0.9)],
     }
-    return {"title": title, "xlabel": "diversity", "ylabel": "reward", "methods": lines, **more}
+    return Frontier(title, "diversity", "reward", lines, target)
 
 
-def test_the_frontier_marks_lambda_base_and_target_under_one_legend():
-    panels = [panel("race", base=(1.0, 0.0), target=(0.8, 1.0)), panel("inverse"), panel("mixture", xscale="log")]
-    figure = f.frontier(panels, "Frontier")
+def test_the_frontier_marks_lambda_and_target_under_one_legend():
+    panels = [panel("race", target=(0.8, 1.0)), panel("inverse"), panel("mixture")]
+    figure = frontier(panels, "Frontier")
     axes = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == ["race", "inverse", "mixture"]
-    assert (axes[0].get_xlabel(), axes[0].get_ylabel(), axes[2].get_xscale()) == ("diversity", "reward", "log")
-    assert legend(figure) == ["mfm-g", "dps", "base model", "data of the target", "numbers along a line: λ, γ or N"]
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("diversity", "reward")
+    assert legend(figure) == ["mfm-g", "dps", "data of the target", "numbers along a line: λ, γ or N"]
     lines = {line.get_label(): line for line in axes[0].lines}
     assert lines["mfm-g"].get_xydata().tolist() == [[1.0, 0.0], [0.9, 0.5], [0.7, 1.2]]
     assert lines["mfm-g"].get_color() == looks()["mfm-g"][0]
@@ -156,26 +168,29 @@ def test_the_frontier_marks_lambda_base_and_target_under_one_legend():
 
 
 def test_a_frontier_leaves_out_what_is_not_finite_and_refuses_what_is_no_point():
-    bent = {**panel(), "methods": {"dps": [(0, 1.0, 0.0), (1, math.nan, 1.0), (2, 1.0, 3.0)]}}
-    assert len(f.frontier([bent]).axes[0].lines[0].get_xdata()) == 2
-    for bad in ([], [{**panel(), "methods": {"dps": [(0, 1.0)]}}]):
+    bent = replace(panel(), methods={"dps": [(0, 1.0, 0.0), (1, math.nan, 1.0), (2, 1.0, 3.0)]})
+    assert len(frontier([bent]).axes[0].lines[0].get_xdata()) == 2
+    for bad in ([], [replace(panel(), methods={"dps": [(0, 1.0)]})]):
         with pytest.raises(InputError, match="frontier"):
-            f.frontier(bad)
+            frontier(bad)
 
 
 def test_lambda_labels_keep_clear_of_each_other_and_of_points():
     lines = {
         name: [(s, 1 - 0.004 * k - 0.1 * s, s + 0.01 * k) for s in range(4)] for k, name in enumerate(list(looks())[:9])
     }
-    figure = f.frontier([{**panel(), "methods": lines}])
+    figure = frontier([replace(panel(), methods=lines)])
     labels = figure.axes[0].texts
     assert len(labels) >= 3
     assert overlaps(figure) == []
 
 
 def test_curves_against_calls():
-    curves = {"map": ([1, 2, 4], [3.0, 2, 1], [0.1] * 3), "glass": ([1, 2, 4, 8, 16, 32], [9.0, 8, 7, 6, 5, 4], None)}
-    alone = f.against_calls(curves, "network calls per draw", "Fréchet distance", 0.5)
+    curves = {
+        "map": [(1, 3.0), (2, 2.0), (4, 1.0)],
+        "glass": [(1, 9.0), (2, 8.0), (4, 7.0), (8, 6.0), (16, 5.0), (32, 4.0)],
+    }
+    alone = against_calls({"": curves}, "network calls per draw", "Fréchet distance", Floor({"": 0.5}))
     assert len(alone.axes) == 1
     assert legend(alone) == ["map", "glass", "floor: two exact samples"]
     axis = alone.axes[0]
@@ -183,16 +198,21 @@ def test_curves_against_calls():
         "log", "network calls per draw", "Fréchet distance",
     )  # fmt: skip
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4", "8", "16", "32"]
-    five = f.against_calls({f"t = {t}": curves for t in range(5)}, "calls", "distance", {"t = 1": 0.5})
+    five = against_calls({f"t = {t}": curves for t in range(5)}, "calls", "distance", Floor({"t = 1": 0.5}))
     shown = [axis for axis in five.axes if axis.get_visible()]
     assert [axis.get_title() for axis in shown] == [f"t = {t}" for t in range(5)]
     assert [len([line for line in axis.lines if line.get_linestyle() == "--"]) for axis in shown] == [0, 1, 0, 0, 0]
     assert [axis.xaxis.label.get_visible() for axis in shown] == [False, False, True, True, True]
     assert overlaps(five) == []
-    with pytest.raises(InputError, match="'map' has 2 x"):
-        f.against_calls({"map": ([1, 2], [1.0], None)}, "x", "y")
     with pytest.raises(InputError, match="at least one"):
-        f.against_calls({}, "x", "y")
+        against_calls({"": {}}, "x", "y")
+
+
+def test_curves_of_samplers_go_by_their_kinds_and_their_calls():
+    cells = {"map-4": 1.0, "map-1": 2.0, "glass-8": 3.0, "exact": 0.5}
+    titles = {"map": "map", "glass": "GLASS", "drift-glass": "GLASS, drift alone"}
+    assert by_calls(cells, titles) == {"map": [(1, 2.0), (4, 1.0)], "GLASS": [(8, 3.0)]}
+    assert by_calls(cells, titles, {"map-4": 4, "map-1": 1, "glass-8": 16})["GLASS"] == [(16, 3.0)]
 
 
 def test_ticks_of_many_calls_stay_apart():
@@ -207,7 +227,7 @@ def test_frequencies_stay_legible_with_twelve_methods():
     methods = {
         name: [0.1] * 9 + [0.1 + 0.05 * k] for k, name in enumerate([*[*looks()][:10], "mfm-g-plain", "mfm-gf-plain"])
     }
-    figure = f.frequencies(methods, target, "Classes")
+    figure = frequencies(methods, target, "Classes")
     axes = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == [f"{n}\nL2 {0.05 * k:.3f}" for k, n in enumerate(methods)]
     for axis, values in zip(axes, methods.values(), strict=True):
@@ -217,22 +237,22 @@ def test_frequencies_stay_legible_with_twelve_methods():
     assert legend(figure) == ["target w"]
     assert overlaps(figure) == []
     with pytest.raises(InputError, match="10 classes"):
-        f.frequencies({"dps": [0.5, 0.5]}, target)
+        frequencies({"dps": [0.5, 0.5]}, target)
 
 
 def test_the_band_of_ranks_is_the_binomial_quantile():
     # by summing probabilities of Binomial(20, 1/4) with math.comb
     pmf = [math.comb(20, k) * 0.25**k * 0.75 ** (20 - k) for k in range(21)]
-    low, high = f.binomial_band(20, 0.25)
+    low, high = binomial_band(20, 0.25)
     assert sum(pmf[:low]) <= 0.025 < sum(pmf[: low + 1])
     assert sum(pmf[high + 1 :]) <= 0.025 < sum(pmf[high:])
 
 
 def test_rank_histograms_tell_calibrated_from_overconfident():
     flat, bent = np.full(8, 50), np.array([150, 40, 20, 10, 10, 20, 50, 100])
-    figure = f.rank_histograms({"t = 0.2": flat, "t = 0.8": bent}, 31)
+    figure = rank_histograms({"t = 0.2": flat, "t = 0.8": bent}, 31)
     titles = [axis.get_title() for axis in figure.axes]
-    low, high = f.binomial_band(400, 1 / 8)
+    low, high = binomial_band(400, 1 / 8)
     share = 100 * ((bent >= low) & (bent <= high)).mean()
     assert titles == ["t = 0.2: 100 % of bars inside", f"t = 0.8: {share:.0f} % of bars inside"]
     assert share < 50
@@ -243,19 +263,15 @@ def test_rank_histograms_tell_calibrated_from_overconfident():
     assert overlaps(figure) == []
     for counts in (np.ones(7), np.array([0.5, 1.5]), np.zeros(8), np.array([5, -1]), np.ones(1)):
         with pytest.raises(InputError, match="divides num_draws"):
-            f.rank_histograms({"map": counts}, 31)
+            rank_histograms({"map": counts}, 31)
 
 
 def test_a_method_looks_the_same_everywhere_and_names_of_one_figure_differ():
     assert style("best-of-1000") == style("best-of-n") == style("Best-of-N")
-    curve = ([1, 2], [1.0, 2.0], None)
-    figure = f.against_calls(
-        {"mfm-g": curve, "mfm-g N=1": curve, "mfm-g N=4": curve, "ours": curve, "theirs": curve}, "x", "y"
-    )
-    lines = [
-        line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and not line.get_label().startswith("_c")
-    ]
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines if line.get_marker() != "_"}
+    curve = [(1, 1.0), (2, 2.0)]
+    curves = dict.fromkeys(("mfm-g", "mfm-g N=1", "mfm-g N=4", "ours", "theirs"), curve)
+    lines = against_calls({"": curves}, "x", "y").axes[0].lines
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
     assert len(looks) == 5
 
 

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.experiment import Json
 from metaflowmaps.lab.evaluate.images.race import COLUMNS, Race, RaceCell, RaceConfig, Raced, title
 from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
-from metaflowmaps.lab.figures import image_figures
 from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.figures.image_figures import Noisy, Steered, story
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.random import randn, stream
 
@@ -50,7 +49,6 @@ SHORT: dict[str, Callable[[RaceCell], object]] = {
     "NFE": COLUMNS["NFE"],
     "ms": COLUMNS["ms"],
 }
-NoisyDigit = tuple[Tensor, Tensor, Tensor]  # a digit, its noisy version, six draws of what it may have been
 
 
 def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable[[str], None]) -> Json:
@@ -66,26 +64,26 @@ def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable
 
 
 @torch.no_grad()
-def _noisy_digits(setup: ImageSetup, seed: int) -> list[NoisyDigit]:
+def _noisy_digits(setup: ImageSetup, seed: int) -> list[Noisy]:
     """One digit for each of the story's times."""
     model, noisy = setup.model, []
     images, _ = setup.images(len(STORY_TIMES), "story", seed)
     for i, t in enumerate(STORY_TIMES):
         g = stream(seed, "story", i)
         x_t = model.path.interpolate(randn(tuple(images[i : i + 1].shape), g), images[i : i + 1], t)
-        noisy.append((images[i], x_t[0], model.draw(t, x_t, 6, generator=g)[:, 0]))
+        noisy.append(Noisy(images[i], x_t[0], model.draw(t, x_t, 6, generator=g)[:, 0]))
     return noisy
 
 
-def _draw(noisy: list[NoisyDigit], raced: Raced, out: Path) -> None:
+def _draw(noisy: list[Noisy], raced: Raced, out: Path) -> None:
     """A figure a reward."""
     for name, wanted in WANTED.items():
         race, shown = raced.races[name], []
         cells = {cell.key: cell for cell in race.scored}
         for key, label in STEERED:
             cell = cells[key.format(gamma=GAMMA[name])]
-            shown.append((label, race.shown[cell.key][:6], _price(cell)))
-        picture = image_figures.story(noisy, shown, f"From noisy digits to steered digits; the reward says {wanted}")
+            shown.append(Steered(label, race.shown[cell.key][:6], _price(cell)))
+        picture = story(noisy, shown, f"From noisy digits to steered digits; the reward says {wanted}")
         figures.save(picture, out / f"story-{name}.png")
 
 

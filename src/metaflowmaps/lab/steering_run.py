@@ -12,6 +12,7 @@ from torch import Tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.figures import plots, result_figures, steering_figures
 from metaflowmaps.lab.named_rewards import ChosenReward
+from metaflowmaps.lab.results import Course
 from metaflowmaps.lab.sample_pictures import SamplePictures
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import fresh_seeds, stream
@@ -151,8 +152,8 @@ class SteeringRun:
         self.pictures.save(result.samples, title, None if known is None or law is None else law.tilt(known), out)
         if len(result.info["time"]) > 1 and "ess" in result.info:
             shown = [k for k in ("time", "ess", "gradient_norm") if k in result.info]
-            curves: dict[str, list[float]] = {k: result.info[k].tolist() for k in shown}
-            plots.save(steering_figures.trajectory({name: curves}), out / "trajectory.png")
+            course = Course.of({k: result.info[k].tolist() for k in shown})
+            plots.save(steering_figures.trajectory({name: course}), out / "trajectory.png")
 
 
 def as_result(made: Shard) -> SteerResult:

@@ -144,7 +144,7 @@ def posterior_on_mixture(checkpoint: str, law: str, config: PosteriorEvalConfig,
 
         def draw(out: Path) -> None:
             plots.save(result_figures.panels(opened.model, judging, config.seed), out / "posteriors.png")
-            plots.save(plots.error_against_calls(metrics), out / "error-against-calls.png")
+            plots.save(steering_figures.posterior_error(metrics), out / "error-against-calls.png")
 
         return {**metrics, "cost": {"seconds_by_sampler": measured.seconds}}, draw
 

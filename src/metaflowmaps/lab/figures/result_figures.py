@@ -1,9 +1,10 @@
 """The figures of results; those of image experiments write PNGs into a directory and return their captions."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,26 +19,50 @@ from metaflowmaps.lab.evaluate.images.inverse_problems import PROBLEMS, Solved
 from metaflowmaps.lab.evaluate.images.race import Raced
 from metaflowmaps.lab.evaluate.images.recovery import Recovered
 from metaflowmaps.lab.evaluate.images.steered import image_variant
-from metaflowmaps.lab.figures import image_figures, steering_figures
-from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.lab.figures import image_figures, plots, steering_figures
+from metaflowmaps.lab.figures.curves import (
+    Floor,
+    Frontier,
+    against_calls,
+    by_calls,
+    frequencies,
+    frontier,
+    rank_histograms,
+)
+from metaflowmaps.lab.results import (
+    ClassMixture,
+    Generation,
+    Metrics,
+    Race,
+    Recovery,
+    RewardRace,
+    RolloutValue,
+    Steering,
+)
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.random import randn, stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TIMES = (0.0, 0.1, 0.2, 0.5, 0.8)
-PANEL_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
-DRAWS = 8
-GRID = 64  # samples in a picture of samples
-SHOWN_DRAWS = 4  # of num_draws, the panels show the one nearest to this
-TITLE = 46  # letters over a single panel
+TIMES = (0.0, 0.1, 0.2, 0.5, 0.8)  # of the picture of one noisy image
+PANEL_TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)  # of posteriors of a mixture
+DRAWS = 8  # in the picture of one noisy image
 DRAWN = 24  # draws in a picture of draws
+GRID = 64  # samples in a picture of samples
+RACED = 12  # samples of a cell of the race
+SHOWN_DRAWS = 4  # of num_draws, the panels show the one nearest to this
+TITLE_LETTERS = 46  # over a single panel
 COLOURS = " Latents are shown by their first three channels, as colours."
 RECOVERED = (
     "A held-out image, noised to time t, and draws of the map for it in one network call each. At t = 0 the noisy "
     "image says nothing; as t → 1 it decides everything."
 )
+ROLLOUT = "rollout"  # the sampler that the others are held against
+SAMPLERS = {"map": "map", "glass": "GLASS", "drift-glass": "GLASS, drift alone"}
+GENERATION_KINDS = {"refine": "map, refined", "compose": "map, composed", "ode": "ODE", "drift-ode": "ODE, drift alone"}
+SHOWN = ("refine-1", "refine-2", "refine-4", "refine-8", "compose-4", "ode-4", "ode-64")
+AGAINST = {"distance": "mean pairwise distance", "frechet": "Fréchet distance to the target's data"}
 CAPTIONS = {  # of pictures that mixtures have too, under other words
     "posterior": {"posteriors.png": "A noisy image and what it may be: draws of the map."},
     "steer": {"samples.png": "Steered samples, the first of them."},
@@ -59,7 +84,7 @@ def draws_picture(model: MetaFlowMap, held_out: Examples, out: Path) -> None:
         x_t = model.path.interpolate(eps, image, t)
         noisy.append(x_t[0].cpu())
         draws.append(model.draw(t, x_t, DRAWS, generator=stream(0, "picture", repr(t)))[:, 0].cpu())
-    figures.save(recovery_grid(image[0].cpu(), noisy, draws, TIMES), out)
+    plots.save(recovery_grid(image[0].cpu(), noisy, draws, TIMES), out)
 
 
 def recovery_grid(image: Tensor, noisy: list[Tensor], draws: list[Tensor], times: tuple[float, ...]) -> "Figure":
@@ -76,19 +101,25 @@ def posterior_grid(x_t: Tensor, draws: Tensor, t: float, out: Path) -> None:
     rows = [coloured(torch.cat([x_t[None], part])) for part in draws[:DRAWN].split(each) if len(part) == each]
     titles = ["noisy", "draws", *([""] * (each - 1))]
     title = f"A noisy image at t = {t:g} and what it may be"
-    figures.save(image_figures.image_grid(rows, [""] * len(rows), titles, title), out)
+    plots.save(image_figures.image_grid(rows, [""] * len(rows), titles, title), out)
 
 
 def samples_grid(x: Tensor, title: str, out: Path) -> None:
     """The first samples, sixteen a row."""
     shown = coloured(x[:GRID].cpu())
     rows = [part for part in shown.split(16) if len(part) == min(16, len(shown))]
-    figures.save(image_figures.image_grid(rows, [""] * len(rows), None, title), out)
+    plots.save(image_figures.image_grid(rows, [""] * len(rows), None, title), out)
+
+
+def _save_all(figures: Mapping[str, tuple["Figure", str]], out: Path) -> dict[str, str]:
+    """Write each figure; the captions by file name."""
+    for name, (figure, _) in figures.items():
+        plots.save(figure, out / name)
+    return {name: caption for name, (_, caption) in figures.items()}
 
 
 def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str, str]:
     """Draws, their spread, and the distance against network calls."""
-    figures.save(recovery_grid(found.image, found.noisy, found.draws, times), out / "draws.png")
     means, deviations = (torch.stack([pair[i] for pair in found.spread]) for i in (0, 1))
     spread = image_figures.spread_maps(
         {"draws of the map": (means, deviations)},
@@ -96,150 +127,120 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
         "Where the draws agree, and where they do not",
         torch.stack(found.noisy),
     )
-    figures.save(spread, out / "spread.png")
-    frechet = found.metrics["frechet"]
-    curves: dict[str, Any] = {}
-    for t, by_sampler in frechet.items():
-        panel: dict[str, Any] = {}
-        for name, value in by_sampler.items():
-            kind, _, steps = name.rpartition("-")
-            x, y, _ = panel.setdefault(KINDS[kind], ([], [], None))
-            x.append(int(steps))
-            y.append(value)
-        curves[f"t = {float(t):g}"] = panel
-    measure, against = _measure(found.metrics)
-    figure = image_figures.against_calls(
+    measured = Recovery.of(found.metrics)
+    curves = {f"t = {float(t):g}": by_calls(by_sampler, SAMPLERS) for t, by_sampler in measured.frechet.items()}
+    distance = against_calls(
         curves,
         "network calls a draw",
-        measure,
-        dict.fromkeys(curves, found.floor),
-        f"Draws against {against}, in {found.metrics['space']}",
-        "images trained on",
+        measured.measure,
+        Floor(dict.fromkeys(curves, found.floor), "images trained on"),
+        f"Draws against {measured.to}, in {measured.space}",
     )
-    figures.save(figure, out / "frechet-against-calls.png")
-    return {
-        "draws.png": "A held-out image, noised to time t, and eight draws of the map in one network call each. At "
-        "t = 0 the noisy image says nothing; as t → 1 it decides everything.",
-        "spread.png": "Mean and standard deviation, pixel by pixel, of 256 draws given that noisy image.",
-        "frechet-against-calls.png": f"{_in_words(found.metrics)} of one draw for each noised held-out image to "
-        f"{'the ' * (against == 'held-out images')}{against}, against network calls a draw. Dashed: the images trained "
-        "on.",
+    figures = {
+        "draws.png": (
+            recovery_grid(found.image, found.noisy, found.draws, times),
+            "A held-out image, noised to time t, and eight draws of the map in one network call each. At t = 0 the "
+            "noisy image says nothing; as t → 1 it decides everything.",
+        ),
+        "spread.png": (spread, "Mean and standard deviation, pixel by pixel, of 256 draws given that noisy image."),
+        "frechet-against-calls.png": (
+            distance,
+            f"{measured.named} of one draw for each noised held-out image to {measured.target}, against network calls "
+            "a draw. Dashed: the images trained on.",
+        ),
     }
+    return _save_all(figures, out)
 
 
-def _measure(metrics: dict[str, Any]) -> tuple[str, str]:
-    """What distances are called, and what they are to."""
-    return metrics.get("measure", "Fréchet distance"), metrics.get("to", "held-out images")
-
-
-def _in_words(metrics: dict[str, Any]) -> str:
-    """What distances are, for a caption: FID is said of nothing else."""
-    measure, space = _measure(metrics)[0], metrics["space"]
-    named = space if "latents" in space or "Inception" in space else "classifier features"
-    return measure if measure == "FID" else f"Fréchet distance ({named}, not FID)"
-
-
-KINDS = {"map": "map", "glass": "GLASS", "drift-glass": "GLASS, drift alone"}
-VALUE_KINDS = {"map": "map", "glass": "GLASS"}
-
-
-def value(metrics: dict[str, Any], out: Path) -> dict[str, str]:
+def value(metrics: Metrics, out: Path) -> dict[str, str]:
     """Correlation with rollouts against network calls."""
-    cells = metrics["by_sampler"]
-    draws = max((n for name in cells if name != "rollout" for n in cells[name]), key=int)
-    curves: dict[str, Any] = {}
-    for name, by_draws in cells.items():
-        if name == "rollout":
-            continue
-        kind, _, steps = name.rpartition("-")
-        for t, cell in by_draws[draws].items():
-            x, y, _ = curves.setdefault(f"t = {float(t):g}", {}).setdefault(VALUE_KINDS[kind], ([], [], None))
-            x.append(int(steps))
-            y.append(cell["pearson"])
-    again, brief = next(iter(cells["rollout"].values())), short([metrics["reward"]])[metrics["reward"]]
-    figure = image_figures.against_calls(
+    measured = RolloutValue.of(metrics)
+    cells = {name: by_draws for name, by_draws in measured.by_sampler.items() if name != ROLLOUT}
+    most = max((n for by_draws in cells.values() for n in by_draws), key=int)
+    (again,) = measured.by_sampler[ROLLOUT].values()
+    curves = {
+        f"t = {float(t):g}": by_calls({name: cell[most][t].pearson for name, cell in cells.items()}, SAMPLERS)
+        for t in again
+    }
+    figure = against_calls(
         curves,
         "network calls a draw",
         "Pearson r with rollouts",
-        {f"t = {float(t):g}": cell["pearson"] for t, cell in again.items()},
-        f"Value of the reward {brief} from {draws} draws",
-        "rollouts again",
+        Floor({f"t = {float(t):g}": cell.pearson for t, cell in again.items()}, "rollouts again"),
+        f"Value of the reward {short([measured.reward])[measured.reward]} from {most} draws",
         yscale="linear",
     )
-    figures.save(figure, out / "value-against-calls.png")
-    return {
-        "value-against-calls.png": "Correlation of the estimated value with that of rollouts, over noised held-out "
-        "images, against network calls a draw. Dashed: a second set of rollouts."
-    }
+    caption = (
+        "Correlation of the estimated value with that of rollouts, over noised held-out images, against network calls "
+        "a draw. Dashed: a second set of rollouts."
+    )
+    return _save_all({"value-against-calls.png": (figure, caption)}, out)
 
 
 def mixture(found: Mixed, out: Path) -> dict[str, str]:
     """Frequencies, and samples of each method."""
-    methods = found.metrics["methods"]
-    frequencies = {image_variant(name).title: cell["frequencies"] for name, cell in methods.items()}
-    figure = image_figures.frequencies(frequencies, found.metrics["target"], "Class frequencies as the judge sees them")
-    figures.save(figure, out / "frequencies.png")
-    names = list(found.samples)
-    grid = image_figures.image_grid(
-        [found.samples[name] for name in names],
-        [image_variant(name).title for name in names],
-        None,
-        "Samples steered to a mixture of classes",
-    )
-    figures.save(grid, out / "samples.png")
-    return {
-        "frequencies.png": "Share of each class among the samples (bars) against the target (marks).",
-        "samples.png": "The first samples of each method.",
+    measured = ClassMixture.of(found.metrics)
+    shares = {image_variant(name).title: cell.frequencies for name, cell in measured.methods.items()}
+    titles = [image_variant(name).title for name in found.samples]
+    figures = {
+        "frequencies.png": (
+            frequencies(shares, measured.target, "Class frequencies as the judge sees them"),
+            "Share of each class among the samples (bars) against the target (marks).",
+        ),
+        "samples.png": (
+            image_figures.image_grid(
+                [*found.samples.values()], titles, title="Samples steered to a mixture of classes"
+            ),
+            "The first samples of each method.",
+        ),
     }
+    return _save_all(figures, out)
 
 
 def race(found: Raced, out: Path) -> dict[str, str]:
     """Frontiers: reward against diversity and against distance to the target, and samples."""
-    captions = {}
-    brief = short(found.metrics["rewards"])
-    for what, label in (("distance", "mean pairwise distance"), ("frechet", "Fréchet distance to the target's data")):
-        panels: list[Any] = []
-        for name, one in found.metrics["rewards"].items():
-            methods: dict[str, list[tuple[float, float, float]]] = {}
-            for cell in one["cells"]:
-                if cell.get(what) is not None:
-                    number = cell.get("strength", cell.get("n"))
-                    methods.setdefault(races.title(cell["method"]), []).append((number, cell[what], cell["reward"]))
-            data = one["data"]
-            target = {} if data[what] is None else {"target": (data[what], data["target_reward"])}
-            panels.append(
-                {
-                    "title": f"reward: {brief[name]}",
-                    "xlabel": label,
-                    "ylabel": "mean reward",
-                    "methods": methods,
-                    **target,
-                }
-            )
-        figures.save(image_figures.frontier(panels), out / f"reward-against-{what}.png")
-    captions["reward-against-distance.png"] = (
-        "Mean reward against diversity (mean pairwise distance in the judge's features), one line a method, strength "
-        "(λσ) or N growing along it. Up and right is better. Star: the tenth of all images with the highest reward."
-    )
-    captions["reward-against-frechet.png"] = (
-        "Mean reward against the Fréchet distance to the images with the highest reward. Up and to the left is better."
-    )
+    rewards = Race.of(found.metrics).rewards
+    brief = short(rewards)
+    figures = {
+        "reward-against-distance.png": (
+            frontier([_frontier(one, "distance", f"reward: {brief[name]}") for name, one in rewards.items()]),
+            "Mean reward against diversity (mean pairwise distance in the judge's features), one line a method, "
+            "strength (λσ) or N growing along it. Up and right is better. Star: the tenth of all images with the "
+            "highest reward.",
+        ),
+        "reward-against-frechet.png": (
+            frontier([_frontier(one, "frechet", f"reward: {brief[name]}") for name, one in rewards.items()]),
+            "Mean reward against the Fréchet distance to the images with the highest reward. Up and to the left is "
+            "better.",
+        ),
+    }
     for name, shown in found.samples.items():
-        head = found.metrics["rewards"][name]["headline"]
-        wanted = ["target data", "ode 1"]
-        if "ode" in head:
-            wanted += [f"ode {head['ode']['n']}", f"{head['ode']['method']} {head['ode']['strength']:g}"]
-        strongest = max((c["strength"] for c in found.metrics["rewards"][name]["cells"] if "strength" in c), default=0)
-        wanted += [f"dps {strongest:g}", f"mfm-gf-16 {strongest:g}"]
-        rows = [(key, shown[key]) for key in dict.fromkeys(wanted) if key in shown and len(shown[key]) >= 12]
-        titles = [_shown_title(key) for key, _ in rows]
-        title, file = (
-            f"Samples for the reward {brief[name]}",
-            f"samples-{re.sub(r'[^-+.:0-9A-Za-z]+', '-', brief[name])}.png",
-        )
-        figures.save(image_figures.image_grid([x[:12] for _, x in rows], titles, None, title), out / file)
-        captions[file] = f"The first twelve samples for the reward {brief[name]}."
-    return captions
+        rows = {key: shown[key][:RACED] for key in _shown_cells(rewards[name]) if len(shown.get(key, ())) >= RACED}
+        title = f"Samples for the reward {brief[name]}"
+        file = f"samples-{re.sub(r'[^-+.:0-9A-Za-z]+', '-', brief[name])}.png"
+        grid = image_figures.image_grid([*rows.values()], [_shown_title(key) for key in rows], title=title)
+        figures[file] = grid, f"The first twelve samples for the reward {brief[name]}."
+    return _save_all(figures, out)
+
+
+def _frontier(one: RewardRace, what: Literal["distance", "frechet"], title: str) -> Frontier:
+    """The race for one reward, against one of the distances of its cells."""
+    methods: dict[str, list[tuple[float, float, float]]] = {}
+    for cell in one.cells:
+        x = getattr(cell, what)
+        if x is not None:
+            methods.setdefault(races.title(cell.method), []).append((cell.number, x, cell.reward))
+    best = getattr(one.data, what)
+    target = None if best is None else (best, one.data.target_reward)
+    return Frontier(title, AGAINST[what], "mean reward", methods, target)
+
+
+def _shown_cells(one: RewardRace) -> list[str]:
+    """The cells whose samples are worth a look: the data, the pool's, MFM-G that is as good, the strongest steering."""
+    head, strongest = one.headline.get("ode"), max((cell.strength or 0 for cell in one.cells), default=0)
+    best = [] if head is None else [f"ode {head.n}", f"{head.method} {head.strength:g}"]
+    wanted = ["target data", "ode 1", *best, f"dps {strongest:g}", f"mfm-gf-16 {strongest:g}"]
+    return list(dict.fromkeys(wanted))
 
 
 def _shown_title(key: str) -> str:
@@ -254,60 +255,44 @@ def _shown_title(key: str) -> str:
 
 def inverse(found: Solved, draws: int, out: Path) -> dict[str, str]:
     """What was seen, samples, and rank histograms."""
-    captions = {}
+    figures = {}
     for problem, shown in found.pictures.items():
-        rows, titles = [shown["truth"], shown["seen"]], ["truth", "seen"]
-        for name, x in shown.items():
-            if name not in ("truth", "seen"):
-                rows += list(x[:2])
-                titles += [image_variant(name).title, ""]
-        figures.save(
-            image_figures.image_grid(rows, titles, None, PROBLEMS[problem].capitalize()), out / f"{problem}.png"
+        methods = {name: x for name, x in shown.items() if name not in ("truth", "seen")}
+        rows = [shown["truth"], shown["seen"], *(part for x in methods.values() for part in x[:2])]
+        titles = ["truth", "seen", *(title for name in methods for title in (image_variant(name).title, ""))]
+        ranks = {image_variant(name).title: h for name, h in found.histograms[problem].items()}
+        figures[f"{problem}.png"] = (
+            image_figures.image_grid(rows, titles, title=PROBLEMS[problem].capitalize()),
+            "Six held-out images, what was seen of them, and two samples of each method.",
         )
-        histograms = {image_variant(name).title: h for name, h in found.histograms[problem].items()}
-        title = f"Ranks of the truth among {draws} samples: {PROBLEMS[problem]}"
-        figures.save(image_figures.rank_histograms(histograms, draws, title), out / f"{problem}-ranks.png")
-        captions[f"{problem}.png"] = "Six held-out images, what was seen of them, and two samples of each method."
-        captions[f"{problem}-ranks.png"] = (
-            "How often the true pixel has each rank among the samples: flat when calibrated."
+        figures[f"{problem}-ranks.png"] = (
+            rank_histograms(ranks, draws, f"Ranks of the truth among {draws} samples: {PROBLEMS[problem]}"),
+            "How often the true pixel has each rank among the samples: flat when calibrated.",
         )
-    return captions
-
-
-GENERATION_KINDS = {"refine": "map, refined", "compose": "map, composed", "ode": "ODE", "drift-ode": "ODE, drift alone"}
+    return _save_all(figures, out)
 
 
 def generation(found: Generated, out: Path) -> dict[str, str]:
     """Distance against network calls, and samples."""
-    curves: dict[str, Any] = {}
-    for name, cell in found.metrics["by_sampler"].items():
-        kind, _, steps = name.rpartition("-")
-        x, y, _ = curves.setdefault(GENERATION_KINDS[kind], ([], [], None))
-        x.append(int(steps))
-        y.append(cell["frechet"])
-    (measure, against), known = _measure(found.metrics), "floor" in found.metrics
-    kind_of = "Samples of all classes" if found.metrics.get("conditional") else "Unconditional samples"
-    figure = image_figures.against_calls(
-        curves,
-        "network calls a sample",
-        measure,
-        found.metrics["floor"]["frechet"] if known else None,
-        fill(f"{kind_of}, in {found.metrics['space']}", TITLE),
-        "images trained on",
-    )
-    figures.save(figure, out / "frechet-against-calls.png")
+    measured = Generation.of(found.metrics)
+    kind_of = "Samples of all classes" if measured.conditional else "Unconditional samples"
+    floor = None if measured.floor is None else Floor({"": measured.floor.frechet}, "images trained on")
+    curves = by_calls({name: cell.frechet for name, cell in measured.by_sampler.items()}, GENERATION_KINDS)
+    title = fill(f"{kind_of}, in {measured.space}", TITLE_LETTERS)
     rows = {name: x for name, x in found.samples.items() if name in SHOWN} or found.samples
     titles = [f"{GENERATION_KINDS[n.rpartition('-')[0]]}, {n.rpartition('-')[2]} steps" for n in rows]
-    figures.save(image_figures.image_grid(list(rows.values()), titles, None, kind_of), out / "samples.png")
-    dashed = " Dashed: the images trained on." if known else ""
-    return {
-        "frechet-against-calls.png": f"{_in_words(found.metrics)} of samples to "
-        f"{'the ' * (against == 'held-out images')}{against} against network calls a sample.{dashed}",
-        "samples.png": "The first sixteen samples of some samplers.",
+    dashed = "" if floor is None else " Dashed: the images trained on."
+    figures = {
+        "frechet-against-calls.png": (
+            against_calls({"": curves}, "network calls a sample", measured.measure, floor, title),
+            f"{measured.named} of samples to {measured.target} against network calls a sample.{dashed}",
+        ),
+        "samples.png": (
+            image_figures.image_grid([*rows.values()], titles, title=kind_of),
+            "The first sixteen samples of some samplers.",
+        ),
     }
-
-
-SHOWN = ("refine-1", "refine-2", "refine-4", "refine-8", "compose-4", "ode-4", "ode-64")
+    return _save_all(figures, out)
 
 
 # -- mixtures --------------------------------------------------------------------------------------------------------
@@ -326,10 +311,10 @@ def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> "Figure":
             draws.append(model.draw(t, x_t, 1000, generator=g)[:, 0].cpu())
         contexts.append(x_t[0].cpu())
     title = "Draws of the map in one call, exact posteriors as contours"
-    return figures.posterior_panels(model.path, law, PANEL_TIMES, contexts, draws, title)
+    return plots.posterior_panels(model.path, law, PANEL_TIMES, contexts, draws, title)
 
 
-def steering(metrics: dict[str, Any], samples: dict[str, Tensor], tilted: GaussianMixture, out: Path) -> None:
+def steering(metrics: Metrics, samples: Mapping[str, Tensor], tilted: GaussianMixture, out: Path) -> None:
     """Every method's samples over the exact law, its error against its cost, and its course.
 
     Args:
@@ -338,24 +323,11 @@ def steering(metrics: dict[str, Any], samples: dict[str, Tensor], tilted: Gaussi
         tilted: the exact law.
         out: the directory.
     """
-    shown = _one_a_method(samples)
+    methods = Steering.of(metrics).methods
+    nearest = {name: min(cells, key=lambda key: abs(int(key) - SHOWN_DRAWS)) for name, cells in methods.items()}
     if tilted.dim == 2:
-        figures.save(steering_figures.panels(tilted, metrics, shown), out / "steered.png")
-    figures.save(steering_figures.error_against_cost(metrics), out / "error-against-cost.png")
-    curves = {
-        name: cell["trajectory"]
-        for name, by_draws in metrics["methods"].items()
-        for key, cell in by_draws.items()
-        if f"{name}.{key}" in shown
-    }
-    figures.save(steering_figures.trajectory(curves), out / "trajectory.png")
-
-
-def _one_a_method(samples: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One cell a method: the number of draws nearest to SHOWN_DRAWS."""
-    best: dict[str, str] = {}
-    for cell in samples:
-        name, key = cell.rsplit(".", 1)
-        if name not in best or abs(int(key) - SHOWN_DRAWS) < abs(int(best[name]) - SHOWN_DRAWS):
-            best[name] = key
-    return {f"{name}.{key}": samples[f"{name}.{key}"] for name, key in best.items()}
+        shown = {f"{name}.{key}": samples[f"{name}.{key}"] for name, key in nearest.items()}
+        plots.save(steering_figures.panels(tilted, metrics, shown), out / "steered.png")
+    plots.save(steering_figures.error_against_cost(metrics), out / "error-against-cost.png")
+    courses = {name: methods[name][key].trajectory for name, key in nearest.items()}
+    plots.save(steering_figures.trajectory(courses), out / "trajectory.png")

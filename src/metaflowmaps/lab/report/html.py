@@ -9,24 +9,16 @@ import base64
 import html
 import json
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from metaflowmaps._files import write_whole
 from metaflowmaps.errors import InputError
-from metaflowmaps.lab.report.sections import (
-    Tables,
-    described,
-    duration,
-    leaves,
-    number,
-    posterior_tables,
-    steering_tables,
-    tables_of,
-    value_tables,
-)
+from metaflowmaps.lab.report.sections import Description, described, duration, leaves, number, tables_of
+from metaflowmaps.lab.results import Results
 
-__all__ = ["posterior_tables", "read_results", "steering_tables", "tables_of", "value_tables", "write_report"]
+__all__ = ["read_results", "tables_of", "write_report"]
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -73,19 +65,48 @@ PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 SUBJECTS = ("recipe", "task", "experiment", "law")  # what a heading says of a run besides its command
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, what it holds, and what is said of it."""
+
+    directory: Path
+    results: Results
+    said: Description
+
+    @classmethod
+    def read(cls, directory: Path) -> "Run":
+        """The run; refused by its file's name where it cannot be shown."""
+        results = read_results(directory)
+        try:
+            return cls(directory, results, described(results))
+        except InputError as error:
+            raise _damaged(directory / "results.json", error) from None
+
+    @property
+    def title(self) -> str:
+        """What was done, on what."""
+        config = self.results.config
+        subject = next((config[key] for key in SUBJECTS if isinstance(config.get(key), str)), None)
+        return f"{self.said.title}: {subject}" if subject else self.said.title
+
+    @property
+    def pictures(self) -> list[Path]:
+        """In the order of their captions, and then by name."""
+        order = list(self.said.captions)
+        place = {name: i for i, name in enumerate(order)}
+        return sorted(self.directory.glob("*.png"), key=lambda p: (place.get(p.name, len(order)), p.name))
+
+
 def write_report(runs: list[Path], out: Path) -> Path:
     """Join the runs' results, figures and tables into ``out``, whole or not at all; directories of runs are opened."""
     found = {directory.resolve(): directory for run in runs for directory in _runs_in(run)}
-    results = {directory: read_results(directory) for directory in found.values()}
-    titles = _titles(results)
-    sections = [
-        _section(directory, results[directory], titles[directory], f"section-{i}")
-        for i, directory in enumerate(results, 1)
-    ]
+    shown = [Run.read(directory) for directory in found.values()]
+    titles = _titles(shown)
+    anchors = [f"section-{i}" for i, _ in enumerate(shown, 1)]
+    sections = [_section(*parts) for parts in zip(shown, titles, anchors, strict=True)]
     # unquoted, so that no quoted address in the page is other than data: one search shows that it loads nothing
-    contents = "".join(
-        f"<li><a href=#section-{i}>{_text(title)}</a></li>" for i, title in enumerate(titles.values(), 1)
-    )
+    links = zip(anchors, titles, strict=True)
+    contents = "".join(f"<li><a href=#{anchor}>{_text(title)}</a></li>" for anchor, title in links)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -112,7 +133,7 @@ def _runs_in(place: Path) -> list[Path]:
     return sorted(file.parent for file in place.glob("*/results.json")) or [place]
 
 
-def read_results(run: Path) -> dict[str, Any]:
+def read_results(run: Path) -> Results:
     """results.json of a run's directory."""
     file = run / "results.json"
     if not file.is_file():
@@ -120,61 +141,43 @@ def read_results(run: Path) -> dict[str, Any]:
             f"{file} does not exist: give the --out directory of a finished command, or one that holds some"
         )
     try:
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        schema = results["schema"]
-        shaped = isinstance(results["command"], str) and all(
-            isinstance(results.get(key, {}), dict) for key in ("metrics", "cost", "environment", "config")
-        )
-        _ = results["metrics"], results["cost"], results["environment"]
+        document = json.loads(file.read_text(encoding="utf-8"))
+        schema = document["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error) from None
     if schema != 1:
         raise InputError(f"{file} has schema {schema}, this version reads 1: update metaflowmaps")
-    if not shaped:
-        raise _damaged(file, "a field of another type than the schema's")
-    return results
+    try:
+        return Results.of(document)
+    except InputError as error:
+        raise _damaged(file, error) from None
 
 
 def _damaged(file: Path, why: object) -> InputError:
-    return InputError(f"{file} is damaged ({why}): move {file.parent} away and run its command again")
+    said = " ".join(str(why).split())
+    return InputError(f"{file} is damaged ({said}): move {file.parent} away and run its command again")
 
 
-def _titles(results: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """What was done, on what; the directory too where two would read the same."""
-    titles = {}
-    for directory, result in results.items():
-        config = result.get("config", {})
-        subject = next((config[key] for key in SUBJECTS if isinstance(config.get(key), str)), "")
-        title = _describe(directory, result)[0].title
-        titles[directory] = f"{title}: {subject}" if subject else title
-    twice = [title for title in titles.values() if list(titles.values()).count(title) > 1]
-    return {d: f"{title} ({d})" if title in twice else title for d, title in titles.items()}
+def _titles(runs: list[Run]) -> list[str]:
+    """Of each run; with its directory where two would read the same."""
+    count = Counter(run.title for run in runs)
+    return [f"{run.title} ({run.directory})" if count[run.title] > 1 else run.title for run in runs]
 
 
-def _describe(directory: Path, results: dict[str, Any]) -> Any:
-    try:
-        return described(results)
-    except InputError as error:
-        raise _damaged(directory / "results.json", " ".join(str(error).split())) from None
-
-
-def _section(directory: Path, results: dict[str, Any], title: str, anchor: str) -> str:
-    section, summary, tables = _describe(directory, results)
-    parts = [f'<section id="{anchor}"><h2>{_text(title)}</h2>', f"<p>{_text(summary)}</p>" if summary else ""]
-    parts.append(
-        f'<p class="command"><code>{_text(results.get("invocation") or "mfm " + results["command"])}</code></p>'
-    )
-    seconds, device = results["cost"].get("seconds"), results["environment"].get("device")
+def _section(run: Run, title: str, anchor: str) -> str:
+    results, said = run.results, run.said
+    seconds, device = results.cost.get("seconds"), results.environment.get("device")
     took = f"took {duration(seconds)}" if isinstance(seconds, int | float) else ""
     where = ", ".join(part for part in (took, f"on {device}" if device else "") if part)
-    parts.append(f'<p class="quiet">{_text(where[:1].upper() + where[1:])}</p>' if where else "")
-    order = list(section.captions)
-    for picture in sorted(
-        directory.glob("*.png"), key=lambda p: (order.index(p.name) if p.name in order else len(order), p.name)
-    ):
-        parts.append(_figure(picture, title, section.captions.get(picture.name, "")))
-    parts += [_table(name, *table) for name, table in tables.items()]
-    parts.append(_details(results))
+    parts = [
+        f'<section id="{anchor}"><h2>{_text(title)}</h2>',
+        f"<p>{_text(said.summary)}</p>" if said.summary else "",
+        f'<p class="command"><code>{_text(results.invocation or "mfm " + results.command)}</code></p>',
+        f'<p class="quiet">{_text(where[:1].upper() + where[1:])}</p>' if where else "",
+        *(_figure(picture, title, said.captions.get(picture.name, "")) for picture in run.pictures),
+        *(_table(name, *table) for name, table in said.tables.items()),
+        _details(results),
+    ]
     return "".join(parts) + "</section>"
 
 
@@ -213,18 +216,16 @@ def _numeric(column: tuple[str, ...]) -> bool:
     return 2 * sum(bool(re.match(r"[-−+±<>≤≥ ]*(\d|nan|inf)", cell)) for cell in filled) > len(filled)
 
 
-def _details(results: dict[str, Any]) -> str:
+def _details(results: Results) -> str:
     """Costs, environment and resolved settings, folded away."""
-    tables: Tables = {
-        "Cost": (["what", "value"], [[name, number(value)] for name, value in leaves(results["cost"])]),
-        "Environment": (["what", "value"], [[name, str(value)] for name, value in leaves(results["environment"])]),
-    }
+    held = {"Cost": results.cost, "Environment": results.environment}
+    rows = {name: [[what, number(value)] for what, value in leaves(part)] for name, part in held.items()}
     settings = re.sub(  # a list of numbers stays on one line
-        r"\[[^\[\]{}\"]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(results.get("config", {}), indent=1)
+        r"\[[^\[\]{}\"]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(results.config, indent=1)
     )
     return (
         "<details><summary>Cost, environment and settings</summary>"
-        + "".join(_table(name, *table) for name, table in tables.items() if table[1])
+        + "".join(_table(name, ["what", "value"], table) for name, table in rows.items() if table)
         + f'<h3>Settings</h3><pre tabindex="0" role="region" aria-label="Settings">{_text(settings)}</pre></details>'
     )
 

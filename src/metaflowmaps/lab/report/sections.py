@@ -1,36 +1,88 @@
 """What a command's results look like in words and tables: one Section a command, in SECTIONS.
 
-A new evaluation writes its Section in a file of its own and adds one line to SECTIONS. Or it needs none of this:
-metrics may describe themselves, by ``metrics["tables"]`` = {title: {"head": […], "rows": [[…]]}} (numbers are formatted
-here), ``metrics["captions"]`` = {picture's file name: caption} and ``metrics["summary"]`` = one sentence. What the
-metrics say of themselves goes before what the Section would say.
+A new evaluation needs no Section: its metrics may describe themselves, by ``metrics["tables"]`` = {title: {"head": […],
+"rows": [[…]]}} (numbers are formatted here), ``metrics["captions"]`` = {picture's file name: caption} and
+``metrics["summary"]`` = one sentence. What the metrics say of themselves goes before what the Section would say.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.lab.results import Metrics, Number, PosteriorErrors, Results, Spoken, Steering, ValueErrors, View
 from metaflowmaps.steering import Exact
 
-Results = dict[str, Any]
-Tables = dict[str, tuple[list[str], list[list[str]]]]
+Tables = dict[str, tuple[list[str], list[list[str]]]]  # by title: the head, and rows as long as it
 
 
-def _no_summary(results: Results) -> str:
-    return ""
-
-
-class Section(NamedTuple):
-    """A command in the report: its title, captions by picture, and functions of metrics and of results."""
+@dataclass(frozen=True)
+class Section:
+    """A command in the report: its title, captions by picture, and what makes its tables and its summary."""
 
     title: str
-    captions: dict[str, str] = {}  # noqa: RUF012 (never written to)
-    tables: Callable[[dict[str, Any]], Tables] | None = None
-    summary: Callable[[Results], str] = _no_summary
+    captions: Mapping[str, str] = field(default_factory=dict)
+    tables: Callable[[Metrics], Tables] | None = None
+    summary: Callable[[Results], str] = lambda results: ""
 
 
-def number(value: Any) -> str:
+@dataclass(frozen=True)
+class Description:
+    """What the report says of a run."""
+
+    title: str
+    captions: Mapping[str, str]
+    summary: str
+    tables: Tables
+
+
+def described(document: Results | Mapping[str, object]) -> Description:
+    """Title, captions, summary ("" if none) and tables of a command's results.
+
+    Metrics with tables of their own speak for themselves: the command's usual tables and summary do not describe them.
+    """
+    results = Results.of(document)
+    known = SECTIONS.get(results.command, Section(f"mfm {results.command}"))
+    try:
+        spoken, tables = Spoken.of(results.metrics), tables_of(results)
+        summary = spoken.summary or ("" if spoken.tables is not None else known.summary(results))
+    except (InputError, ValueError, LookupError, StopIteration) as error:
+        raise InputError(f"metrics of {results.command!r} do not fit ({error})") from None
+    return Description(known.title, {**spoken.captions, **_missing(known.captions, spoken.captions)}, summary, tables)
+
+
+def _missing(usual: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    return {picture: caption for picture, caption in usual.items() if picture not in own}
+
+
+def tables_of(document: Results | Mapping[str, object]) -> Tables:
+    """The tables of any results: those the metrics carry, those of the command's Section, or every quantity by name."""
+    results = Results.of(document)
+    carried, section = Spoken.of(results.metrics).tables, SECTIONS.get(results.command)
+    if carried is not None:
+        if any(len(row) != len(table.head) for table in carried.values() for row in table.rows):
+            raise InputError("a row of a table differs in length from its head")
+        return {
+            title: (table.head, [[number(cell) for cell in row] for row in table.rows])
+            for title, table in carried.items()
+        }
+    if section is not None and section.tables is not None:
+        return section.tables(results.metrics)
+    rows = [[name, number(value)] for name, value in leaves({**results.metrics, **results.cost})]
+    return {"Measured": (["quantity", "value"], rows)} if rows else {}
+
+
+def leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Numbers and words of nested results, by dotted name; lists, captions and summaries are left out."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if prefix or name != "captions":
+                yield from leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) or (isinstance(value, str) and (prefix or name != "summary")):
+            yield prefix + name, value
+
+
+def number(value: object) -> str:
     """A cell: four digits of a number, yes and no, text as it is, a dash for nothing."""
     if value is None:
         return "–"
@@ -45,9 +97,9 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
 
 
-def figure(value: float | None) -> float:
-    """A figure of results, which hold nothing where it was not finite."""
-    return math.nan if value is None else float(value)
+def numbers(values: Mapping[str, object]) -> list[str]:
+    """Cells of the values, in their order."""
+    return [number(value) for value in values.values()]
 
 
 def duration(seconds: float) -> str:
@@ -58,182 +110,157 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def tables_of(results: Results) -> Tables:
-    """The tables of any results: those the metrics carry, those of the command's Section, or every quantity by name."""
-    metrics = results["metrics"]
-    if "tables" in metrics:
-        return {title: _carried(title, table) for title, table in metrics["tables"].items()}
-    section = SECTIONS.get(results["command"])
-    if section is not None and section.tables is not None:
-        return section.tables(metrics)
-    rows = [[name, number(value)] for name, value in leaves({**metrics, **results["cost"]})]
-    return {"Measured": (["quantity", "value"], rows)} if rows else {}
+def at(time: str) -> str:
+    """A time, as it is read."""
+    return f"{float(time):g}"
 
 
-def _carried(title: str, table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head, rows = [str(name) for name in table["head"]], [[number(cell) for cell in row] for row in table["rows"]]
-    if any(len(row) != len(head) for row in rows):
-        raise ValueError(f"the rows of table {title!r} differ in length from its head")
-    return head, rows
+def worst(values: Mapping[str, float], sign: int = 1) -> str:
+    """The key of the largest value (sign -1: the smallest); one that is not known is worse than any."""
+    return max(values, key=lambda key: (math.isnan(values[key]), sign * values[key]))
 
 
-def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers and words of nested results, by dotted name; lists, captions and summaries are left out."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            if prefix or name != "captions":
-                yield from leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) or (isinstance(value, str) and (prefix or name != "summary")):
-            yield prefix + name, value
+# -- training and samples ----------------------------------------------------------------------------------------------
+
+
+class Trained(View):
+    """What a training says of itself."""
+
+    parameters: int
+    loss: Number
+    steps: int
+    seconds: float
+
+
+class Asked(View):
+    """What samples were asked for, and what they got."""
+
+    method: str = ""
+    num: int = 0
+    num_draws: int = 0
+    steps: int = 0
+    t: float = 0.0
+    reward_mean: Number = math.nan
+    nfe: Number = math.nan
 
 
 def _training_summary(results: Results) -> str:
-    metrics, cost = results["metrics"], results["cost"]
-    return (
-        f"A map of {metrics['parameters']:,} parameters, trained for {cost['steps']:,} steps in "
-        f"{duration(cost['seconds'])}; loss at the end {number(metrics['loss'])}."
-    )
+    run = Trained.of({**results.metrics, **results.cost})
+    took = f"trained for {run.steps:,} steps in {duration(run.seconds)}"
+    return f"A map of {run.parameters:,} parameters, {took}; loss at the end {number(run.loss)}."
 
 
 def _sample_summary(results: Results) -> str:
-    config = results["config"]
-    return f"{config['num']:,} samples by {config['method']}, {config['steps']} network calls each."
+    asked = Asked.of(results.config)
+    return f"{asked.num:,} samples by {asked.method}, {asked.steps} network calls each."
 
 
 def _draws_summary(results: Results) -> str:
-    config = results["config"]
-    return f"{config['num_draws']:,} draws of clean data given one noisy state at t = {config['t']:g}."
+    asked = Asked.of(results.config)
+    return f"{asked.num_draws:,} draws of clean data given one noisy state at t = {asked.t:g}."
 
 
 def _steer_summary(results: Results) -> str:
-    metrics, config = results["metrics"], results["config"]
-    return (
-        f"{metrics['num']:,} samples by {config['method']}: mean reward {number(metrics['reward_mean'])}, "
-        f"{number(float(results['cost']['nfe']))} NFE each."
-    )
+    asked = Asked.of({**results.config, **results.metrics, **results.cost})
+    reached = f"mean reward {number(asked.reward_mean)}, {number(asked.nfe)} NFE each"
+    return f"{asked.num:,} samples by {asked.method}: {reached}."
 
 
-def posterior_tables(metrics: dict[str, Any]) -> Tables:
-    """The tables of ``mfm eval posterior``: one map step against its floor, and every sampler."""
-    times = list(metrics["relative_sw2"])
-    head = ["t", *(f"{float(t):g}" for t in times)]
-    rows = {
-        "one map step": metrics["relative_sw2"],
-        "floor (two exact samples)": metrics["floor"],
-        "ratio to floor": metrics["ratio"],
-        "± of a ratio (standard error)": metrics["spread"],
-    }
-    first = [[name, *(number(values[t]) for t in times)] for name, values in rows.items()]
-    second = [
-        [f"{name}, calls a draw: {metrics['network_calls_per_draw'][name]:g}", *(number(values[t]) for t in times)]
-        for name, values in metrics["by_sampler"].items()
+# -- evaluations on mixtures -------------------------------------------------------------------------------------------
+
+
+def _posterior_tables(metrics: Metrics) -> Tables:
+    """One map step against its floor, and every sampler."""
+    errors = PosteriorErrors.of(metrics)
+    head = ["t", *map(at, errors.relative_sw2)]
+    one = [
+        ["one map step", *numbers(errors.relative_sw2)],
+        ["floor (two exact samples)", *numbers(errors.floor)],
+        ["ratio to floor", *numbers(errors.ratio)],
+        ["± of a ratio (standard error)", *numbers(errors.spread)],
     ]
-    second.append(["floor", *(number(metrics["floor_of_others"][t]) for t in times)])
-    matched = metrics["glass_calls_to_match_one_map_step"]
-    second.append(["GLASS calls to match one map step", *(str(matched[t] or "more") for t in times)])
+    matched = errors.glass_calls_to_match_one_map_step.values()
+    every = [
+        *([_called(name, errors), *numbers(by_time)] for name, by_time in errors.by_sampler.items()),
+        ["floor", *numbers(errors.floor_of_others)],
+        ["GLASS calls to match one map step", *(str(calls or "more") for calls in matched)],
+    ]
     return {
-        "Relative sliced W2 of one map step": (head, first),
-        "By sampler, on the first of the contexts": (head, second),
+        "Relative sliced W2 of one map step": (head, one),
+        "By sampler, on the first of the contexts": (head, every),
     }
+
+
+def _called(name: str, errors: PosteriorErrors | ValueErrors) -> str:
+    return f"{name}, calls a draw: {errors.network_calls_per_draw[name]:g}"
 
 
 def _posterior_summary(results: Results) -> str:
-    error, ratio = results["metrics"]["relative_sw2"], results["metrics"]["ratio"]
-    worst = max(ratio, key=lambda t: (math.isnan(figure(ratio[t])), figure(ratio[t])))
+    errors = PosteriorErrors.of(results.metrics)
+    t = worst(errors.ratio)
     return (
-        f"One network call a draw is at most {figure(ratio[worst]):.2f} times as far from the exact posterior as a "
-        f"second exact sample is (t = {float(worst):g}: sliced W2 of {number(error[worst])} posterior standard "
-        "deviations)."
+        f"One network call a draw is at most {errors.ratio[t]:.2f} times as far from the exact posterior as a second "
+        f"exact sample is (t = {at(t)}: sliced W2 of {number(errors.relative_sw2[t])} posterior standard deviations)."
     )
 
 
-def steering_tables(metrics: dict[str, Any]) -> Tables:
-    """The tables of ``mfm eval steering``: one row a method and number of draws."""
-    head = [
-        "method",
-        "N",
-        "SW2 / floor",
-        "MMD",
-        "mode L1",
-        "reward",
-        "NFE",
-        "ms",
-        "network",
-        "backward",
-        "reward calls",
-        "samples",
-    ]
-    rows = []
-    for name, key, cell in _cells(metrics):
-        cost, total = cell["cost"], cell["samples"] * cell["seeds"]
-        rows.append(
-            [
-                name,
-                key,
-                number(figure(cell["sw2"]) / cell["floor_sw2"]),
-                number(cell["mmd"]),
-                number(cell["mode_l1"]),
-                number(cell["reward"]),
-                f"{cost['nfe']:,.0f}",
-                number(1000 * cost["seconds"] / total),
-                *(f"{cost[k] / total:,.0f}" for k in ("forwards", "backwards", "reward_calls")),
-                f"{cell['seeds']} × {cell['samples']:,}",
-            ]
-        )
-    floor = metrics["floor"]
-    rows.append(["exact samples", "–", "1", "–", number(floor["mode_l1"]), number(metrics["exact_reward"])] + ["–"] * 6)
-    return {"Steering, costs per returned sample": (head, rows)}
+COSTS = ("NFE", "ms", "network", "backward", "reward calls")
+STEERING_HEAD = ["method", "N", "SW2 / floor", "MMD", "mode L1", "reward", *COSTS, "samples"]
 
 
-def _cells(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for name, by_draws in metrics["methods"].items():
-        for key in sorted(by_draws, key=int):
-            yield by_draws[key].get("title", name), key, by_draws[key]
+def _steering_tables(metrics: Metrics) -> Tables:
+    """One row a method and number of draws."""
+    steering, rows = Steering.of(metrics), []
+    for name, key, cell in steering.cells():
+        errors = map(number, (cell.ratio, cell.mmd, cell.mode_l1, cell.reward))
+        cost, counts = cell.cost, (cell.cost.forwards, cell.cost.backwards, cell.cost.reward_calls)
+        each = [f"{cost.nfe:,.0f}", number(cell.milliseconds), *(f"{count / cell.total:,.0f}" for count in counts)]
+        rows.append([cell.title or name, key, *errors, *each, f"{cell.seeds} × {cell.samples:,}"])
+    exact = ["1", "–", number(steering.floor.mode_l1), number(steering.exact_reward)]
+    rows.append(["exact samples", "–", *exact, *["–"] * 6])
+    return {"Steering, costs per returned sample": (STEERING_HEAD, rows)}
 
 
 def _steering_summary(results: Results) -> str:
+    steering = Steering.of(results.metrics)
     # the exact method knows the law: it is what the others are held against
-    methods = {name: by_draws for name, by_draws in results["metrics"]["methods"].items() if name != Exact.name}
-    cells = [cell for cell in _cells({"methods": methods}) if math.isfinite(figure(cell[2]["sw2"]))]
-    name, key, best = min(cells, key=lambda cell: float(cell[2]["sw2"] / cell[2]["floor_sw2"]))
+    cells = [cell for cell in steering.cells() if cell[0] != Exact.name and math.isfinite(cell[2].ratio)]
+    if not cells:
+        return f"{len(steering.methods)} methods, none with samples that can be compared with the exact tilted law."
+    name, key, best = min(cells, key=lambda cell: cell[2].ratio)
     draws = "" if key == "0" else f" with {key} draws a step"
     return (
-        f"{len(results['metrics']['methods'])} methods; the nearest to the exact tilted law is {name}{draws}, at "
-        f"{best['sw2'] / best['floor_sw2']:.2f} times the distance between two exact sample sets for "
-        f"{best['cost']['nfe']:,.0f} NFE a sample."
+        f"{len(steering.methods)} methods; the nearest to the exact tilted law is {best.title or name}{draws}, at "
+        f"{best.ratio:.2f} times the distance between two exact sample sets for {best.cost.nfe:,.0f} NFE a sample."
     )
 
 
-def value_tables(metrics: dict[str, Any]) -> Tables:
-    """The tables of ``mfm eval value``."""
-    times = list(next(iter(metrics["by_sampler"].values())))
-    head = ["sampler, calls a draw", *(f"t = {float(t):g}" for t in times), "seconds"]
-    tables: Tables = {}
-    for what, title in (("rmse", "RMSE of the value"), ("pearson", "Pearson r with the exact value")):
-        tables[title] = (
-            head,
+def _value_tables(metrics: Metrics) -> Tables:
+    """RMSE and correlation by sampler and time."""
+    errors = ValueErrors.of(metrics)
+    head = ["sampler, calls a draw", *(f"t = {at(t)}" for t in errors.times), "seconds"]
+    rmse, pearson = (
+        [
             [
-                [
-                    f"{name}, {metrics['network_calls_per_draw'][name]:g}",
-                    *(number(at[t][what]) for t in times),
-                    number(metrics["seconds_by_sampler"][name]),
-                ]
-                for name, at in metrics["by_sampler"].items()
-            ],
-        )
-    tables["RMSE of the value"][1].append(
-        ["spread of the exact value", *(number(v) for v in metrics["value_std"].values()), "–"]
+                f"{name}, {errors.network_calls_per_draw[name]:g}",
+                *(number(getattr(by_time[t], what)) for t in errors.times),
+                number(errors.seconds_by_sampler[name]),
+            ]
+            for name, by_time in errors.by_sampler.items()
+        ]
+        for what in ("rmse", "pearson")
     )
-    return tables
+    rmse.append(["spread of the exact value", *numbers(errors.value_std), "–"])
+    return {"RMSE of the value": (head, rmse), "Pearson r with the exact value": (head, pearson)}
 
 
 def _value_summary(results: Results) -> str:
-    metrics = results["metrics"]
-    one = metrics["by_sampler"]["map-1"]
-    worst = min(one, key=lambda t: (not math.isnan(figure(one[t]["pearson"])), figure(one[t]["pearson"])))
+    errors = ValueErrors.of(results.metrics)
+    one = {t: fit.pearson for t, fit in errors.by_sampler["map-1"].items()}
+    t = worst(one, -1)
     return (
-        f"The value from {metrics['num_draws']} draws of one network call each correlates with the exact one at "
-        f"r ≥ {figure(one[worst]['pearson']):.3f} (t = {float(worst):g})."
+        f"The value from {errors.num_draws} draws of one network call each correlates with the exact one at "
+        f"r ≥ {one[t]:.3f} (t = {at(t)})."
     )
 
 
@@ -284,7 +311,7 @@ SECTIONS = {
             "against network calls a draw. Dashed: the same figure between two exact samples; nothing can be seen "
             "below it.",
         },
-        posterior_tables,
+        _posterior_tables,
         _posterior_summary,
     ),
     "eval steering": Section(
@@ -297,7 +324,7 @@ SECTIONS = {
             "evaluations (left) and in time on this machine (right). Dashed: exact samples.",
             "trajectory.png": TRAJECTORY,
         },
-        steering_tables,
+        _steering_tables,
         _steering_summary,
     ),
     "eval value": Section(
@@ -306,24 +333,7 @@ SECTIONS = {
             "value-against-calls.png": "Error and correlation of the estimated value against network calls a draw. "
             "Dashed: the same number of exact draws."
         },
-        value_tables,
+        _value_tables,
         _value_summary,
     ),
 }
-
-
-def described(results: Results) -> tuple[Section, str, Tables]:
-    """The Section a command has or gets, one sentence of summary ("" if none), and its tables.
-
-    Metrics with tables of their own speak for themselves: the command's usual tables and summary do not describe them.
-    """
-    known = SECTIONS.get(results["command"], Section(f"mfm {results['command']}"))
-    metrics = results["metrics"]
-    try:
-        summary = str(metrics.get("summary") or ("" if "tables" in metrics else known.summary(results)))
-        captions = {**{str(k): str(v) for k, v in metrics.get("captions", {}).items()}}
-        captions.update({k: v for k, v in known.captions.items() if k not in captions})
-        return known._replace(captions=captions), summary, tables_of(results)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
-        lacks = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"metrics of {results['command']!r} do not fit ({lacks})") from None

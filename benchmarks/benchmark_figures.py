@@ -1,0 +1,70 @@
+"""Figures that a benchmark alone shows: reward against cost, sharper rewards, and when tuning pays."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from metaflowmaps.lab.figures.looks import style
+from metaflowmaps.lab.figures.plots import CONTEXT, GLASS, MAP, QUIET, Panels, exact_line
+from metaflowmaps.lab.results import Metrics, Steering
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEAST_GAP, MOST_GAP = 1e-3, 1e3  # − mean reward, as far as it is drawn
+LOOKS = (
+    (MAP, "o", "-"), (MAP, "s", "--"), (GLASS, "D", "-"), (CONTEXT, "^", "-"), ("#2e7d32", "v", "-"),
+    ("#7b4fb5", "P", "-"), ("#b8860b", "X", "-"), (QUIET, "*", "--"),
+)  # fmt: skip
+COUNTS = [10 ** (k / 4) for k in range(4, 29)]  # of samples made
+
+
+def reward_against_cost(metrics: Metrics) -> "Figure":
+    """Mean reward against NFE, reward calls and time per returned sample; the tilted law's own mean reward dashed."""
+    steering = Steering.of(metrics)
+    title = "Mean reward against cost per returned sample; dashed: the exact tilted law, beyond it over-optimisation"
+    drawn = Panels.new(3, (4.3, 4.3), title, sharey=True)
+    for name, cells in steering.lines():
+        gaps = [min(max(-cell.reward, LEAST_GAP), MOST_GAP) for cell in cells]
+        costs = (
+            [max(cell.cost.nfe, 1) for cell in cells],
+            [cell.cost.reward_calls / cell.total for cell in cells],
+            [cell.milliseconds for cell in cells],
+        )
+        for axis, cost in zip(drawn.axes, costs, strict=True):
+            shown = [(x, y) for x, y in zip(cost, gaps, strict=True) if x > 0]
+            if shown:
+                axis.plot(*zip(*shown, strict=True), label=name, **style(name))
+    for axis, label in zip(drawn.axes, ("NFE", "reward calls", "milliseconds"), strict=True):
+        exact_line(axis, -steering.exact_reward)
+        axis.set(xscale="log", yscale="log", xlabel=f"{label} per sample", ylabel="− mean reward (log scale, reversed)")
+    drawn.axes[0].invert_yaxis()
+    drawn.rim()
+    drawn.legend()
+    return drawn.figure
+
+
+def sweep(strengths: Sequence[float], curves: Mapping[str, Sequence[float | None]]) -> "Figure":
+    """Distance to the exact law against λ, a line a method; what did not end in samples has no point."""
+    drawn = Panels.new(1, (8.6, 4.2), "Fine-tuning as the reward sharpens")
+    (axis,) = drawn.axes
+    for (name, values), (colour, marker, line) in zip(curves.items(), LOOKS, strict=False):
+        kept = [(s, v) for s, v in zip(strengths, values, strict=True) if v is not None]
+        first = name == next(iter(curves))  # wide and below, since the next may lie on it
+        look = {"linewidth": 5.0, "alpha": 0.45, "markersize": 9} if first else {"linewidth": 1.6, "markersize": 6}
+        axis.plot(*zip(*kept, strict=True), color=colour, marker=marker, linestyle=line, label=name, **look)
+    axis.axhline(1, color=QUIET, linestyle=":", linewidth=1.4, label="exact samples")
+    axis.set(xscale="log", yscale="log", xlabel="strength λ", ylabel="sliced W2 / floor")
+    axis.set_ylim(0.8, min(axis.get_ylim()[1], 100.0))  # what explodes leaves the frame
+    drawn.figure.legend(loc="outside right center", frameon=False, fontsize=10)
+    return drawn.figure
+
+
+def crossover(bills: Mapping[str, tuple[float, float]]) -> "Figure":
+    """Calls in all against the number of samples made: (calls before the first one, calls a sample) by name."""
+    drawn = Panels.new(1, (7.4, 3.8), "Steer or tune: the bill, training included")
+    (axis,) = drawn.axes
+    for (name, (before, each)), (colour, _, line) in zip(bills.items(), LOOKS, strict=False):
+        axis.plot(COUNTS, [before + each * n for n in COUNTS], color=colour, linestyle=line, linewidth=1.8, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="samples made", ylabel="network and reward calls in all")
+    drawn.figure.legend(loc="outside right center", frameon=False, fontsize=10)
+    return drawn.figure

@@ -1,0 +1,295 @@
+"""What results.json holds, typed: a view is read once, at the door, and what does not fit is refused by name.
+
+A view names what figures and the report look at; the rest of the document is none of its business. JSON has no NaN:
+a figure that was not finite is null there, and NaN again here.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from metaflowmaps.errors import InputError
+
+Number = Annotated[float, BeforeValidator(lambda held: math.nan if held is None else held)]
+Metrics = Mapping[str, object]
+AtTimes = dict[str, Number]  # by time, as its repr
+
+
+class View(BaseModel):
+    """The base of every view."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    @classmethod
+    def of(cls, document: object) -> Self:
+        """The view of a document, or of a part of it."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "document"
+            raise InputError(f"{where}: {first['msg']}") from None
+
+
+class Table(View):
+    """A table that metrics bring: its cells are numbers, words, or nothing."""
+
+    head: list[str]
+    rows: list[list[bool | int | float | str | None]]
+
+
+class Results(View):
+    """The document of a command."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    command: str
+    invocation: str = ""
+    config: dict[str, object] = {}
+    metrics: dict[str, object]
+    cost: dict[str, object]
+    environment: dict[str, object]
+
+
+class Spoken(View):
+    """What metrics may say of themselves."""
+
+    tables: dict[str, Table] | None = None
+    captions: dict[str, str] = {}
+    summary: str | None = None
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+
+
+class PosteriorErrors(View):
+    """``mfm eval posterior`` of a mixture: relative sliced W2 by time."""
+
+    relative_sw2: AtTimes
+    floor: AtTimes
+    ratio: AtTimes
+    spread: dict[str, float | None]
+    by_sampler: dict[str, AtTimes]
+    network_calls_per_draw: dict[str, float]
+    floor_of_others: AtTimes
+    glass_calls_to_match_one_map_step: dict[str, int | None]
+
+
+class ValueFit(View):
+    """How estimated values and exact ones agree."""
+
+    pearson: Number
+    rmse: Number
+
+
+class ValueErrors(View):
+    """``mfm eval value`` of a mixture: by sampler, by time."""
+
+    by_sampler: dict[str, dict[str, ValueFit]]
+    network_calls_per_draw: dict[str, float]
+    seconds_by_sampler: dict[str, float]
+    num_draws: int
+    value_std: AtTimes
+
+    @property
+    def times(self) -> list[str]:
+        """As the keys have them."""
+        return list(next(iter(self.by_sampler.values())))
+
+
+class Cost(View):
+    """The cost of a cell, of all its samples; nfe is per sample."""
+
+    nfe: float
+    seconds: float
+    forwards: float
+    backwards: float
+    reward_calls: float
+
+
+class Course(View):
+    """What was measured along the trajectory."""
+
+    time: list[float] = []
+    ess: list[Number] = []
+    gradient_norm: list[Number] = []
+
+
+class SteeredCell(View):
+    """One method with one number of draws, against exact samples of the tilted law."""
+
+    sw2: Number
+    floor_sw2: float
+    mmd: float | None
+    mode_l1: Number
+    floor_mode_l1: float = math.nan
+    reward: Number
+    samples: int  # a seed
+    seeds: int
+    cost: Cost
+    trajectory: Course = Course()
+    title: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """SW2 to its floor."""
+        return self.sw2 / self.floor_sw2
+
+    @property
+    def mode_ratio(self) -> float:
+        """The error of mode weights to its floor."""
+        return self.mode_l1 / self.floor_mode_l1
+
+    @property
+    def total(self) -> int:
+        """Samples of all seeds."""
+        return self.samples * self.seeds
+
+    @property
+    def milliseconds(self) -> float:
+        """A sample."""
+        return 1000 * self.cost.seconds / self.total
+
+
+class ModeFloor(View):
+    """The error of mode weights of exact samples."""
+
+    mode_l1: float
+
+
+class Steering(View):
+    """``mfm eval steering`` of a mixture: cells by method and number of draws."""
+
+    methods: dict[str, dict[str, SteeredCell]]
+    floor: ModeFloor
+    exact_reward: float
+
+    def lines(self) -> Iterator[tuple[str, list[SteeredCell]]]:
+        """Each method's cells, in the order of their draws."""
+        for name, by_draws in self.methods.items():
+            yield name, [by_draws[key] for key in sorted(by_draws, key=int)]
+
+    def cells(self) -> Iterator[tuple[str, str, SteeredCell]]:
+        """Method, number of draws, and cell."""
+        for name, by_draws in self.methods.items():
+            for key in sorted(by_draws, key=int):
+                yield name, key, by_draws[key]
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+class Compared(View):
+    """In which features images were compared, and with what."""
+
+    space: str
+    measure: str = "Fréchet distance"
+    to: str = "held-out images"
+
+    @property
+    def named(self) -> str:
+        """What distances are, for a caption: FID is said of nothing else."""
+        own = "latents" in self.space or "Inception" in self.space
+        return (
+            self.measure
+            if self.measure == "FID"
+            else (f"Fréchet distance ({self.space if own else 'classifier features'}, not FID)")
+        )
+
+    @property
+    def target(self) -> str:
+        """What distances are to, within a sentence."""
+        return f"the {self.to}" if self.to == "held-out images" else self.to
+
+
+class Recovery(Compared):
+    """``mfm eval posterior`` of images: distance by time and sampler."""
+
+    frechet: dict[str, dict[str, Number]]
+
+
+class Distance(View):
+    """Of one sampler."""
+
+    frechet: Number
+
+
+class Generation(Compared):
+    """``mfm eval generation``: distance by sampler."""
+
+    by_sampler: dict[str, Distance]
+    floor: Distance | None = None
+    conditional: bool = False
+
+
+class Correlation(View):
+    """Of estimated values with those of rollouts."""
+
+    pearson: Number
+
+
+class RolloutValue(View):
+    """``mfm eval value`` of images: by sampler, number of draws and time."""
+
+    by_sampler: dict[str, dict[str, dict[str, Correlation]]]
+    reward: str
+
+
+class ClassShares(View):
+    """Of one method's samples."""
+
+    frequencies: list[float]
+
+
+class ClassMixture(View):
+    """``mfm eval steering`` to a mixture of classes."""
+
+    methods: dict[str, ClassShares]
+    target: list[float]
+
+
+class RaceCell(View):
+    """One method at one strength, or the best of n; without a reward where the method broke."""
+
+    method: str
+    strength: float | None = None
+    n: float | None = None
+    reward: Number = math.nan
+    distance: float | None = None
+    frechet: float | None = None
+
+    @property
+    def number(self) -> float:
+        """The strength, or n."""
+        return self.n if self.strength is None else self.strength  # type: ignore[return-value]
+
+
+class RaceTarget(View):
+    """The data of highest reward."""
+
+    target_reward: float
+    distance: float | None
+    frechet: float | None
+
+
+class Headline(View):
+    """MFM-G's cell that is held against a pool's best of n."""
+
+    n: int
+    method: str
+    strength: float
+
+
+class RewardRace(View):
+    """All cells of one reward."""
+
+    cells: list[RaceCell]
+    data: RaceTarget
+    headline: dict[str, Headline]
+
+
+class Race(View):
+    """``mfm eval steering`` as a race, by reward."""
+
+    rewards: dict[str, RewardRace]
