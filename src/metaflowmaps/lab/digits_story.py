@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
-from metaflowmaps.lab.evaluate.images.experiment import Json
 from metaflowmaps.lab.evaluate.images.race import COLUMNS, Race, RaceCell, RaceConfig, Raced, title
 from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.figures.image_figures import Noisy, Steered, story
 from metaflowmaps.lab.opened import OpenedModel

@@ -14,6 +14,7 @@ import torch
 from metaflowmaps.data import DataSource
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, cells, evaluate_steering
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
 from metaflowmaps.lab.evaluate.variants import variant
@@ -29,7 +30,6 @@ from metaflowmaps.work.choices import build
 EXACT = "exact"  # instead of a checkpoint: the mixture itself
 LAWS: dict[str, DataSource] = {"gmm": LAW}
 Say = Callable[[str], None]
-Metrics = dict[str, Any]
 Draw = Callable[[Path], object]
 
 
@@ -48,11 +48,11 @@ class Measurement:
     """
 
     command: str
-    identity: Metrics
+    identity: Json
     out: Path
     device: torch.device
-    planned: Metrics
-    measure: Callable[[Say], tuple[Metrics, Draw]]
+    planned: Json
+    measure: Callable[[Say], tuple[Json, Draw]]
 
 
 def law_named(name: str) -> DataSource:
@@ -81,7 +81,7 @@ class _Judged(NamedTuple):
         return cls(known, opened.model, opened.judging_law(known.source, f"--task {task}"), opened)
 
     def measurement(
-        self, command: str, config: SteeringEvalConfig | ValueEvalConfig, planned: Metrics, measure: Any
+        self, command: str, config: SteeringEvalConfig | ValueEvalConfig, planned: Json, measure: Any
     ) -> Measurement:
         """An evaluation of it; results go beside the model."""
         digest = EXACT if self.opened is None else self.opened.digest
@@ -105,7 +105,7 @@ def steering_on_mixture(checkpoint: str, task: str, config: SteeringEvalConfig, 
     reward = judged.task.reward(config.reward)
     data_std = None if judged.opened is None else judged.opened.model.data_std
 
-    def measure(say: Say) -> tuple[Metrics, Draw]:
+    def measure(say: Say) -> tuple[Json, Draw]:
         if config.methods != asked:
             say("exact draws have no gradient in the state; leaving mfm-g out")
         metrics, samples = evaluate_steering(judged.model, judged.law, reward, config, say, data_std)
@@ -123,7 +123,7 @@ def value_on_mixture(checkpoint: str, task: str, config: ValueEvalConfig, device
     judged = _Judged.open(checkpoint, task, device)
     reward = judged.task.reward(config.reward)
 
-    def measure(say: Say) -> tuple[Metrics, Draw]:
+    def measure(say: Say) -> tuple[Json, Draw]:
         metrics = evaluate_value(judged.model, judged.law, reward, config, say)
         return metrics, lambda out: plots.save(steering_figures.value_error(metrics), out / "value-against-calls.png")
 
@@ -138,7 +138,7 @@ def posterior_on_mixture(checkpoint: str, law: str, config: PosteriorEvalConfig,
     opened = OpenedModel.open(checkpoint, device)
     judging = opened.judging_law(law_named(law), f"--law {law}")
 
-    def measure(say: Say) -> tuple[Metrics, Draw]:
+    def measure(say: Say) -> tuple[Json, Draw]:
         measured = evaluate_posterior(opened.model, judging, config, say)
         metrics = measured.metrics()
 

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.evaluate.variants import Variant, variant
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.finite import root
@@ -203,7 +204,7 @@ def evaluate_steering(
     config: SteeringEvalConfig,
     report: Callable[[str], None] = lambda line: None,
     data_std: float | None = None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Json, dict[str, Tensor]]:
     """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
     planned = list(cells(config, data_std))  # an option that does not exist is refused before the first hour, not after
     judge, found = ExactJudge(law, reward, config.seed), []

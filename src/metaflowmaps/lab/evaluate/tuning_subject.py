@@ -17,13 +17,13 @@ from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.class_mixture import wanted_mixture
 from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import plots, result_figures, tuning_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.rewards import LinearGaussian, Tempered
 
 Reward = Callable[..., Tensor]
-Metrics = dict[str, Any]
 SHOWN_SEED = 7  # of the samples in pictures
 
 
@@ -137,9 +137,7 @@ class TuningSubject:
 
         return draw
 
-    def draw(
-        self, config: FinetuneConfig, model: MetaFlowMap, meters: list[Metrics], evidence: float, out: Path
-    ) -> None:
+    def draw(self, config: FinetuneConfig, model: MetaFlowMap, meters: list[Json], evidence: float, out: Path) -> None:
         """The figures of a finished run."""
         has_map = config.tuned["map"]
         sampler, tuned = "map-1" if has_map else "ode-50", f"uned to {config.reward}, λ = {config.strength:g}"

@@ -6,7 +6,6 @@ show what the number of draws alone allows.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -15,6 +14,7 @@ from torch import Tensor
 from metaflowmaps.cost import Meter
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.draws import DrawsConfig, pearson, posteriors, rmse
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.posterior import ExactPosterior, Posterior
 from metaflowmaps.random import randn, stream
@@ -40,7 +40,7 @@ def evaluate_value(
     reward: LinearGaussian,
     config: ValueEvalConfig,
     report: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Json:
     """metrics.by_sampler[name][t] = {pearson, rmse, bias}, with calls a draw and seconds by sampler."""
     data_std = model.data_std if config.glass_spacing == "angle" else None
     samplers: dict[str, Posterior] = {**posteriors(model, config, config.glass_method, data_std)}

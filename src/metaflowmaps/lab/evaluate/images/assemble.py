@@ -25,12 +25,12 @@ NONE = "none"  # data=none: leave them out
 
 def open_setup(
     opened: OpenedModel, config: ImageEvalConfig, without_data: bool = False
-) -> tuple[ImageSetup, dict[str, Any]]:
+) -> tuple[ImageSetup, dict[str, object]]:
     """The setup of a checkpoint, and what identifies its parts. ``without_data``: can it do with none?"""
     model, latent = opened.model, opened.latent
     data = _data(opened, config.data, without_data)
     name, run = "images" if data is None else data.name, opened.checkpoint.run
-    sources: dict[str, Any] = {}
+    sources: dict[str, object] = {}
     codec = (lambda: opened.codec(config.vae)) if latent else None
 
     def part(role: str, chosen: str | None, load: Callable[..., Any]) -> Any:
@@ -66,7 +66,7 @@ def open_setup(
 
 def equip(
     setup: ImageSetup, opened: OpenedModel, config: ImageEvalConfig, named: Callable[[str], Any], kinds: tuple[str, ...]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Give an experiment's setup labels, guidance, precision, statistics and rewards by text; what was found out."""
     pipe = Pipeline(setup.model, None, (), opened.stored.get("guidance"))
     pipe.precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -82,7 +82,7 @@ def equip(
         with torch.no_grad(), setup.autocast():
             setup.model.drift(0.5, torch.zeros(1, *setup.model.event_shape, device=setup.model.device), cond)
     setup.named, setup.kinds = named, kinds
-    told: dict[str, Any] = {}
+    told: dict[str, object] = {}
     if conditional:
         told |= {"conditional": True, "usual_guidance": pipe.guidance}
     if setup.judge.by == "inception":

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json, known
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
 from metaflowmaps.lab.evaluate.images.judging import BATCH
 from metaflowmaps.lab.evaluate.images.setup import (
@@ -30,6 +30,7 @@ from metaflowmaps.lab.evaluate.images.setup import (
     table_of,
 )
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, run
+from metaflowmaps.lab.evaluate.rows import Json, known
 from metaflowmaps.metrics.image_by_image import class_distance
 from metaflowmaps.random import randn, stream
 from metaflowmaps.steering import ODE

@@ -5,8 +5,7 @@ A cell is a function of its name and of the configuration; any worker may draw i
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say
 from metaflowmaps.work.shards import Shard
@@ -15,12 +14,6 @@ Settings = TypeVar("Settings", bound=ImageEvalConfig)
 Result = TypeVar("Result")
 Cells = Mapping[str, Callable[[], Shard]]
 Drawn = Callable[[str], Shard]  # the draws of a cell by its name
-Json = dict[str, Any]  # what results.json holds
-
-
-def known(row: Any) -> Json:
-    """A row (a dataclass) as results.json holds it: its fields, but for those that are None."""
-    return {key: value for key, value in asdict(row).items() if value is not None}
 
 
 class ImageExperiment(ABC, Generic[Settings, Result]):

@@ -9,13 +9,14 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.interop.opening import is_latent, stored
 from metaflowmaps.lab.evaluate.images.assemble import chosen_features, equip, open_setup
 from metaflowmaps.lab.evaluate.images.class_mixture import Mixture, MixtureConfig
-from metaflowmaps.lab.evaluate.images.experiment import ImageExperiment, Json
+from metaflowmaps.lab.evaluate.images.experiment import ImageExperiment
 from metaflowmaps.lab.evaluate.images.generation import Generation, GenerationConfig
 from metaflowmaps.lab.evaluate.images.inverse_problems import Inverse, InverseConfig
 from metaflowmaps.lab.evaluate.images.race import Race, RaceConfig
 from metaflowmaps.lab.evaluate.images.recovery import Recovery, RecoveryConfig
 from metaflowmaps.lab.evaluate.images.rollout_value import ImageValue, ImageValueConfig
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import result_figures as figures
 from metaflowmaps.lab.opened import OpenedModel, images_of
 
@@ -77,7 +78,7 @@ def usual_steering(checkpoint: Checkpoint) -> str:
 
 def prepare(
     name: str, opened: OpenedModel, config: ImageEvalConfig, named: Callable[[str], Any], kinds: tuple[str, ...]
-) -> tuple[ImageSetup, dict[str, Any]]:
+) -> tuple[ImageSetup, dict[str, object]]:
     """The setup of an experiment, and what tells it from others.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond
 from metaflowmaps.cost import Meter
 from metaflowmaps.lab.evaluate.draws import steps_of
-from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json, known
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.setup import (
     ImageEvalConfig,
     ImageSetup,
@@ -27,6 +27,7 @@ from metaflowmaps.lab.evaluate.images.setup import (
     diversity_of,
     table,
 )
+from metaflowmaps.lab.evaluate.rows import Json, known
 from metaflowmaps.random import RowNoise, fresh_seeds, stream
 from metaflowmaps.work.shards import Shard, ranges
 

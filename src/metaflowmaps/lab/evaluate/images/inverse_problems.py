@@ -20,9 +20,10 @@ from torch import Tensor
 
 from metaflowmaps._shapes import repeat_rows
 from metaflowmaps.errors import unknown
-from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json, known
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, Say, per_sample, table_of
 from metaflowmaps.lab.evaluate.images.steered import CHUNK, calls, image_variant, quiet_steer
+from metaflowmaps.lab.evaluate.rows import Json, known
 from metaflowmaps.lab.evaluate.variants import Variant
 from metaflowmaps.metrics.calibration import rank_test
 from metaflowmaps.metrics.image_by_image import psnr

@@ -19,14 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.cost import Meter
-from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.image_rewards import RACE, image_reward, scores_of, short
 from metaflowmaps.lab.evaluate.images.judging import BATCH
 from metaflowmaps.lab.evaluate.images.setup import (
@@ -40,6 +40,7 @@ from metaflowmaps.lab.evaluate.images.setup import (
     table,
 )
 from metaflowmaps.lab.evaluate.images.steered import calls, image_variant, labels_of, run
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
 from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.random import randn, stream
@@ -356,7 +357,7 @@ class Race(ImageExperiment[RaceConfig, Raced]):
         super().__init__(setup, config, say)
         for name in config.methods:
             image_variant(name)  # what does not exist is refused before anything runs
-        self.rewards: dict[str, Any] = {name: image_reward(setup, name) for name in config.rewards}
+        self.rewards: dict[str, Callable[..., Tensor]] = {name: image_reward(setup, name) for name in config.rewards}
         self.images = setup.everything()
         self.on_data = scores_of(self.rewards, self.images, setup.cond_of_everything())
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond, repeat_cond, repeat_rows, select_cond
 from metaflowmaps.cost import Meter
 from metaflowmaps.lab.evaluate.draws import DrawsConfig, DrawsPosterior, posteriors, steps_of, title_of
-from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.setup import (
     LATENT_BATCH,
     ImageEvalConfig,
@@ -30,6 +30,7 @@ from metaflowmaps.lab.evaluate.images.setup import (
     cost_of_parts,
     table,
 )
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.metrics.calibration import spread_ratio
 from metaflowmaps.random import RowNoise, fresh_seeds, randn, stream
 from metaflowmaps.sampling import INTEGRATORS

@@ -16,9 +16,10 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond
 from metaflowmaps.cost import Meter
 from metaflowmaps.lab.evaluate.draws import DrawsConfig, DrawsPosterior, pearson, posteriors, rmse, steps_of, title_of
-from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment, Json
+from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward
 from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, Table, table
+from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.posterior import Posterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.value import GradientFree, value_gradient

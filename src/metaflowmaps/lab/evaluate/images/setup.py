@@ -63,7 +63,7 @@ class ImageEvalConfig(Config):
     precision: Literal["float32", "bf16"] = "float32"  # of the map's network
     pictures: int | None = Field(None, ge=2)  # held out, and trained on, at most; None: 10,000 latents, all of images
 
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, object]:
         """The settings; of those that only some maps have, the ones that were set."""
         defaults = type(self).model_fields
         return {
@@ -262,9 +262,9 @@ class ImageSetup:
         """What Fréchet distances are to."""
         return "held-out images" if self.statistics is None else "the statistics file"
 
-    def extras(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, object]:
         """What results say beyond those of maps of pixels that are told nothing."""
-        more: dict[str, Any] = {} if self.statistics is None else {"measure": self.measure, "to": self.compared_with}
+        more: dict[str, object] = {} if self.statistics is None else {"measure": self.measure, "to": self.compared_with}
         if self.conditions is not None and self.conditions.conditional:
             more["conditional"] = True
         return more
