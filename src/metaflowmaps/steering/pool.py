@@ -33,7 +33,7 @@ class Resampling(Method):
 
     name = "resampling"
     title = "resampling"
-    look = ("#7a5c00", "H")
+    look = ("#88ccff", "<")
     draws = True
     moved_by = "one step"
     own_moves = "makes its samples in one step"
