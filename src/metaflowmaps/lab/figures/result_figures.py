@@ -16,8 +16,10 @@ from metaflowmaps.lab.evaluate.images.class_mixture import Mixed
 from metaflowmaps.lab.evaluate.images.generation import Generated
 from metaflowmaps.lab.evaluate.images.image_rewards import short
 from metaflowmaps.lab.evaluate.images.inverse_problems import PROBLEMS, Solved
-from metaflowmaps.lab.evaluate.images.race import Raced
+from metaflowmaps.lab.evaluate.images.race import Raced, RewardResult
 from metaflowmaps.lab.evaluate.images.recovery import Recovered
+from metaflowmaps.lab.evaluate.images.rollout_value import Estimated
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup
 from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.figures import image_figures, plots, steering_figures
 from metaflowmaps.lab.figures.curves import (
@@ -29,16 +31,7 @@ from metaflowmaps.lab.figures.curves import (
     frontier,
     rank_histograms,
 )
-from metaflowmaps.lab.results import (
-    ClassMixture,
-    Generation,
-    Metrics,
-    Race,
-    Recovery,
-    RewardRace,
-    RolloutValue,
-    Steering,
-)
+from metaflowmaps.lab.results import Metrics, Steering
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.random import randn, stream
 
@@ -58,7 +51,6 @@ RECOVERED = (
     "A held-out image, noised to time t, and draws of the map for it in one network call each. At t = 0 the noisy "
     "image says nothing; as t → 1 it decides everything."
 )
-ROLLOUT = "rollout"  # the sampler that the others are held against
 SAMPLERS = {"map": "map", "glass": "GLASS", "drift-glass": "GLASS, drift alone"}
 GENERATION_KINDS = {"refine": "map, refined", "compose": "map, composed", "ode": "ODE", "drift-ode": "ODE, drift alone"}
 SHOWN = ("refine-1", "refine-2", "refine-4", "refine-8", "compose-4", "ode-4", "ode-64")
@@ -111,6 +103,14 @@ def samples_grid(x: Tensor, title: str, out: Path) -> None:
     plots.save(image_figures.image_grid(rows, [""] * len(rows), None, title), out)
 
 
+def _distances(setup: ImageSetup) -> tuple[str, str]:
+    """What distances are, for a caption, and what they are to: FID is said of nothing else."""
+    space, to = setup.judge.space, setup.compared_with
+    named = space if "latents" in space or "Inception" in space else "classifier features"
+    measure = setup.measure if setup.measure == "FID" else f"Fréchet distance ({named}, not FID)"
+    return measure, f"the {to}" if to == "held-out images" else to
+
+
 def _save_all(figures: Mapping[str, tuple["Figure", str]], out: Path) -> dict[str, str]:
     """Write each figure; the captions by file name."""
     for name, (figure, _) in figures.items():
@@ -127,14 +127,14 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
         "Where the draws agree, and where they do not",
         torch.stack(found.noisy),
     )
-    measured = Recovery.of(found.metrics)
-    curves = {f"t = {float(t):g}": by_calls(by_sampler, SAMPLERS) for t, by_sampler in measured.frechet.items()}
+    setup, (named, target) = found.setup, _distances(found.setup)
+    curves = {f"t = {float(t):g}": by_calls(by_sampler, SAMPLERS) for t, by_sampler in found.frechet.items()}
     distance = against_calls(
         curves,
         "network calls a draw",
-        measured.measure,
+        setup.measure,
         Floor(dict.fromkeys(curves, found.floor), "images trained on"),
-        f"Draws against {measured.to}, in {measured.space}",
+        f"Draws against {setup.compared_with}, in {setup.judge.space}",
     )
     figures = {
         "draws.png": (
@@ -145,29 +145,28 @@ def recovery(found: Recovered, times: tuple[float, ...], out: Path) -> dict[str,
         "spread.png": (spread, "Mean and standard deviation, pixel by pixel, of 256 draws given that noisy image."),
         "frechet-against-calls.png": (
             distance,
-            f"{measured.named} of one draw for each noised held-out image to {measured.target}, against network calls "
+            f"{named} of one draw for each noised held-out image to {target}, against network calls "
             "a draw. Dashed: the images trained on.",
         ),
     }
     return _save_all(figures, out)
 
 
-def value(metrics: Metrics, out: Path) -> dict[str, str]:
+def value(found: Estimated, out: Path) -> dict[str, str]:
     """Correlation with rollouts against network calls."""
-    measured = RolloutValue.of(metrics)
-    cells = {name: by_draws for name, by_draws in measured.by_sampler.items() if name != ROLLOUT}
+    cells = found.by_sampler
     most = max((n for by_draws in cells.values() for n in by_draws), key=int)
-    (again,) = measured.by_sampler[ROLLOUT].values()
+    (again,) = found.rollout.values()
     curves = {
-        f"t = {float(t):g}": by_calls({name: cell[most][t].pearson for name, cell in cells.items()}, SAMPLERS)
+        f"t = {float(t):g}": by_calls({name: cell[most][t]["pearson"] for name, cell in cells.items()}, SAMPLERS)
         for t in again
     }
     figure = against_calls(
         curves,
         "network calls a draw",
         "Pearson r with rollouts",
-        Floor({f"t = {float(t):g}": cell.pearson for t, cell in again.items()}, "rollouts again"),
-        f"Value of the reward {short([measured.reward])[measured.reward]} from {most} draws",
+        Floor({f"t = {float(t):g}": cell["pearson"] for t, cell in again.items()}, "rollouts again"),
+        f"Value of the reward {short([found.config.reward])[found.config.reward]} from {most} draws",
         yscale="linear",
     )
     caption = (
@@ -179,12 +178,11 @@ def value(metrics: Metrics, out: Path) -> dict[str, str]:
 
 def mixture(found: Mixed, out: Path) -> dict[str, str]:
     """Frequencies, and samples of each method."""
-    measured = ClassMixture.of(found.metrics)
-    shares = {image_variant(name).title: cell.frequencies for name, cell in measured.methods.items()}
+    shares = {image_variant(name).title: cell.frequencies for name, cell in found.cells.items()}
     titles = [image_variant(name).title for name in found.samples]
     figures = {
         "frequencies.png": (
-            frequencies(shares, measured.target, "Class frequencies as the judge sees them"),
+            frequencies(shares, found.target.tolist(), "Class frequencies as the judge sees them"),
             "Share of each class among the samples (bars) against the target (marks).",
         ),
         "samples.png": (
@@ -199,7 +197,7 @@ def mixture(found: Mixed, out: Path) -> dict[str, str]:
 
 def race(found: Raced, out: Path) -> dict[str, str]:
     """Frontiers: reward against diversity and against distance to the target, and samples."""
-    rewards = Race.of(found.metrics).rewards
+    rewards = found.races
     brief = short(rewards)
     figures = {
         "reward-against-distance.png": (
@@ -223,10 +221,10 @@ def race(found: Raced, out: Path) -> dict[str, str]:
     return _save_all(figures, out)
 
 
-def _frontier(one: RewardRace, what: Literal["distance", "frechet"], title: str) -> Frontier:
+def _frontier(one: RewardResult, what: Literal["distance", "frechet"], title: str) -> Frontier:
     """The race for one reward, against one of the distances of its cells."""
     methods: dict[str, list[tuple[float, float, float]]] = {}
-    for cell in one.cells:
+    for cell in one.scored:
         x = getattr(cell, what)
         if x is not None:
             methods.setdefault(races.title(cell.method), []).append((cell.number, x, cell.reward))
@@ -235,10 +233,13 @@ def _frontier(one: RewardRace, what: Literal["distance", "frechet"], title: str)
     return Frontier(title, AGAINST[what], "mean reward", methods, target)
 
 
-def _shown_cells(one: RewardRace) -> list[str]:
+def _shown_cells(one: RewardResult) -> list[str]:
     """The cells whose samples are worth a look: the data, the pool's, MFM-G that is as good, the strongest steering."""
-    head, strongest = one.headline.get("ode"), max((cell.strength or 0 for cell in one.cells), default=0)
-    best = [] if head is None else [f"ode {head.n}", f"{head.method} {head.strength:g}"]
+    head, strongest = (
+        one.headline.get("ode"),
+        max((c.number for c in one.scored if c.method not in races.POOLS), default=0),
+    )
+    best = [] if head is None else [f"ode {head.n:g}", f"{head.method} {head.strength:g}"]
     wanted = ["target data", "ode 1", *best, f"dps {strongest:g}", f"mfm-gf-16 {strongest:g}"]
     return list(dict.fromkeys(wanted))
 
@@ -274,18 +275,18 @@ def inverse(found: Solved, draws: int, out: Path) -> dict[str, str]:
 
 def generation(found: Generated, out: Path) -> dict[str, str]:
     """Distance against network calls, and samples."""
-    measured = Generation.of(found.metrics)
-    kind_of = "Samples of all classes" if measured.conditional else "Unconditional samples"
-    floor = None if measured.floor is None else Floor({"": measured.floor.frechet}, "images trained on")
-    curves = by_calls({name: cell.frechet for name, cell in measured.by_sampler.items()}, GENERATION_KINDS)
-    title = fill(f"{kind_of}, in {measured.space}", TITLE_LETTERS)
+    setup, (named, target) = found.setup, _distances(found.setup)
+    kind_of = "Samples of all classes" if "conditional" in setup.extras() else "Unconditional samples"
+    floor = None if found.floor is None else Floor({"": found.floor.frechet}, "images trained on")
+    curves = by_calls({name: cell.frechet for name, cell in found.by_sampler.items()}, GENERATION_KINDS)
+    title = fill(f"{kind_of}, in {setup.judge.space}", TITLE_LETTERS)
     rows = {name: x for name, x in found.samples.items() if name in SHOWN} or found.samples
     titles = [f"{GENERATION_KINDS[n.rpartition('-')[0]]}, {n.rpartition('-')[2]} steps" for n in rows]
     dashed = "" if floor is None else " Dashed: the images trained on."
     figures = {
         "frechet-against-calls.png": (
-            against_calls({"": curves}, "network calls a sample", measured.measure, floor, title),
-            f"{measured.named} of samples to {measured.target} against network calls a sample.{dashed}",
+            against_calls({"": curves}, "network calls a sample", setup.measure, floor, title),
+            f"{named} of samples to {target} against network calls a sample.{dashed}",
         ),
         "samples.png": (
             image_figures.image_grid([*rows.values()], titles, title=kind_of),

@@ -45,7 +45,7 @@ EXPERIMENTS = {
         lambda result, config, out: figures.recovery(result, config.times, out),
     ),
     "value": Experiment(
-        "eval value", ImageValueConfig, ImageValue, lambda result, config, out: figures.value(result.metrics, out)
+        "eval value", ImageValueConfig, ImageValue, lambda result, config, out: figures.value(result, out)
     ),
     "generation": Experiment(
         "eval generation", GenerationConfig, Generation, lambda result, config, out: figures.generation(result, out)
