@@ -75,7 +75,6 @@ METRICS = {
     "class_distance": with_shares(metrics.class_distance),
     "energy_distance": pairs(metrics.energy_distance),
     "frechet_distance": pairs(metrics.frechet_distance),
-    "frechet_floor": {"x": lambda value: metrics.frechet_floor(spoilt(value))},
     "mean_pairwise_distance": {"x": lambda value: metrics.mean_pairwise_distance(spoilt(value))},
     "mmd_squared": pairs(metrics.mmd_squared),
     "mmd_squared of a given bandwidth": pairs(lambda x, y: metrics.mmd_squared(x, y, bandwidth=1.0)),

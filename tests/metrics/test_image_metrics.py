@@ -76,15 +76,6 @@ def test_frechet_of_few_rows_is_that_of_the_span():
     assert metrics.frechet_distance(x @ into.T, y @ into.T) == pytest.approx(metrics.frechet_distance(x, y), abs=1e-10)
 
 
-def test_frechet_floor():
-    """Halves of n/2 normal rows: E d² is about (d + d(d+1)/4)·(2/(n/2)) to first order, and halves when n doubles."""
-    d = 4
-    floors = [metrics.frechet_floor(normal(n, d, name=f"floor{n}"), 50, stream(0, "halves")) for n in (1000, 2000)]
-    for n, floor in zip((1000, 2000), floors, strict=True):
-        # one split scatters by about 35 %; 50 splits of one sample are partly dependent: 25 % is generous
-        assert floor == pytest.approx((d + d * (d + 1) / 4) * 2 / (n / 2), rel=0.25)
-
-
 # -- diversity -------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +252,6 @@ X, BAD = torch.ones(4, 3), torch.tensor([[1.0, math.nan], [0.0, 1.0]])
         lambda: metrics.frechet_distance(X[:1], X),
         lambda: metrics.frechet_distance(BAD, BAD),
         lambda: metrics.frechet_distance(torch.ones(4, 3, 2), torch.ones(4, 3, 2)),
-        lambda: metrics.frechet_floor(X[:3]),
         lambda: metrics.mean_pairwise_distance(X[:1]),
         lambda: metrics.mean_pairwise_distance(X[:, 0]),
         lambda: metrics.vendi_score(BAD),

@@ -2,7 +2,7 @@
 
 from metaflowmaps.metrics.calibration import RankTest, rank_statistics, rank_test, spread_ratio
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
-from metaflowmaps.metrics.frechet import frechet_distance, frechet_floor
+from metaflowmaps.metrics.frechet import frechet_distance
 from metaflowmaps.metrics.image_by_image import class_distance, psnr
 from metaflowmaps.metrics.kernels import energy_distance, mmd_squared
 from metaflowmaps.metrics.sliced_w2 import sliced_w2
@@ -13,7 +13,6 @@ __all__ = [
     "class_distance",
     "energy_distance",
     "frechet_distance",
-    "frechet_floor",
     "mean_pairwise_distance",
     "mmd_squared",
     "psnr",

@@ -9,7 +9,7 @@ than features) need no care. F is the centred data over √(n − 1), or the tri
 
 Of a reference that only its mean and covariance are known of (a statistics file), the factor is the root of the latter.
 
-The estimate is biased upwards by about 1/n: compare only at equal n, and with :func:`frechet_floor`.
+The estimate is biased upwards by about 1/n: compare only at equal n, and with what two halves of one set are apart.
 """
 
 from pathlib import Path
@@ -90,26 +90,6 @@ def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
     shift = (mean_x - mean_y).square().sum()
     common = torch.linalg.svdvals(a @ b.T).sum()
     return max(0.0, float(shift + a.square().sum() + b.square().sum() - 2 * common))
-
-
-def frechet_floor(x: Tensor, splits: int = 4, generator: torch.Generator | None = None) -> float:
-    """The mean of d² between random disjoint halves of features (n, d): what n/2 rows of one law are apart.
-
-    Args:
-        x: features of one law.
-        splits: random halvings, averaged.
-        generator: of the halvings.
-
-    Returns:
-        d² between n/2 and n/2 rows.
-    """
-    if splits < 1 or len(x) < 4:
-        raise InputError(f"a floor needs 4 rows and 1 split at least, got {len(x)} and {splits}")
-    total, half = 0.0, len(x) // 2
-    for _ in range(splits):
-        order = torch.randperm(len(x), generator=generator).to(x.device)
-        total += frechet_distance(x[order[:half]], x[order[half : 2 * half]])
-    return total / splits
 
 
 def _factor(x: Tensor) -> Tensor:
