@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import mfm_command as mfm
-from metaflowmaps import cli
+from metaflowmaps import _files, cli
 from metaflowmaps.checkpoint import writing
 from metaflowmaps.data import Mixture
 from metaflowmaps.flow_map import MetaFlowMap
@@ -670,24 +670,30 @@ def test_a_full_disk_is_one_line_and_the_same_command_ends_the_run(
     capsys, place, tmp_path, monkeypatch, undisturbed, where
 ):  # fmt: skip
     whole, arguments = undisturbed
-    full, opened = OSError(errno.ENOSPC, "No space left on device"), Path.open
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write_new, opened = _files.write_new, Path.open
 
     def fails(*_, **__):
         raise full
 
-    def no_room(path, *mode, **options):
-        name = {"the measurements": "meters.jsonl", "results.json": ".results.json-"}.get(where, "/")
-        if path.name.startswith(name) and mode and mode[0] in ("a", "xb"):
+    def no_new_results(path, data, **options):
+        if path.name.startswith(".results.json-"):
             raise full
-        return opened(path, *mode, **options)
+        write_new(path, data, **options)
 
+    def no_more_measurements(path, mode="r", **options):
+        if (path.name, mode) == ("meters.jsonl", "a"):
+            raise full
+        return opened(path, mode, **options)
+
+    writer = {
+        "the checkpoint": (writing, "write_new", fails),
+        "the measurements": (Path, "open", no_more_measurements),
+        "a picture": (figures, "save", fails),
+        "results.json": (_files, "write_new", no_new_results),
+    }
     with monkeypatch.context() as patched:
-        if where == "the checkpoint":
-            patched.setattr(writing, "_write", fails)
-        elif where == "a picture":
-            patched.setattr(figures, "save", fails)
-        else:
-            patched.setattr(Path, "open", no_room)
+        patched.setattr(*writer[where])
         code, text, err = mfm(capsys, *command(place, *arguments, out=tmp_path / "full"))
     assert (code, text) == (1, ""), err
     assert "Traceback" not in err
