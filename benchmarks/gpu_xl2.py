@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metaflowmaps import MFMG, ODE, LinearPath, MetaFlowMap, steer
-from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.objective import Batch, Objective
@@ -85,7 +85,10 @@ class Bench:
             torch.set_float32_matmul_precision("high")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            student, frozen = (DiT(4, side, 2, num_classes=CLASSES, guidance=True, **SIZES[args.size]) for _ in "ab")
+            student, frozen = (
+                DiTConfig(patch=2, num_classes=CLASSES, guidance=True, **SIZES[args.size]).network((4, side, side))
+                for _ in "ab"
+            )
         self.model, self.teacher = (MetaFlowMap(n.to(self.device), LinearPath(), "plain") for n in (student, frozen))
         self.teacher.requires_grad_(False)
         self.network, self.frozen = student, frozen

@@ -35,12 +35,12 @@ def peak_of_pipeline(num_draws: int, steps: int, micro_batch: int, checkpointing
     from tests.tiny_codec import tiny_codec
 
     from metaflowmaps import Pipeline
-    from metaflowmaps.networks.dit import SIZES, DiT
+    from metaflowmaps.networks.dit import SIZES, DiTConfig
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    network = DiT(4, 32, 2, **SIZES["tiny"], num_classes=10)
+    network = DiTConfig(patch=2, num_classes=10, **SIZES["tiny"]).network((4, 32, 32))
     for parameter in network.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     codec = tiny_codec(micro_batch=micro_batch, checkpointing=checkpointing)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.common import keep, say, table
 from metaflowmaps import LinearPath, MetaFlowMap
-from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks.dit import SIZES, DiT, DiTConfig
 from metaflowmaps.path import Drift
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.objective import Objective
@@ -138,7 +138,7 @@ class Latents:
 def _transformer(loss: dict[str, Any], guidance: tuple[float, ...], rows: int) -> Callable[[int], None]:
     def network() -> DiT:
         torch.manual_seed(0)
-        return DiT(4, 32, 2, num_classes=CLASSES, guidance=True, **SIZES["tiny"])
+        return DiTConfig(patch=2, num_classes=CLASSES, guidance=True, **SIZES["tiny"]).network((4, 32, 32))
 
     model, frozen = (MetaFlowMap(network(), LinearPath(), "plain") for _ in range(2))
     teacher = GlassTeacher(model.path, frozen.requires_grad_(False).drift, CLASSES)

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.common import keep, table
 from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
@@ -90,7 +90,7 @@ def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def _build() -> MetaFlowMap:
     """A map whose weights are all in play from the first step."""
-    network, g = DiT(1, 8, **SIZES["nano"]), stream(0, "world-size")
+    network, g = DiTConfig(**SIZES["nano"]).network((1, 8, 8)), stream(0, "world-size")
     with torch.no_grad():
         for p in network.parameters():
             p.copy_(0.1 * randn(tuple(p.shape), g))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import metaflowmaps as mfm
 from conftest import F64, PATHS, normal
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks import MLPConfig, NetworkConfig
 from metaflowmaps.random import stream
+from metaflowmaps.work.choices import build
 
 tried = settings(
     max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -138,8 +139,9 @@ SIZES = st.one_of(st.integers(-2, 6), st.sampled_from([2.0, 1.5, math.nan, math.
 @example(2, 4, 1, "silu", 0)
 @example(2, 4, 1, "relu", 0)
 def test_networks(dim, width, depth, activation, num_classes):
+    options = {"width": width, "depth": depth, "activation": activation, "num_classes": num_classes}
     with torch.random.fork_rng():
-        net = or_refused(lambda: MLP(dim, width, depth, activation, num_classes))
+        net = or_refused(lambda: build(NetworkConfig, "mlp", options).network((dim,)))
     if net is not None:
         t = torch.full((3,), 0.5)
         assert finite(net(torch.zeros(3, dim), t, t, torch.zeros(3, dim), t))
@@ -157,7 +159,7 @@ def test_networks(dim, width, depth, activation, num_classes):
 @example("gaussian", torch.zeros(3), 1.0)
 def test_maps(parameterization, data_mean, data_std):
     with torch.random.fork_rng():
-        net = MLP(2, 4, 1)
+        net = MLPConfig(width=4, depth=1).network((2,))
     model = or_refused(
         lambda: mfm.MetaFlowMap(net, mfm.LinearPath(), parameterization, data_mean=data_mean, data_std=data_std)
     )
@@ -180,7 +182,7 @@ COUNTS = st.one_of(st.integers(-3, 4), st.sampled_from([1.5, math.nan, None, "tw
 def test_posteriors(kind, steps, num_draws):
     path, law = PATHS["linear"], mfm.GaussianMixture(torch.zeros(1, 2), 1.0)
     with torch.random.fork_rng():
-        model = mfm.MetaFlowMap(MLP(2, 4, 1), path)
+        model = mfm.MetaFlowMap(MLPConfig(width=4, depth=1).network((2,)), path)
 
     def drift(t, x):
         return law.drift(path, t, x)
@@ -212,7 +214,7 @@ def test_posteriors(kind, steps, num_draws):
 )
 def test_conditions(cond):
     with torch.random.fork_rng():
-        model = mfm.MetaFlowMap(MLP(2, 4, 1, num_classes=3), mfm.LinearPath())
+        model = mfm.MetaFlowMap(MLPConfig(width=4, depth=1, num_classes=3).network((2,)), mfm.LinearPath())
     x = torch.zeros(3, 2)
     for call in (lambda: model(0.0, 1.0, x, 0.5, x, cond), lambda: model.draw(0.5, x, 2, cond=cond)):
         with pytest.raises(mfm.InputError):
@@ -243,7 +245,7 @@ def inside(t):
 def test_times(s, u, t):
     """On every entry that takes times: a finite answer, and then the times were good ones; or one line."""
     with torch.random.fork_rng():
-        model = mfm.MetaFlowMap(MLP(2, 4, 1), mfm.LinearPath())
+        model = mfm.MetaFlowMap(MLPConfig(width=4, depth=1).network((2,)), mfm.LinearPath())
     law, path, x = mfm.GaussianMixture(torch.zeros(1, 2), 1.0), PATHS["linear"], torch.ones(3, 2)
     for call, times in (
         (lambda: model(s, u, x, t, x), (s, u, t)),

@@ -9,7 +9,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior, glass_calls_to_match
 from metaflowmaps.laws.mixture import GaussianMixture
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
 
 LAW = GaussianMixture(torch.tensor([[0.5, -1.0]]), 2.25)
@@ -17,7 +17,9 @@ CONFIG = PosteriorEvalConfig(samples=1024, contexts=8, sets=16, times=(0.0, 0.6)
 
 
 def untrained(std: float) -> MetaFlowMap:
-    return MetaFlowMap(MLP(2, 8, 1), LinearPath(), "gaussian", torch.tensor([0.5, -1.0]), std)
+    return MetaFlowMap(
+        MLPConfig(width=8, depth=1).network((2,)), LinearPath(), "gaussian", torch.tensor([0.5, -1.0]), std
+    )
 
 
 def test_an_exact_map_sits_at_the_floor():
@@ -54,4 +56,4 @@ def test_draws_do_not_depend_on_the_batch_size():
 
 def test_a_model_of_another_shape_is_refused():
     with pytest.raises(InputError, match="2 dimensions"):
-        evaluate_posterior(MetaFlowMap(MLP(3, 8, 1), LinearPath()), LAW, CONFIG)
+        evaluate_posterior(MetaFlowMap(MLPConfig(width=8, depth=1).network((3,)), LinearPath()), LAW, CONFIG)

@@ -7,7 +7,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
 
@@ -18,7 +18,7 @@ WHITENED = ["gaussian", "residual"]
 def network(dim=2, seed=None, dtype=F64, **options):
     """An MLP as initialised (zero output), or with every weight random."""
     with torch.random.fork_rng():
-        net = MLP(dim, width=16, depth=2, **options).to(dtype)
+        net = MLPConfig(width=16, depth=2, **options).network((dim,)).to(dtype)
     if seed is not None:
         with torch.no_grad():
             for i, p in enumerate(net.parameters()):

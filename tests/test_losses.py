@@ -8,7 +8,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, coefficients, normal, uniform
 from metaflowmaps import losses
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
 
@@ -268,7 +268,7 @@ def test_no_gradient_reaches_targets(path):
 def test_every_loss_trains_a_network(path, name):
     """Through a real map: finite values, and a gradient at the output layer, in float32."""
     with torch.random.fork_rng():
-        net = MLP(2, width=8, depth=2)
+        net = MLPConfig(width=8, depth=2).network((2,))
     with torch.no_grad():
         net.output.weight.copy_(normal(2, 8, seed="w"))
     model = mfm.MetaFlowMap(net, path, name, MU, DELTA)
@@ -295,7 +295,7 @@ def test_stacked_states_repeat_the_context(path):
     """(2B) states at (B) contexts are two batches at those contexts, in every chart."""
     for name in CHARTS:
         with torch.random.fork_rng():
-            net = MLP(2, width=8, depth=2, num_classes=2).double()
+            net = MLPConfig(width=8, depth=2, num_classes=2).network((2,)).double()
         with torch.no_grad():
             for i, parameter in enumerate(net.parameters()):
                 parameter.copy_(normal(*parameter.shape, seed=str(i)))

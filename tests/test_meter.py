@@ -13,7 +13,7 @@ import metaflowmaps as mfm
 from calls import steer
 from conftest import F64, PATHS, normal
 from metaflowmaps.cost import Meter
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import stream
 
 K, N, M = 5, 3, 4
@@ -26,7 +26,7 @@ class Witness(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.inner = MLP(2, 16, 2, **options)
+        self.inner = MLPConfig(width=16, depth=2, **options).network((2,))
         nn.init.normal_(self.inner.output.weight, std=0.2)
         self.event_shape = (2,)
         self.rows, self.back = 0, 0
@@ -249,10 +249,10 @@ def test_a_wrapped_callable_counts_rows():
 MEMORY = """
     import sys, torch
     import metaflowmaps as mfm
-    from metaflowmaps.networks.mlp import MLP
+    from metaflowmaps.networks.mlp import MLPConfig
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = MLP(2, width=512, depth=4)
+    net = MLPConfig(width=512, depth=4).network((2,))
     torch.nn.init.normal_(net.output.weight, std=0.01)
     model = mfm.MetaFlowMap(net, mfm.LinearPath())
     def peak(num_draws, chunk, **options):

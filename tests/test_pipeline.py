@@ -15,7 +15,7 @@ from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.opening import published
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.dit import DiTConfig
 
 LEFT = torch.linspace(1, -1, 32)[None, None, None, :]
 
@@ -31,7 +31,15 @@ def generator(seed=0):
 def make_map(size=4, classes=1000, guidance=(1.0, 2.5)):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = DiT(4, size, 2, 32, 2, 4, 1, num_classes=classes, guidance=list(guidance) if guidance else False)
+        network = DiTConfig(
+            patch=2,
+            width=32,
+            depth=2,
+            heads=4,
+            encoder_depth=1,
+            num_classes=classes,
+            guidance=list(guidance) if guidance else False,
+        ).network((4, size, size))
         for p in network.parameters():
             p.data += 0.05 * torch.randn_like(p)
     return mfm.MetaFlowMap(network, mfm.LinearPath(), "plain")

@@ -10,7 +10,7 @@ import torch
 import metaflowmaps as mfm
 from calls import value_gradient
 from conftest import CASES, F64, bayes, coefficients, ks_bound, normal
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import noise, stream
 
 T = 0.4
@@ -338,7 +338,7 @@ def labelled():
     """A small random map with classes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = MLP(2, width=16, depth=2, num_classes=3).double()
+        net = MLPConfig(width=16, depth=2, num_classes=3).network((2,)).double()
         torch.nn.init.normal_(net.output.weight, std=0.3)
         torch.nn.init.normal_(net.labels.weight)
     return mfm.MetaFlowMap(net, PATH)

@@ -24,7 +24,7 @@ from metaflowmaps.finetuning import MFMFT, NoBaseline, TuningSetup
 from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.analytic import LinearGaussian
@@ -199,7 +199,7 @@ GAUSSIAN = GaussianMixture(torch.tensor([MEAN], dtype=F64), STD**2)
 
 def exact_map(std=STD):
     """An untrained gaussian map is exact on N(MEAN, STD²)."""
-    return MetaFlowMap(MLP(2, 8, 1), LinearPath(), "gaussian", torch.tensor(MEAN), std)
+    return MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), LinearPath(), "gaussian", torch.tensor(MEAN), std)
 
 
 def linear_exact():

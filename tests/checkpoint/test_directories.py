@@ -38,14 +38,15 @@ from metaflowmaps.checkpoint import (
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import NetworkConfig, make_network
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLP, MLPConfig
 from metaflowmaps.work.choices import build
 
 FILES = ["config.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors", "position.json"]
 
 
 def make_model(seed=0, dim=2, data_mean=0.0, data_std=1.3):
-    model = mfm.MetaFlowMap(MLP(dim, width=8, depth=2), mfm.TrigonometricPath(), data_mean=data_mean, data_std=data_std)
+    network = MLPConfig(width=8, depth=2).network((dim,))
+    model = mfm.MetaFlowMap(network, mfm.TrigonometricPath(), data_mean=data_mean, data_std=data_std)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -644,7 +645,7 @@ class TiedConfig(MLPConfig):
     name = "tied"
 
     def build(self, event_shape):
-        network = MLP(*event_shape, **dict(self))
+        network = MLP(self, event_shape)
         network.again = network.output
         return network
 """
@@ -733,7 +734,7 @@ def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path):
     class Deeper(MLP):
         """It inherits the configuration of another network."""
 
-    for network in (Other(2, 2), Deeper(2)):
+    for network in (Other(2, 2), Deeper(MLPConfig(), (2,))):
         name = type(network).__name__
         with pytest.raises(InputError, match=rf"{name} cannot be saved.*NetworkConfig"):
             save_model(mfm.MetaFlowMap(network, mfm.LinearPath()), tmp_path / "m")

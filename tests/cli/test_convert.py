@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import metaflowmaps as mfm
-from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks.dit import SIZES, DiTConfig
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_that_names_the_fix(command, files, tmp_path):
 def test_parameters_of_the_released_size():
     """684 M with the context, 675 M without (method notes, §10)."""
     with torch.device("meta"):
-        network = DiT(4, 32, 2, **SIZES["XL"], num_classes=1000, guidance=[1.0, 2.5])
+        network = DiTConfig(patch=2, num_classes=1000, guidance=[1.0, 2.5], **SIZES["XL"]).network((4, 32, 32))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 684
     assert round(network.parameters_of_parent() / 1e6) == 675
 
@@ -129,7 +129,7 @@ def test_a_thousand_other_classes_keep_their_names():
     from metaflowmaps.interop.sharing import _document
 
     with torch.random.fork_rng(devices=[]):
-        network = DiT(4, 4, 2, 8, 1, 2, 1, num_classes=1000)
+        network = DiTConfig(patch=2, width=8, depth=1, heads=2, encoder_depth=1, num_classes=1000).network((4, 4, 4))
     model = mfm.MetaFlowMap(network, mfm.LinearPath(), "plain")
     own = [f"bird {i}" for i in range(1000)]
     assert _document(model, own, None, None)["class_names"] == own

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.tiny_codec import tiny_codec, tiny_vae
 
 import metaflowmaps as mfm
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.dit import DiTConfig
 
 NAMES = ("disc", "square", "ring", "stripes")
 
@@ -20,7 +20,9 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = DiT(4, 4, 2, 32, 2, 4, 1, num_classes=4, guidance=[1.0, 2.5])
+        network = DiTConfig(
+            patch=2, width=32, depth=2, heads=4, encoder_depth=1, num_classes=4, guidance=[1.0, 2.5]
+        ).network((4, 4, 4))
         for p in network.parameters():
             p.data += 0.05 * torch.randn_like(p)
     pipe = mfm.Pipeline(mfm.MetaFlowMap(network, mfm.LinearPath(), "plain"), tiny_codec(), NAMES, guidance=2.5)

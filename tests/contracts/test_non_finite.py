@@ -17,7 +17,7 @@ from metaflowmaps.lab.report.sections import described
 from metaflowmaps.metrics import inception
 from metaflowmaps.metrics.frechet import Moments, moments, read_statistics
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import stream
 
 N, D = 24, 3
@@ -165,7 +165,7 @@ def test_posterior_draws_that_are_not_finite_have_no_error_of_zero():
     config = PosteriorEvalConfig(
         samples=8, contexts=1, sets=2, times=(0.5,), map_steps=(1,), glass_steps=(1,), other_contexts=1
     )
-    network = MLP(2, width=8, depth=1)
+    network = MLPConfig(width=8, depth=1).network((2,))
     with torch.no_grad():
         network.output.bias.fill_(math.nan)
     (found,) = evaluate_posterior(mfm.MetaFlowMap(network, mfm.LinearPath()), LAW, config).at.values()

@@ -7,7 +7,7 @@ import torch
 
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, bayes, coefficients, ks_bound, normal, worst_ks
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.posterior import RolloutPosterior
 from metaflowmaps.random import stream
 
@@ -22,7 +22,7 @@ def make(name, path):
     if name.startswith("map"):
         with torch.random.fork_rng():  # weights come from torch's initialiser; leave the global generator as it was
             torch.manual_seed(0)
-            net = MLP(2, width=16, depth=2).double()
+            net = MLPConfig(width=16, depth=2).network((2,)).double()
         with torch.no_grad():
             net.output.weight.copy_(normal(2, 16, seed="weights"))
         return mfm.MapPosterior(mfm.MetaFlowMap(net, path), steps=3 if "3" in name else 1)

@@ -29,7 +29,7 @@ from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scores_
 from metaflowmaps.lab.evaluate.images.setup import Conditions, ImageEvalConfig, ImageSetup, Judge
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.metrics.frechet import frechet_distance
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.dit import DiTConfig
 from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.work.choices import dumped
 from metaflowmaps.work.config import override, validated
@@ -41,7 +41,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:one draw carries all the weight"
 def tiny_map() -> mfm.MetaFlowMap:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = DiT(4, 8, 2, 16, 2, 2, 1, num_classes=CLASSES, guidance=[1.0, 2.5])
+        network = DiTConfig(
+            patch=2, width=16, depth=2, heads=2, encoder_depth=1, num_classes=CLASSES, guidance=[1.0, 2.5]
+        ).network((4, 8, 8))
         for p in network.parameters():
             p.data += 0.1 * torch.randn_like(p)  # as made, its last layer is zero
     return mfm.MetaFlowMap(network, mfm.LinearPath(), "plain")

@@ -10,7 +10,7 @@ from my_posterior import TwoSteps
 
 import metaflowmaps as mfm
 from conftest import CASES, PATHS
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import randn, stream
 
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ def mfm_run(*arguments):
 
 def random_map(path):
     """A map with small random weights."""
-    network = MLP(2, width=16, depth=2)
+    network = MLPConfig(width=16, depth=2).network((2,))
     for parameter in network.parameters():
         parameter.data = 0.3 * randn(tuple(parameter.shape), stream(0, "weights", *parameter.shape))
     return mfm.MetaFlowMap(network.requires_grad_(False), path)

@@ -15,7 +15,7 @@ from metaflowmaps.finetuning import TuningSetup
 from metaflowmaps.finetuning.tuning_config import tuned_parts
 from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
 from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.work.choices import outside
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ SMALL = {
 
 def small_map():
     torch.manual_seed(0)
-    return mfm.MetaFlowMap(MLP(2, 8, 2), mfm.LinearPath())
+    return mfm.MetaFlowMap(MLPConfig(width=8, depth=2).network((2,)), mfm.LinearPath())
 
 
 def test_its_fixed_point_is_the_tilted_drift():

@@ -9,7 +9,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import mfm_command as run
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.work.choices import outside
 
 FILE = Path(__file__).parent / "my_reward.py"
@@ -22,7 +22,7 @@ NAMES = [f"{FILE}:right", f"{FILE}:quadrant"]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return mfm.MetaFlowMap(MLP(2, 8, 2), mfm.LinearPath())
+    return mfm.MetaFlowMap(MLPConfig(width=8, depth=2).network((2,)), mfm.LinearPath())
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from metaflowmaps.finetuning import MFMFT, SelfNormalised, TargetBatch, TuningSe
 from metaflowmaps.finetuning.baseline import RunningLevel
 from metaflowmaps.finetuning.mfm_ft import WeightedRegression
 from metaflowmaps.finetuning.tuning_problem import TuningProblem
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 
 LEVEL = 4.5  # of |z|: two-sided probability 7e-6 a statistic; the suite looks at about a thousand of them, seeds fixed
 LOUD = 10.0  # of |z|, where a difference must show: no chance fluctuation
@@ -25,7 +25,9 @@ LOUD = 10.0  # of |z|, where a difference must show: no chance fluctuation
 def gaussian_map(path, mean, std, dtype=F64, width=4):
     """The exact map of N(mean, std² Id): any network with output 0."""
     mean = torch.as_tensor(mean, dtype=F64)
-    return mfm.MetaFlowMap(MLP(len(mean), width, 1).to(dtype), path, data_mean=mean, data_std=std)
+    return mfm.MetaFlowMap(
+        MLPConfig(width=width, depth=1).network((len(mean),)).to(dtype), path, data_mean=mean, data_std=std
+    )
 
 
 def random_map(path, mean, std, seed=0, dtype=F64, parameterization="gaussian", width=8):
@@ -33,7 +35,7 @@ def random_map(path, mean, std, seed=0, dtype=F64, parameterization="gaussian", 
     mean = torch.as_tensor(mean, dtype=F64)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = MLP(len(mean), width, 2)
+        network = MLPConfig(width=width, depth=2).network((len(mean),))
         nn.init.normal_(network.output.weight, std=0.5 / math.sqrt(width))
     return mfm.MetaFlowMap(network.to(dtype), path, parameterization, mean, std)
 

@@ -11,7 +11,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning import StateMixture
 from metaflowmaps.finetuning.state_laws import MixedStates, base_pool, samples_stream, student_samples
 from metaflowmaps.finetuning.tuning_problem import TuningProblem
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import stream
 
 LINEAR = mfm.LinearPath()
@@ -147,7 +147,7 @@ def test_states_go_on_from_their_state():
 
 
 def labelled(guidance=1.0, null_share=0.2):
-    network = MLP(2, 8, 1, num_classes=4, guidance=True)
+    network = MLPConfig(width=8, depth=1, num_classes=4, guidance=True).network((2,))
     return TuningProblem(mfm.MetaFlowMap(network, LINEAR), lambda x: x[:, 0], guidance=guidance, null_share=null_share)
 
 

@@ -13,7 +13,7 @@ from metaflowmaps.finetuning import Direct, StateMixture, TuningSetup
 from metaflowmaps.finetuning.direct import WeightedMapObjective, pick
 from metaflowmaps.finetuning.distillation import distillation
 from metaflowmaps.finetuning.tuning_problem import TuningProblem, gather
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.training.train_config import LossConfig
 
 
@@ -140,7 +140,7 @@ def test_distillation_learns_on_samples_of_the_tuned_drift(path):
 
 
 def labelled_problem(guidance):
-    network = MLP(2, 8, 1, num_classes=3, guidance=True)
+    network = MLPConfig(width=8, depth=1, num_classes=3, guidance=True).network((2,))
     return TuningProblem(mfm.MetaFlowMap(network, mfm.LinearPath()), lambda x: -x.square().sum(1), guidance=guidance)
 
 

@@ -23,7 +23,7 @@ from metaflowmaps.finetuning.meters import Meters, Watched
 from metaflowmaps.finetuning.tune import TuningContext, make_problem, run_finetuning
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLP, MLPConfig
 from metaflowmaps.training.loop import Interrupted
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.train_config import OptimizerConfig
@@ -39,7 +39,7 @@ def base(num_classes: int = 0) -> mfm.MetaFlowMap:
     """A small map that is right about nothing and a function of everything, its conditions included."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = MLP(2, 8, 2, num_classes=num_classes, guidance=bool(num_classes))
+        network = MLPConfig(width=8, depth=2, num_classes=num_classes, guidance=bool(num_classes)).network((2,))
         for name, weight in network.named_parameters():
             if name == "output.weight" or "label" in name or name == "guidance":  # zero, or nearly, at first
                 nn.init.normal_(weight, std=0.3)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import F64, normal, uniform
-from metaflowmaps.networks.dit import SIZES, DiT
+from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.networks.embed import positions, sinusoid
 from metaflowmaps.random import stream
 
@@ -14,7 +14,7 @@ def fresh(**options):
     """A network as initialised but for modulations, gates and the final layer: only the embeddings are silent."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = DiT(2, 6, width=16, depth=3, heads=2, encoder_depth=2, **options).double()
+        network = DiTConfig(width=16, depth=3, heads=2, encoder_depth=2, **options).network((2, 6, 6)).double()
     generator = stream(0, "modulation")
     with torch.no_grad():
         for key, p in network.named_parameters():
@@ -94,17 +94,20 @@ def test_every_parameter_is_reached_by_the_gradient_after_some_steps(at):
 @pytest.mark.parametrize("guidance", [False, [1.0, 2.5]])
 def test_parameters_of_the_released_sizes(size, millions, guidance):
     with torch.device("meta"):
-        network = DiT(4, 32, 2, num_classes=1000, guidance=guidance, **SIZES[size])
+        network = DiTConfig(patch=2, num_classes=1000, guidance=guidance, **SIZES[size]).network((4, 32, 32))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
-    assert network.encoder_depth == {"XL": 20, "B": 8}[size]
+    assert network.config.encoder_depth == {"XL": 20, "B": 8}[size]
 
 
 def test_sizes_grow():
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in DiT(4, 32, 2, **size).parameters()) for size in SIZES.values()]
+        counts = [
+            sum(p.numel() for p in DiTConfig(patch=2, **size).network((4, 32, 32)).parameters())
+            for size in SIZES.values()
+        ]
     assert counts == sorted(counts)
     with torch.device("meta"):
-        small = DiT(1, 8, 2, num_classes=10, **SIZES["nano"])
+        small = DiTConfig(patch=2, num_classes=10, **SIZES["nano"]).network((1, 8, 8))
     assert 0.25e6 < sum(p.numel() for p in small.parameters()) < 0.45e6
 
 
@@ -151,7 +154,9 @@ RENAMED = [
 def test_the_released_layout_loads_by_renaming(interop_files):
     """The tiny public checkpoint, its time reversed and its sign turned as it was trained, gives its stored outputs."""
     stored, io = (load_file(interop_files / f"mfm_{part}.safetensors") for part in ("weights", "io"))
-    network = DiT(4, 8, 2, 48, 4, 4, 3, num_classes=10, guidance=[1.0, 2.5])
+    network = DiTConfig(
+        patch=2, width=48, depth=4, heads=4, encoder_depth=3, num_classes=10, guidance=[1.0, 2.5]
+    ).network((4, 8, 8))
     weights = {}
     for key, value in stored.items():
         for old, new in RENAMED:

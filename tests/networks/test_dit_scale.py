@@ -9,17 +9,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from conftest import F64, normal, uniform
 from metaflowmaps.networks import dit as dit_module
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.dit import DiTConfig
 from metaflowmaps.random import stream
 from metaflowmaps.training.derivative import COMPILES
 
 
 def network(dtype=torch.float32, **options):
     """A transformer whose every layer matters."""
-    sizes = {"channels": 2, "size": 8, "patch": 2, "width": 32, "depth": 6, "heads": 2, "encoder_depth": 4}
+    sizes = {"patch": 2, "width": 32, "depth": 6, "heads": 2, "encoder_depth": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = DiT(**{**sizes, **options}).to(dtype)
+        made = DiTConfig(**{**sizes, **options}).network((2, 8, 8)).to(dtype)
     generator = stream(0, "weights")
     with torch.no_grad():
         for p in made.parameters():

@@ -9,7 +9,7 @@ import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks import describe_network, make_network
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLP, MLPConfig
 from metaflowmaps.random import stream
 
 OPTIONS = {
@@ -21,11 +21,11 @@ OPTIONS = {
 }
 
 
-def build(awake=True, dtype=F64, dim=3, **options):
+def build(awake=True, dtype=F64, shape=(3,), **options):
     """A small network; awake: every weight moved off its initial value, so that nothing is 0 by construction."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = MLP(dim, **{"width": 8, "depth": 3, **options}).to(dtype)
+        network = MLPConfig(**{"width": 8, "depth": 3, **options}).network(shape).to(dtype)
     if awake:
         generator = stream(0, "awake")
         with torch.no_grad():
@@ -171,7 +171,7 @@ def test_jvp_is_the_derivative(options):
 
 
 def test_shape_lays_images_flat():
-    flat, image = build(dim=12), build(dim=12, shape=[3, 2, 2])
+    flat, image = build(shape=(12,)), build(shape=(3, 2, 2))
     assert flat.event_shape == (12,)
     assert image.event_shape == (3, 2, 2)
     at = inputs(event=(3, 2, 2))
@@ -181,7 +181,7 @@ def test_shape_lays_images_flat():
     assert torch.equal(out.flatten(1), flat(z.flatten(1), a, b, context.flatten(1), t))
 
 
-@pytest.mark.parametrize("extra", [{}, {"dim": 4, "shape": (1, 2, 2)}])
+@pytest.mark.parametrize("extra", [{}, {"shape": (1, 2, 2)}])
 def test_saved_and_loaded(options, extra, tmp_path):
     network = build(dtype=torch.float32, **options, **extra)
     again = make_network(json.loads(json.dumps(describe_network(network))))
@@ -205,7 +205,7 @@ def test_what_version_0_1_wrote_describes_the_same_network():
     }  # fmt: skip
     flat = make_network({**old, "dim": 12, "shape": [3, 2, 2]})
     assert flat.event_shape == (3, 2, 2)
-    assert describe_network(build(guidance=True, num_classes=1, shape=[3]))["event_shape"] == [3]
+    assert describe_network(build(guidance=True, num_classes=1))["event_shape"] == [3]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from conftest import normal, uniform
 from metaflowmaps import losses
 from metaflowmaps.networks.attention import attend
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.dit import DiTConfig
 from metaflowmaps.training.derivative import fused_error
 
 # float32: sums of 100 products of numbers near 1. float16 (the interpreter has no bfloat16): a rounding is 2⁻¹¹
@@ -37,7 +37,7 @@ torch.testing.assert_close(tangent, composed, rtol=1e-3, atol=1e-4)  # scores of
 
 # a loss through a network, and its gradient
 torch.manual_seed(0)
-network = DiT(1, 8, 2, width=32, depth=2, heads=2, encoder_depth=1)
+network = DiTConfig(patch=2, width=32, depth=2, heads=2, encoder_depth=1).network((1, 8, 8))
 with torch.no_grad():
     for p in network.parameters():
         p += 0.1 * torch.randn_like(p)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import F64, normal
-from metaflowmaps.networks.unet import SIZES, Conv, ResidualBlock, UNet, pixel_norm
+from metaflowmaps.networks.unet import SIZES, Conv, ResidualBlock, UNetConfig, pixel_norm
 
 
 def seeded(make):
@@ -20,14 +20,14 @@ def count(network):
 @pytest.mark.parametrize("size", [7, 8, 28, 12])
 def test_any_size_that_halves(size):
     multipliers = {7: [1], 8: [1, 1, 1], 28: [1, 2, 2], 12: [1, 2]}[size]
-    network = seeded(lambda: UNet(1, size, width=8, multipliers=multipliers, blocks=1))
+    network = seeded(lambda: UNetConfig(width=8, multipliers=multipliers, blocks=1).network((1, size, size)))
     assert network.config.attention == ({7: 7, 8: 2, 28: 7, 12: 6}[size],)  # the smallest, if not said
     x, t = torch.zeros(2, 1, size, size), torch.zeros(2)
     assert network(x, t, t, x, t).shape == x.shape
 
 
 def test_attention_is_where_it_is_asked_for():
-    network = UNet(1, 8, width=8, multipliers=[1, 1, 1], blocks=1, attention=[8, 2])
+    network = UNetConfig(width=8, multipliers=[1, 1, 1], blocks=1, attention=[8, 2]).network((1, 8, 8))
     for levels in (network.down, network.up):
         assert [level[0].attention is not None for level in levels] == [True, False, True]
 
@@ -53,7 +53,7 @@ def test_a_block_keeps_the_magnitude():
 
 
 def test_magnitudes_do_not_grow_with_depth():
-    network = seeded(lambda: UNet(1, 8, width=32, multipliers=[1, 2], blocks=8, attention=[]))
+    network = seeded(lambda: UNetConfig(width=32, multipliers=[1, 2], blocks=8, attention=[]).network((1, 8, 8)))
     seen = []
     hook = network.leave.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     x, t = normal(16, 1, 8, 8, dtype=torch.float32), torch.rand(16, generator=torch.Generator().manual_seed(0))
@@ -65,8 +65,8 @@ def test_magnitudes_do_not_grow_with_depth():
 
 def test_dropout_is_for_training_only():
     options = {"width": 8, "multipliers": [1, 2], "blocks": 1}
-    network = seeded(lambda: UNet(1, 8, dropout=0.5, **options))
-    plain = seeded(lambda: UNet(1, 8, **options))
+    network = seeded(lambda: UNetConfig(dropout=0.5, **options).network((1, 8, 8)))
+    plain = seeded(lambda: UNetConfig(**options).network((1, 8, 8)))
     for net in (network, plain):
         torch.nn.init.ones_(net.leave.weight)
     x, t = normal(3, 1, 8, 8, dtype=torch.float32), torch.full((3,), 0.5)
@@ -80,5 +80,5 @@ def test_dropout_is_for_training_only():
 def test_presets():
     """About 9 M parameters for MNIST, 0.3 to 0.5 M for 8×8."""
     with torch.device("meta"):
-        assert 8.5e6 < count(UNet(1, 28, num_classes=10, guidance=True, **SIZES["mnist"])) < 10e6
-        assert 0.3e6 < count(UNet(1, 8, num_classes=10, guidance=True, **SIZES["digits"])) < 0.5e6
+        assert 8.5e6 < count(UNetConfig(num_classes=10, guidance=True, **SIZES["mnist"]).network((1, 28, 28))) < 10e6
+        assert 0.3e6 < count(UNetConfig(num_classes=10, guidance=True, **SIZES["digits"]).network((1, 8, 8))) < 0.5e6

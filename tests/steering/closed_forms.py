@@ -8,14 +8,14 @@ from torch import Tensor
 
 import metaflowmaps as mfm
 from conftest import F64, Case, bayes, coefficients
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 
 
 def random_map(path, dtype=torch.float32, num_classes=0, width=16, depth=2, dim=2, **options):
     """A map with random weights: nothing about it is right, everything about it is a function."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = MLP(dim, width, depth, num_classes=num_classes)
+        net = MLPConfig(width=width, depth=depth, num_classes=num_classes).network((dim,))
         torch.nn.init.normal_(net.output.weight, std=0.5 / math.sqrt(width))
         if num_classes:
             torch.nn.init.normal_(net.labels.weight)
@@ -25,7 +25,7 @@ def random_map(path, dtype=torch.float32, num_classes=0, width=16, depth=2, dim=
 def gaussian_map(path, mean, std):
     """A MetaFlowMap that is exact for N(mean, std² Id): the gaussian parameterisation with a network that says 0."""
     mean = torch.as_tensor(mean, dtype=F64)
-    net = MLP(len(mean), 4, 1).double()
+    net = MLPConfig(width=4, depth=1).network((len(mean),)).double()
     return mfm.MetaFlowMap(net, path, data_mean=mean, data_std=std).double()
 
 

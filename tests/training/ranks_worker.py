@@ -17,8 +17,8 @@ from torch import Tensor
 from metaflowmaps.checkpoint import resolve_checkpoint, writing
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
-from metaflowmaps.networks.dit import DiT
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.dit import DiT, DiTConfig
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.loop import Interrupted, Watch, train
@@ -96,9 +96,11 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> MetaFlowMap:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         if kind == "dit":
-            network: Any = DiT(1, 8, patch=4, width=16, depth=2, heads=2, encoder_depth=1)
+            network: Any = DiTConfig(patch=4, width=16, depth=2, heads=2, encoder_depth=1).network((1, 8, 8))
         else:
-            network = MLP(3, width=10, depth=3, modulation=True)  # widths that four ranks cannot share evenly
+            network = MLPConfig(width=10, depth=3, modulation=True).network(
+                (3,)
+            )  # widths that four ranks cannot share evenly
         for p in network.parameters():
             torch.nn.init.normal_(p, std=0.1)
         return MetaFlowMap(network.to(dtype), LinearPath())

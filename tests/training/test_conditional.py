@@ -17,7 +17,7 @@ from metaflowmaps.data import Mixture
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.labelled import LabelledLaw
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
 from metaflowmaps.training.loop import Interrupted, Watch
@@ -123,7 +123,7 @@ DATA = LossConfig(diagonal="data", consistency="none")
 def plain_map(path=None, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = MLP(2, 16, 2, num_classes=2, guidance=True, **options)
+        network = MLPConfig(width=16, depth=2, num_classes=2, guidance=True, **options).network((2,))
     torch.nn.init.normal_(network.output.weight, generator=stream(0, "out"))
     torch.nn.init.normal_(network.labels.weight, generator=stream(0, "labels"))
     torch.nn.init.normal_(network.guidance, generator=stream(0, "guidance"))

@@ -9,8 +9,8 @@ import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
 from metaflowmaps.losses import Consistency, Eulerian, Lagrangian, MeanFlow
-from metaflowmaps.networks.dit import SIZES, DiT
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.dit import SIZES, DiTConfig
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.training import derivative
 from metaflowmaps.training.derivative import Differentiation, choose, prepare
 from metaflowmaps.training.loop import Watch
@@ -33,7 +33,7 @@ def network(**options):
     sizes = {"width": 32, "depth": 3, "heads": 2, "encoder_depth": 2, "num_classes": 3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = DiT(2, 8, 2, **{**sizes, **options})
+        made = DiTConfig(patch=2, **{**sizes, **options}).network((2, 8, 8))
         with torch.no_grad():
             for p in made.parameters():
                 p += 0.1 * torch.randn_like(p)
@@ -124,7 +124,7 @@ def test_a_wrong_step_for_bf16_would_show(model):
 
 def meta(size):
     with torch.device("meta"):
-        return DiT(4, 32, 2, **SIZES[size])
+        return DiTConfig(patch=2, **SIZES[size]).network((4, 32, 32))
 
 
 XL, NANO = meta("XL"), network()
@@ -140,7 +140,7 @@ def pick(network, consistency="eulerian", asked="auto", device="cpu", precision=
     ("given", "form"),
     [
         ({"network": NANO}, "forward"),
-        ({"network": MLP(2, width=8, depth=1), "rows": 10**6}, "forward"),
+        ({"network": MLPConfig(width=8, depth=1).network((2,)), "rows": 10**6}, "forward"),
         ({"network": XL, "rows": 341}, "forward"),
         ({"network": XL, "rows": 342}, "difference"),
         ({"network": XL, "rows": 341, "consistency": "mean-flow", "device": "cuda", "precision": "bf16"}, "forward"),
@@ -257,7 +257,7 @@ def test_preparing_sets_the_objective_and_the_network_up():
 @pytest.mark.parametrize("wanted", ["compile", "checkpoint_activations"])
 def test_other_networks_have_no_blocks(wanted):
     made = config(**{wanted: True})
-    model = mfm.MetaFlowMap(MLP(2, width=8, depth=1), mfm.LinearPath())
+    model = mfm.MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), mfm.LinearPath())
     with pytest.raises(InputError, match=f"{wanted}=true is for model.network.name=dit: set {wanted}=false"):
         prepare(model, made, "cpu", Objective(None, made.loss, made.times, None, 8, 0))
 

@@ -11,7 +11,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.losses import Consistency
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture
 from metaflowmaps.training.loop import NonFiniteLoss, Watch, train
@@ -45,7 +45,7 @@ def name_of(loss: LossConfig) -> str:
 def test_every_loss_splits_into_micro_batches(loss, parameterization):
     """Same random inputs bit for bit; loss and gradient to rounding (float64: 1e-12), however the batch is split."""
     law, path = paper_mixture(), LinearPath()
-    model = MetaFlowMap(MLP(2, 16, 2), path, parameterization, 0.0, DATA_STD).double()
+    model = MetaFlowMap(MLPConfig(width=16, depth=2).network((2,)), path, parameterization, 0.0, DATA_STD).double()
     torch.nn.init.normal_(model.network.output.weight, generator=torch.Generator().manual_seed(0))
     objective = Objective(law, loss, TimesConfig(), ExactTeacher(path, law), 24, seed=3)
     whole = objective.batch(model, 5)
@@ -102,7 +102,7 @@ def test_teachers_agree_in_every_chart():
     """GLASS on the exact drift and the mixture's own posterior are one teacher (float64; 1e-7 for division by τ)."""
     law, path, g = paper_mixture(), LinearPath(), torch.Generator().manual_seed(0)
     for parameterization in ("gaussian", "plain"):
-        model = MetaFlowMap(MLP(2, 8, 1), path, parameterization, 0.0, DATA_STD).double()
+        model = MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), path, parameterization, 0.0, DATA_STD).double()
         t = 0.98 * torch.rand(64, generator=g, dtype=torch.float64)
         x_t = law.sample(64, g).double() * t[:, None]
         flow = model.anchor(t, x_t)
@@ -116,7 +116,7 @@ def test_teachers_agree_in_every_chart():
 def test_warmup_and_annealing():
     config = LossConfig(warmup_steps=10, anneal_steps=10, diagonal_share=0.25)
     law, path = paper_mixture(), LinearPath()
-    model = MetaFlowMap(MLP(2, 8, 1), path, "gaussian", 0.0, DATA_STD)
+    model = MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), path, "gaussian", 0.0, DATA_STD)
     objective = Objective(law, config, TimesConfig(), ExactTeacher(path, law), 64, 0)
     assert objective.batch(model, 9).diagonal_rows == 64
     assert objective.batch(model, 10).diagonal_rows == 16
@@ -129,7 +129,7 @@ def test_warmup_and_annealing():
 def test_time_laws():
     """Frequencies within 5 standard errors at n = 20,000 (0.018 at most)."""
     law, path, n = paper_mixture(), LinearPath(), 20_000
-    model = MetaFlowMap(MLP(2, 8, 1), path, "gaussian", 0.0, DATA_STD)
+    model = MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), path, "gaussian", 0.0, DATA_STD)
 
     def times(diagonal_share=0.0, **options):
         loss = LossConfig(diagonal_share=diagonal_share)

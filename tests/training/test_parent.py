@@ -6,7 +6,7 @@ import torch
 import metaflowmaps as mfm
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.dit import DiTConfig
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.loop import Watch
 from metaflowmaps.training.training_run import _like_parent, build_map, inherit, run_training, taught_by
@@ -118,7 +118,9 @@ def test_what_cannot_be_is_refused(parent, tmp_path):
 def test_a_parents_mean_image_is_taken_over(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        parent, child = (DiT(4, 8, 2, 16, 1, 2, 1) for _ in range(2))
+        parent, child = (
+            DiTConfig(patch=2, width=16, depth=1, heads=2, encoder_depth=1).network((4, 8, 8)) for _ in range(2)
+        )
     mean = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = mfm.MetaFlowMap(parent, mfm.LinearPath(), "gaussian", mean, 0.5)
     ours = mfm.MetaFlowMap(child, mfm.LinearPath(), "gaussian", 0.0, 0.5)
@@ -132,6 +134,10 @@ def test_networks_that_say_nothing_of_guidance_and_other_perceptrons(tmp_path):
     asked = recipe("latents")
     assert _like_parent(asked.model_copy(update={"parent": "digits"})).model.network.guidance is True
     with torch.random.fork_rng(devices=[]):
-        narrow = mfm.MetaFlowMap(DiT(4, 8, 2, 16, 1, 2, 1, mlp_ratio=2.0), mfm.LinearPath(), "plain")
+        narrow = mfm.MetaFlowMap(
+            DiTConfig(patch=2, width=16, depth=1, heads=2, encoder_depth=1, mlp_ratio=2.0).network((4, 8, 8)),
+            mfm.LinearPath(),
+            "plain",
+        )
     narrow.save_pretrained(tmp_path / "narrow")
     assert _like_parent(asked.model_copy(update={"parent": str(tmp_path / "narrow")})).model.network.mlp_ratio == 2.0

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from metaflowmaps.finetuning.tuning_problem import BaseStates, Resumable, Tilt, TuningProblem
-from metaflowmaps.networks.mlp import MLP
+from metaflowmaps.networks import MLP, MLPConfig
 from metaflowmaps.work.choices import Choice
 
 LIMIT = 5.0  # of r − c, beyond which the fit of a learned baseline goes on linearly
@@ -150,7 +150,7 @@ class _ValueNetwork(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.body = MLP(dim, width, 3)
+        self.body = MLP(MLPConfig(width=width, depth=3), (dim,))
         self.head = nn.Linear(dim, 1)
         nn.init.zeros_(self.body.output.weight)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(dim))

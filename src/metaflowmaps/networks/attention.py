@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaflowmaps.networks.checks import check_counts, check_divides
+from metaflowmaps._shapes import check_count
+from metaflowmaps.networks.checks import check_divides
 from metaflowmaps.networks.forward_mode import forward_mode
 
 
@@ -35,7 +36,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        check_counts({"width": width, "heads": heads}, "width", "heads")
+        check_count(heads, "heads")
         check_divides(heads, width, ("heads", "width"))
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)

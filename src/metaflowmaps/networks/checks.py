@@ -1,16 +1,7 @@
 """What several networks ask of their arguments."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
-
-
-def check_counts(config: Mapping[str, Any], *keys: str) -> None:
-    """Refuse a value that is no whole number >= 1."""
-    for key in keys:
-        check_count(config[key], key)
 
 
 def check_divides(part: int, whole: int, names: tuple[str, str]) -> None:
@@ -25,4 +16,6 @@ def image_shape(event_shape: tuple[int, ...], name: str) -> tuple[int, int]:
         raise InputError(
             f"{name} is for square images, and samples have the shape {event_shape}: set model.network=mlp"
         )
+    for n in event_shape:
+        check_count(n, "event_shape")
     return event_shape[0], event_shape[1]

@@ -16,19 +16,24 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metaflowmaps._shapes import check_state
+from metaflowmaps._shapes import check_count, check_state
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks.checks import check_counts, check_divides, image_shape
+from metaflowmaps.networks.checks import check_divides, image_shape
 from metaflowmaps.networks.family import ClassifierNetworkConfig
-from metaflowmaps.work.choices import with_options
 
 
 class Classifier(nn.Module, ABC):
     """Logits as a linear function of features."""
 
-    event_shape: tuple[int, ...]
-    num_classes: int
     head: nn.Linear
+
+    def __init__(self, config: ClassifierNetworkConfig, event_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        image_shape(event_shape, config.name)
+        check_count(num_classes, "num_classes")
+        if num_classes < 2:
+            raise InputError(f"a classifier needs at least 2 classes, got num_classes {num_classes}")
+        self.config, self.event_shape, self.num_classes = config, event_shape, num_classes
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_classes)."""
@@ -51,8 +56,7 @@ class ConvClassifierConfig(ClassifierNetworkConfig):
 
     def build(self, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A :class:`ConvClassifier` of square images."""
-        channels, size = image_shape(event_shape, self.name)
-        return ConvClassifier(channels, size, num_classes, **dict(self))
+        return ConvClassifier(self, event_shape, num_classes)
 
 
 class PatchClassifierConfig(ClassifierNetworkConfig):
@@ -67,31 +71,26 @@ class PatchClassifierConfig(ClassifierNetworkConfig):
 
     def build(self, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A :class:`PatchClassifier` of square images."""
-        channels, size = image_shape(event_shape, self.name)
-        return PatchClassifier(channels, size, num_classes, **dict(self))
+        return PatchClassifier(self, event_shape, num_classes)
 
 
 class ConvClassifier(Classifier):
     """Residual convolutions; dropout acts on the features, in training only."""
 
-    def __init__(
-        self, channels: int, size: int, num_classes: int, width: int = 32, features: int = 96, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        _check(channels, size, num_classes)
-        options = {"width": width, "features": features, "dropout": dropout}
-        self.config = with_options(ConvClassifierConfig, options)
+    def __init__(self, config: ConvClassifierConfig, event_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__(config, event_shape, num_classes)
+        channels, size = self.event_shape[:2]
+        width = config.width
         if width % 8:
             raise InputError(f"width must be a multiple of 8 (the groups of a group norm), got {width}")
-        self.event_shape, self.num_classes = (channels, size, size), num_classes
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), ConvBlock(width, width)]
         while size > 7:
             layers += [nn.AvgPool2d(2), ConvBlock(width, 2 * width)]
             size, width = size // 2, 2 * width
         self.layers = nn.Sequential(*layers)
-        self.last = nn.Linear(width, features)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(features, num_classes)
+        self.last = nn.Linear(width, config.features)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, d)."""
@@ -120,27 +119,15 @@ class ConvBlock(nn.Module):
 class PatchClassifier(Classifier):
     """A perceptron mixer on patches of ``patch`` pixels (by default the least that leaves at most 7 a side)."""
 
-    def __init__(
-        self,
-        channels: int,
-        size: int,
-        num_classes: int,
-        patch: int | None = None,
-        width: int = 80,
-        depth: int = 5,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        _check(channels, size, num_classes)
-        options = {"width": width, "depth": depth, "dropout": dropout}
-        if patch is None:
-            patch = next((p for p in range(1, size) if size % p == 0 and size // p <= 7), size)
-        self.config = with_options(PatchClassifierConfig, {**options, "patch": patch})
+    def __init__(self, config: PatchClassifierConfig, event_shape: tuple[int, ...], num_classes: int) -> None:
+        channels, size = image_shape(event_shape, config.name)
+        patch = config.patch or next((p for p in range(1, size) if size % p == 0 and size // p <= 7), size)
+        super().__init__(config.model_copy(update={"patch": patch}), event_shape, num_classes)
         check_divides(patch, size, ("patch", "size"))
-        self.event_shape, self.num_classes = (channels, size, size), num_classes
+        width = config.width
         tokens = (size // patch) ** 2
         self.patches = nn.Conv2d(channels, width, patch, patch)
-        self.mixers = nn.Sequential(*(MixerBlock(tokens, width, dropout) for _ in range(depth)))
+        self.mixers = nn.Sequential(*(MixerBlock(tokens, width, config.dropout) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
 
@@ -170,9 +157,3 @@ class MixerBlock(nn.Module):
 
 def _perceptron(n: int, hidden: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, n))
-
-
-def _check(channels: int, size: int, num_classes: int) -> None:
-    check_counts({"channels": channels, "size": size, "num_classes": num_classes}, "channels", "size", "num_classes")
-    if num_classes < 2:
-        raise InputError(f"a classifier needs at least 2 classes, got num_classes {num_classes}")

@@ -31,12 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
-from metaflowmaps.networks.checks import check_counts, check_divides, image_shape
+from metaflowmaps.networks.checks import check_divides, image_shape
 from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
 from metaflowmaps.networks.family import NetworkConfig
 from metaflowmaps.networks.forward_mode import forward_mode, layer_norm
 from metaflowmaps.networks.precision import unrounded
-from metaflowmaps.work.choices import with_options
 
 SIZES: dict[str, dict[str, int]] = {
     "nano": {"width": 64, "depth": 3, "heads": 4, "encoder_depth": 2},
@@ -62,44 +61,28 @@ class DiTConfig(NetworkConfig):
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """A :class:`DiT` on square images or latents of this shape."""
-        channels, size = image_shape(event_shape, self.name)
-        return DiT(channels, size, **dict(self))
+        return DiT(self, event_shape)
 
 
 class DiT(nn.Module):
-    """Zero output at initialisation; ``DiT(channels, size, patch, **SIZES["B"])`` for the usual widths and depths.
+    """Zero output at initialisation; ``DiT(DiTConfig(**SIZES["B"]), (4, 32, 32))`` for the usual widths and depths.
 
-    ``guidance``: False, True (any scale w >= 0) or a list of scales (a table). Label ``num_classes`` is the null class,
-    and no label means the null class; no guidance scale means 1.
+    Label ``num_classes`` is the null class, and no label means the null class; no guidance scale means 1.
     """
 
     rows_cost = True  # more than calls do
     positions: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        size: int,
-        patch: int = 2,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        encoder_depth: int | None = None,
-        num_classes: int = 0,
-        guidance: bool | list[float] = False,
-        mlp_ratio: float = 4.0,
-    ) -> None:
+    def __init__(self, config: DiTConfig, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        check_counts({"channels": channels, "size": size}, "channels", "size")
-        sizes = {"patch": patch, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
-        conditions = {"num_classes": num_classes, "guidance": guidance}
-        given = with_options(DiTConfig, {**sizes, **conditions, "encoder_depth": encoder_depth})
-        encoder_depth = given.encoder_depth or max(2 * depth // 3, 1)
-        self.config = given.model_copy(update={"encoder_depth": encoder_depth})
-        _check(self.config, size)
+        channels, size = image_shape(event_shape, config.name)
+        if config.encoder_depth is None:
+            config = config.model_copy(update={"encoder_depth": max(2 * config.depth // 3, 1)})
+        _check(config, size)
+        self.config = config
         self.event_shape = (channels, size, size)
-        self.num_classes = num_classes
-        self.patch, self.encoder_depth = patch, encoder_depth
+        self.num_classes = config.num_classes
+        width, patch = config.width, config.patch
         self.recompute = False
         self.state_patches = silenced(nn.Conv2d(channels, width, patch, patch))
         self.context_patches = silenced(nn.Conv2d(channels, width, patch, patch))
@@ -108,9 +91,9 @@ class DiT(nn.Module):
         self.early_a, self.early_b = TimeEmbedding(width), TimeEmbedding(width, silent=True)
         self.late_a, self.late_b = TimeEmbedding(width, silent=True), TimeEmbedding(width)
         self.context_time = TimeEmbedding(width, silent=True)
-        self.labels = make_labels(num_classes, width)
-        self.guidance = make_guidance(guidance, width)
-        self.blocks = nn.ModuleList(Block(width, heads, round(mlp_ratio * width)) for _ in range(depth))
+        self.labels = make_labels(config.num_classes, width)
+        self.guidance = make_guidance(config.guidance, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final = FinalLayer(width, patch * patch * channels)
         nn.init.xavier_uniform_(self.state_patches.weight.flatten(1))
 
@@ -136,8 +119,9 @@ class DiT(nn.Module):
             late = self.late_a(a) + self.late_b(b) + shared
         # a checkpoint cannot be recomputed under a dual level that is closed by then: blocks are remembered there
         recompute = self.recompute and torch.is_grad_enabled() and not forward_mode()
+        encoder_depth: Any = self.config.encoder_depth
         for i, block in enumerate(self.blocks):
-            c = early if i < self.encoder_depth else late
+            c = early if i < encoder_depth else late
             # nothing in a block is random
             x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False) if recompute else block(x, c)
         with unrounded(x, late) as (x, late):
@@ -164,8 +148,8 @@ class DiT(nn.Module):
 
     def _image(self, tokens: Tensor) -> Tensor:
         """(B, N, patch·patch·C), a token's numbers by row, column, channel -> (B, C, H, W)."""
-        c, height, width = self.event_shape
-        grid = tokens.unflatten(2, (self.patch, self.patch, c)).unflatten(1, (height // self.patch, -1))
+        (c, height, width), patch = self.event_shape, self.config.patch
+        grid = tokens.unflatten(2, (patch, patch, c)).unflatten(1, (height // patch, -1))
         out: Tensor = grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, height, width)
         return out
 
@@ -175,9 +159,10 @@ class Block(nn.Module):
 
     compiled = False
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, heads)
+        width, hidden = config.width, round(config.mlp_ratio * config.width)
+        self.attention = SelfAttention(width, config.heads)
         first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.mlp = nn.Sequential(first, nn.GELU(approximate="tanh"), last)
         self.modulation = _modulation(width, 6)

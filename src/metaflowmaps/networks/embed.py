@@ -26,15 +26,13 @@ def silenced(layer: Layer) -> Layer:
 
 
 class TimeFeatures(nn.Module):
-    """Each time with sines and cosines of πt/2 · (1, 2, 4): smooth, low-frequency, exact under forward-mode AD.
+    """Each time with sines and cosines of πt/2 · (1, 2, 4)."""
 
-    High-frequency embeddings make losses that differentiate in time diverge (method notes, §10).
-    """
+    frequencies = tuple(math.pi / 2 * f for f in (1.0, 2.0, 4.0))
 
-    def __init__(self, times: int = 3, frequencies: tuple[float, ...] = (1.0, 2.0, 4.0)) -> None:
+    def __init__(self, times: int = 3) -> None:
         super().__init__()
-        self.features = times * (1 + 2 * len(frequencies))
-        self.frequencies = [math.pi / 2 * f for f in frequencies]
+        self.features = times * (1 + 2 * len(self.frequencies))
 
     def forward(self, times: Tensor) -> Tensor:
         """(B, times) -> (B, features)."""
@@ -102,15 +100,16 @@ class GuidanceEmbedding(nn.Module):
         like = next(self.parameters())
         w = like.new_ones(1) if w is None else w.to(like)
         if self.scales is None:
-            _refuse(~(w >= 0), w, "be numbers >= 0")
+            refuse_scales(~(w >= 0), w, "be numbers >= 0")
             out: Tensor = self.mlp((w / (1 + w))[:, None])
             return out
         given = (w[:, None] - w.new_tensor(self.scales)).abs() <= 1e-6  # a scale may have been rounded on its way here
-        _refuse(~given.any(1), w, f"be among those this network has: {', '.join(f'{s:g}' for s in self.scales)}")
+        refuse_scales(~given.any(1), w, f"be among those this network has: {', '.join(f'{s:g}' for s in self.scales)}")
         return given.to(w) @ self.table
 
 
-def _refuse(bad: Tensor, w: Tensor, rule: str) -> None:
+def refuse_scales(bad: Tensor, w: Tensor, rule: str) -> None:
+    """Refuse the scales that are ``bad``, where values can be seen."""
     try:
         wrong = w[bad].tolist()
     except RuntimeError:  # vmap does not show values
@@ -121,8 +120,6 @@ def _refuse(bad: Tensor, w: Tensor, rule: str) -> None:
 
 def make_labels(num_classes: int, width: int) -> LabelEmbedding | None:
     """The table of a network with classes, None for one without."""
-    if not isinstance(num_classes, int) or num_classes < 0:
-        raise InputError(f"num_classes must be a whole number >= 0 (0: no classes), got {num_classes!r}")
     return LabelEmbedding(num_classes, width) if num_classes else None
 
 

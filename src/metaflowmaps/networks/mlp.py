@@ -1,7 +1,6 @@
 """A multilayer perceptron, for vectors and for small images laid flat: (z, context, a, b, context time) -> F."""
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
-from metaflowmaps.networks.embed import TimeFeatures
-from metaflowmaps.networks.embed import _refuse as refuse_scales
+from metaflowmaps.networks.embed import TimeFeatures, refuse_scales, silenced
 from metaflowmaps.networks.family import NetworkConfig
-from metaflowmaps.work.choices import with_options
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -31,7 +28,7 @@ class MLPConfig(NetworkConfig):
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """An :class:`MLP` on samples of this shape."""
-        return MLP(math.prod(event_shape), **dict(self), shape=event_shape)
+        return MLP(self, event_shape)
 
 
 class MLP(nn.Module):
@@ -41,48 +38,29 @@ class MLP(nn.Module):
     layer; label ``num_classes`` is the null class, and no label means the null class. With ``guidance`` the scale
     ``{"guidance": (B,)}``, w >= 0, enters there too, as (w − 1)/(w + 1) times a learned vector: w = 1, the default,
     adds nothing. ``modulation`` makes the hidden layers residual, each scaled and shifted by the times: better where
-    one network must serve every time, as for images. ``shape`` is that of one sample, where it is not (dim,).
+    one network must serve every time, as for images.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        width: int = 128,
-        depth: int = 4,
-        activation: str = "silu",
-        num_classes: int = 0,
-        guidance: bool = False,
-        modulation: bool = False,
-        shape: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, config: MLPConfig, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        options = {"width": width, "depth": depth, "activation": activation, "num_classes": num_classes}
-        self.config = with_options(MLPConfig, {**options, "guidance": guidance, "modulation": modulation})
-        check_count(dim, "dim")
-        self.event_shape = (dim,) if shape is None else tuple(shape)
-        if math.prod(self.event_shape) != dim or min(self.event_shape) < 1:
-            raise InputError(
-                f"mlp with shape {list(self.event_shape)} needs dim={math.prod(self.event_shape)}, got {dim}"
-            )
-        self.num_classes = num_classes
+        for n in event_shape:
+            check_count(n, "event_shape")
+        dim, width, layers_after = math.prod(event_shape), config.width, config.depth - 1
+        self.config, self.event_shape, self.num_classes = config, event_shape, config.num_classes
         self.time_features = TimeFeatures()
-        self.input = nn.Linear(2 * dim + self.time_features.features, width)
-        self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.guidance = nn.Parameter(torch.zeros(width)) if guidance else None
-        layers: list[nn.Module] = [ACTIVATIONS[activation]()]
-        for _ in range(depth - 1):
-            layers += [nn.Linear(width, width), ACTIVATIONS[activation]()]
+        times = self.time_features.features
+        self.input = nn.Linear(2 * dim + times, width)
+        self.labels = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.guidance = nn.Parameter(torch.zeros(width)) if config.guidance else None
+        activation = ACTIVATIONS[config.activation]
+        layers: list[nn.Module] = [activation()]
+        for _ in range(layers_after):
+            layers += [nn.Linear(width, width), activation()]
         self.hidden = nn.Sequential(*layers)
         self.modulation: nn.ModuleList | None = None
-        if modulation:
-            features = self.time_features.features
-            self.modulation = nn.ModuleList(nn.Linear(features, 2 * width) for _ in range(depth - 1))
-            for layer in self.modulation:
-                nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        self.output = nn.Linear(width, dim)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        if config.modulation:
+            self.modulation = nn.ModuleList(silenced(nn.Linear(times, 2 * width)) for _ in range(layers_after))
+        self.output = silenced(nn.Linear(width, dim))
         if self.labels is not None:
             nn.init.zeros_(self.labels.weight)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
+# as many parameters as pointers and sizes: they are the compiled kernel's own arguments
 @triton.jit  # type: ignore[untyped-decorator]
 def _tangent_kernel(  # type: ignore[no-untyped-def]
     q, k, v, dq, dk, dv, out, scale, n, d, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr

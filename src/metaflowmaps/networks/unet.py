@@ -24,10 +24,9 @@ from torch.nn import functional
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
-from metaflowmaps.networks.checks import check_counts, image_shape
+from metaflowmaps.networks.checks import image_shape
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
 from metaflowmaps.networks.family import NetworkConfig
-from metaflowmaps.work.choices import with_options
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": []},
@@ -48,8 +47,7 @@ class UNetConfig(NetworkConfig):
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """A :class:`UNet` on square images of this shape."""
-        channels, size = image_shape(event_shape, self.name)
-        return UNet(channels, size, **dict(self))
+        return UNet(self, event_shape)
 
 
 class UNet(nn.Module):
@@ -60,42 +58,29 @@ class UNet(nn.Module):
     torch's global generator.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        size: int,
-        width: int = 64,
-        multipliers: Sequence[int] = (1, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] | None = None,
-        num_classes: int = 0,
-        guidance: bool | list[float] = False,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, config: UNetConfig, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        check_counts({"channels": channels, "size": size}, "channels", "size")
-        options = {"multipliers": multipliers, "blocks": blocks, "attention": attention, "dropout": dropout}
-        given = with_options(UNetConfig, {**options, "width": width, "num_classes": num_classes, "guidance": guidance})
-        sizes = _levels(given.multipliers, size)
-        attention = sizes[-1:] if attention is None else given.attention or ()
+        channels, size = image_shape(event_shape, config.name)
+        sizes = _levels(config.multipliers, size)
+        attention = (sizes[-1],) if config.attention is None else config.attention
         if any(s not in sizes for s in attention):
             raise InputError(f"attention must list sizes of levels, which are {sizes}; got {list(attention)}")
-        self.config = given.model_copy(update={"attention": tuple(attention)})
+        self.config = config.model_copy(update={"attention": attention})
         self.event_shape = (channels, size, size)
-        self.num_classes = num_classes
-        embedding = 4 * width
+        self.num_classes = config.num_classes
+        width, embedding = config.width, 4 * config.width
         self.times = TimeFeatures()
         self.embed_times = nn.Linear(self.times.features, embedding)
-        self.labels = make_labels(num_classes, embedding)
-        self.guidance = make_guidance(guidance, embedding)
+        self.labels = make_labels(config.num_classes, embedding)
+        self.guidance = make_guidance(config.guidance, embedding)
         self.embed = nn.Sequential(nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
         def level(i: int, first: int) -> "ResolutionLevel":
-            n, attends = width * multipliers[i], sizes[i] in attention
-            inputs = [first] + [n] * (blocks - 1)
-            return ResolutionLevel(ResidualBlock(c, n, embedding, attends, dropout) for c in inputs)
+            n, attends = width * config.multipliers[i], sizes[i] in attention
+            inputs = [first] + [n] * (config.blocks - 1)
+            return ResolutionLevel(ResidualBlock(c, n, embedding, attends, config.dropout) for c in inputs)
 
-        widths = [width * m for m in multipliers]
+        widths = [width * m for m in config.multipliers]
         self.enter = Conv(2 * channels + 1, widths[0], 3)
         self.down = nn.ModuleList(level(i, widths[max(i - 1, 0)]) for i in range(len(widths)))
         # what comes from below is joined by the level's own state; at the bottom there is nothing below

@@ -28,7 +28,7 @@ from metaflowmaps.interop.pretrained.layout import (
 )
 from metaflowmaps.interop.pretrained.mfm import MFM
 from metaflowmaps.interop.pretrained.sit import SIT
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks import DiT, make_network
 from metaflowmaps.path import LinearPath
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (MFM, DMF, SIT)}
@@ -113,7 +113,8 @@ def load_with_source(
         options = network_config(kind, shape_of(weights), given)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what the file does not fill is the same each time
-            network = DiT(**options)
+            network = make_network({"name": "dit", **options})
+        assert isinstance(network, DiT)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     fill(network, kind, weights)

@@ -169,7 +169,7 @@ def fill(network: DiT, family: Family, weights: Weights) -> None:
     ours = network.state_dict()
     for key, value in weights.items():
         if key.startswith("final_layer.linear"):
-            value = _first_half(value, network.patch) if family.doubled else value
+            value = _first_half(value, network.config.patch) if family.doubled else value
             value = -value if family.negated else value
         for name in _renamed(family, key):
             turned = name.removesuffix(".mlp.0.weight") in family.reversed_times
