@@ -447,6 +447,8 @@ def test_bad_calls_are_refused(model, change, message):
         ({"parameterization": "gausian"}, "did you mean 'gaussian'"),
         ({"data_std": 0.0}, "data_std must be a positive number"),
         ({"data_std": math.nan}, "data_std must be a positive number"),
+        ({"data_std": 0.9e-8}, "data_std must lie between 1e-8 and 1e8"),
+        ({"data_std": 1.1e8}, "data_std must lie between 1e-8 and 1e8"),
         ({"data_mean": math.inf}, "data_mean must be finite"),
         ({"data_mean": torch.zeros(3)}, "data_mean"),  # neither a number nor event-shaped
         ({"data_mean": torch.zeros(5, 1)}, "data_mean"),  # would broadcast against a batch of five

@@ -440,3 +440,20 @@ def test_bad_states_are_refused(path):
         law.tilt(lambda x: x.sum(1))
     with pytest.raises(mfm.InputError, match="observes 3"):
         law.tilt(mfm.rewards.LinearGaussian([1.0, 2.0, 3.0], 0.0, 1.0))
+
+
+def test_a_posterior_keeps_its_gradient_after_calls_without_one(path):
+    """Asked for float32 first under no_grad, then with a gradient, twice: each time that of a fresh posterior."""
+    case, x, y = CASES["per-component-full"], normal(3, 2), normal(3, 2, seed="y").float()
+
+    def slope(posterior, x):
+        return torch.autograd.grad(posterior.log_prob(y).sum(), x, retain_graph=True)[0]
+
+    fresh, asked = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = slope(case.law.posterior(path, 0.4, fresh), fresh)
+    posterior = case.law.posterior(path, 0.4, asked)
+    with torch.no_grad():
+        posterior.log_prob(y)
+    for _ in range(2):
+        assert torch.equal(slope(posterior, asked), expected)
+    assert expected.abs().min() > 1e-3

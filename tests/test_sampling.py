@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
-from conftest import CASES, F64, normal
-from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
+from conftest import CASES, F64, coefficients, normal
+from metaflowmaps.sampling import INTEGRATORS, integrate, time_grid, uniform_grid
 
 CASE = CASES["per-component-full"]
 
@@ -72,6 +72,24 @@ def test_uniform_grid():
     torch.testing.assert_close(grid.diff(), torch.full((7,), 1 / 7, dtype=F64), rtol=0, atol=1e-15)
     with pytest.raises(mfm.InputError, match="steps must be at least 1"):
         uniform_grid(0)
+
+
+def test_power_grid():
+    """(0.01 + 0.99 i/K)^2.5, as MFM-Search has it; to a few roundings of float64, the end exactly."""
+    grid = time_grid(mfm.LinearPath(), "power", 4)
+    expected = torch.tensor([(0.01 + 0.99 * i / 4) ** 2.5 for i in range(5)], dtype=F64)
+    torch.testing.assert_close(grid, expected, rtol=1e-14, atol=0)
+    assert grid[-1] == 1
+
+
+def test_log_snr_grid(path):
+    """0, then equal steps of log β/α from t = .01 to .99, then 1; to 1e-12, of α = 1 − t near its end."""
+    grid = time_grid(path, "log-snr", 6)
+    assert (len(grid), grid[0], grid[-1]) == (7, 0, 1)
+    alpha, beta, *_ = coefficients(path, grid[1:-1])
+    steps = (beta / alpha).log().diff()
+    torch.testing.assert_close(steps, steps.mean().expand(4), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grid[[1, -2]], torch.tensor([0.01, 0.99], dtype=F64), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

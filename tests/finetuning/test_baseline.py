@@ -143,6 +143,16 @@ def test_independent_draws_estimate_the_value_without_bias(draws, path):
     assert ratio.std() > 0.1
 
 
+@pytest.mark.parametrize("reward", [-math.inf, -5.0, 1.0])
+def test_independent_draws_stand_on_a_floor(reward):
+    """log(e^V̂ + e^{level − 3}): a twentieth of the level's e^c is the least, and V̂ far above it stays V̂."""
+    case = Case("gaussian-1d", LINEAR)
+    problem = case.problem(mfm.rewards.BlackBox(lambda x: torch.full_like(x[:, 0], reward)))
+    level = made("draws", problem, start=-0.5)(places(case, problem, 10), stream(1))
+    expected = math.log(math.exp(reward) + math.exp(-3.5))
+    torch.testing.assert_close(level, torch.full((10,), expected, dtype=F64), rtol=1e-12, atol=0)  # roundings
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_stay_finite_where_samples_are_forbidden(kind):
     """r = −inf for most draws, so that all of a baseline's own may be: a weight is never infinite or NaN."""

@@ -149,6 +149,23 @@ def test_early_targets_are_finite_and_right(t, form, path):
     assert z_scores(weighted * (case.answer(batch, case.law) - target), functions).abs().max() > LOUD
 
 
+@pytest.mark.parametrize("form", ["gradient", "blend"])
+def test_below_first_targets_are_gradient_free_and_teach_the_mixture_nothing(form, path):
+    """At t = .0099 each target is the gradient-free one, to the bit; at .0101 it is not, with λ = 1, and λ learns."""
+    case, n = Case("gaussian-2d", path), 50
+    for t, early in ((0.0099, True), (0.0101, False)):
+        objectives = {each: regression(case, running(), each, 2) for each in (form, "gradient-free")}
+        problem = objectives[form].problem
+        objectives[form].mixing.moments[0] = 1.0
+        place = problem.at(torch.full((n,), t, dtype=F64), normal(n, 2), {})
+        made = problem.draws(place, 2, True, stream(0))
+        level = torch.zeros(n, dtype=F64)
+        target, free = (each.targets(place, made, level, case.student())[0] for each in objectives.values())
+        assert torch.equal(target, free) == early
+        if form == "blend":
+            assert bool((objectives[form].mixing.moments[1:] == 0).all()) == early
+
+
 def test_forbidden_samples_have_no_say():
     """r = −inf below 0.5: the tilted posterior is a truncated normal, N(m, τ²) above κ: mean m + τ φ(ζ)/(1 − Φ(ζ))."""
     case = Case("gaussian-1d", mfm.LinearPath())

@@ -196,6 +196,28 @@ def test_dtype_belongs_to_the_network_and_not_to_its_pictures():
         tiny_codec(dtype=torch.int64)
 
 
+def identity_of(**weights):
+    """Of an autoencoder that has these weights and nothing else."""
+    vae = torch.nn.ParameterDict(weights)
+    vae.config = {"scaling_factor": 1.0}
+    return AutoencoderCodec(vae).identity
+
+
+def test_an_identity_is_of_names_shapes_and_every_bit():
+    a, b = normal(2, 3, seed="a").float(), normal(4, seed="b").float()
+    held = identity_of(a=a, b=b)
+    assert identity_of(b=b.clone(), a=a.clone()) == held  # in whatever order
+    above = b.clone()
+    above[-1] = torch.nextafter(b[-1], torch.tensor(torch.inf))
+    others = [
+        identity_of(a=a, b=above),
+        identity_of(a=a.reshape(3, 2), b=b),
+        identity_of(a=a, c=b),
+        identity_of(a=a),
+    ]
+    assert len({held, *others}) == 5
+
+
 def test_slicing_and_tiling_are_those_of_diffusers(codec):
     z = normal(2, 4, 8, 8, seed="z").float()
     torch.testing.assert_close(tiny_codec(slicing=True).decode(z), codec.decode(z), rtol=0, atol=10 * ROUNDING)

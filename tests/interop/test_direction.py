@@ -1,11 +1,14 @@
 """Which way time runs, told from the drift alone."""
 
+import math
+
 import pytest
 
 import metaflowmaps as mfm
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.pretrained import direction
 from metaflowmaps.interop.pretrained.direction import time_direction
 
 LAW = mfm.GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
@@ -35,6 +38,25 @@ def test_white_noise_as_data_has_no_direction():
     found = time_direction(lambda t, x: normal.drift(mfm.LinearPath(), t, x), (8,), num=64)
     assert found.verdict == "undecided"
     assert abs(found.given - found.reversed) < 1e-4  # the same law both ways; float32 through twelve steps
+
+
+@pytest.mark.parametrize(
+    ("given", "other", "verdict"),
+    [
+        (0.85, 1.07, "forward"),  # 1.26 times, and below 0.9
+        (0.85, 1.06, "undecided"),  # 1.247 times
+        (0.91, 9.0, "undecided"),  # knows too little
+        (1.07, 0.85, "backward"),
+        (1.06, 0.85, "undecided"),
+        (9.0, 0.91, "undecided"),
+        (math.inf, math.inf, "undecided"),
+    ],
+)
+def test_a_verdict_needs_knowledge_and_a_margin(monkeypatch, given, other, verdict):
+    """R of the way that it runs below 0.9, and that of the other way more than 1.25 times as large."""
+    found = iter([given, other])
+    monkeypatch.setattr(direction, "_knowledge", lambda *arguments: next(found))
+    assert time_direction(lambda t, x: x, (2,)) == (verdict, given, other)
 
 
 def test_untrained_networks_are_not_decided(interop_files):

@@ -231,6 +231,12 @@ def test_calibration_keeps_its_level_on_ties():
     assert 3 <= rejected <= 37
 
 
+def test_calibration_counts_the_truth_among_its_relabellings():
+    """A truth above all draws everywhere: no relabelling of 99 finds it in all of 16 images (5^-16 each): p = 1/100."""
+    samples, truth = posterior(16, 4, 0)
+    assert metrics.rank_test(samples, truth + 100, 99, stream(0, "apart")).p_value == 1 / 100
+
+
 def test_spread_ratio_at_its_ends():
     samples, truth = posterior(2000, 8, 0, length=0.3)
     # 128,000 nearly independent pixels: the error's mean square is known to 0.4 %, its root to 0.2 %; bound at 5 sd

@@ -111,6 +111,15 @@ def test_two_sample_test_keeps_its_level(statistic):
 
 
 @pytest.mark.parametrize("statistic", ["energy", "mmd"])
+def test_two_sample_test_counts_the_observed_labels_too(statistic):
+    """No relabelling of 99 parts samples that far apart (one in C(40, 20)/2 does): p is 1/100, and never 0."""
+    x, y = normal(20, 2, "here"), normal(20, 2, "there") + 100
+    assert two_sample_test(x, y, statistic, 99, generator=stream(0, "apart")).p_value == 1 / 100
+    alike = torch.ones(20, 2)
+    assert two_sample_test(alike, alike, statistic, 99).p_value == 1
+
+
+@pytest.mark.parametrize("statistic", ["energy", "mmd"])
 def test_two_sample_test_has_power(statistic):
     g = stream(0, "power")
     test = two_sample_test(normal(400, 2, "x"), 1.25 * normal(400, 2, "y"), statistic, 199, generator=g)

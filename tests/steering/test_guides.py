@@ -11,8 +11,10 @@ import metaflowmaps as mfm
 from calls import value_gradient
 from conftest import F64, PATHS, coefficients, normal
 from metaflowmaps.cost import Meter
+from metaflowmaps.draws import Draws, equal_log_weights
 from metaflowmaps.random import RowNoise, fresh_seeds, stream
 from metaflowmaps.steering import DPS, MFMG, MFMGF, Glass
+from metaflowmaps.steering.mfm_g import _leave_one_out, blended
 from metaflowmaps.steering.problem import SteeringProblem
 
 MEAN, VAR = torch.tensor([0.4, -0.3], dtype=F64), 0.5
@@ -108,6 +110,30 @@ def test_the_blend_tames_the_gradient_where_the_reward_is_sharp():
     assert float(info["gradient_share"].min()) >= 0
     assert float(info["gradient_share"].max()) <= 1
     assert 0.01 < float(info["gradient_share"].mean()) < 0.9
+
+
+@pytest.mark.parametrize(("slopes", "near"), [((3.0, 1.0), 0.1), ((3.0, 1.0), 10.0), ((0.2, 0.1), 1.0)])
+def test_the_blend_by_hand(slopes, near):
+    """Two draws D ± s of one reward: F = 0, v_F = s²/2, G = ḡ, v_G = δ²/2 with g = ḡ ± δ; no move beyond √v_F."""
+    g = torch.tensor(slopes, dtype=F64)
+    middle, apart = g.mean(), (g[0] - g[1]) / 2
+    x_1 = torch.tensor([0.7 + near, 0.7 - near], dtype=F64).reshape(2, 1, 1)
+    made = Draws(x_1, torch.full((2, 1), 5.0, dtype=F64), g.reshape(2, 1, 1))
+    shift, share = blended(made, made, equal_log_weights(made.rewards), torch.full((1, 1), 0.7, dtype=F64))
+    expected = near**2 / (near**2 + apart**2)
+    moved = torch.minimum(expected * middle, torch.tensor(near / math.sqrt(2), dtype=F64))
+    torch.testing.assert_close(share, expected.expand(1), rtol=1e-12, atol=0)  # roundings of float64
+    torch.testing.assert_close(shift, moved.expand(1, 1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rest", [0.3, 1e-2, 1e-6, 0.0])
+def test_a_draw_that_is_everything_counts_as_a_thousand_to_one(rest):
+    """Weights 1 − w and w at 0 and 1: without the first the mean moves by −1, or, below w = 1e-3, by −1000 w."""
+    weights, y = torch.tensor([[1 - rest], [rest]], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64).reshape(2, 1, 1)
+    moves = _leave_one_out(weights, y)[:, 0, 0]
+    expected = [-(1 - rest) * min(1.0, 1000 * rest), rest]
+    # 1 − w is known to an ulp of 1, which is 1e-10 of w = 1e-6
+    torch.testing.assert_close(moves, torch.tensor(expected, dtype=F64), rtol=1e-9, atol=0)
 
 
 # -- by definition ---------------------------------------------------------------------------------------------------

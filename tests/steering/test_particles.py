@@ -20,6 +20,7 @@ import metaflowmaps as mfm
 from calls import steer
 from conftest import CASES, F64, PATHS
 from metaflowmaps.random import stream
+from metaflowmaps.steering import SteerResult, log_normaliser
 
 MEAN, COV = torch.tensor([0.4], dtype=F64), torch.tensor([[0.5]], dtype=F64)
 A, Y, NOISE_STD = torch.ones(1, 1, dtype=F64), torch.tensor([1.3], dtype=F64), 0.7
@@ -265,3 +266,10 @@ def test_particles_and_samples_must_fit():
         got = steer(model, REWARD, 12, "mfm-smc", particles=4, steps=2, batch_size=batch_size, generator=stream(0))
         assert got.samples.shape == (12, 1)
         assert got.info["log_evidence"].shape == (3,)
+
+
+def test_the_evidence_of_a_run_is_the_mean_of_its_systems():
+    """Of e^−1000, 3 e^−1000 and none at all: 4/3 e^−1000, with no overflow on the way; a mean of logarithms is −inf."""
+    log_evidence = torch.tensor([-1000.0, -1000 + math.log(3), -math.inf], dtype=F64)
+    result = SteerResult(torch.zeros(3, 1), torch.zeros(3), torch.arange(3), {}, {"log_evidence": log_evidence})
+    assert log_normaliser(result) == pytest.approx(-1000 + math.log(4 / 3), abs=1e-12)

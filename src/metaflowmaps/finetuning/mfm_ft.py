@@ -151,7 +151,7 @@ class WeightedRegression(Regression):
         flows = self._flows(states, draws)
         if self.form == "blend":
             free, gradient = flows
-            mix = torch.where(states.t >= FIRST, self.mixing(states.a), torch.zeros_like(states.t))
+            mix = self.mixing(states.a)  # below FIRST both forms are one
             if model is not None:
                 with evaluating(model):
                     now = student_flow(model, states.a, states.z, states.cond)
