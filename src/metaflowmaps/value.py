@@ -2,7 +2,7 @@ r"""The value ``V_t(x) = log E[e^{r(I_1)} | I_t = x]`` and its gradient from dra
 
 Draws x_1^i with base weights ω_i (equal, or those of recycled draws) and tilted weights ``w_i ∝ ω_i e^{r_i}``:
 
-    V̂ = log Σ ω_i e^{r_i}                        ESS = 1/Σ w_i²             std_err² = M/(M−1) Σ (w_i − ω_i)²
+    V̂ = log Σ ω_i e^{r_i}                        ESS = 1/Σ w_i²
 
 **gradient-free** (Eq. 20). Tweedie for the tilted and for the base posterior, one minus the other:
 ``∇V = (β_t/α_t²)(D*_t − D_t)`` with D* the mean under the tilt. Written as ``D* − D = Σ (w_i − ω_i) x_1^i`` a constant
@@ -10,7 +10,10 @@ reward gives exact zeros. With ``centre="denoise"`` D_t comes from the drift ins
 
 **gradient** (Eq. 22). ``∇V̂ = Σ w_i g_i`` with ``g_i = ∇_x r(X_{0,1}(ε_i; t, x))`` (:mod:`metaflowmaps.draws`).
 
-Standard errors are those of independent noise; with antithetic or quasi-random noise they do not apply.
+Standard errors are jackknife's: ``(M−1)/M Σ (θ_{−i} − mean)²`` over estimates that leave one draw out (of antithetic
+noise a pair, whose draws are not independent). The delta method, which they agree with for many draws, takes a heavy
+draw for as good as a light one: where one of four draws has most of the weight its square is a seventh of the squared
+error. Of quasi-random noise one set tells no error: it is NaN.
 
 Both are ratio estimators with bias O(1/N); ``correction="jackknife"`` removes the 1/N term,
 ``N θ − (N−1) mean_i θ_{−i}``, and pays in variance.
@@ -52,7 +55,7 @@ class ValueEstimate(NamedTuple):
     value: Tensor  # (B,)
     gradient: Tensor  # (B, *event)
     ess: Tensor  # (B,) in [1, num_draws]
-    std_err: Tensor  # (B,) of the value, by the delta method; infinite with one draw
+    std_err: Tensor  # (B,) of the value, by the jackknife; infinite with one draw
     gradient_std_err: Tensor  # (B,) root of the summed variances of the gradient's coordinates
     draws: Tensor  # (num_draws, B, *event)
     rewards: Tensor  # (num_draws, B)
@@ -71,17 +74,44 @@ def ess(weights: Tensor) -> Tensor:
     return 1 / weights.square().sum(0)
 
 
-def value_std_err(weights: Tensor, base: Tensor) -> Tensor:
-    """√(M/(M−1) Σ (w_i − ω_i)²): the delta method for a logarithm of a mean."""
-    count = len(weights)
+def value_std_err(weights: Tensor, base: Tensor, pairs: bool = False) -> Tensor:
+    """Jackknife's for a logarithm of a mean, whose θ − θ_{−i} is log(1 − ω_i) − log(1 − w_i): (B,)."""
+    moves = torch.log1p(-_of_groups(base, pairs)) - torch.log1p(-_of_groups(weights, pairs))
+    return _jackknife_error(moves[:, :, None])
+
+
+def _jackknife_error(moves: Tensor) -> Tensor:
+    """√((M−1)/M Σ ‖m_i − mean‖²) of m_i = θ − θ_{−i}, (M, B, *event) -> (B,); infinite where one draw is everything."""
+    count = len(moves)
     if count == 1:
-        return torch.full_like(weights[0], torch.inf)
-    return ((weights - base).square().sum(0) * (count / (count - 1))).sqrt()
+        return torch.full_like(moves.flatten(2)[0, :, 0], torch.inf)
+    around = (moves - moves.mean(0)).flatten(2).square().sum((0, 2))
+    return (around * ((count - 1) / count)).sqrt().nan_to_num(nan=torch.inf)
 
 
-def _spread(weights: Tensor, deviation: Tensor) -> Tensor:
-    """√ Σ w_i² ‖y_i − ȳ‖²: (B,)."""
-    return (weights.square() * deviation.flatten(2).square().sum(2)).sum(0).sqrt()
+def _moves(log_weights: Tensor, y: Tensor, pairs: bool) -> Tensor:
+    """What Σ w_i y_i loses with each draw, or each antithetic pair: θ − θ_{−i}, (M, B, *event)."""
+    log_weights = log_weights.log_softmax(0)
+    weights = log_weights.exp()
+    mean, share = weighted(weights, y), _of_groups(weights, pairs)
+    rest = _per_draw(1 / (1 - share), mean - _of_groups(_per_draw(weights, y), pairs))
+    # next to the heaviest the others' weights may be rounding: theirs are taken anew
+    group = torch.arange(len(y), device=y.device) % len(share)
+    heaviest = share.argmax(0)
+    others = log_weights.masked_fill(group[:, None] == heaviest, -torch.inf).softmax(0)
+    is_heaviest = torch.arange(len(share), device=y.device)[:, None] == heaviest
+    kept = is_heaviest.reshape(*is_heaviest.shape, *([1] * (y.ndim - 2)))
+    return mean - torch.where(kept, weighted(others, y), rest)
+
+
+def _of_groups(values: Tensor, pairs: bool) -> Tensor:
+    """Sums over draws that are not independent: draw i and its mirror image, half the draws later."""
+    if not pairs:
+        return values
+    half = -(-len(values) // 2)
+    sums = values[:half].clone()
+    sums[: len(values) - half] += values[half:]
+    return sums
 
 
 def jackknife(estimate: Callable[[Tensor], Tensor], log_weights: Tensor) -> Tensor:
@@ -161,6 +191,11 @@ class Estimator(Choice, ABC):
         check_one_of("correction", self.correction, CORRECTIONS)
         check_one_of("noise", self.noise, NOISES)
 
+    @property
+    def paired(self) -> bool:
+        """Are two draws at a time one independent piece?"""
+        return self.noise == "antithetic"
+
     def options(self, num_draws: int) -> DrawOptions:
         """How the draws are made."""
         # with one draw left out, one that carries no weight may come to carry it all
@@ -190,7 +225,7 @@ class Gradient(Estimator):
         """Σ w_i g_i."""
         gradients = at.draws.gradients
         assert gradients is not None
-        error = _spread(at.tilted, gradients - weighted(at.tilted, gradients))
+        error = _jackknife_error(_moves(at.log_base + at.draws.rewards, gradients, self.paired))
         return reparameterised(at.draws, at.log_base, self.correction), error
 
 
@@ -214,13 +249,13 @@ class GradientFree(Estimator):
     def gradient(self, at: "_Estimate") -> tuple[Tensor, Tensor]:
         """(β/α²) Σ (w_i − ω_i) x_1^i, or with D_t(x) in place of Σ ω_i x_1^i."""
         gain, draws = _tweedie_gain(at.path, at.t, at.x_t), at.draws.x_1
-        influence = _per_draw(at.tilted, draws - weighted(at.tilted, draws))
+        moves = _moves(at.log_base + at.draws.rewards, draws, self.paired)
         if self.centre == "draws":
             shift = free_shift(at.draws, at.log_base, self.correction)
-            influence = influence - _per_draw(at.base, draws - weighted(at.base, draws))
+            moves = moves - _moves(at.log_base, draws, self.paired)
         else:
             shift = free_shift_from(at.draws, at.log_base, at.denoise(), self.correction)
-        return gain * shift, gain.flatten() * _spread(torch.ones_like(at.tilted), influence)
+        return gain * shift, gain.flatten() * _jackknife_error(moves)
 
 
 class _Estimate(NamedTuple):
@@ -292,9 +327,9 @@ def value_gradient(
     base, tilted = log_base.exp(), tilted_weights(draws.rewards, log_base)
     value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, estimator.correction)
     gradient, error = estimator.gradient(_Estimate(posterior, t, x_t, cond, draws, log_base, base, tilted))
-    if num_draws == 1:
-        error = torch.full_like(error, torch.inf)
-    std_err = value_std_err(tilted, base)
+    std_err = value_std_err(tilted, base, estimator.paired)
+    if estimator.noise == "quasi":
+        std_err, error = torch.full_like(std_err, torch.nan), torch.full_like(error, torch.nan)
     return ValueEstimate(value, gradient, ess(tilted), std_err, error, draws.x_1, draws.rewards)
 
 
