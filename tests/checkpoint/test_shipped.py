@@ -261,6 +261,16 @@ def test_the_spread_of_a_made_up_set(own):
     assert fitted(found) == found  # what was measured stays
 
 
+def test_a_spread_is_positive(monkeypatch):
+    """Of images that are all alike √1e-6 is taken; none that is given may be 0 or less."""
+    images = ImageSet("images", torch.full((20, 1, 8, 8), 0.3), None, ())
+    monkeypatch.setattr(Images, "load", lambda config: (images, images))
+    assert fitted(images_config()).model.data_std == 1e-3
+    for std in (0.0, -1.0):
+        with pytest.raises(ValueError, match="data_std"):
+            ModelConfig(data_std=std)
+
+
 def test_what_is_given_is_not_measured(own):
     own(8)
     config = images_config()

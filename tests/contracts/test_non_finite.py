@@ -12,7 +12,7 @@ from metaflowmaps import metrics
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
-from metaflowmaps.lab.evaluate.tuning_error import Drawn, MixtureJudge
+from metaflowmaps.lab.evaluate.tuning_error import Drawn, MixtureJudge, PlainJudge
 from metaflowmaps.lab.report.sections import described
 from metaflowmaps.metrics import inception
 from metaflowmaps.metrics.frechet import Moments, moments, read_statistics
@@ -205,6 +205,20 @@ def test_tuned_samples_that_are_lost_are_far_away_and_spread_nothing():
     assert math.isfinite(good.distance)
     assert not math.isfinite(bad.distance)
     assert bad.mode_l1 > good.mode_l1
+
+
+def test_lost_samples_are_counted_where_no_law_is_known():
+    """Two of eight: six are judged, with their own conditions."""
+    x, scale = normal("plain")[:8], torch.arange(8.0)
+    lost = x.clone()
+    lost[[1, 5], 0] = math.inf
+    found = PlainJudge(lambda x, cond: cond["scale"])(
+        [Drawn(lost[:4], {"scale": scale[:4]}), Drawn(lost[4:], {"scale": scale[4:]})]
+    )
+    kept = torch.tensor([0, 2, 3, 4, 6, 7])
+    assert found.lost == 2
+    assert found.reward == pytest.approx(float(scale[kept].mean()))
+    assert found.distance == pytest.approx(metrics.mean_pairwise_distance(x[kept]))
 
 
 # -- what the report says --------------------------------------------------------------------------------------------

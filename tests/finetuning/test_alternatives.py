@@ -111,6 +111,15 @@ def test_adjoint_matching_meets_all_times():
     assert (torch.histc(a, 20, low, high) > 0).all()
 
 
+def test_adjoint_matching_learns_nothing_before_first():
+    """σ² is infinite at t = 0: of the times 0, .0099, .0101 and .5 the last two have rows."""
+    case, grid = Case("gaussian-1d", mfm.LinearPath()), torch.tensor([0.0, 0.0099, 0.0101, 0.5, 1.0], dtype=F64)
+    objective = AdjointMatching(4).start(TuningSetup(case.problem(), None, 12, 0))
+    objective._grid = lambda x, g: grid
+    batch = objective.batch(case.base(), 0)
+    torch.testing.assert_close(batch.t, grid[2:4].repeat_interleave(3), rtol=0, atol=0)
+
+
 def test_adjoint_matching_refuses_what_it_cannot_do():
     case = Case("gaussian-1d", mfm.LinearPath())
     for objective in (AdjointMatching(), DRaFT()):
