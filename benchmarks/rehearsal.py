@@ -74,7 +74,7 @@ class Rehearsal:
         began = time.perf_counter()
         from tests.tiny_codec import tiny_vae
 
-        from metaflowmaps.data.synthetic import write_synthetic
+        from benchmarks.synthetic_pictures import write_synthetic
 
         if not (self.out / "sit.safetensors").exists():
             write_synthetic(self.out / "pictures", CLASSES, self.size.per_class, self.size.side)

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from benchmarks.synthetic_pictures import draw
 from PIL import Image
 from tests.tiny_codec import tiny_vae
 
 import metaflowmaps as mfm
-from metaflowmaps.data.synthetic import draw
 from metaflowmaps.interop import autoencoder as codec
 from metaflowmaps.interop.pretrained import FAMILIES
 from metaflowmaps.interop.pretrained.layout import Shape, expected

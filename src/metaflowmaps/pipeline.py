@@ -15,7 +15,7 @@ it), the classes' names, the usual guidance.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +34,7 @@ from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
-from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, stored
+from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, pipeline_document, stored
 from metaflowmaps.random import Seed, as_seeds, randn
 from metaflowmaps.steering import Method, Process, steer
 from metaflowmaps.steering.presets import USUAL
@@ -106,7 +106,7 @@ class Pipeline:
         *,
         vae: str | FilePath | AutoencoderCodec | None = None,
         family: str = "auto",
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -124,11 +124,8 @@ class Pipeline:
 
     def save_pretrained(self, path: str | FilePath, vae: str | None = None) -> None:
         """A checkpoint with ``pipeline.json``; ``vae`` names the autoencoder, None writes it beside the map."""
-        document: dict[str, Any] = {"schema": 1, "guidance": self.guidance, "class_names": list(self.class_names)}
-        if self.class_names == imagenet.class_names():
-            document["class_names"] = "imagenet"
-        if self.codec is not None:
-            document["vae"] = vae or "vae"
+        place = None if self.codec is None else vae or "vae"
+        document = pipeline_document(self.model, self.class_names, place, self.guidance)
         save_model(self.model, path, documents={DOCUMENT: document})
         if self.codec is not None and vae is None:
             self.codec.vae.save_pretrained(FilePath(path) / "vae")

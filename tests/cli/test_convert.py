@@ -126,15 +126,15 @@ def test_another_conversion_is_never_taken_for_the_same(command, files, tmp_path
 
 def test_a_thousand_other_classes_keep_their_names():
     from metaflowmaps.data import imagenet_names as imagenet
-    from metaflowmaps.interop.sharing import _document
+    from metaflowmaps.interop.opening import pipeline_document
 
     with torch.random.fork_rng(devices=[]):
         network = DiTConfig(patch=2, width=8, depth=1, heads=2, encoder_depth=1, num_classes=1000).network((4, 4, 4))
     model = mfm.MetaFlowMap(network, mfm.LinearPath(), "plain")
     own = [f"bird {i}" for i in range(1000)]
-    assert _document(model, own, None, None)["class_names"] == own
+    assert pipeline_document(model, own)["class_names"] == own
     for names in ((), imagenet.wnids(), imagenet.class_names()):
-        assert _document(model, names, None, None)["class_names"] == "imagenet"
+        assert pipeline_document(model, names)["class_names"] == "imagenet"
 
 
 def test_run_refuses_what_tuning_cannot_use(command, tmp_path):

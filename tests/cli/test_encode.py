@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from benchmarks.synthetic_pictures import write_synthetic
 from PIL import Image
 
 from conftest import mfm_command as mfm
 from metaflowmaps.data.latents import LatentShards
-from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.interop.autoencoder import AutoencoderCodec
 from tiny_codec import tiny_codec, tiny_vae
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.synthetic_pictures import write_synthetic
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,7 +23,6 @@ from metaflowmaps.data import DataSource, Latents
 from metaflowmaps.data.imagenet_names import wnids
 from metaflowmaps.data.latents import INDEX, Encoding, LatentIndex, LatentShard, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
-from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.encode_latents import Plan, encode
 from metaflowmaps.random import stream

@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from benchmarks.synthetic_pictures import write_synthetic
 from PIL import Image
 from test_images import Nearest, images, repeated
 from tests.tiny_codec import tiny_codec, tiny_vae
@@ -20,7 +21,6 @@ from metaflowmaps.cli.context import Context
 from metaflowmaps.cli.encode import Encode
 from metaflowmaps.cli.encode import run as encode
 from metaflowmaps.data import ImageSet, Latents
-from metaflowmaps.data.synthetic import write_synthetic
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
 from metaflowmaps.lab.evaluate.images import experiments, race, steered

@@ -1,5 +1,6 @@
 """Turn published weights, or a run, into a checkpoint to use and share, with manifest and model card."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -41,11 +42,11 @@ def run(config: Convert, context: Context) -> Results:
                 f"{config.file} is a run or a checkpoint: --family and --set are for published files, leave them out"
             )
         made = of_run(str(place), wanted)
-        usual = Path("runs") / f"{made.asked['file']}-map"  # never the run itself
+        usual = Path("runs") / f"{made.origin.file}-map"  # never the run itself
     else:
         published = pretrained.load_with_source(config.file, config.family, given, config.revision, config.check)
         made = of_file(published, given, wanted)
-        usual = Path("runs") / Path(made.asked["file"]).stem
+        usual = Path("runs") / Path(made.origin.file).stem
     out, direction, network = context.out or usual, made.direction, made.model.network
     if not made.write(out):
         context.say(f"{out} holds this conversion already")
@@ -55,10 +56,11 @@ def run(config: Convert, context: Context) -> Results:
             "untrained weights look like this; look at samples before relying on it"
         )
     metrics = {
-        "family": made.asked["family"],
+        "family": made.origin.family,
         "parameters": sum(p.numel() for p in made.model.parameters()),
         "direction": "unchecked" if direction is None else direction.verdict,
     }
     if isinstance(network, DiT):
         metrics["parameters_of_parent"] = network.parameters_of_parent()
-    return {"schema": 1, "command": "convert", "config": made.asked, "metrics": metrics, "cost": {}, "out": str(out)}
+    origin = asdict(made.origin)
+    return {"schema": 1, "command": "convert", "config": origin, "metrics": metrics, "cost": {}, "out": str(out)}

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from metaflowmaps._files import write_json
+from metaflowmaps.data.image_set import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import randn
 
@@ -98,52 +99,23 @@ class LatentIndex:
         return sum(shard.bytes for shard in self.shards)
 
 
-@dataclass(frozen=True, eq=False)
-class LatentSet:
-    """Pictures at ``index`` of an encoded set; what is drawn of them is (n, C, h, w) float32."""
+class LatentSet(Examples):
+    """Pictures of an encoded set; what is drawn of them is (n, C, h, w) float32, without levels.
 
-    name: str
-    shards: "LatentShards"
-    index: Tensor  # (k,) int64, places in the whole set
-    top: float = math.inf  # what is drawn has no levels
+    Args:
+        shards: the whole set, whose mean and spread are those of its parts.
+        index: (k,) int64, the places of these pictures in it.
+    """
+
+    name, top = "latents", math.inf
+
+    def __init__(self, shards: "LatentShards", index: Tensor) -> None:
+        self.shards, self.index = shards, index
+        self.event_shape, self.class_names = shards.event_shape, shards.class_names
+        self.labels = shards.labels[index] if self.class_names else None
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """(C, h, w)."""
-        return self.shards.event_shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes by number, as the source names them."""
-        return self.shards.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, 0 where they are not known."""
-        return len(self.class_names)
-
-    @cached_property
-    def labels(self) -> Tensor | None:
-        """(k,) int64."""
-        return self.shards.labels[self.index] if self.class_names else None
-
-    def tensor(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """The means at index, not flipped: what does not depend on noise."""
-        picked = self.index[index]
-        return self.shards.gather(picked, torch.zeros(len(picked), dtype=torch.bool), ("mean",))[0]
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n latents drawn with replacement: a picture, its side where both are stored, and its noise."""
-        return self._resample(self._draw(n, generator), generator)
-
-    def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """The latents that sample draws from the same generator, with their classes (n,)."""
-        assert self.labels is not None, "sources refuse labels=true where there are none"
-        index = self._draw(n, generator)
-        return self._resample(index, generator), self.labels[index]
 
     @property
     def mean(self) -> float:
@@ -160,10 +132,13 @@ class LatentSet:
         """The mean of what is drawn, over the whole set: (C, h, w)."""
         return self.shards.mean_image.float()
 
-    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return torch.randint(len(self), (n,), generator=generator)
+    def tensor(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """The means at index, not flipped: what does not depend on noise."""
+        picked = self.index[index]
+        return self.shards.gather(picked, torch.zeros(len(picked), dtype=torch.bool), ("mean",))[0]
 
-    def _resample(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _drawn(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A picture's side, where both are stored, and its noise."""
         flipped = torch.zeros(len(index), dtype=torch.bool)
         if self.shards.flips:
             flipped = torch.rand(len(index), generator=generator) < 0.5

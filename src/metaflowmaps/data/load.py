@@ -171,7 +171,7 @@ class Latents(ExampleSource):
             raise InputError(f"{self.path} was encoded without classes: --set data.labels=false")
         held_out = self.held(max(1, min(HELD_OUT_LATENTS, len(shards) // 10)), len(shards))
         kept, held = _shuffled_split(len(shards), held_out, self.limit)
-        return LatentSet("latents", shards, kept), LatentSet("latents", shards, held)
+        return LatentSet(shards, kept), LatentSet(shards, held)
 
 
 def _shuffled_split(n: int, held: int, limit: int | None) -> tuple[Tensor, Tensor]:

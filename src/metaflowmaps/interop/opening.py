@@ -4,6 +4,7 @@ A checkpoint may hold ``pipeline.json``: the autoencoder (a hub id, or a folder 
 usual guidance.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -19,6 +20,20 @@ DOCUMENT = "pipeline.json"
 def stored(checkpoint: Checkpoint | None) -> dict[str, Any]:
     """pipeline.json of a checkpoint that has one."""
     return dict(checkpoint.document(DOCUMENT)) if checkpoint is not None and checkpoint.has(DOCUMENT) else {}
+
+
+def pipeline_document(
+    model: MetaFlowMap, class_names: Sequence[str], vae: str | None = None, guidance: float | None = None
+) -> dict[str, Any]:
+    """pipeline.json of a map: its classes' names, or "imagenet"; its autoencoder, for latents the usual one."""
+    classes = int(getattr(model.network, "num_classes", 0))
+    names: Any = list(class_names) if len(class_names) == classes else []
+    if classes == len(imagenet.wnids()) and tuple(names) in ((), imagenet.wnids(), imagenet.class_names()):
+        names = "imagenet"
+    document: dict[str, Any] = {"schema": 1, "guidance": guidance, "class_names": names}
+    if vae is not None or is_latent(model):
+        document["vae"] = vae or SD_VAE
+    return document
 
 
 def names_of(model: MetaFlowMap, checkpoint: Checkpoint | None) -> tuple[str, ...]:
@@ -55,7 +70,7 @@ def is_latent(model: MetaFlowMap) -> bool:
 def open_map(
     path_or_hub_id: str | FilePath,
     family: str = "auto",
-    config: dict[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
     revision: str | None = None,
 ) -> tuple[MetaFlowMap, Checkpoint | None]:
     """A checkpoint of ours, with what was read, or a published file, converted."""

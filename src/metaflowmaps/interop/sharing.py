@@ -2,20 +2,20 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaflowmaps._files import finite, write_whole
 from metaflowmaps.checkpoint import CheckpointError, resolve_checkpoint, save_model
-from metaflowmaps.data import Latents, imagenet_names, read_examples
+from metaflowmaps.data import Latents, read_examples
 from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
-from metaflowmaps.interop.autoencoder import SD_VAE
-from metaflowmaps.interop.opening import DOCUMENT, is_latent
+from metaflowmaps.interop.opening import DOCUMENT, pipeline_document, stored
 
 VAE = "vae"  # the folder of an autoencoder beside its map
 FAMILIES = {  # what the map is, and under whose licence
@@ -41,16 +41,29 @@ class Wanted(NamedTuple):
     guidance: float | None = None
 
 
-class Shareable(NamedTuple):
-    """A map to be shared, and where it came from: ``asked`` tells one conversion from another."""
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint was converted from: this tells one conversion from another."""
+
+    file: str
+    revision: str | None
+    family: str
+    config: Mapping[str, Any]
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Shareable:
+    """A map to be shared, where it came from, and what its card says of it."""
 
     model: MetaFlowMap
-    asked: dict[str, Any]
-    notes: dict[str, Any]
-    document: dict[str, Any]
-    card: str
-    direction: pretrained.Direction | None
-    vae: Path | None  # of this machine, to be put beside the map
+    origin: Origin
+    document: Mapping[str, Any]  # pipeline.json
+    title: str
+    story: str
+    vae: Path | None  # an autoencoder of this machine, to be put beside the map
+    notes: Mapping[str, Any]  # kept in its configuration
+    direction: pretrained.Direction | None = None
 
     def write(self, out: Path) -> bool:
         """A checkpoint with manifest, ``pipeline.json`` and README.md; False where it is there already, untouched."""
@@ -60,8 +73,10 @@ class Shareable(NamedTuple):
         if there:
             _refuse_another(out, self)
         else:
-            save_model(self.model, out, {"origin": {**self.asked, **self.notes}}, {DOCUMENT: self.document})
-        _beside(out, self)
+            save_model(self.model, out, {"origin": {**asdict(self.origin), **self.notes}}, {DOCUMENT: self.document})
+        _put_autoencoder(out, self.vae)
+        if not (out / "README.md").exists():
+            write_whole(out / "README.md", card(self).encode())
         return not there
 
 
@@ -79,62 +94,48 @@ def of_file(published: pretrained.Published, config: Mapping[str, Any], wanted: 
     _check_guidance(wanted.guidance, scales)
     usual = max(scales) if wanted.guidance is None and kind.guidance else wanted.guidance
     folder, vae = _autoencoder(wanted.vae)
-    document = _document(model, (), vae, usual)
-    asked = {
-        "file": source.name,
-        "revision": source.revision,
-        "sha256": source.sha256,
-        "family": kind.name,
-        "config": dict(config),
-    }
-    notes = {"direction": None if direction is None else finite(direction._asdict())}
     what, licence = FAMILIES[kind.name]
     place = f"`{source.name}`" + (f" at revision {source.revision}" if source.revision else "")
-    how = (
-        f"Converted on {date.today().isoformat()} from {place} (layout: {kind.name}); the tensors are those of the\n"
-        f"file, with time direction and sign folded into them. Licence: {licence}."
+    story = (
+        f"{what}\n\nConverted on {date.today().isoformat()} from {place} (layout: {kind.name}); the tensors are those "
+        f"of the\nfile, with time direction and sign folded into them. Licence: {licence}."
     )
-    probe = "not checked"
-    if direction is not None:
-        probe = f"{direction.verdict} (R {direction.given:.2f}, reversed {direction.reversed:.2f})"
-    text = card(Path(source.name).stem, what, how, model, document, {"direction of time": probe})
-    return Shareable(model, asked, notes, document, text, direction, folder)
+    return Shareable(
+        model,
+        Origin(source.name, source.revision, kind.name, dict(config), source.sha256),
+        pipeline_document(model, (), vae, usual),
+        Path(source.name).stem,
+        story,
+        folder,
+        {"direction": None if direction is None else finite(direction._asdict())},
+        direction,
+    )
 
 
 def of_run(run: str, wanted: Wanted) -> Shareable:
     """A run of ours: its averaged weights, and what its data say of the autoencoder and the classes."""
     checkpoint, (vae, guidance) = resolve_checkpoint(run), wanted
     model, training = MetaFlowMap.from_pretrained(run), checkpoint.config.get("training", {})
-    stored = checkpoint.document(DOCUMENT) if checkpoint.has(DOCUMENT) else {}
-    data, names = read_examples(training), stored.get("class_names") or ()
+    known = stored(checkpoint)
+    data, names = read_examples(training), known.get("class_names") or ()
     if isinstance(data, Latents) and data.path and (Path(data.path).expanduser() / INDEX).exists():
         index = read_index(Path(data.path).expanduser())
         vae, names = vae or index.vae, names or index.classes
     _check_guidance(guidance, getattr(getattr(model.network, "config", None), "guidance", False))
     if guidance is None:
-        guidance = stored.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
-    own = checkpoint.path / str(stored.get("vae"))
-    folder, vae = _autoencoder(vae or (str(own) if own.is_dir() else stored.get("vae")))
-    document = _document(model, names, vae, guidance if guidance != 1 else None)
-    asked: dict[str, Any] = {
-        "file": Path(run).resolve().name,
-        "revision": checkpoint.digest[:16],
-        "family": "ours",
-        "config": {},
-    }
-    recipe, position = training.get("recipe", "a checkpoint"), "position.json"
+        guidance = known.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
+    own = checkpoint.path / str(known.get("vae"))
+    folder, vae = _autoencoder(vae or (str(own) if own.is_dir() else known.get("vae")))
+    position = "position.json"
     steps = f" at step {checkpoint.document(position)['step']:,}" if checkpoint.has(position) else ""
-    how = f"Exported on {date.today().isoformat()} from a run of `{recipe}`{steps}: its averaged weights."
-    what = "A meta flow map: one-step draws from every posterior p(x_1 | x_t)."
-    return Shareable(
-        model,
-        asked,
-        {"training": training},
-        document,
-        card(asked["file"], what, how, model, document, {}),
-        None,
-        folder,
+    recipe, name = training.get("recipe", "a checkpoint"), Path(run).resolve().name
+    story = (
+        "A meta flow map: one-step draws from every posterior p(x_1 | x_t).\n\n"
+        f"Exported on {date.today().isoformat()} from a run of `{recipe}`{steps}: its averaged weights."
     )
+    document = pipeline_document(model, names, vae, guidance if guidance != 1 else None)
+    origin = Origin(name, checkpoint.digest[:16], "ours", {})
+    return Shareable(model, origin, document, name, story, folder, {"training": training})
 
 
 def _check_guidance(scale: float | None, known: Any) -> None:
@@ -162,36 +163,19 @@ def _autoencoder(vae: str | None) -> tuple[Path | None, str | None]:
     return folder, VAE
 
 
-def _beside(out: Path, shareable: Shareable) -> None:
-    """The card, and the files of an autoencoder of this machine; what is there already stays."""
-    if shareable.vae is not None and not (out / VAE).exists():
-        staging = out / f".tmp-{VAE}"
-        shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
-        try:
-            staging.mkdir()
-            for file in (shareable.vae / "config.json", *sorted(shareable.vae.glob("*.safetensors*"))):
-                shutil.copyfile(file, staging / file.name)
-            staging.rename(out / VAE)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    if not (out / "README.md").exists():
-        write_whole(out / "README.md", shareable.card.encode())
-
-
-def _document(model: MetaFlowMap, names: Sequence[str], vae: str | None, guidance: float | None) -> dict[str, Any]:
-    """pipeline.json."""
-    classes = int(getattr(model.network, "num_classes", 0))
-    known: Any = list(names) if len(names) == classes else []
-    if classes == len(imagenet_names.wnids()) and tuple(known) in (
-        (),
-        imagenet_names.wnids(),
-        imagenet_names.class_names(),
-    ):
-        known = "imagenet"
-    document: dict[str, Any] = {"schema": 1, "guidance": guidance, "class_names": known}
-    if vae is not None or is_latent(model):
-        document["vae"] = vae or SD_VAE
-    return document
+def _put_autoencoder(out: Path, vae: Path | None) -> None:
+    """The files of an autoencoder of this machine, beside the map; what is there already stays."""
+    if vae is None or (out / VAE).exists():
+        return
+    staging = out / f".tmp-{VAE}"
+    shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+    try:
+        staging.mkdir()
+        for file in (vae / "config.json", *sorted(vae.glob("*.safetensors*"))):
+            shutil.copyfile(file, staging / file.name)
+        staging.rename(out / VAE)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_another(out: Path, shareable: Shareable) -> None:
@@ -201,47 +185,44 @@ def _refuse_another(out: Path, shareable: Shareable) -> None:
     except CheckpointError as error:
         raise InputError(f"--out {out} holds other files ({error.problem}): choose another directory") from None
     held = there.config.get("origin")
-    if held is None or any(held.get(key) != value for key, value in shareable.asked.items()):
+    if held is None or any(held.get(key) != value for key, value in asdict(shareable.origin).items()):
         raise InputError(f"--out {out} holds another checkpoint: choose another directory")
-    if not there.has(DOCUMENT) or there.document(DOCUMENT) != shareable.document:
+    if stored(there) != shareable.document:
         raise InputError(
             f"--out {out} holds this conversion with another autoencoder, guidance or names: choose another directory"
         )
 
 
-def _named(vae: str) -> str:
-    return f"the autoencoder in `{VAE}/`" if vae == VAE else vae
-
-
-def card(name: str, what: str, how: str, model: MetaFlowMap, document: dict[str, Any], more: dict[str, str]) -> str:
+def card(shareable: Shareable) -> str:
     """README.md of a checkpoint to share."""
+    model, document, direction = shareable.model, shareable.document, shareable.direction
     network: Any = model.network.config
-    classes, guidance = network.num_classes, network.guidance
-    parts = [f"{network.depth} blocks of width {network.width}"] if hasattr(network, "depth") else []
-    shape = " × ".join(map(str, model.event_shape))
+    classes, guidance, vae = network.num_classes, network.guidance, document.get("vae")
     rows = {
-        "network": ", ".join([network.name, *parts]),
-        "samples": shape + (f", latents of {_named(document['vae'])}" if "vae" in document else ""),
+        "network": network.name,
+        "samples": " × ".join(map(str, model.event_shape)),
         "classes": f"{classes} (number {classes} is the null class)" if classes else "none",
-        "guidance": ("scales " + ", ".join(f"{w:g}" for w in guidance))
-        if isinstance(guidance, list)
-        else "any scale"
-        if guidance
-        else "none learned",
+        "guidance": "any scale" if guidance else "none learned",
         "path": f"{model.path.name}, data at t = 1; parameterisation {model.parameterization}",
-        **more,
     }
+    if hasattr(network, "depth"):
+        rows["network"] += f", {network.depth} blocks of width {network.width}"
+    if vae is not None:
+        rows["samples"] += f", latents of {f'the autoencoder in `{VAE}/`' if vae == VAE else vae}"
+    if isinstance(guidance, list):
+        rows["guidance"] = "scales " + ", ".join(f"{w:g}" for w in guidance)
+    if direction is not None:
+        measured = f"R {direction.given:.2f}, reversed {direction.reversed:.2f}"
+        rows["direction of time"] = f"{direction.verdict} ({measured})"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     label = "" if not classes else '"tabby cat", ' if document["class_names"] == "imagenet" else "0, "
     return f"""---
 library_name: metaflowmaps
 tags: [flow-matching, meta-flow-map, image-generation]
 ---
-# {name}
+# {shareable.title}
 
-{what}
-
-{how}
+{shareable.story}
 
 | | |
 |---|---|
