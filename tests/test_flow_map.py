@@ -8,7 +8,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, coefficients, ks_bound, ks_distance, normal, uniform
 from metaflowmaps.networks.mlp import MLPConfig
-from metaflowmaps.parameterization import CHARTS
+from metaflowmaps.parameterization import CHARTS, _angle_over_sine
 from metaflowmaps.random import stream
 
 MU, DELTA = 1.25, 0.75  # exact in float32, so that float64 models know them exactly
@@ -397,6 +397,27 @@ def test_labels(path, parameterization):
     alone = torch.randn(3, 8, 2, generator=stream(0), dtype=F64)
     one = model(0.0, 1.0, alone[1], t, x_t, {"label": label})
     torch.testing.assert_close(draws[1], one, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("classes", "label", "message"),
+    [(0, 1, "knows no classes"), (1, 2, r"labels must lie in 0\.\.1"), (1, -1, r"labels must lie in 0\.\.1")],
+)
+def test_labels_that_are_no_class_are_refused(path, classes, label, message):
+    model = random_map(path, "gaussian", num_classes=classes)
+    for known in range(classes + 1):  # the last is the null class
+        assert model.drift(0.5, normal(1, 2), {"label": torch.tensor([known])}).isfinite().all()
+    with pytest.raises(mfm.InputError, match=message):
+        model.drift(0.5, normal(1, 2), {"label": torch.tensor([label])})
+
+
+def test_an_angle_over_its_sine_is_smooth_where_its_series_begins():
+    """(2/π) atan2(y, x)/y as written, which loses nothing for y > 0, to a few roundings; its limit 2/(π x) at 0."""
+    cosine = torch.tensor([0.3, 1.0], dtype=F64)[:, None]
+    ratio = torch.tensor([1e-12, 1e-5, 0.9e-3, 0.999e-3, 1.001e-3, 2e-3, 0.5, 1e3], dtype=F64)
+    expected = 2 / math.pi * torch.atan2(ratio * cosine, cosine) / (ratio * cosine)
+    torch.testing.assert_close(_angle_over_sine(ratio * cosine, cosine), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(_angle_over_sine(0 * cosine, cosine), 2 / math.pi / cosine, rtol=1e-14, atol=0)
 
 
 def test_fresh_labels_change_nothing(path):

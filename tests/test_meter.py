@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 import metaflowmaps as mfm
 from calls import steer
 from conftest import F64, PATHS, normal
+from metaflowmaps import cost
 from metaflowmaps.cost import Meter
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import stream
@@ -245,6 +248,17 @@ def test_a_wrapped_callable_counts_rows():
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peaks_are_in_bytes_where_the_system_has_no_proc(monkeypatch, platform, unit):
+    """getrusage tells kibibytes on Linux and bytes on macOS."""
+    monkeypatch.setattr(cost, "Path", lambda name: Path("nowhere"))
+    monkeypatch.setattr(cost.sys, "platform", platform)
+    monkeypatch.setattr(cost.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=70_000))
+    assert cost._peak_resident() == cost._mark_resident() == 70_000 * unit
+
 
 MEMORY = """
     import sys, torch

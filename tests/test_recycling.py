@@ -10,7 +10,8 @@ import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS, bayes, coefficients, normal
 from metaflowmaps.draws import Draws
 from metaflowmaps.random import stream
-from metaflowmaps.steering.recycling import DrawPool
+from metaflowmaps.steering import recycling
+from metaflowmaps.steering.recycling import DrawPool, solve_constants
 from metaflowmaps.value import free_shift
 
 CASE = CASES["per-component-full"]
@@ -116,6 +117,23 @@ def test_constants_converge_to_log_marginals(path):
     assert float((slope(SIZES, rms) + 0.5).abs().max()) < 0.1, slope(SIZES, rms)
     bound = 4.5 * rms[-1] / math.sqrt(ROWS) + rms[-1].square()  # and the bias of a logarithm
     assert bool((errors[-1].mean(1).abs() < bound).all()), (errors[-1].mean(1), bound)
+
+
+def test_a_new_constant_is_read_off_the_draws_that_are_there(path, monkeypatch):
+    """What the equations are solved from is right already, up to the noise of 512 draws: .02, of constants up to .5."""
+    apart = []
+
+    def solve(log_kernels, constants, num_draws):
+        solved = solve_constants(log_kernels, constants.clone(), num_draws)
+        apart.append(((constants[-1] - constants[0]) - (solved[-1] - solved[0])).abs().max())
+        return solved
+
+    monkeypatch.setattr(recycling, "solve_constants", solve)
+    pool = DrawPool(path, LENGTH)
+    for i, t in enumerate(TIMES):
+        pool.add(t, *draws_at(path, i, 512, 20))
+    assert float(max(apart)) < 0.05
+    assert float(pool._constants[-1].abs().min()) > 0.2
 
 
 def test_one_context_has_equal_weights(path):

@@ -34,6 +34,7 @@ def test_rejection_samples_the_tilted_law(bound):
     for k in range(len(tilted.means)):
         p = float((nearest[1] == k).double().mean())
         assert abs(float((nearest[0] == k).double().mean()) - p) < 4.5 * math.sqrt(p * (1 - p) / n) + 1e-3
+    assert got.info["time"].tolist() == [0.0]  # its one step begins at noise
     # it costs e^bound / E[e^r] proposals a sample, each a call of the model and one of the reward
     proposals = 1 / math.exp(float(LAW.log_evidence(REWARD)))
     pilot = 0 if bound == 0.0 else 2 * 1024 / n
