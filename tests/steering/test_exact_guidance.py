@@ -53,12 +53,12 @@ def test_reaches_the_tilted_law(name, process):
 @pytest.mark.parametrize("process", ["ode", "sde"])
 def test_moments_of_the_tilted_law(process):
     """The same for one case at a larger sample, by moments: means and covariances within 4.5 standard errors."""
-    n, name, path = 8_000, "per-component-full", PATHS["linear" if process == "ode" else "trigonometric"]
+    n, name, path = 4_000, "per-component-full", PATHS["linear" if process == "ode" else "trigonometric"]
     target = tilted(CASES[name], *random_reward(name))
     mean = (target.weights[:, None] * target.means).sum(0)
     centred = target.means - mean
     cov = torch.einsum("k,kde->de", target.weights, target.covariances + centred[:, :, None] * centred[:, None])
-    got = steered(name, path, n, seed=1, steps=48, process=process, integrator="heun", batch_size=n)
+    got = steered(name, path, n, seed=1, steps=40, process=process, integrator="heun", batch_size=n)
     for value, expected in ((got, mean), ((got - mean)[:, :, None] * (got - mean)[:, None], cov)):
         error = value.std(0) / math.sqrt(n)
         # 2e-3: the discretisation (its order is proved below)
@@ -68,15 +68,15 @@ def test_moments_of_the_tilted_law(process):
 # -- the ODE: order against the closed form's own drift --------------------------------------------------------------
 
 ORDERS = {
-    "euler": (1, [64, 128, 256]),
-    "midpoint": (2, [32, 64, 128]),
-    "heun": (2, [32, 64, 128]),
-    "rk4": (4, [16, 32, 64]),  # its last step is a midpoint step, whose h³ does not show at these sizes
+    "euler": (1, [32, 64]),
+    "midpoint": (2, [24, 48]),
+    "heun": (2, [24, 48]),
+    "rk4": (4, [8, 16]),  # its last step is a midpoint step, whose h³ does not show at these sizes
 }
 
 
-def fine_solution(name, path, x, steps=400):
-    """The ODE of the tilted law by rk4, its drift written out in closed_forms: error 1e-9."""
+def fine_solution(name, path, x, steps=128):
+    """The ODE of the tilted law by rk4, its drift written out in closed_forms: error 2e-7."""
     target = tilted(CASES[name], *random_reward(name))
     h = 1 / steps
     for i in range(steps):
@@ -128,7 +128,7 @@ def test_order_of_the_ode(name, path_name, integrator, solutions):
         for n in steps
     ]
     slope = math.log(errors[0] / errors[-1]) / math.log(steps[-1] / steps[0])
-    assert errors[-1] > 1e-8  # above the reference's own error, and that of looking at 1e-6 instead of t = 0
+    assert errors[-1] > 5e-6  # above the reference's own error, and that of looking at 1e-6 instead of t = 0
     assert abs(slope - order) < 0.25, f"{integrator}: {slope:.2f}, errors {errors}"
 
 
@@ -175,7 +175,7 @@ def test_weak_order_of_the_sde(path, integrator, monkeypatch):
     """
     _, mean = gaussian_moment(GAUSSIAN.means[0], GAUSSIAN.covariances[0], A, Y, NOISE_STD)
     target = tilted(GAUSSIAN, A, Y, NOISE_STD)
-    steps = [64, 128, 256, 512]
+    steps = [64, 256] if integrator == "euler" else [64, 128, 256]
     errors = []
     for n in steps:
         m, c = chain_law(path, n, integrator, monkeypatch)
@@ -184,13 +184,13 @@ def test_weak_order_of_the_sde(path, integrator, monkeypatch):
         errors.append(float((c - target.covariances[0]).norm()))
     assert errors[-1] > 1e-8
     if integrator == "euler":
-        slope = math.log(errors[1] / errors[3]) / math.log(4)
+        slope = math.log(errors[0] / errors[1]) / math.log(4)
         assert abs(slope - 1) < 0.25, f"{slope:.2f}, errors {errors}"
     else:
         scaled = [e * n**2 for e, n in zip(errors, steps, strict=True)]
-        first, second, third = (b - a for a, b in itertools.pairwise(scaled))
-        order = 2 - math.log2(third / second)
-        assert abs(order - 2) < 0.25, f"{order:.2f}, errors {errors}, increments {first, second, third}"
+        first, second = (b - a for a, b in itertools.pairwise(scaled))
+        order = 2 - math.log2(second / first)
+        assert abs(order - 2) < 0.25, f"{order:.2f}, errors {errors}, increments {first, second}"
 
 
 def test_the_bridge_needs_no_small_steps_where_nothing_depends_on_x(path):
