@@ -1,6 +1,7 @@
 """The public names of the package: ``metaflowmaps.NAME`` is ``metaflowmaps._public.NAME``."""
 
 from collections.abc import Callable
+from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ from torch import Tensor
 from metaflowmaps import rewards
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.interop import pretrained
 from metaflowmaps.interop.foreign import ForeignModel, wrap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath, Path, TrigonometricPath, glass_drift
@@ -21,37 +21,40 @@ from metaflowmaps.posterior import (
     Posterior,
     TweediePosterior,
 )
-from metaflowmaps.steering import (
-    DPS,
-    IMAGES,
-    MFMG,
-    MFMGF,
-    ODE,
-    SDE,
-    SMC,
-    TDS,
-    BestOfN,
-    Exact,
-    Glass,
-    Rejection,
-    Resampling,
-    Search,
-    SteerResult,
-    Unsteered,
-    steer,
-)
 from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_gradient
 
 if TYPE_CHECKING:
+    from metaflowmaps.interop import pretrained
     from metaflowmaps.pipeline import Pipeline
+    from metaflowmaps.steering import (
+        DPS,
+        IMAGES,
+        MFMG,
+        MFMGF,
+        ODE,
+        SDE,
+        SMC,
+        TDS,
+        BestOfN,
+        Exact,
+        Glass,
+        Rejection,
+        Resampling,
+        Search,
+        SteerResult,
+        Unsteered,
+        steer,
+    )
 
 
 def __getattr__(name: str) -> Any:
-    """``mfm.Pipeline``, loaded when it is asked for: it brings data sets and steering with it."""
+    """What takes long to load or brings pydantic, loaded when asked for: the pipeline, published weights, steering."""
     if name == "Pipeline":
-        from metaflowmaps.pipeline import Pipeline
-
-        return Pipeline
+        return import_module("metaflowmaps.pipeline").Pipeline
+    if name == "pretrained":
+        return import_module("metaflowmaps.interop.pretrained")
+    if name in __all__:
+        return getattr(import_module("metaflowmaps.steering"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

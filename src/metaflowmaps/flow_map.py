@@ -33,8 +33,6 @@ from metaflowmaps._shapes import (
 )
 from metaflowmaps.checkpoint import Pretrained
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.networks import describe_network, make_network
-from metaflowmaps.networks.low_rank import add_low_rank, rank_of
 from metaflowmaps.parameterization import Chart, chart_class
 from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.random import RowNoise, Source, check_seeds, randn
@@ -230,6 +228,9 @@ class MetaFlowMap(Pretrained):
 
     def describe(self) -> dict[str, Any]:
         """Path, parameterization, network and spread of the data, as a checkpoint keeps them."""
+        from metaflowmaps.networks import describe_network  # configurations bring pydantic
+        from metaflowmaps.networks.low_rank import rank_of
+
         rank = rank_of(self.network)
         return {
             "path": self.path.name,
@@ -242,6 +243,9 @@ class MetaFlowMap(Pretrained):
     @classmethod
     def from_description(cls, described: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> "MetaFlowMap":
         """The map of what ``describe`` says, freshly initialised."""
+        from metaflowmaps.networks import make_network
+        from metaflowmaps.networks.low_rank import add_low_rank
+
         network, path = make_network(described["network"]), make_path(described["path"])
         if described.get("low_rank"):
             add_low_rank(network, described["low_rank"])

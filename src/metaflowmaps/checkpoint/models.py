@@ -28,8 +28,6 @@ from metaflowmaps.checkpoint.shipped import names, shipped
 from metaflowmaps.checkpoint.store import CheckpointStore
 from metaflowmaps.checkpoint.writing import old_name, write_checkpoint
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.networks import describe_network, make_classifier
-from metaflowmaps.networks.low_rank import fold, rank_of
 
 CLASSIFIER = "classifier"
 Built = TypeVar("Built", bound=nn.Module)
@@ -110,6 +108,8 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, Pretrained):
         kind, described = model.kind, model.describe()
     else:
+        from metaflowmaps.networks import describe_network  # configurations bring pydantic
+
         described = {"network": describe_network(model)}
     return {"format": FORMAT, "kind": kind, **described, "version": version("metaflowmaps")}
 
@@ -134,6 +134,8 @@ def save_model(
 
 def load_classifier(path_or_hub_id: str | FilePath, revision: str | None = None, weights: str = "ema") -> nn.Module:
     """The classifier of a checkpoint or run, as ``from_pretrained`` has it: (B, *event) -> logits, frozen."""
+
+    from metaflowmaps.networks import make_classifier
 
     def build(described: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> nn.Module:
         return make_classifier(described["network"])
@@ -175,6 +177,8 @@ def _load(
     model.load_state_dict(stored)
     if config.get("dtype") == "float32":  # stored in fewer bits than it works in
         model.float()
+    from metaflowmaps.networks.low_rank import fold, rank_of
+
     if rank_of(model):  # tuned at low rank, it is an ordinary map from here on
         fold(model)
         model.requires_grad_(True)

@@ -16,6 +16,7 @@ from metaflowmaps.work.choices import Choice, build, dumped, kind_of, spelled
 from metaflowmaps.work.config import Config
 
 Family = TypeVar("Family", bound="NetworkConfig | ClassifierNetworkConfig")
+Described = dict[str, Any]  # a network, a map or a classifier, as JSON
 SHAPE = "event_shape"  # where a checkpoint says the shape of a sample
 
 
@@ -71,7 +72,7 @@ def _equipped(network: nn.Module, config: Config, **known: Any) -> nn.Module:
     return network
 
 
-def describe_network(network: nn.Module) -> dict[str, Any]:
+def describe_network(network: nn.Module) -> Described:
     """A network or a classifier as a checkpoint keeps it: its name, options and the shape of its samples."""
     config: Any = getattr(network, "config", None)
     kind = type(network)

@@ -14,7 +14,7 @@ place of biases; times enter through smooth low-frequency features.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from metaflowmaps.networks.checks import image_shape
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
 from metaflowmaps.networks.family import NetworkConfig
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: Mapping[str, Mapping[str, Any]] = {
     "digits": {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": []},
     "mnist": {"width": 64, "multipliers": [1, 3, 4], "blocks": 2, "attention": [7]},
 }

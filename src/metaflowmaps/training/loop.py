@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +148,9 @@ class _TrainingRun:
         ranks.first(lambda: out.mkdir(parents=True, exist_ok=True))
         self.model, self.objective, self.config = model, objective, config
         self.out, self.device, self.watch = out, device, watch
-        self.look = _Look(model, watch.on_sample, config.sample_every, device)
+        # before it is sharded; on CPU until it is looked at
+        several = watch.on_sample is not None and config.sample_every and ranks.size() > 1
+        self.shown = copy.deepcopy(model).cpu().eval() if several and ranks.rank() == 0 else None
         model.to(device).train()
         self.ranks_a_copy = spread(model, config, device)
         self.state = TrainState(model, config.optimizer, objective)
@@ -219,7 +221,25 @@ class _TrainingRun:
         self.state.average()
         self.state.step += 1
         self.state.add(figures)
-        self.enough = self.look(self.state)
+        if self.watch.on_sample is not None and self.config.sample_every:
+            self.enough = self.state.step % self.config.sample_every == 0 and self.look(self.watch.on_sample)
+
+    def look(self, see: Callable[[Any, int], object]) -> bool:
+        """Whether ``on_sample`` says that this is enough; the first rank shows it a whole model for all."""
+        if ranks.size() == 1:
+            with self.state.averaged():
+                return bool(see(self.model, self.state.step))
+        weights = ranks.whole(self.state.ema)
+
+        def show() -> bool:
+            assert self.shown is not None
+            self.shown.load_state_dict(weights)
+            try:
+                return bool(see(self.shown.to(self.device), self.state.step))
+            finally:
+                self.shown.cpu()
+
+        return ranks.first(show)
 
     def record(self) -> None:
         """Log and report, every ``log_every`` steps and at the end."""
@@ -279,38 +299,6 @@ def losses_of(
         yield losses
 
 
-class _Look:
-    """``on_sample``, every so many steps: the first rank shows it a whole model for all."""
-
-    def __init__(
-        self, model: nn.Module, on_sample: Callable[[Any, int], object] | None, every: int, device: torch.device
-    ) -> None:
-        self.on_sample, self.every, self.device = on_sample, every, device
-        self.whole: nn.Module | None = None  # before the model is sharded; on CPU until it is looked at
-        if on_sample and every and ranks.size() > 1 and ranks.rank() == 0:
-            self.whole = copy.deepcopy(model).cpu().eval()
-
-    def __call__(self, state: TrainState) -> bool:
-        """Whether it says that this is enough; False between two looks."""
-        see = self.on_sample
-        if see is None or not self.every or state.step % self.every:
-            return False
-        if ranks.size() == 1:
-            with state.averaged():
-                return bool(see(state.model, state.step))
-        weights = ranks.whole(state.ema)
-
-        def show() -> bool:
-            assert self.whole is not None
-            self.whole.load_state_dict(weights)
-            try:
-                return bool(see(self.whole.to(self.device), state.step))
-            finally:
-                self.whole.cpu()
-
-        return ranks.first(show)
-
-
 class _Log:
     """metrics.jsonl, cut back to the checkpoint on resume, and timings.jsonl beside it; the first rank's alone."""
 
@@ -326,7 +314,7 @@ class _Log:
             raise InputError(
                 f"{self.metrics} is shorter than its checkpoint recorded: restore it, or start in another --out"
             )
-        kept = [line for line in _records(self.timings) if line["step"] <= state.step]
+        kept = _timings(self.timings, state.step)
         write_whole(self.timings, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
 
@@ -349,19 +337,18 @@ class _Log:
                 os.fsync(file.fileno())
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, up to the first damaged line: a write may have been cut short."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
+def _timings(path: Path, last: int) -> list[Mapping[str, float]]:
+    """The records of a log up to step ``last`` or the first damaged line: a write may have been cut short."""
+    kept: list[Mapping[str, float]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-            float(record["step"]), float(record["seconds"])
+            float(record["seconds"])
+            if record["step"] <= last:
+                kept.append(record)
         except (ValueError, TypeError, KeyError):
             break
-        records.append(record)
-    return records
+    return kept
 
 
 class _Tracker:

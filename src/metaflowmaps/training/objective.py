@@ -14,6 +14,7 @@ rows on the diagonal every form stays near twice a flow-matching step (docs/scal
 depend on the data, so each sample is trained by both terms in turn.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
@@ -54,21 +55,21 @@ class Batch:
 
     def rows(self, start: int, end: int) -> "Batch":
         """Rows [start, end), each with the role it had."""
-        parts: dict[str, Any] = {name: v[start:end] for name, v in vars(self).items() if isinstance(v, Tensor)}
-        parts["diagonal_rows"] = min(max(self.diagonal_rows - start, 0), end - start)
-        parts["cond"] = {name: v[start:end] for name, v in self.cond.items()}
-        return replace(self, **parts)
+        return self._each(lambda v: v[start:end], min(max(self.diagonal_rows - start, 0), end - start))
 
     def share(self, rank: int, size: int) -> "Batch":
         """Rows rank, rank + size, …: equally many of each role, where ``size`` divides both numbers."""
-        parts: dict[str, Any] = {name: v[rank::size] for name, v in vars(self).items() if isinstance(v, Tensor)}
-        cond = {name: v[rank::size] for name, v in self.cond.items()}
-        return replace(self, **parts, diagonal_rows=len(range(rank, self.diagonal_rows, size)), cond=cond)
+        return self._each(lambda v: v[rank::size], len(range(rank, self.diagonal_rows, size)))
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, cond={name: v.to(device) for name, v in self.cond.items()})
+        return self._each(lambda v: v.to(device), self.diagonal_rows)
+
+    def _each(self, change: Callable[[Tensor], Tensor], diagonal_rows: int) -> "Batch":
+        """The batch with every tensor changed."""
+        tensors: Any = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        cond = {name: change(v) for name, v in self.cond.items()}
+        return replace(self, **tensors, cond=cond, diagonal_rows=diagonal_rows)
 
     def about(self, rows: Tensor) -> str:
         """What these rows have in common, for a message."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Slots = dict[str, Any]  # what the optimizer keeps of a weight, or the options of a group of weights
+
 
 class SOAP(torch.optim.Optimizer):
     """Adam in a slowly rotating basis; ``refresh`` steps between rotations."""
@@ -27,14 +29,8 @@ class SOAP(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         refresh: int = 10,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "refresh": refresh,
-        }
-        super().__init__(params, defaults)
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "refresh": refresh}
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -44,7 +40,7 @@ class SOAP(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update(p, p.grad, self.state[p], group)
 
-    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, grad: Tensor, state: Slots, group: Slots) -> None:
         beta_1, beta_2 = group["betas"]
         g = grad.flatten(1) if grad.ndim > 1 else grad
         if not state:
@@ -68,7 +64,7 @@ class SOAP(torch.optim.Optimizer):
         p.add_(update.view_as(p), alpha=-group["lr"] / correction_1)
 
 
-def _initialise(state: dict[str, Any], g: Tensor) -> None:
+def _initialise(state: Slots, g: Tensor) -> None:
     state["step"] = 0
     state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
     if g.ndim == 2:
@@ -86,12 +82,12 @@ def _eigenvectors(matrix: Tensor) -> Tensor:
     return vectors
 
 
-def _rotate(g: Tensor, state: dict[str, Any]) -> Tensor:
+def _rotate(g: Tensor, state: Slots) -> Tensor:
     rotated: Tensor = state["q_left"].T @ g @ state["q_right"]
     return rotated
 
 
-def _refresh(state: dict[str, Any]) -> None:
+def _refresh(state: Slots) -> None:
     """One orthogonal iteration a side, columns kept in order of their eigenvalue estimates, v permuted along."""
     for side, axis in (("left", 0), ("right", 1)):
         matrix, q = state[side], state[f"q_{side}"]

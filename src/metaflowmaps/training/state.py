@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +143,11 @@ def _own(value: Any, parameter: Tensor) -> Any:
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of a configuration over a model's parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "soap":
-        return SOAP(parameters, **options)
-    if config.name == "radam":
-        return torch.optim.RAdam(parameters, **options)
-    return torch.optim.Adam(parameters, fused=True, **options)
+    kind: Any = {"soap": SOAP, "radam": torch.optim.RAdam, "adam": partial(torch.optim.Adam, fused=True)}[config.name]
+    optimizer: torch.optim.Optimizer = kind(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, TypeVar
-
-from pydantic import BaseModel, GetCoreSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import CoreSchema, core_schema
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaflowmaps.errors import InputError, unknown
+
+if TYPE_CHECKING:  # pydantic takes as long to load as this package: it comes with the first option that is read
+    from pydantic import GetCoreSchemaHandler, ValidationError
+    from pydantic_core import CoreSchema
 
 T = TypeVar("T")
 PACKAGE = __name__.partition(".")[0]
@@ -82,6 +83,8 @@ def with_options(member: type[T], options: Mapping[str, Any]) -> T:
     for option in options:
         if option not in fields:
             raise unknown(f"option of {spelled(member)}", option, fields)
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(member).validate_python(dict(options))
     except ValidationError as error:
@@ -90,13 +93,15 @@ def with_options(member: type[T], options: Mapping[str, Any]) -> T:
 
 def options_of(member: type[Any]) -> list[str]:
     """The names of a choice's options."""
-    if issubclass(member, BaseModel):
+    if hasattr(member, "model_fields"):  # pydantic's
         return [name for name in member.model_fields if name != "name"]
     return [field.name for field in dataclasses.fields(member) if field.init]
 
 
 def dumped(choice: Any) -> dict[str, Any]:
     """A choice as JSON can hold it: its name and its options. :func:`built` makes it again."""
+    from pydantic import TypeAdapter
+
     options = TypeAdapter(type(choice)).dump_python(choice, mode="json", warnings=False)
     return {"name": spelled(type(choice)), **{k: v for k, v in options.items() if k != "name"}}
 
@@ -126,8 +131,10 @@ class Pick:
     def __init__(self, base: type[Any]) -> None:
         self.base = base
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
         """How pydantic reads and writes such a field."""
+        from pydantic_core import core_schema
+
         return core_schema.no_info_plain_validator_function(
             functools.partial(built, self.base),
             serialization=core_schema.plain_serializer_function_ser_schema(dumped),
@@ -137,8 +144,10 @@ class Pick:
 class PickOutside:
     """A configuration's field that holds a class or function of the user's: the object, or ``file.py:Name``."""
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
         """How pydantic reads and writes such a field."""
+        from pydantic_core import core_schema
+
         return core_schema.no_info_plain_validator_function(
             lambda given: outside(given) if isinstance(given, str) else given,
             serialization=core_schema.plain_serializer_function_ser_schema(
@@ -198,7 +207,7 @@ def _imported(place: str, text: str) -> ModuleType:
         raise InputError(f"{text} cannot be imported ({error}): give file.py:Name or package.module:Name") from None
 
 
-def one_line(error: ValidationError, owner: str) -> str:
+def one_line(error: "ValidationError", owner: str) -> str:
     """What pydantic found wrong first, in one line."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
