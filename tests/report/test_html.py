@@ -99,6 +99,13 @@ def test_metrics_that_bring_tables_are_shown_by_them_and_nothing_else(tmp_path):
     assert "987,654,321" not in text
 
 
+def test_steered_samples_are_told_by_their_methods_name(tmp_path):
+    """Its options are in the configuration too."""
+    config = {"method": {"name": "mfm-gf", "num_draws": 4}, "num": 8}
+    run = write(tmp_path / "a", "steer", {"num": 8, "reward_mean": 0.5}, config=config)
+    assert "8 samples by mfm-gf: mean reward 0.5" in page_of(tmp_path, run)[0]
+
+
 def test_tables_of_a_registered_command_give_way_to_those_its_metrics_bring(tmp_path, capsys):
     table = {"head": ["method", "L2"], "rows": [["mfm-g", 0.05], ["dps", 0.5]]}
     run = write(tmp_path / "a", "eval steering", {"tables": {"Class mixture": table}}, config={"task": "race"})

@@ -133,13 +133,26 @@ class Trained(View):
 
 
 class Asked(View):
-    """What samples were asked for, and what they got."""
+    """What samples were asked for."""
 
     method: str = ""
     num: int = 0
     num_draws: int = 0
     steps: int = 0
     t: float = 0.0
+
+
+class Named(View):
+    """A choice with its options, of which its name is told."""
+
+    name: str
+
+
+class Steered(View):
+    """What steered samples were asked for, and what they got."""
+
+    method: Named
+    num: int
     reward_mean: Number = math.nan
     nfe: Number = math.nan
 
@@ -161,9 +174,9 @@ def _draws_summary(results: Results) -> str:
 
 
 def _steer_summary(results: Results) -> str:
-    asked = Asked.of({**results.config, **results.metrics, **results.cost})
-    reached = f"mean reward {number(asked.reward_mean)}, {number(asked.nfe)} NFE each"
-    return f"{asked.num:,} samples by {asked.method}: {reached}."
+    steered = Steered.of({**results.config, **results.metrics, **results.cost})
+    reached = f"mean reward {number(steered.reward_mean)}, {number(steered.nfe)} NFE each"
+    return f"{steered.num:,} samples by {steered.method.name}: {reached}."
 
 
 # -- evaluations on mixtures -------------------------------------------------------------------------------------------
