@@ -2,7 +2,19 @@
 
 import sys
 
-from benchmarks import control, fidelity, finetuning, images, losses, memory, precision, steering, step_cost, world_size
+from benchmarks import (
+    control,
+    fidelity,
+    finetuning,
+    images,
+    losses,
+    memory,
+    precision,
+    rivals,
+    steering,
+    step_cost,
+    world_size,
+)
 
 BENCHMARKS = {
     "step-cost": step_cost.main,
@@ -14,6 +26,7 @@ BENCHMARKS = {
     "steering": steering.gmm_inverse,
     "steering-seeds": steering.gmm_inverse_seeds,
     "steering-16d": steering.in_16d,
+    "rivals": rivals.main,
     "value": steering.value,
     "recycling": steering.recycling,
     "finetune-mixture": finetuning.mixture,

@@ -106,13 +106,13 @@ def _parts(
         if kept.get(label, {}).get("config") != json.loads(config.model_dump_json()):
             say(f"{name}: {label}")
             metrics, _ = evaluate_steering(model, law, reward, config, lambda line: say(f"  {line}"), model.data_std)
-            kept[label] = {"config": json.loads(config.model_dump_json()), "metrics": _light(metrics)}
+            kept[label] = {"config": json.loads(config.model_dump_json()), "metrics": light(metrics)}
             keep(name, f"python -m benchmarks {'steering-16d' if '16d' in name else name}", {"parts": kept})
         print(f"\n{label}\n\n{summary(kept[label]['metrics'])}")
     return {label: part["metrics"] for label, part in kept.items()}
 
 
-def _light(metrics: dict[str, Any]) -> dict[str, Any]:
+def light(metrics: dict[str, Any]) -> dict[str, Any]:
     """Without the trajectories, rounded: these files live in the repository."""
     methods = {
         name: {key: {k: _rounded(v) for k, v in cell.items() if k != "trajectory"} for key, cell in by.items()}
