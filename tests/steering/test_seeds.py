@@ -39,6 +39,7 @@ CALLS = {
     "glass": ("glass", {"glass_steps": 2}),
     "glass, g": ("glass", {"glass_steps": 2, "estimator": "mfm-g"}),
     "rejection": ("rejection", {"pilot": 64}),
+    "resampling": ("resampling", {"particles": 1}),
     "exact": ("exact", {}),
     "exact, sde": ("exact", {"process": "sde"}),
 }

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count, event_sum
-from metaflowmaps.draws import DrawOptions, tilted_weights
+from metaflowmaps.draws import DrawOptions, Draws, tilted_weights
 from metaflowmaps.errors import check_one_of
 from metaflowmaps.random import NOISES
 from metaflowmaps.steering.method import Info, Method
 from metaflowmaps.steering.problem import SteeringProblem
-from metaflowmaps.value import ess, log_mean, value_std_err
+from metaflowmaps.value import ess, free_shift, log_mean, value_std_err
 from metaflowmaps.work.choices import PickOutside
 
 
@@ -49,6 +49,14 @@ class FromDraws(Method):
     def open_posterior(self, problem: SteeringProblem) -> None:
         """Let the problem draw from this method's posterior."""
         problem.open_posterior(self.posterior, self.map_steps)
+
+
+def halved_shift(pool: Draws, log_base: Tensor, shift: Tensor) -> Tensor | None:
+    """The gradient-free shift by every other draw, mean of both halves, less the shift; None for a single draw."""
+    if len(log_base) < 2:
+        return None
+    halves = [free_shift(Draws(pool.x_1[k::2], pool.rewards[k::2]), log_base[k::2].log_softmax(0)) for k in (0, 1)]
+    return (halves[0] + halves[1]) / 2 - shift
 
 
 def draw_info(problem: SteeringProblem, t: float, shift: Tensor, rewards: Tensor, log_base: Tensor) -> Info:

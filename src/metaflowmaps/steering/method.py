@@ -24,6 +24,7 @@ class Method(Choice, ABC):
     look: ClassVar[tuple[str, str]] = ("#7f848b", ".")  # colour and marker in figures
     draws: ClassVar[bool] = False  # does it draw from the posterior? Then num_draws is one of its fields
     gradients: ClassVar[bool] = False  # does it differentiate the reward?
+    targets_law: ClassVar[bool] = True  # is p_reward what it aims at, or just high rewards?
     exact: ClassVar[bool] = False  # does it need a model that knows its value function?
     grid: ClassVar[str] = "uniform"  # where nobody says
     usual: ClassVar[type[Process]] = ODE  # the process where nobody says
@@ -92,6 +93,7 @@ class Guidance(NamedTuple):
     drift: Tensor  # b_t(x), (B, *event)
     shift: Tensor  # D* − D, (B, *event)
     info: Info
+    halved: Tensor | None = None  # the shift that half of the draws would give, less the shift: about its bias
 
 
 class Guided(NamedTuple):
@@ -99,6 +101,7 @@ class Guided(NamedTuple):
 
     x: Tensor
     memory: Any
+    moves: Tensor | None = None  # what half of the draws would have moved it differently, (B, *event)
 
 
 class GuidedMethod(Method):
@@ -121,19 +124,24 @@ class GuidedMethod(Method):
     ) -> tuple[Guided, Info]:
         """One step of the process under the guided drift."""
         infos: list[Info] = []
+        halved: list[Tensor | None] = []
 
         def steered(t: float, x: Tensor) -> tuple[Tensor, Tensor]:
-            drift, shift, info = self.guide(problem, state.memory, t, x)
+            drift, shift, info, half = self.guide(problem, state.memory, t, x)
             steering, info["scale"] = process.steering_term(problem.path, t, drift, shift)
             infos.append({**info, "drift_norm": event_norm(drift), "steering_norm": event_norm(steering)})
+            halved.append(half)
             return drift, steering
 
-        x = process.step(problem, steered, t, u, state.x)
-        return Guided(x, state.memory), infos[0]
+        x, moves = process.step(problem, steered, t, u, state.x), state.moves
+        if halved[0] is not None:
+            move = (u - t) * float(problem.path.tilt_gain(t)) * halved[0]
+            moves = move if moves is None else moves + move
+        return Guided(x, state.memory, moves), infos[0]
 
     def finish(self, problem: SteeringProblem, state: Guided) -> tuple[Tensor, Info]:
         """The state itself."""
-        return state.x, {}
+        return state.x, {} if state.moves is None else {"moves": state.moves}
 
 
 __all__ = ["ODE", "SDE", "Guidance", "Guided", "GuidedMethod", "Info", "Method", "Process", "SteeringProblem"]

@@ -28,7 +28,7 @@ from torch import Tensor
 from metaflowmaps._shapes import check_count, event_sum
 from metaflowmaps.draws import NEGLIGIBLE, DrawOptions, Draws, equal_log_weights, tilted_weights, weighted
 from metaflowmaps.errors import InputError, check_one_of
-from metaflowmaps.steering.from_draws import FromDraws, draw_info
+from metaflowmaps.steering.from_draws import FromDraws, draw_info, halved_shift
 from metaflowmaps.steering.method import Guidance, GuidedMethod
 from metaflowmaps.steering.problem import FIRST, SteeringProblem
 from metaflowmaps.steering.recycling import DrawPool
@@ -97,7 +97,10 @@ class MFMG(FromDraws, GuidedMethod):
         pool = memory.pooled()
         shift, share = blended(made, pool, log_base, problem.denoise(t, x, drift), self.correction)
         info = draw_info(problem, looked_at, shift, pool.rewards, log_base)
-        return Guidance(drift, shift, {**info, "gradient_share": share})
+        halved = halved_shift(pool, log_base, free_shift(pool, log_base))
+        if halved is not None:  # the part of the blend that is gradient-free; that of the gradients has little bias
+            halved = _times(1 - share, halved)
+        return Guidance(drift, shift, {**info, "gradient_share": share}, halved)
 
 
 def blended(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError, check_one_of
-from metaflowmaps.steering.from_draws import FromDraws, draw_info
+from metaflowmaps.steering.from_draws import FromDraws, draw_info, halved_shift
 from metaflowmaps.steering.method import Guidance, GuidedMethod, Process
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.recycling import DrawPool
@@ -74,4 +74,5 @@ class MFMGF(FromDraws, GuidedMethod):
             shift = free_shift(pool, log_base, self.correction)
         else:
             shift = free_shift_from(pool, log_base, problem.denoise(t, x, drift), self.correction)
-        return Guidance(drift, shift, draw_info(problem, t, shift, pool.rewards, log_base))
+        info = draw_info(problem, t, shift, pool.rewards, log_base)
+        return Guidance(drift, shift, info, halved_shift(pool, log_base, free_shift(pool, log_base)))

@@ -32,6 +32,7 @@ class SteerResult:
             returned sample.
         info: a step each (K,), averaged over samples: ess, norms …; ``time`` is where each step began.
         interrupted: not all that was asked for.
+        notes: what the samples say against themselves (:mod:`metaflowmaps.steering.diagnostics`), each also a warning.
     """
 
     samples: Tensor
@@ -40,12 +41,14 @@ class SteerResult:
     cost: dict[str, float]
     info: dict[str, Tensor]
     interrupted: bool = False
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {"samples": self.samples, "rewards": self.rewards, "seeds": self.seeds}
         tensors |= {f"info.{name}": value for name, value in self.info.items()}
         facts = {"cost": json.dumps(self.cost), "interrupted": json.dumps(self.interrupted)}
+        facts["notes"] = json.dumps(self.notes)
         kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_whole(Path(path), save(kept, metadata=facts))
 
@@ -56,13 +59,14 @@ class SteerResult:
             with safe_open(Path(path), framework="pt") as file:
                 facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             cost, interrupted = json.loads(facts["cost"]), json.loads(facts["interrupted"])
+            notes = tuple(json.loads(facts.get("notes", "[]")))
             samples, rewards, seeds = (tensors.pop(name) for name in ("samples", "rewards", "seeds"))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{path} is no saved result of steering ({type(error).__name__}): see result.save"
             ) from None
         info = {name.removeprefix("info."): value for name, value in tensors.items()}
-        return cls(samples, rewards, seeds, cost, info, interrupted)
+        return cls(samples, rewards, seeds, cost, info, interrupted, notes)
 
     def plot(self) -> "Figure":
         """Samples (points, pictures or a histogram), and the rewards they got: a matplotlib figure."""

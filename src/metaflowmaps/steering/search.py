@@ -37,6 +37,7 @@ class Search(FromDraws):
 
     name = "mfm-search"
     title = "MFM-Search"
+    targets_law = False
     look = ("#c27df5", "v")
     grid = "power"
     moved_by = "search"

@@ -22,6 +22,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.random import Seed, as_seeds
 from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.steering.diagnostics import SteeredBatch, bias_of, findings
 from metaflowmaps.steering.method import Method
 from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
@@ -33,7 +34,6 @@ from metaflowmaps.work.progress import Bar
 
 ROWS = 4096  # of state at a time, where nobody says
 LATEST_START = 0.05  # the release starts at .01
-FEW = 1.2  # an ESS below this is one draw that has it all
 
 
 class Step(NamedTuple):
@@ -115,7 +115,13 @@ def steer(
         text = " ".join(str(run.failure).split()) or type(run.failure).__name__
         kept = f"{text} ({len(result.samples)} finished samples are kept)"
         raise SteeringFailed(kept, result) from run.failure
-    return _warned(made, result)
+    if not result.interrupted:
+        finished = SteeredBatch(problem, made, moves, result.samples, result.rewards, result.info, cond or None)
+        with torch.no_grad():
+            result.notes = tuple(findings(finished))
+    for note in result.notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return result
 
 
 class SampleRange(NamedTuple):
@@ -257,6 +263,8 @@ class _SteeringRun:
         info["time"] = torch.tensor(self.times[:-1], dtype=torch.float64)
         info["nonfinite"] = (~samples.flatten(1).isfinite().all(1)).sum()
         info |= {name: torch.cat([made.ending[name] for made in self.made]) for name in first.ending}
+        if "moves" in info:
+            info["bias"] = bias_of(info.pop("moves"), samples)
         cost = problem.meter.cost()
         cost["nfe"] = problem.meter.evaluations / max(1, len(samples))
         return SteerResult(samples, rewards.detach(), seeds, cost, info, self.interrupted)
@@ -280,24 +288,3 @@ def _check_cond(cond: Cond, num_samples: int) -> None:
         if not isinstance(value, Tensor) or value.shape != (num_samples,):
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"cond[{key!r}] must be a tensor of shape ({num_samples},), got {given}")
-
-
-def _warned(method: Method, result: SteerResult) -> SteerResult:
-    """Say what a user should know before trusting the samples."""
-    bad = int(result.info["nonfinite"])
-    if bad:
-        warnings.warn(
-            f"{bad} of {len(result.samples)} samples are not finite: the steering is too stiff for these steps; "
-            "use more steps, renormalize='clip', or mfm.MFMGF",
-            UserWarning,
-            stacklevel=3,
-        )
-    seen = result.info.get("ess")
-    if seen is not None and method.shown_draws > 1 and float((seen < FEW).double().mean()) > 0.5:
-        warnings.warn(
-            f"one draw carries all the weight (ESS < {FEW}) at {int((seen < FEW).sum())} of {len(seen)} steps: the "
-            "reward is too sharp for these draws; use more draws, recycle=8 or more, or a smaller strength",
-            UserWarning,
-            stacklevel=3,
-        )
-    return result

@@ -16,6 +16,7 @@ class Unsteered(GuidedMethod):
 
     name = "none"
     title = "unsteered"
+    targets_law = False
 
     def guide(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Guidance:
         """The drift alone."""

@@ -1,0 +1,106 @@
+"""What samples say against themselves: each warning fires on a failure made for it, and good runs are quiet."""
+
+import warnings
+
+import pytest
+import torch
+
+import metaflowmaps as mfm
+from conftest import F64, PATHS, normal, paper_law
+from metaflowmaps.random import stream
+from metaflowmaps.steering.diagnostics import bias_of
+
+MODEL = mfm.ExactModel(PATHS["linear"], paper_law())
+SHARP = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8], dtype=F64), -1.0, 0.2)  # the paper's
+MILD = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8], dtype=F64), -1.0, 2.0)
+
+
+def notes(method, reward=SHARP, process=None, n=256):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = mfm.steer(MODEL, reward, n, method, process or method.usual(steps=25), seed=0)
+    assert [str(w.message) for w in caught] == list(result.notes)
+    assert all("\n" not in note for note in result.notes)
+    return " | ".join(result.notes)
+
+
+GOOD = {
+    "rejection": (mfm.Rejection(bound=0.0), SHARP),
+    "pool": (mfm.Resampling(n=32), SHARP),
+    "many draws": (mfm.MFMGF(num_draws=16), MILD),
+    "default draws": (mfm.MFMGF(), MILD),
+    "particles": (mfm.SMC(num_draws=4), MILD),
+    "exact": (mfm.Exact(), SHARP),
+    "no steering": (mfm.Unsteered(), SHARP),  # it aims at nothing
+    "search": (mfm.Search(), SHARP),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_runs_are_quiet(name):
+    assert notes(*GOOD[name]) == ""
+
+
+def test_too_few_draws_are_said_with_the_number_to_try():
+    """The mode of a sharp reward is chosen by the first draws: one a step is too few, though all were exact."""
+    assert "short of draws" in notes(mfm.MFMGF(num_draws=1))
+    assert "use num_draws=2 or more" in notes(mfm.MFMGF(num_draws=1))
+
+
+def test_a_missed_mode_is_said():
+    """DPS has mode weights (.98, .02, 0) for (.57, .37, .06)."""
+    assert "one-step samples weighed by e^r disagree" in notes(mfm.DPS())
+
+
+def test_a_reward_that_no_draw_has_seen_is_said():
+    """50 on one sample in 100: without steering nearly none is there, yet the best one-step sample is."""
+    rare = paper_law().sample(100_000, stream(0, "rare"))[:, 0].quantile(0.99)
+
+    def reward(x):
+        return 50.0 * (x[:, 0] > rare)
+
+    blind = mfm.MFMGF(num_draws=1, recycle=1)  # one draw is its own mean: no shift at all
+    assert "one-step samples has reward 50, above 90%" in notes(blind, reward)
+
+
+def test_evidence_that_particles_got_wrong_is_said():
+    assert "the evidence" in notes(mfm.TDS(), SHARP)
+
+
+def test_samples_off_the_support_are_said():
+    """A steering term a hundred times as long as the drift carries samples where no data are."""
+    found = notes(mfm.MFMGF(), MILD, mfm.ODE(steps=25, renormalize="rescale", renormalize_to=100.0))
+    assert "nothing that the model would make" in found
+
+
+def test_the_check_costs_a_fortieth_and_is_not_in_the_cost():
+    """A run of few evaluations has no pool; the samples and their cost are those of the method alone."""
+    seen = []
+
+    def reward(x):
+        seen.append(len(x))
+        return MILD(x)
+
+    n, steps, draws = 40, 10, 4
+    result = mfm.steer(MODEL, reward, n, mfm.MFMGF(num_draws=draws), mfm.ODE(steps=steps), seed=0)
+    spent = n * steps * (1 + 2 * draws)
+    assert result.cost["nfe"] == spent / n
+    assert sum(seen) == n * steps * draws + n + spent // 40  # draws, the finished samples, the pool
+    seen.clear()
+    mfm.steer(MODEL, reward, 4, mfm.MFMGF(num_draws=draws), mfm.ODE(steps=steps), seed=0)
+    assert sum(seen) == 4 * steps * draws + 4
+
+
+def test_bias_is_the_mean_move_in_standard_deviations_beyond_chance():
+    samples, n = 2 * normal(4096, 3), 4096
+    assert float(bias_of(normal(n, 3, seed="noise"), samples)) == 0  # a mean of noise is 1/√n
+    move = 0.5 + 0.1 * normal(n, 3, seed="small")
+    # ‖(.5, .5, .5)‖ of a spread √(3 · 4); samples' spread is known to 1/√(6 n) < 1 %
+    assert float(bias_of(move, samples)) == pytest.approx(0.25, rel=0.02)
+    assert bias_of(move[:5], samples[:5]).isnan()
+
+
+def test_notes_are_kept(tmp_path):
+    result = mfm.steer(MODEL, SHARP, 256, mfm.DPS(), mfm.ODE(steps=25), seed=0)
+    result.save(tmp_path / "samples.safetensors")
+    assert mfm.SteerResult.load(tmp_path / "samples.safetensors").notes == result.notes != ()
