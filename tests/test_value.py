@@ -127,6 +127,7 @@ def test_order_of_the_bias_of_the_gradient_free_form(correction):
 
 PAIR = mfm.GaussianMixture(torch.tensor([[-0.8], [0.7]], dtype=F64), [0.3, 0.5], [0.4, 0.6])
 PAIR_REWARD = mfm.rewards.LinearGaussian(torch.tensor([1.0], dtype=F64), 1.5, 1.5)
+SHARP = mfm.rewards.LinearGaussian(torch.tensor([1.0], dtype=F64), 1.5, 0.4)
 PAIR_STATE = torch.tensor([[0.15]], dtype=F64)
 
 
@@ -219,6 +220,34 @@ def test_standard_errors_are_the_scatter(method, centre):
         assert abs(ratio - 1) < bound, f"claimed {ratio:.3f} of the scatter"
 
 
+KINDS = [("independent", 4), ("independent", 16), ("antithetic", 8), ("antithetic", 9)]
+
+
+@pytest.mark.parametrize(("noise", "n"), KINDS)
+def test_standard_errors_are_not_optimistic(noise, n):
+    """A sharp reward, few draws: the squared error is at most what is claimed (the delta method: up to 8 times)."""
+    posterior, x = exact_flow(6), PAIR_STATE.expand(3000, 1)
+    options = {"noise": noise, "chunk": 64}
+    exact = mfm.value_gradient(
+        posterior, SHARP, T, PAIR_STATE.expand(40, 1), 4096, mfm.GradientFree(chunk=64), stream(9)
+    )
+    got = value_gradient(posterior, SHARP, T, x, n, "gradient-free", stream(0), **options)
+    for values, claimed, truth in (
+        (got.value, got.std_err, exact.value.exp().mean().log()),
+        (got.gradient[:, 0], got.gradient_std_err, exact.gradient.mean()),
+    ):
+        # a mean square of 3,000 heavy-tailed errors is known to about a tenth; leaving one out errs on the safe side
+        ratio = float((values - truth).square().mean() / claimed.square().mean())
+        assert ratio < 1.2, ratio
+
+
+def test_a_set_of_quasi_random_noise_tells_no_error():
+    got = value_gradient(exact_flow(6), PAIR_REWARD, T, PAIR_STATE, 8, "gradient-free", stream(0), noise="quasi")
+    assert got.std_err.isnan().all()
+    assert got.gradient_std_err.isnan().all()
+    assert got.gradient.isfinite().all()
+
+
 def test_standard_error_in_two_dimensions_is_of_the_whole_vector():
     r, n = 4_000, 128
     got = value_gradient(
@@ -239,8 +268,9 @@ def test_formulas_from_the_draws(path):
     w = r.exp() / r.exp().sum(0)
     torch.testing.assert_close(got.value, r.exp().mean(0).log())
     torch.testing.assert_close(got.ess, r.exp().sum(0) ** 2 / (2 * r).exp().sum(0))
-    # the delta method with the sample's own variance: s²/(n m²)
-    torch.testing.assert_close(got.std_err, r.exp().std(0) / math.sqrt(n) / r.exp().mean(0))
+    # the jackknife: estimates from all draws but one
+    left_out = torch.stack([torch.cat([r[:i], r[i + 1 :]]).exp().mean(0).log() for i in range(n)])
+    torch.testing.assert_close(got.std_err, left_out.std(0, correction=0) * math.sqrt(n - 1))
     alpha, beta, *_ = coefficients(path, torch.tensor([T], dtype=F64))
     shift = (w[..., None] * got.draws).sum(0) - got.draws.mean(0)
     torch.testing.assert_close(got.gradient, beta / alpha**2 * shift)

@@ -40,7 +40,7 @@ def guided(path, guide, noise_std, rows=ROWS, seed=0):
     problem.begin(fresh_seeds(rows, stream(seed)), None)
     memory = guide.remember(problem)
     for t, x in zip(TIMES, STATES, strict=True):
-        drift, shift, info = guide.guide(problem, memory, t, x.expand(rows, 2).clone())
+        drift, shift, info, _ = guide.guide(problem, memory, t, x.expand(rows, 2).clone())
     # drift: b_t(x) itself, whatever the guide
     alpha, beta, alpha_dot, beta_dot = coefficients(path, torch.tensor(TIMES[-1], dtype=F64))
     mean, _ = posterior_at(path, TIMES[-1], STATES[-1])
@@ -163,7 +163,7 @@ def test_without_a_past_it_is_value_gradient(kind, noise, correction, path):
     seeds = fresh_seeds(len(x), stream(7))
     problem.begin(seeds, None)
     with torch.no_grad():
-        _, shift, info = guide.guide(problem, guide.remember(problem), t, x)
+        _, shift, info, _ = guide.guide(problem, guide.remember(problem), t, x)
     posterior = mfm.GlassPosterior(path, model.drift, 3) if "glass" in kind else mfm.MapPosterior(model)
     method = "gradient" if kind.endswith("g") else "gradient-free"
     got = value_gradient(posterior, mild, t, x, 4, method, RowNoise(seeds, "draws"), **options)
@@ -183,7 +183,7 @@ def test_dps_is_the_rewards_gradient_at_the_posterior_mean(t, path):
     problem = SteeringProblem(gaussian_map(path, MEAN, math.sqrt(VAR)), mild, Meter())
     problem.begin(torch.arange(5), None)
     with torch.no_grad():
-        drift, shift, info = DPS().guide(problem, None, t, x)
+        drift, shift, info, _ = DPS().guide(problem, None, t, x)
     alpha, beta, *_ = coefficients(path, torch.tensor(seen, dtype=F64))
     v = alpha**2 + beta**2 * VAR
     point = MEAN + beta * VAR / v * (x - beta * MEAN)
