@@ -250,6 +250,17 @@ def test_a_wrapped_callable_counts_rows():
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_meter_that_runs_twice_adds_seconds_and_keeps_the_higher_peak(monkeypatch):
+    clock, peaks, meter = iter([0.0, 1.0, 10.0, 13.0]), iter([170, 120]), Meter()
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(cost, "_mark_resident", lambda: 100)
+    monkeypatch.setattr(cost, "_peak_resident", lambda: next(peaks))
+    for _ in range(2):
+        with meter:
+            pass
+    assert (meter.cost()["seconds"], meter.cost()["peak_memory_bytes"]) == (4.0, 70)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peaks_are_in_bytes_where_the_system_has_no_proc(monkeypatch, platform, unit):

@@ -96,6 +96,13 @@ def test_draws_are_the_first_of_more(dtype):
     assert torch.equal(one, RowNoise(seeds, "x").normal((5,), 4, dtype)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_an_odd_number_of_normals_are_the_first_of_one_more(dtype):
+    """A word, or two, make a pair of normals, of which the last is left out."""
+    odd, even = (RowNoise(torch.arange(5), "odd").normal((size,), dtype=dtype) for size in (3, 4))
+    assert torch.equal(odd, even[:, :3])
+
+
 def test_seed_name_and_call_all_matter():
     seeds = torch.tensor([0, 1, 2**40, -1])
     made = [x[0] for name in (("x",), ("y",), ("x", 0.5), ("x", 1)) for x in ask(seeds, F64, name=name)]

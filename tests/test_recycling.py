@@ -169,6 +169,25 @@ def test_contexts_that_do_not_overlap_get_no_weight(n):
     torch.testing.assert_close(weights[2 * n :], torch.full((n, rows), 1 / n, dtype=F64), rtol=2e-3, atol=0)
 
 
+def test_a_context_that_no_old_draw_reaches_has_its_own_draws(path):
+    """At 1e20, whose square is infinite in float32, nothing is known of a new constant: weights stay numbers."""
+    pool, n = DrawPool(path, 2), 4
+    for t, x in ((0.5, torch.zeros(3, 2)), (0.6, torch.full((3, 2), 1e20))):
+        x_1 = (x / path.beta(t).to(x)).expand(n, 3, 2) + normal(n, 3, 2).float()
+        log_weights = pool.add(t, x, Draws(x_1, torch.zeros(n, 3)))
+    assert torch.equal(log_weights.exp(), torch.tensor([0.0, 0.25])[:, None, None].expand(2, n, 3).reshape(2 * n, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_draws_in_half_precision_are_weighed_in_single(dtype, path):
+    """The same weights as of the same rounded numbers in float32, to the bit."""
+    half, single = DrawPool(path, 3), DrawPool(path, 3)
+    for t, x, made in chain(path, 4, (2,), steps=4):
+        x, x_1, rewards = (each.to(dtype) for each in (x, made.x_1, made.rewards))
+        weights = half.add(t, x, Draws(x_1, rewards))
+        assert torch.equal(weights, single.add(t, x.float(), Draws(x_1.float(), rewards.float())))
+
+
 def test_the_same_context_again_pools_its_draws(path):
     """Twice one context: 2N draws of equal weight."""
     pool = DrawPool(path, 2)

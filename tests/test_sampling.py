@@ -90,6 +90,8 @@ def test_log_snr_grid(path):
     steps = (beta / alpha).log().diff()
     torch.testing.assert_close(steps, steps.mean().expand(4), rtol=1e-12, atol=0)
     torch.testing.assert_close(grid[[1, -2]], torch.tensor([0.01, 0.99], dtype=F64), rtol=1e-12, atol=0)
+    for few in (1, 2):  # no room for both ends
+        assert torch.equal(time_grid(path, "log-snr", few), uniform_grid(few))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import metaflowmaps as mfm
 from calls import value_gradient
 from conftest import CASES, F64, bayes, coefficients, ks_bound, normal
+from metaflowmaps.draws import DrawOptions, make_draws
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import noise, stream
 
@@ -426,6 +427,22 @@ def test_two_passes_are_one_for_a_sharp_reward(correction):
         ).gradient for passes in (1, 2)
     )  # fmt: skip
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+def test_the_second_pass_leaves_out_what_is_negligible():
+    """Gradients of draws whose weight is half of an equal share are those of one pass, and of the others 0."""
+    options = DrawOptions(4, True, passes=2, negligible=0.5)
+    x, reward = normal(20, 2), lambda x, cond: 3 * x[:, 0]
+    one, two = (
+        make_draws(mfm.MapPosterior(labelled()), reward, 0.3, x, options._replace(passes=passes), stream(0))
+        for passes in (1, 2)
+    )
+    weights = one.rewards.softmax(0)
+    kept = weights >= 0.5 / 4
+    assert (kept & (weights < 0.5)).any()
+    assert 0 < int(kept.sum()) < kept.numel()
+    expected = torch.where(kept[..., None], one.gradients, 0.0)
+    torch.testing.assert_close(two.gradients, expected, rtol=1e-10, atol=0)  # batches of other sizes round differently
 
 
 def test_two_passes_leave_every_row_its_observation():

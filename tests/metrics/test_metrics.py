@@ -90,6 +90,20 @@ def test_energy_distance_of_two_normals():
     assert float(energy_kernel(torch.tensor(4.0))) == -2.0
 
 
+@pytest.mark.parametrize("h", [0.5, 2.0])
+def test_mmd_by_hand(h):
+    """{0, 1} against {0, 2}, scales 1/4 to 4: k(1) + k(2) − (k(0) + k(2) + 2 k(1))/2, to roundings of float64."""
+
+    def k(distance):
+        return sum(math.exp(-(distance**2) / (2 * (h * 2.0**s) ** 2)) for s in range(-2, 3)) / 5
+
+    x, y = torch.tensor([[0.0], [1.0]]).double(), torch.tensor([[0.0], [2.0]]).double()
+    assert mmd_squared(x, y, h) == pytest.approx(k(1) + k(2) - (1 + k(2) + 2 * k(1)) / 2, abs=1e-15)
+    for wrong in (0.0, -1.0):
+        with pytest.raises(InputError, match="bandwidth must be positive"):
+            mmd_squared(x, y, wrong)
+
+
 def test_multi_scale_mmd_sees_both_scales():
     x = normal(800, 2, "ms")
     fine = x + 0.35 * torch.sign(normal(800, 2, "mt"))

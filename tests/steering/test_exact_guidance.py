@@ -204,6 +204,25 @@ def test_the_bridge_needs_no_small_steps_where_nothing_depends_on_x(path):
     assert float((got - 0.3).abs().max()) < 5e-3
 
 
+def test_at_noise_a_cap_leaves_no_steering(path):
+    """σ² is infinite at t = 0, and cap/σ² the factor."""
+    term, scale = mfm.ODE(sigma_cap=50.0).steering_term(path, 0.0, normal(3, 2), normal(3, 2, seed="shift"))
+    assert not term.any()
+    assert torch.equal(scale, torch.ones(3, dtype=F64))
+
+
+@pytest.mark.parametrize("to", [0.5, 2.0])
+def test_steering_is_renormalised_to_a_multiple_of_the_drift(path, to):
+    """Rescaled ‖·‖ = to ‖b‖; clipped, at most that, and what is below it stays; to roundings of float64."""
+    drift, shift = normal(9, 2), torch.linspace(0.1, 3, 9, dtype=F64)[:, None] * normal(9, 2, seed="shift")
+    plain, _ = mfm.ODE().steering_term(path, 0.3, drift, shift)
+    limit = to * drift.norm(dim=1)
+    assert 0 < int((plain.norm(dim=1) > limit).sum()) < 9
+    for kind, size in (("rescale", limit), ("clip", torch.minimum(plain.norm(dim=1), limit))):
+        term, _ = mfm.ODE(renormalize=kind, renormalize_to=to).steering_term(path, 0.3, drift, shift)
+        torch.testing.assert_close(term, plain / plain.norm(dim=1, keepdim=True) * size[:, None], rtol=1e-12, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:the grid starts")  # late on purpose: one step, its noise set by hand
 def test_options_of_the_control(path):
     """σ²-cap and renormalisation by their definitions, on one euler step of the ODE from t = .3."""

@@ -16,6 +16,7 @@ from metaflowmaps.random import RowNoise, fresh_seeds, stream
 from metaflowmaps.steering import DPS, MFMG, MFMGF, Glass
 from metaflowmaps.steering.mfm_g import _leave_one_out, blended
 from metaflowmaps.steering.problem import SteeringProblem
+from metaflowmaps.value import free_shift
 
 MEAN, VAR = torch.tensor([0.4, -0.3], dtype=F64), 0.5
 A, Y = torch.tensor([[1.0, -0.6]], dtype=F64), torch.tensor([1.0], dtype=F64)
@@ -124,6 +125,16 @@ def test_the_blend_by_hand(slopes, near):
     moved = torch.minimum(expected * middle, torch.tensor(near / math.sqrt(2), dtype=F64))
     torch.testing.assert_close(share, expected.expand(1), rtol=1e-12, atol=0)  # roundings of float64
     torch.testing.assert_close(shift, moved.expand(1, 1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200])
+def test_gradients_that_say_nothing_leave_the_gradient_free_form(value):
+    """Not a number, infinite, or of a square that is infinite: no move from F."""
+    made = Draws(normal(2, 3, 2), normal(2, 3, seed="rewards"), torch.full((2, 3, 2), value, dtype=F64))
+    base = equal_log_weights(made.rewards)
+    shift, share = blended(made, made, base, torch.zeros(3, 2, dtype=F64))
+    assert torch.equal(shift, free_shift(made, base))
+    assert not share.any()
 
 
 @pytest.mark.parametrize("rest", [0.3, 1e-2, 1e-6, 0.0])

@@ -108,6 +108,15 @@ def test_labels_have_the_exact_posterior():
     assert calibration(x, label.flip(0)) > 10
 
 
+def test_labels_of_three_classes_are_those_of_their_components():
+    """Sixty standard deviations apart each sample belongs to one component, and that to one class."""
+    means = torch.tensor([[-30.0, 0.0], [0.0, 30.0], [30.0, 0.0], [0.0, -30.0]], dtype=F64)
+    labelled = LabelledLaw(mfm.GaussianMixture(means, 0.5), [2, 0, 1, 1])
+    x, label = labelled.sample_labelled(400, stream(0, "three"))
+    assert torch.equal(label, torch.tensor([2, 0, 1, 1])[torch.cdist(x, means).argmin(1)])
+    assert label.bincount().min() > 0
+
+
 @pytest.mark.parametrize("labels", [[0, 2, 0], [1, 1, 1], [1, 2, 2]])
 def test_labels_leave_no_class_out(labels):
     with pytest.raises(InputError, match=r"labels must be 0, 1, … without gaps") as error:
