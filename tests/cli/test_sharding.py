@@ -57,7 +57,7 @@ def short():
 def test_nothing_depends_on_how_many_workers_there_are(capsys, tmp_path, name):
     case = CASES[name]
     one, _ = done(capsys, tmp_path / "one", case, *BY)
-    for count in (2, 3):
+    for count in (2, 3) if name == "refine" else (3,):
         out = tmp_path / str(count)
         for i in reversed(range(count)):
             made, err = done(capsys, out, case, *BY, "--worker", f"{i}/{count}")
@@ -326,7 +326,7 @@ def same(one, other):
     return untimed(one["metrics"]) == untimed(other["metrics"])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", ["value", "generation", "inverse", "race"])  # one of each kind of cell
 def test_evaluations_are_shared_by_workers(capsys, tmp_path, name):
     command, *_ = EXPERIMENTS[name]
     case = ["eval", command[0], "digits", *command[1:], "--shard-size", "8"]

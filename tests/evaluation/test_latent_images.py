@@ -169,7 +169,7 @@ EXPERIMENTS = {
     ),
     "race": (
         "steering",
-        ["samples=64", "steps=3", "base_steps=2", "pool=200", "best_of=[1,50]", "strengths=[2]", "rescales=[1]",
+        ["samples=64", "steps=2", "base_steps=2", "pool=128", "best_of=[1,16]", "strengths=[2]", "rescales=[1]",
          'methods=["mfm-g-1","tds-64"]', 'rewards=["slant","half"]'],
         {"reward-against-distance.png", "reward-against-frechet.png", "samples-slant.png", "samples-half.png"},
     ),
