@@ -6,11 +6,12 @@ exact map is the quantile function of its posterior; its diagonal is the mixture
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import metaflowmaps as mfm
-from conftest import F64, coefficients
+from conftest import F64, PATHS, coefficients
 from metaflowmaps.draws import DrawOptions, make_draws
 from metaflowmaps.finetuning import MFMFT, SelfNormalised, TargetBatch, TuningSetup
 from metaflowmaps.finetuning.baseline import RunningLevel
@@ -18,6 +19,10 @@ from metaflowmaps.finetuning.mfm_ft import WeightedRegression
 from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.networks.mlp import MLPConfig
 
+# each path, and one draw and several: a fault of the one or the other shows without their product
+ONE_AND_FOUR = pytest.mark.parametrize(
+    ("num_draws", "path"), [(1, PATHS["linear"]), (4, PATHS["trigonometric"])], ids=["1-linear", "4-trigonometric"]
+)
 LEVEL = 4.5  # of |z|: two-sided probability 7e-6 a statistic; the suite looks at about a thousand of them, seeds fixed
 LOUD = 10.0  # of |z|, where a difference must show: no chance fluctuation
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exact import LEVEL, LOUD, MEAN, STD, Case, Round, gaussian_map, running, z_scores
+from exact import LEVEL, LOUD, MEAN, ONE_AND_FOUR, STD, Case, Round, gaussian_map, running, z_scores
 
 import metaflowmaps as mfm
 from conftest import F64, ks_bound, ks_distance
@@ -52,7 +52,7 @@ def test_a_draw_without_weight_is_never_picked(u):
         assert (gather(rest, chosen) > 0).all()
 
 
-@pytest.mark.parametrize("num_draws", [1, 4])
+@ONE_AND_FOUR
 @pytest.mark.parametrize("name", ["gaussian-2d", "mixture-1d"])
 def test_the_weighted_pick_is_a_draw_of_the_tilted_posterior(name, num_draws, path):
     """w (x_1 − E*[x_1]) and w (x_1² − E*[x_1²]) have mean 0 at every context, the base's moments do not."""
@@ -85,7 +85,7 @@ def gradients(objective, model, steps):
     return torch.stack(rows).double()
 
 
-@pytest.mark.parametrize("num_draws", [1, 4])
+@ONE_AND_FOUR
 @pytest.mark.parametrize("diagonal_share", [0.0, 1.0])
 def test_the_tilted_map_is_the_fixed_point_of_the_direct_losses(diagonal_share, num_draws, path):
     """MeanFlow alone, the diagonal alone: the mean gradient is 0 at the exact tilted map, and at the base's it is not.
