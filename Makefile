@@ -12,7 +12,7 @@ DEV := $(VENV)/.dev
 help:
 	@echo "make demo   noisy digits, steered digits: runs/demo/digits/report.html"
 	@echo "make test   the test suite"
-	@echo "make check  lint, format, types, import contract, public docstrings"
+	@echo "make check  lint, format, types, import contract, public docstrings, tables of the docs"
 	@echo "make rehearsal  from pictures to a steered pipeline at ImageNet's layout, all of it tiny (minutes)"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"
 	@echo "make clean  remove the virtualenv and caches"
@@ -42,6 +42,7 @@ check: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/docstrings.py
+	$(BIN)/python -m benchmarks tables --check
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks

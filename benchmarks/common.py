@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.provenance import RESULTS, commit_now
 from metaflowmaps.cli.results import environment
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, PosteriorResult, evaluate_posterior
@@ -17,7 +18,6 @@ from metaflowmaps.training.loop import TrainResult
 from metaflowmaps.training.train_config import TrainConfig
 from metaflowmaps.training.training_run import run_training
 
-RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "bench"
 
 
@@ -37,9 +37,9 @@ def machine() -> dict[str, Any]:
 
 
 def keep(name: str, command: str, figures: dict[str, Any]) -> None:
-    """Write benchmarks/results/NAME.json."""
+    """Write benchmarks/results/NAME.json, with the commit that it is from."""
     RESULTS.mkdir(exist_ok=True)
-    result = {"command": command, "machine": machine(), **figures}
+    result = {"command": command, **commit_now(), "machine": machine(), **figures}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     say(f"wrote {RESULTS / name}.json")
 

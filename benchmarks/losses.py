@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from benchmarks.common import RESULTS, judged, keep, say, table, trained
+from benchmarks.common import RESULTS, judged, keep, say, trained
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.figures.plots import GLASS, MAP, new_figure, save
 from metaflowmaps.losses import Eulerian, Lagrangian, LagrangianDifference, MeanFlow, Semigroup
@@ -70,16 +70,6 @@ def main(budget: float = BUDGET) -> None:
                 "steps": steps,
             }
             say(f"{parameterization}: {name}: {means}")
-    rows = [
-        [
-            name,
-            f"{f['mean']:.3f} ± {f['spread']:.3f}",
-            *(f"{statistics.fmean(v):.3f}" for v in f["relative_sw2"].values()),
-        ]  # type: ignore[attr-defined]
-        for name, f in figures.items()
-    ]
-    rows.append(["floor", f"{statistics.fmean(floor.values()):.3f}", *(f"{v:.3f}" for v in floor.values())])
-    print(table(["loss", "mean over t (± over seeds)", *(f"t = {t:g}" for t in JUDGE.times)], rows))
     keep("losses", "python -m benchmarks losses", {"budget_seconds": budget, "floor": floor, "losses": figures})
     picture(figures)
 

@@ -12,8 +12,10 @@ import sys
 import torch
 
 from benchmarks.common import keep
-from metaflowmaps import MFMG, ODE, LinearPath, MetaFlowMap, steer
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_network
+from metaflowmaps.path import LinearPath
+from metaflowmaps.steering import MFMG, ODE, steer
 
 NETWORK = {"name": "unet", "channels": 1, "size": 28, "width": 16, "multipliers": [1, 2], "blocks": 1, "attention": []}
 
@@ -34,8 +36,8 @@ def peak_of_pipeline(num_draws: int, steps: int, micro_batch: int, checkpointing
 
     from tests.tiny_codec import tiny_codec
 
-    from metaflowmaps import Pipeline
     from metaflowmaps.networks.dit import SIZES, DiTConfig
+    from metaflowmaps.pipeline import Pipeline
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

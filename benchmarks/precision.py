@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.common import keep, say, table, trained
+from benchmarks.common import keep, say, trained
 from metaflowmaps._shapes import expand_time
 from metaflowmaps.data import Digits
 from metaflowmaps.flow_map import MetaFlowMap
@@ -60,9 +60,6 @@ def main() -> None:
                 with context():
                     value, _ = form(model, batch, h)
                 part["JVP" if h is None else f"{h:g}"] = relative(value, *exact[name])
-    head = ["precision", "derivative", "JVP", *(f"h = {h:g}" for h in STEPS)]
-    rows = [[p, n, *(f"{v:.1e}" for v in part.values())] for p, parts in figures.items() for n, part in parts.items()]
-    print(table(head, rows))
     keep("precision", "python -m benchmarks precision", {"relative_errors": figures})
 
 

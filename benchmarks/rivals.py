@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, keep, say, trained
-from benchmarks.steering import light, summary
+from benchmarks.provenance import commit_now
+from benchmarks.steering import light
+from benchmarks.table_rows import METHODS, method_rows
+from benchmarks.tables import markdown
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
 from metaflowmaps.recipes.gmm import gmm
@@ -50,7 +53,7 @@ def main() -> None:
         if name not in kept:
             kept[name] = _problem(name)
             keep("rivals", "python -m benchmarks rivals", {"problems": kept})
-        print(f"\n{name}\n\n{summary(kept[name]['metrics'])}")
+        print(f"\n{name}\n\n{markdown([METHODS, *method_rows(kept[name]['metrics'])])}")
 
 
 def _problem(name: str) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def _problem(name: str) -> dict[str, Any]:
         methods=(*COMPARED, *(c for c in chosen if c not in COMPARED)),
     )  # fmt: skip
     metrics = _measured(model, task.law, reward, config)
-    return {"chosen elsewhere": chosen, "scans elsewhere": scans, "metrics": light(metrics)}
+    return {**commit_now(), "chosen elsewhere": chosen, "scans elsewhere": scans, "metrics": light(metrics)}
 
 
 def _measured(model: MetaFlowMap, law: Any, reward: LinearGaussian, config: SteeringEvalConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks import benchmark_figures
-from benchmarks.common import RESULTS, keep, say, table, trained
+from benchmarks.common import RESULTS, keep, say, trained
+from benchmarks.provenance import commit_now
 from metaflowmaps.draws import DrawOptions, make_draws
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, evaluate_steering
@@ -100,15 +101,16 @@ def _parts(
 ) -> dict[str, Any]:
     torch.set_num_threads(1)  # two of these may run side by side on two cores
     file = RESULTS / f"{name}.json"
-    kept: dict[str, Any] = json.loads(file.read_text())["parts"] if file.exists() else {}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    kept = {label: {"commit": before.get("commit"), **part} for label, part in before.get("parts", {}).items()}
     for label, settings in parts.items():
         config = SteeringEvalConfig(**{"budget": 1e9, **settings})
         if kept.get(label, {}).get("config") != json.loads(config.model_dump_json()):
             say(f"{name}: {label}")
             metrics, _ = evaluate_steering(model, law, reward, config, lambda line: say(f"  {line}"), model.data_std)
-            kept[label] = {"config": json.loads(config.model_dump_json()), "metrics": light(metrics)}
+            settings_kept = json.loads(config.model_dump_json())
+            kept[label] = {**commit_now(), "config": settings_kept, "metrics": light(metrics)}
             keep(name, f"python -m benchmarks {'steering-16d' if '16d' in name else name}", {"parts": kept})
-        print(f"\n{label}\n\n{summary(kept[label]['metrics'])}")
     return {label: part["metrics"] for label, part in kept.items()}
 
 
@@ -129,26 +131,6 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
-def summary(metrics: dict[str, Any]) -> str:
-    """One Markdown row a method and number of draws."""
-    rows = []
-    for name, by_draws in metrics["methods"].items():
-        for key, cell in by_draws.items():
-            cost, total = cell["cost"], cell["samples"] * cell["seeds"]
-            rows.append(
-                [
-                    name, key, f"{min(cell['sw2'] / cell['floor_sw2'], 9999):.2f}", f"{cell['mode_l1']:.3f}",
-                    f"{cell['floor_mode_l1']:.3f}", f"{cell['mmd']:.3f}", f"{cell['reward']:.2f}",
-                    f"{cost['nfe']:,.0f}", f"{cost['reward_calls'] / total:,.0f}",
-                    f"{1000 * cost['seconds'] / total:.2f}", f"{cell['seeds']} × {cell['samples']:,}",
-                ]
-            )  # fmt: skip
-    head = [
-        "method", "N", "SW2 / floor", "mode L1", "its floor", "MMD", "reward", "NFE", "reward calls", "ms", "samples"
-    ]  # fmt: skip
-    return table(head, rows)
-
-
 def value() -> None:
     """Benchmark 3: V̂ of map and GLASS against the exact value."""
     task = steering_task("gmm-inverse")
@@ -160,16 +142,6 @@ def value() -> None:
     ):
         metrics = evaluate_value(model, task.law, task.reward(""), ValueEvalConfig(**settings), say)
         out[label] = _rounded(metrics)
-        times = list(metrics["value_std"])
-        rows = [
-            [
-                name, f"{metrics['network_calls_per_draw'][name]:g}", f"{metrics['seconds_by_sampler'][name]:.2f}",
-                *(f"{at[t]['rmse']:.3f} / {at[t]['pearson']:.4f}" for t in times),
-            ]
-            for name, at in metrics["by_sampler"].items()
-        ]  # fmt: skip
-        print(f"\nGLASS {label}\n")
-        print(table(["sampler", "calls", "seconds", *(f"t = {t}: RMSE / r" for t in times)], rows))
         if label == "euler":
             figures.save(steering_figures.value_error(metrics), RESULTS / "value.png")
     keep("value", "python -m benchmarks value", out)
@@ -183,15 +155,11 @@ LENGTHS = (2, 4, 8, 16)
 
 def recycling() -> None:
     """What recycled draws are worth as the dimension grows: exact draws, exact trajectories, error of the shift."""
-    rows, out = [], {}
+    out = {}
     for dim in (2, 8, 32, 128, 512):
         for steps in (50, 250):
-            cell = {length: _recycled(dim, steps, length) for length in (1, *LENGTHS)}
-            out[f"{dim}, {steps}"] = cell
-            shown = (f"{cell[n]['error'] / cell[1]['error']:.2f} ({cell[n]['draws']:.1f})" for n in LENGTHS)
-            rows.append([dim, steps, *shown])
-            say(f"recycling: {dim} dimensions, {steps} steps: {rows[-1][2:]}")
-    print(table(["dimensions", "steps", *(f"L = {n}" for n in LENGTHS)], rows))
+            say(f"recycling: {dim} dimensions, {steps} steps")
+            out[f"{dim}, {steps}"] = {length: _recycled(dim, steps, length) for length in (1, *LENGTHS)}
     keep("recycling", "python -m benchmarks recycling", {"dimension, steps -> L -> error and effective draws": out})
 
 

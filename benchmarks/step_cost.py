@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import keep, say, table
-from metaflowmaps import LinearPath, MetaFlowMap
+from benchmarks.common import keep, say
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import SIZES, DiT, DiTConfig
-from metaflowmaps.path import Drift
+from metaflowmaps.path import Drift, LinearPath
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.state import TrainState
@@ -87,11 +87,6 @@ def measured(
             "ratio": statistics.median(ratios),
             "ratio_quartiles": [quarter[0], quarter[2]],
         }
-    rows = [
-        [name, f["milliseconds"], f["ratio"], "{:.2f} to {:.2f}".format(*f["ratio_quartiles"])]
-        for name, f in figures.items()
-    ]
-    print(table(["step", "ms", "× flow matching", "quartiles"], rows))
     return figures
 
 

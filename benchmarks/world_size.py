@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import keep, table
+from benchmarks.common import keep
 from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import SIZES, DiTConfig
@@ -50,11 +50,9 @@ def main() -> None:
         runs = [_read(Path(folder) / str(number)) for number in range(len(CASES))]
     whole, start = runs[0]["weights"], _build().state_dict()
     moved = _distance(whole, start)
-    figures, rows = [], []
+    figures = []
     for (size, shard, pieces), run in zip(CASES, runs, strict=True):
         difference = _distance(run["weights"], whole)
-        words = f"1 in {pieces}" if size == 1 else {0: "1 over all", 1: "each its own"}.get(shard, f"1 over {shard}")
-        rows.append([size, words, f"{run['steps_per_second']:.1f}", f"{difference:.1e}", f"{run['loss']:.7f}"])
         figures.append(
             {
                 "ranks": size,
@@ -65,7 +63,6 @@ def main() -> None:
                 "loss": run["loss"],
             }
         )
-    print(table(["ranks", "copies of the weights", "steps/s", "largest difference of a weight", "last loss"], rows))
     print(f"\nthe largest movement of a weight in these {STEPS} steps: {moved:.1e}")
     keep("world-size", "python -m benchmarks world-size", {"steps": STEPS, "moved": moved, "cases": figures})
 

@@ -1,0 +1,294 @@
+"""What the tables of README and docs show: for each its result file, and how its rows are made of that."""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Rows = list[list[str]]
+"""The head and the rows below it."""
+DIVERGED, OFF_SCALE = 10.0, 1000.0
+METHODS = ["method", "N", "SW2 / floor", "mode L1 (floor)", "MMD", "reward", "NFE", "reward calls", "ms", "samples"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A result file and what of it a table shows."""
+
+    file: str
+    rows: Callable[[dict[str, Any]], Rows]
+
+
+def number(value: Any, places: int = 2) -> str:
+    """A cell: figures with a true minus sign, nothing for nothing, words as they are."""
+    if not isinstance(value, int | float):
+        return value or ""
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+def numbers(values: Iterable[Any], places: int = 2) -> list[str]:
+    """Cells of one precision."""
+    return [number(value, places) for value in values]
+
+
+def times(names: Iterable[str]) -> list[str]:
+    """The heads of columns by inner time."""
+    return [f"t = {name}" for name in names]
+
+
+# -- posteriors and losses ---------------------------------------------------------------------------------------------
+
+
+def one_step(result: dict[str, Any]) -> Rows:
+    """The default recipe alone."""
+    ratio = result["default, 65536 samples"]["ratio"]
+    return [["t", *ratio], ["one step of the map", *numbers(ratio.values())]]
+
+
+def fidelity(result: dict[str, Any]) -> Rows:
+    """Every recipe, against the floor."""
+    cells = {name: cell for name, cell in result.items() if name.endswith(" samples")}
+    rows = [
+        [*re.sub(r"(\d+) samples", lambda n: f"{int(n[1]):,}", name).split(", "), number(cell["train_seconds"], 0),
+         *numbers(cell["ratio"].values())]
+        for name, cell in cells.items()
+    ]  # fmt: skip
+    return [["recipe", "samples", "training, s", *times(next(iter(cells.values()))["ratio"])], *rows]
+
+
+def losses(result: dict[str, Any]) -> Rows:
+    """Means over seeds."""
+
+    def shown(value: float, after: str = "") -> str:
+        return "diverged" if value > DIVERGED else number(value, 3) + after
+
+    rows = [
+        [name, shown(cell["mean"], f" ± {cell['spread']:.3f}"),
+         *(shown(statistics.fmean(by_seed)) for by_seed in cell["relative_sw2"].values())]
+        for name, cell in result["losses"].items()
+    ]  # fmt: skip
+    floor = list(result["floor"].values())
+    head = ["parameterisation: loss", "mean over t", *times(result["floor"])]
+    return [head, *rows, ["floor", *numbers([statistics.fmean(floor), *floor], 3)]]
+
+
+def glass(result: dict[str, Any]) -> Rows:
+    """Errors of GLASS by calls, and the calls that it needs to match the map."""
+    first = result["euler, uniform"]
+    rows = [
+        ["map, 1 call", *numbers(first["by_sampler"]["map-1"].values(), 3)],
+        ["floor", *numbers(first["floor_of_others"].values(), 3)],
+    ]
+    for name, calls_a_step in (("euler, uniform", 1), ("euler, angle", 1), ("midpoint, angle", 2)):
+        by_calls = {
+            calls_a_step * int(sampler.split("-")[1]): values.values()
+            for sampler, values in result[name]["by_sampler"].items() if sampler.startswith("glass")
+        }  # fmt: skip
+        rows += [
+            [f"GLASS {name}, {calls} calls", *numbers(values, 3)]
+            for calls, values in by_calls.items() if calls in (4, 16, 32, 64, 128)
+        ]  # fmt: skip
+        matched = result[name]["glass_calls_to_match_one_map_step"].values()
+        shown = [str(calls_a_step * steps) if steps else f"> {max(by_calls)}" for steps in matched]
+        rows.append([f"**calls to match, {name}**", *shown])
+    return [["error of", *times(first["by_sampler"]["map-1"])], *rows]
+
+
+def step_cost(result: dict[str, Any], places: int = 1) -> Rows:
+    """Milliseconds, and ratios to flow matching."""
+    rows = [
+        [name, number(cell["milliseconds"], places), number(cell["ratio"]),
+         "{:.2f} to {:.2f}".format(*cell["ratio_quartiles"])]
+        for name, cell in result["steps"].items()
+    ]  # fmt: skip
+    return [["step", "ms", "× flow matching", "quartiles"], *rows]
+
+
+def precision(result: dict[str, Any]) -> Rows:
+    """Errors of derivatives; in bold the default step of each precision."""
+    rows = [
+        [kind, form, *(f"**{e:.1e}**" if {"float32": "0.005", "bf16": "0.05"}.get(kind) == h else f"{e:.1e}"
+                       for h, e in cell.items())]
+        for kind, forms in result["relative_errors"].items() for form, cell in forms.items()
+    ]  # fmt: skip
+    steps = result["relative_errors"]["float32"]["Eulerian"]
+    return [["precision", "derivative", *(h if h == "JVP" else f"h = {h}" for h in steps)], *rows]
+
+
+def world_size(result: dict[str, Any]) -> Rows:
+    """Ranks against one rank."""
+    rows = []
+    for case in result["cases"]:
+        sharded = {0: "1 over all", 1: "each its own"}.get(case["shard"], f"1 over {case['shard']}")
+        copies = f"1 in {case['micro_batches']}" if case["ranks"] == 1 else sharded
+        speed, difference, loss = number(case["steps_per_second"], 1), case["weight_difference"], case["loss"]
+        rows.append([str(case["ranks"]), copies, speed, f"{difference:.1e}", f"{loss:.7f}"])
+    return [["ranks", "copies of the weights", "steps/s", "largest difference of a weight", "last loss"], *rows]
+
+
+def memory(result: dict[str, Any]) -> Rows:
+    """MFM-G on a small network."""
+    rows = [
+        [name, *(number(cell[n] / 2**20, 0) for n in ("4", "64")), number(cell["ratio"])]
+        for name, cell in result.items() if name in ("plain", "blended")
+    ]  # fmt: skip
+    return [["MFM-G", "4 draws, MiB", "64 draws, MiB", "ratio"], *rows]
+
+
+def memory_pipeline(result: dict[str, Any]) -> Rows:
+    """By draws, then by steps."""
+    head = [*(f"{n} draws, 3 steps" for n in result["by_draws"]), *(f"{n} steps, 4 draws" for n in result["by_steps"])]
+    values = [*result["by_draws"].values(), *result["by_steps"].values()]
+    return [["", *head], ["MiB", *(number(value / 2**20, 0) for value in values)]]
+
+
+# -- steering ----------------------------------------------------------------------------------------------------------
+
+
+def methods(*parts: str) -> Callable[[dict[str, Any]], Rows]:
+    """The rows of these parts, but for draws in between."""
+    draws = ("0", "1", "4", "16", "64")
+    return lambda result: [METHODS, *(row for p in parts for row in method_rows(result["parts"][p]["metrics"], draws))]
+
+
+def method_rows(metrics: dict[str, Any], draws: tuple[str, ...] | None = None) -> Rows:
+    """One row for each method and number of draws."""
+    cells = [(name, key, cell) for name, by in metrics["methods"].items() for key, cell in by.items()]
+    return [_method(*cell) for cell in cells if draws is None or cell[1] in draws]
+
+
+def _method(name: str, draws: str, cell: dict[str, Any]) -> list[str]:
+    total, cost = cell["samples"] * cell["seeds"], cell["cost"]
+    return [
+        name, "–" if draws == "0" else draws, _ratio(cell), f"{cell['mode_l1']:.3f} ({cell['floor_mode_l1']:.3f})",
+        number(cell["mmd"], 3), "< −10⁴" if cell["reward"] < -1e4 else number(cell["reward"]), number(cost["nfe"], 0),
+        number(cost["reward_calls"] / total, 0), number(1000 * cost["seconds"] / total),
+        f"{cell['seeds']} × {cell['samples']:,}",
+    ]  # fmt: skip
+
+
+def _ratio(cell: dict[str, Any]) -> str:
+    ratio = cell["sw2"] / cell["floor_sw2"]
+    return "> 1,000" if ratio > OFF_SCALE else number(ratio)
+
+
+def by_draws(result: dict[str, Any]) -> Rows:
+    """How plain methods and defaults depend on the number of draws."""
+    parts = ("ode, 50 steps", "ode, 50 steps, variants")
+    cells = {name: by for part in parts for name, by in result["parts"][part]["metrics"]["methods"].items()}
+    names = {
+        "mfm-g-plain": "`mfm-g`, plain", "mfm-g-plain-clip": "`mfm-g`, plain, clipped", "mfm-g": "`mfm-g` (blend)",
+        "mfm-gf-plain": "`mfm-gf`, no recycling", "mfm-gf": "`mfm-gf`",
+    }  # fmt: skip
+    draws = ("1", "4", "16", "64")
+    rows = [[title, *(_ratio(cells[name][n]) for n in draws)] for name, title in names.items()]
+    return [["method", *(f"N = {n}" for n in draws)], *rows]
+
+
+def recycling(result: dict[str, Any]) -> Rows:
+    """Errors as ratios to those without recycling, and effective draws."""
+    lengths, rows = ("2", "4", "8", "16"), []
+    for name, cell in result["dimension, steps -> L -> error and effective draws"].items():
+        shown = (f"{cell[n]['error'] / cell['1']['error']:.2f} ({cell[n]['draws']:.1f})" for n in lengths)
+        rows.append([*name.split(", "), *shown])
+    return [["dimensions", "steps", *(f"L = {n}" for n in lengths)], *rows]
+
+
+def value(result: dict[str, Any]) -> Rows:
+    """Map and GLASS against the exact value."""
+    rows = []
+    for label in ("euler", "midpoint, angle"):
+        part = result[label]
+        for name, at in part["by_sampler"].items():
+            if label == "euler" or name.startswith("glass"):
+                calls = number(part["network_calls_per_draw"][name], 0)
+                shown = (f"{cell['rmse']:.3f} / {cell['pearson']:.4f}" for cell in at.values())
+                title = f"{name}, {label}" if name.startswith("glass") else name
+                rows.append([title, calls, number(part["seconds_by_sampler"][name]), *shown])
+    heads = (f"t = {t}: RMSE / r" for t in result["euler"]["value_std"])
+    return [["sampler", "calls a draw", "seconds", *heads], *rows]
+
+
+# -- tables that their benchmark keeps ---------------------------------------------------------------------------------
+
+
+def kept(title: str, columns: tuple[int, ...], places: tuple[int, ...]) -> Callable[[dict[str, Any]], Rows]:
+    """Columns of a table that the result file holds as such, each with its number of decimals."""
+
+    def rows(result: dict[str, Any]) -> Rows:
+        table = result["metrics"]["tables"][title]
+        below = [[number(row[c], p) for c, p in zip(columns, places, strict=True)] for row in table["rows"]]
+        return [[table["head"][c] for c in columns], *below]
+
+    return rows
+
+
+def inverse(result: dict[str, Any]) -> Rows:
+    """Accuracy, spread ratio and p of the rank test for every problem."""
+    problems = result["metrics"]["tables"]
+    rows: dict[str, list[str]] = {}
+    for table in problems.values():
+        for row in table["rows"]:
+            shown = f"{row[3]:.2f}, {row[5]:.2f}, {row[6]:.3f}"
+            rows.setdefault(row[0], [row[0]]).append(f"{shown}; {row[1]:.1f} dB")
+    return [["accuracy, spread, p; PSNR of the mean", *problems], *rows.values()]
+
+
+def tuned_digits(result: dict[str, Any]) -> Rows:
+    """Fréchet distances to the target, of tuned and of steered samples."""
+    head, rows = ["reward", "λ"], []
+    for reward in result["metrics"]["rewards"]:
+        table = result["metrics"]["tables"][f"{reward}: tuned and steered"]
+        far, cells = table["head"].index("Fréchet to target"), {}
+        for row in table["rows"]:
+            cells.setdefault(row[0], {})[row[1]] = row[far]
+        columns = [name for name in cells["10"] if not name.startswith("what")]
+        head = ["reward", "λ", *columns]
+        rows += [[reward, strength, *numbers(map(by.get, columns))] for strength, by in cells.items()]
+    return [head, *rows]
+
+
+DRIFTS = "Drifts after 15 s a run"
+TUNED = "Tuned to the paper's inverse problem, against exact samples"
+FRECHET = "Fréchet distance of draws to held-out images, in features of the judging classifier"
+VALUES = "Value of the reward margin, 200 draws, against rollouts"
+FREQUENCIES = "Class frequencies against w, 100 steps, costs a sample"
+RACE = "MFM-G with one draw against best-of-N"
+STEERING, SEEDS = "steering.json", "steering-seeds.json"
+TABLES = {
+    "one-step": Table("fidelity.json", one_step),
+    "fidelity": Table("fidelity.json", fidelity),
+    "losses": Table("losses.json", losses),
+    "step-cost": Table("step-cost.json", step_cost),
+    "step-cost-transformer": Table("step-cost-transformer.json", lambda result: step_cost(result, 0)),
+    "glass": Table("glass.json", glass),
+    "steering-seeds": Table(SEEDS, methods("ode, 250 steps", "ode, 50 steps")),
+    "steering-particles": Table(
+        SEEDS, methods("particles, 250 steps", "particles, 50 steps", "particles, one returned, 50 steps")
+    ),
+    "steering-variants": Table(STEERING, methods("ode, 50 steps, variants")),
+    **{
+        f"steering-{process}-{steps}": Table(STEERING, methods(f"{process}, {steps} steps"))
+        for process in ("ode", "sde") for steps in (50, 250, 1000)
+    },
+    **{
+        f"steering-16d-{name}": Table(f"steering-16d-{name}.json", methods("ode, 50 steps"))
+        for name in ("medium", "sharp", "broad")
+    },
+    "steering-by-draws": Table(STEERING, by_draws),
+    "recycling": Table("recycling.json", recycling),
+    "value": Table("value.json", value),
+    "precision": Table("precision.json", precision),
+    "world-size": Table("world-size.json", world_size),
+    "memory": Table("memory.json", memory),
+    "memory-pipeline": Table("memory-pipeline.json", memory_pipeline),
+    "control": Table("control.json", kept(DRIFTS, (0, 1, 2, 3, 11), (0, 3, 3, 3, 1))),
+    "finetune-mixture": Table("finetune-mixture.json", kept(TUNED, tuple(range(7)), (0, 2, 3, 2, 3, 0, 0))),
+    "finetune-digits": Table("finetune-digits.json", tuned_digits),
+    "digits-posterior": Table("digits/posterior-16k.json", kept(FRECHET, tuple(range(7)), (0, 0, 2, 2, 2, 2, 3))),
+    "digits-value": Table("digits/value.json", kept(VALUES, tuple(range(10)), (0, 0, 2, 2, 2, 3, 2, 2, 2, 2))),
+    "digits-race": Table("digits/race.json", kept(RACE, (0, 1, 2, 3, 6, 7, 8, 9, 10), (0, 0, 2, 2, 0, 0, 1, 1, 1))),
+    "digits-mixture": Table("digits/mixture.json", kept(FREQUENCIES, (0, 7, 1, 2, 9), (0, 0, 3, 3, 0))),
+    "digits-inverse": Table("digits/inverse.json", inverse),
+}  # fmt: skip
