@@ -414,7 +414,9 @@ def test_python_numbers_keep_their_digits():
         ([[0.0, 0.0]], [[1.0, 0.5], [0.0, 1.0]], None, "symmetric"),
         ([[0.0, 0.0]], torch.ones(3), None, "covariances must be a number"),
         ([[0.0, 0.0]], math.inf, None, "covariances must be finite"),
+        ([[0.0, 0.0]], [[1.0, 0.01], [0.0, 1.0]], None, "symmetric"),
         ([[0.0], [1.0]], 1.0, [0.5, 0.6], "weights must sum to 1"),
+        ([[0.0], [1.0]], 1.0, [0.5, 0.501], "weights must sum to 1"),
         ([[0.0], [1.0]], 1.0, [1.5, -0.5], "weights must be finite and >= 0"),
         ([[0.0], [1.0]], 1.0, [1.0], r"weights must have shape \(2,\)"),
     ],
@@ -422,6 +424,11 @@ def test_python_numbers_keep_their_digits():
 def test_bad_parameters_are_refused(means, covariances, weights, message):
     with pytest.raises(mfm.InputError, match=message):
         mfm.GaussianMixture(means, covariances, weights)
+
+
+def test_weights_typed_with_four_digits_are_normalised():
+    weights = mfm.GaussianMixture([[0.0], [1.0], [2.0]], 1.0, [0.3333, 0.3333, 0.3333]).weights
+    torch.testing.assert_close(weights, torch.full((3,), 1 / 3, dtype=F64), rtol=1e-14, atol=0)
 
 
 def test_bad_states_are_refused(path):

@@ -26,6 +26,12 @@ def test_sliced_w2_of_a_shift(dim):
         assert expected == pytest.approx(math.sqrt(0.49 * 2 / 2), rel=1e-6)  # equal angles: exactly |c|²/2
 
 
+def test_directions_of_the_plane_are_a_half_circle():
+    """No line twice: angles i π/64, to roundings of float32."""
+    angle = torch.atan2(directions(2)[:, 1], directions(2)[:, 0])
+    torch.testing.assert_close(angle, torch.arange(64) * (math.pi / 64), rtol=1e-6, atol=1e-7)
+
+
 def test_sliced_w2_of_a_scaling():
     """N(0, 1) against N(0, 4): W2 = 1. At n = 20,000 the sampling error of W2 is about 0.01; allow five times it."""
     assert sliced_w2(normal(20_000, 1, "a"), 2 * normal(20_000, 1, "b")) == pytest.approx(1.0, abs=0.05)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closed_forms import random_map
 
 import metaflowmaps as mfm
 from calls import steer
@@ -121,6 +122,12 @@ def test_search_by_hand(selection, transition, path):
     last = x.reshape(m, samples, 1)[best.reshape(m, samples).argmax(0), torch.arange(samples)]
     torch.testing.assert_close(got.samples, last, rtol=1e-12, atol=1e-12)
     assert len(noises) == (1 + 3 if transition == "stochastic" else 1)
+
+
+def test_a_global_search_tells_the_reward_of_the_one_that_all_go_on_from():
+    """At the last step that is the sample; a mean over each particle's own best would be lower."""
+    got = mfm.steer(random_map(PATHS["linear"]), lambda x: x[:, 0], 1, mfm.Search(2, particles=4), seed=0)
+    torch.testing.assert_close(got.info["best_reward"][-1], got.rewards[0].double(), rtol=1e-6, atol=0)  # float32
 
 
 def test_search_raises_the_reward():

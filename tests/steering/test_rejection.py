@@ -56,6 +56,15 @@ def test_rejection_refuses_a_bound_that_does_not_hold_and_a_reward_too_sharp():
         steered(mfm.Rejection(bound=100.0, max_proposals=3))
 
 
+def test_rejection_holds_each_sample_to_its_bound():
+    """A learned one is raised by what a sample meets, a given one holds to 1e-6 for rounding, and not to .05."""
+    for seed in range(20):
+        got = steered(mfm.Rejection(pilot=1), 1, seed=seed)
+        assert got.rewards[0] <= got.info["bound"][0]
+    with pytest.raises(mfm.InputError, match=r"is above bound=-0\.05"):
+        steered(mfm.Rejection(bound=-0.05), 256)
+
+
 def test_one_step_best_of_n_keeps_the_best_of_its_candidates():
     model, n, samples = random_map(PATHS["linear"]), 5, 4
 
