@@ -65,6 +65,16 @@ def test_rejection_holds_each_sample_to_its_bound():
         steered(mfm.Rejection(bound=-0.05), 256)
 
 
+def test_a_pilot_is_made_once_or_for_each_batch_with_conditions():
+    problem = SteeringProblem(random_map(PATHS["linear"]), lambda x: x[:, 0], Meter())
+    pilots, label = iter([0.0, 1.0, 2.0]), {"label": torch.zeros(2, dtype=torch.int64)}
+    made = []
+    for cond in (None, None, label, label):
+        problem.begin(torch.arange(2), cond)
+        made.append(problem.once("pilot", lambda: next(pilots)))
+    assert made == [0, 0, 1, 2]
+
+
 def test_one_step_best_of_n_keeps_the_best_of_its_candidates():
     model, n, samples = random_map(PATHS["linear"]), 5, 4
 
