@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_a_number_has_no_say_where_the_reward_is_minus_in
     made = problem.draws(place, 4, True, stream(1))
     forbidden = made.rewards == -torch.inf
     assert (forbidden.any(0) & ~forbidden.all(0)).any()
-    assert made.gradients[forbidden].isnan().any()
+    assert (made.gradients[forbidden] == 0).all()  # autograd's own would be 0 · ∞ there
 
 
 # -- r -> r − c --------------------------------------------------------------------------------------------------------

@@ -159,6 +159,8 @@ CALLS = {
     "dps": ("dps", {}),
     "tds": ("tds", {"particles": 4, "returns": "one"}),
     "best-of-n": ("best-of-n", {"num_draws": 3}),
+    "best-of-n, one step": ("best-of-n", {"num_draws": 3, "source": "map"}),
+    "resampling": ("resampling", {"num_draws": 6, "particles": 1}),
     "glass": ("glass", {"num_draws": 3, "glass_steps": 4}),
     "glass, g": ("glass", {"num_draws": 2, "glass_steps": 4, "estimator": "mfm-g", "chunk": 1}),
 }
