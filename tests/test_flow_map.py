@@ -492,3 +492,12 @@ def test_bad_counts_are_refused(model):
     ):
         with pytest.raises(mfm.InputError, match="at least 1"):
             call()
+
+
+def test_draws_at_a_state_that_is_not_finite_are_refused():
+    model = mfm.MetaFlowMap(MLPConfig(width=8, depth=2).network((2,)), mfm.LinearPath())
+    x = torch.zeros(3, 2)
+    x[1, 0] = math.nan
+    for ask in (lambda: model.draw(0.5, x, 2), lambda: mfm.value_gradient(model, lambda x: x[:, 0], 0.5, x, 2)):
+        with pytest.raises(mfm.InputError, match="x_t is not finite in 1 of 3 rows"):
+            ask()

@@ -102,6 +102,13 @@ def check_state(x: Tensor, name: str = "x", event_shape: tuple[int, ...] | None 
         raise InputError(f"{name} must have event shape {tuple(event_shape)}, got {tuple(x.shape[1:])}")
 
 
+def check_finite(x: Tensor, name: str) -> None:
+    """Refuse states that hold NaN or infinity: whatever is drawn from them would hold it too."""
+    bad = ~x.detach().flatten(1).isfinite().all(1)
+    if bool(bad.any()):
+        raise InputError(f"{name} is not finite in {int(bad.sum())} of {len(x)} rows: look where it comes from")
+
+
 def check_same(x: Tensor, y: Tensor, names: str) -> None:
     """Refuse two states that differ in shape, dtype or device."""
     for what, a, b in (

@@ -22,6 +22,7 @@ from metaflowmaps._shapes import (
     as_numbers,
     batch_time,
     check_count,
+    check_finite,
     check_order,
     check_same,
     check_state,
@@ -184,6 +185,7 @@ class MetaFlowMap(Pretrained):
     ) -> Tensor:
         """num_draws independent draws from p_{1|t}(· | x_t): (num_draws, B, *event), differentiable in x_t."""
         check_state(x_t, "x_t", self.event_shape)
+        check_finite(x_t, "x_t")
         check_count(num_draws, "num_draws")
         self._check_cond(cond, x_t)
         check_time(t)

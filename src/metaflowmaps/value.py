@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Cond, Time, batch_time, check_state, check_time, expand_time
+from metaflowmaps._shapes import Cond, Time, batch_time, check_finite, check_state, check_time, expand_time
 from metaflowmaps.draws import (
     NEGLIGIBLE,
     DrawOptions,
@@ -320,6 +320,7 @@ def value_gradient(
     """
     estimator = built(Estimator, method)
     check_state(x_t, "x_t")
+    check_finite(x_t, "x_t")
     check_time(t)
     with frozen(posterior, reward):
         draws = make_draws(posterior, checked_reward(reward), t, x_t, estimator.options(num_draws), generator, cond)

@@ -703,6 +703,16 @@ def test_a_config_that_is_no_model_is_refused(saved, changes, says):
     assert says in line
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number):
+    """A run that diverged: its map would draw NaN without a word."""
+    model = make_model()
+    with torch.no_grad():
+        next(model.parameters()).flatten()[3] = number
+    model.save_pretrained(tmp_path / "m")
+    assert "numbers that are not finite, in " in refusal(lambda: MetaFlowMap.from_pretrained(tmp_path / "m"))
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     def edited(edit):
         model = make_model()

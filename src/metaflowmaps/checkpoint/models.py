@@ -171,6 +171,11 @@ def _load(
     problem = _misfit(model, stored)
     if problem:
         raise CheckpointError(checkpoint.path / name, f"does not fit {CONFIG}, {problem}: {INSTEAD}")
+    broken = sorted(key for key, value in stored.items() if not bool(torch.isfinite(value).all()))
+    if broken:
+        raise CheckpointError(
+            checkpoint.path / name, f"holds numbers that are not finite, in {shortened(broken)}: {INSTEAD}"
+        )
     for key, slot in [*model.named_parameters(), *model.named_buffers()]:
         if key in stored:  # a tied weight is listed under one of its names only
             slot.data = slot.data.to(stored[key].dtype)

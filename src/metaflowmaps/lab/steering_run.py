@@ -137,7 +137,7 @@ class SteeringRun:
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0,
             "reward_max": float(rewards.max()),
-            **{name: float(info[name].double().mean()) for name in ("ess", "base_ess", "bias") if name in info},
+            **{name: float(info[name].double().mean()) for name in ("ess", "base_ess") if name in info},
         }
         if "log_evidence" in info:
             metrics["log_evidence"] = log_normaliser(result)
@@ -169,7 +169,7 @@ def _as_shard(result: SteerResult) -> Shard:
     """A shard of steered samples: rows, means over rows, and what there is one of for each system."""
     tensors = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
     for name, value in result.info.items():
-        if name != "nonfinite":
+        if name not in ("nonfinite", "bias"):  # of the whole batch, not of its rows
             tensors[f"each.{name}" if name in ("log_evidence", "pool_ess") else f"mean.{name}"] = value
     cost = {name: value for name, value in result.cost.items() if name != "nfe"}
     return Shard(tensors, {"cost": cost, "rows": len(result.samples)})
