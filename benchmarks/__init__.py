@@ -16,6 +16,7 @@ BENCHMARKS = {
     "finetune-mixture": "finetuning:mixture",
     "finetune-digits": "finetuning:digits",
     "images": "images:main",
+    "digits-one-setting": "one_setting:main",
     "memory": "memory:main",
     "memory-pipeline": "memory:pipeline",
     "world-size": "world_size:main",

@@ -16,6 +16,8 @@ Each is one line that says what to change.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +41,19 @@ STANDARD_ERRORS, LARGEST_SHIFT = 5.0, 0.3  # errors beyond chance, and standard 
 DIRECTIONS = 8
 BEATEN = 0.9  # of the samples
 RENOISED_AT, CHANGED, LARGEST_SHARE = 0.8, 3.0, 0.25
+
+
+_WITH_POOL: ContextVar[bool] = ContextVar("with pilot pool", default=True)
+
+
+@contextmanager
+def without_pilot_pool() -> Iterator[None]:
+    """No evaluations for warnings inside: where many cells are compared with a truth that is known."""
+    token = _WITH_POOL.set(False)
+    try:
+        yield
+    finally:
+        _WITH_POOL.reset(token)
 
 
 @dataclass(frozen=True)
@@ -125,7 +140,7 @@ def _pool(batch: SteeredBatch) -> _Pool | None:
     """One-step samples under the condition that all samples share; None where they share none, or are too few."""
     size = min(POOL, int(SHARE * batch.problem.meter.evaluations))
     row_by_row = rows_of(batch.problem.given_reward, batch.samples[:1]) is not None
-    if size < SMALLEST_POOL or row_by_row or not _one_condition(batch.cond):
+    if not _WITH_POOL.get() or size < SMALLEST_POOL or row_by_row or not _one_condition(batch.cond):
         return None
     problem = SteeringProblem(batch.problem.model, batch.problem.given_reward, Meter())
     problem.begin(torch.zeros(1, dtype=torch.int64), None)

@@ -13,6 +13,7 @@ from metaflowmaps.lab.evaluate.images.setup import ImageSetup
 from metaflowmaps.lab.evaluate.variants import Variant, variant
 from metaflowmaps.path import LinearPath
 from metaflowmaps.steering import ODE, Method, Process, SteerResult, steer
+from metaflowmaps.steering.diagnostics import without_pilot_pool
 
 PARTICLES = 64  # of a system, where nobody says
 CHUNK = 64  # rows of state at a time on a processor: with their draws they should stay in its cache
@@ -95,7 +96,7 @@ def _trial(method: Method, process: Process, rows: int) -> int:
 
 def quiet_steer(*args: Any, **kwargs: Any) -> SteerResult:
     """``steer`` for one cell of many: whole or interrupted, and without its warnings, which the tables answer."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_pilot_pool():
         warnings.simplefilter("ignore", UserWarning)
         result = steer(*args, **kwargs)
     if result.interrupted:  # it returns what is finished; here a cell is whole or there is none
