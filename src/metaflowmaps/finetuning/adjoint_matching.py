@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._shapes import Cond, expand_time, repeat_cond
-from metaflowmaps.draws import pull_back
+from metaflowmaps.draws import reward_gradient
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.tuning_objective import (
     Regression,
@@ -114,7 +114,7 @@ class AdjointRegression(Regression):
         problem, steps = self.problem, list(pairwise(grid))
         with torch.enable_grad():
             end = states[-1].detach().requires_grad_(True)
-            a = -pull_back(problem.reward(end, cond), end, end)
+            a = -reward_gradient(problem.reward(end, cond), end, end)
         problem.count(reward_calls=len(a), reward_backwards=len(a))
         out = [a]
         for (t, u), state in zip(reversed(steps), reversed(states[:-1]), strict=True):

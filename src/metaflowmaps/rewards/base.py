@@ -92,7 +92,7 @@ def with_cond(reward: Callable[..., Any]) -> Callable[[Tensor, Cond], Any]:
     after_x = parameters if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL else parameters[1:]
     by_position = [p for p in after_x if p.kind is not p.KEYWORD_ONLY]
     place = next(iter([p for p in after_x if p.name == "cond"] or by_position), None)
-    if place is None or place.default not in (None, place.empty):
+    if place is None or not (place.default is None or place.default is place.empty):
         return lambda x, cond: reward(x)
     required = place.default is place.empty and place.kind is not place.VAR_POSITIONAL
     by_name = place.name == "cond" and place.kind in (place.POSITIONAL_OR_KEYWORD, place.KEYWORD_ONLY)
