@@ -173,6 +173,37 @@ def _ratio(cell: dict[str, Any]) -> str:
     return "> 1,000" if ratio > OFF_SCALE else number(ratio)
 
 
+def rivals(result: dict[str, Any]) -> Rows:
+    """SW2 as a ratio to its floor, mode L1 and NFE on every problem; rivals that were tuned elsewhere say how."""
+    problems = result["problems"]
+    names = list(dict.fromkeys(name for found in problems.values() for name in found["metrics"]["methods"]))
+    head = ["method"]
+    for name in problems:
+        head += [f"{name}: SW2 / floor", "mode L1", "NFE"]
+    rows = []
+    for name in names:
+        row = [f"`{name}`"]
+        for found in problems.values():
+            cell = next(iter(found["metrics"]["methods"].get(name, {}).values()), None)
+            row += ["–"] * 3 if cell is None else [
+                _ratio(cell), number(cell["mode_l1"], 3), number(cell["cost"]["nfe"], 0)
+            ]  # fmt: skip
+        rows.append(row)
+    return [head, *rows]
+
+
+def one_setting(result: dict[str, Any]) -> Rows:
+    """Mean reward, and in brackets mean pairwise distance, of every method on every reward."""
+    rewards = result["rewards"]
+    titles = list(next(iter(rewards.values())))
+    cost = {title: statistics.mean(cells[title]["nfe"] for cells in rewards.values()) for title in titles}
+    rows = [
+        [reward, *(f"{number(cells[title]['reward'])} ({number(cells[title]['distance'], 1)})" for title in titles)]
+        for reward, cells in rewards.items()
+    ]
+    return [["reward", *(f"{title}, {number(cost[title], 0)} NFE" for title in titles)], *rows]
+
+
 def by_draws(result: dict[str, Any]) -> Rows:
     """How plain methods and defaults depend on the number of draws."""
     parts = ("ode, 50 steps", "ode, 50 steps, variants")
@@ -276,6 +307,8 @@ TABLES = {
         f"steering-16d-{name}": Table(f"steering-16d-{name}.json", methods("ode, 50 steps"))
         for name in ("medium", "sharp", "broad")
     },
+    "rivals": Table("rivals.json", rivals),
+    "digits-one-setting": Table("digits-one-setting.json", one_setting),
     "steering-by-draws": Table(STEERING, by_draws),
     "recycling": Table("recycling.json", recycling),
     "value": Table("value.json", value),

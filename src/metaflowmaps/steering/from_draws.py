@@ -59,15 +59,16 @@ def halved_shift(pool: Draws, log_base: Tensor, shift: Tensor) -> Tensor | None:
     return (halves[0] + halves[1]) / 2 - shift
 
 
-def draw_info(problem: SteeringProblem, t: float, shift: Tensor, rewards: Tensor, log_base: Tensor) -> Info:
+def draw_info(problem: SteeringProblem, t: float, shift: Tensor, rewards: Tensor, log_base: Tensor, noise: str) -> Info:
     """What an estimate from draws reports: (B,) each."""
     base, tilted = log_base.exp(), tilted_weights(rewards, log_base)
+    error = value_std_err(tilted, base)
     gain = float(problem.path.beta(t)) / float(problem.path.alpha(t)) ** 2
     return {
         "ess": ess(tilted),
         "base_ess": ess(base),
         "value": log_mean(rewards, log_base),
-        "value_std_err": value_std_err(tilted, base),
+        "value_std_err": error if noise == "independent" else torch.full_like(error, torch.nan),
         "gradient_norm": gain * event_sum(shift.square()).sqrt(),
     }
 

@@ -93,10 +93,10 @@ class MFMG(FromDraws, GuidedMethod):
         if not self.blend:
             equal = equal_log_weights(made.rewards)
             shift = reparameterised(made, equal, self.correction)
-            return Guidance(drift, shift, draw_info(problem, looked_at, shift, made.rewards, equal))
+            return Guidance(drift, shift, draw_info(problem, looked_at, shift, made.rewards, equal, self.noise))
         pool = memory.pooled()
         shift, share = blended(made, pool, log_base, problem.denoise(t, x, drift), self.correction)
-        info = draw_info(problem, looked_at, shift, pool.rewards, log_base)
+        info = draw_info(problem, looked_at, shift, pool.rewards, log_base, self.noise)
         halved = halved_shift(pool, log_base, free_shift(pool, log_base))
         if halved is not None:  # the part of the blend that is gradient-free; that of the gradients has little bias
             halved = _times(1 - share, halved)

@@ -74,5 +74,5 @@ class MFMGF(FromDraws, GuidedMethod):
             shift = free_shift(pool, log_base, self.correction)
         else:
             shift = free_shift_from(pool, log_base, problem.denoise(t, x, drift), self.correction)
-        info = draw_info(problem, t, shift, pool.rewards, log_base)
+        info = draw_info(problem, t, shift, pool.rewards, log_base, self.noise)
         return Guidance(drift, shift, info, halved_shift(pool, log_base, free_shift(pool, log_base)))

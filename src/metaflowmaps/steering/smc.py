@@ -66,7 +66,7 @@ class SMC(TwistedSMC, FromDraws):
             shift, _ = blended(made, pool, log_base, problem.denoise(t, x, drift))
         else:
             shift = free_shift(pool, log_base)
-        info = draw_info(problem, looked_at, shift, pool.rewards, log_base)
+        info = draw_info(problem, looked_at, shift, pool.rewards, log_base, self.noise)
         return Twisted(drift, log_mean(pool.rewards, log_base), shift, info)
 
     def select(self, memory: DrawPool, rows: Tensor) -> None:
