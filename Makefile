@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 
-.PHONY: demo test check bench rehearsal clean help
+.PHONY: demo test check bench attack rehearsal clean help
 
 help:
 	@echo "make demo   noisy digits, steered digits: runs/demo/digits/report.html"
 	@echo "make test   the test suite"
 	@echo "make check  lint, format, types, import contract, public docstrings, tables of the docs"
 	@echo "make rehearsal  from pictures to a steered pipeline at ImageNet's layout, all of it tiny (minutes)"
+	@echo "make attack kills, full disks and damage, more of each than in the suite (minutes)"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"
 	@echo "make clean  remove the virtualenv and caches"
 
@@ -46,6 +47,9 @@ check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks
+
+attack: $(DEV)
+	MFM_ATTACK=1 $(BIN)/python -m pytest tests/training/test_resume.py tests/finetuning/test_tune.py tests/checkpoint
 
 rehearsal: $(DEV)
 	$(BIN)/python -m benchmarks.rehearsal

@@ -106,15 +106,18 @@ def run_with_kills(config: TrainConfig, out: Path, kills: int, seed: int) -> tup
     return killed, writing
 
 
-@pytest.mark.parametrize(
-    ("changes", "kills", "seed"), [({"steps": 5 * STEPS}, 24, 1), (LEARNED, 6, 2)], ids=["exact", "learned"]
-)
+# `make attack` kills often enough to be sure to hit the writing of checkpoints; the suite, enough to see a break
+OFTEN = "MFM_ATTACK" in os.environ
+KILLS = [({"steps": 5 * STEPS}, 24, 1), (LEARNED, 6, 2)] if OFTEN else [({"steps": 2 * STEPS}, 6, 1), (LEARNED, 3, 2)]
+
+
+@pytest.mark.parametrize(("changes", "kills", "seed"), KILLS, ids=["exact", "learned"])
 def test_killed_at_random_moments(tmp_path, changes, kills, seed):
     config = small(**changes)
     torch.set_num_threads(1)
     run_training(config, tmp_path / "whole")
     killed, writing = run_with_kills(config, tmp_path / "killed", kills, seed)
-    assert killed >= kills - 4, "the run must be long enough to be killed often"
+    assert killed >= max(1, kills - 4), "the run must be long enough to be killed often"
     if kills > 20:
         assert killed >= 20
         assert writing >= 3, "some kills must fall into the writing of a checkpoint"
