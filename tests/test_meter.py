@@ -263,9 +263,9 @@ def test_a_meter_that_runs_twice_adds_seconds_and_keeps_the_higher_peak(monkeypa
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
-def test_peaks_are_in_bytes_where_the_system_has_no_proc(monkeypatch, platform, unit):
+def test_peaks_are_in_bytes_where_the_system_has_no_proc(tmp_path, monkeypatch, platform, unit):
     """getrusage tells kibibytes on Linux and bytes on macOS."""
-    monkeypatch.setattr(cost, "Path", lambda name: Path("nowhere"))
+    monkeypatch.setattr(cost, "Path", lambda name: tmp_path / "missing" / "file")
     monkeypatch.setattr(cost.sys, "platform", platform)
     monkeypatch.setattr(cost.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=70_000))
     assert cost._peak_resident() == cost._mark_resident() == 70_000 * unit
