@@ -345,7 +345,7 @@ def test_steering_to_a_mixture_of_classes_meets_its_target():
     setup = made(10, judge=Nearest(x), guide=Nearest(x))
     config = mixture.MixtureConfig(methods=("none", "mfm-gf-16", "tds-64"), samples=400, steps=25)
     lines: list[str] = []
-    found = mixture.Mixture(setup, config, lines.append).run()
+    found = mixture.ClassMixture(setup, config, lines.append).run()
     cells = found.metrics["methods"]
     target = torch.tensor(found.metrics["target"], dtype=torch.float64)
     torch.testing.assert_close(target, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
@@ -373,7 +373,7 @@ def test_both_distances_of_the_class_mixture():
     wanted, tilted = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
     wanted[1] = 1.0
     tilted[1], tilted[3] = 0.5, 0.5
-    experiment = mixture.Mixture(setup, mixture.MixtureConfig())
+    experiment = mixture.ClassMixture(setup, mixture.MixtureConfig())
     experiment.wanted, experiment.tilted = wanted, tilted
     got = experiment.frequencies(x[[1, 1, 3]], torch.tensor([1.0, 2.0, 1.0]))
     assert got.frequencies == [0, 0.75, 0, 0.25, 0, 0, 0, 0, 0, 0]
@@ -393,13 +393,13 @@ def test_the_class_mixture_refuses_what_it_cannot_count():
         ({"guide": Nearest(x)}, "--set judge=RUN"),
     ):
         with pytest.raises(InputError, match=says):
-            mixture.Mixture(made(**parts), config).run()
+            mixture.ClassMixture(made(**parts), config).run()
     setup = made(guide=Nearest(x), judge=Nearest(x))
     unlabelled = ImageSetup(setup.model, repeated(x, 5, classes=False), setup.held_out, setup.judge, setup.guide)
     with pytest.raises(InputError, match="one subfolder a class"):
-        mixture.Mixture(unlabelled, config).run()
+        mixture.ClassMixture(unlabelled, config).run()
     with pytest.raises(InputError, match="unknown method"):
-        mixture.Mixture(setup, config.model_copy(update={"methods": ("none", "mfm-h-4")})).run()
+        mixture.ClassMixture(setup, config.model_copy(update={"methods": ("none", "mfm-h-4")})).run()
 
 
 def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
@@ -415,12 +415,12 @@ def test_samples_that_are_not_finite_are_counted_and_not_judged(monkeypatch):
     monkeypatch.setattr(mixture, "run", broken)
     lines: list[str] = []
     config = mixture.MixtureConfig(methods=("mfm-g-1", "dps"), samples=43, steps=2)
-    cells = mixture.Mixture(setup, config, lines.append).run().metrics["methods"]
+    cells = mixture.ClassMixture(setup, config, lines.append).run().metrics["methods"]
     assert list(cells) == ["mfm-g-1"]
     assert (cells["mfm-g-1"]["lost"], cells["mfm-g-1"]["samples"]) == (3, 40)
     assert any("43 samples are not finite" in line for line in lines)
     with pytest.raises(InputError, match="no method gave finite samples"):
-        mixture.Mixture(setup, config.model_copy(update={"methods": ("dps",)})).run()
+        mixture.ClassMixture(setup, config.model_copy(update={"methods": ("dps",)})).run()
 
 
 # -- the race ----------------------------------------------------------------------------------------------------------

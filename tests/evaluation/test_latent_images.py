@@ -517,7 +517,7 @@ def test_calls_of_the_experiments_of_pixels(pixels, monkeypatch):
     setup, watch = pixels
     monkeypatch.setattr(mixture, "BASE", 50)
     config = mixture.MixtureConfig(methods=("none", "mfm-gf-4", "tds-64"), samples=70, steps=4)
-    mixture.Mixture(setup, config).run()
+    mixture.ClassMixture(setup, config).run()
     assert watch.rows == config.calls()
     watch.rows = 0
     config = inverse.InverseConfig(

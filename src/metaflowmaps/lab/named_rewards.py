@@ -33,7 +33,7 @@ IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedReward:
     """A reward as it is typed: ``kind[@place[@revision]][:words]``, for a map, at a strength."""
 
     text: str
@@ -71,7 +71,7 @@ class NamedReward:
 
     spelling: str
     of: str
-    make: Callable[[Asked], Callable[..., Tensor]]
+    make: Callable[[AskedReward], Callable[..., Tensor]]
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
     """
     images = read_examples(opened.checkpoint.config.get("training", {})) is not None
     fitting = [r for r in REWARDS.values() if r.of == "pictures" or r.of == ("images" if images else "mixtures")]
-    asked = Asked(text or fitting[0].name, opened, strength, data)
+    asked = AskedReward(text or fitting[0].name, opened, strength, data)
     named = REWARDS.get(asked.kind)
     if named is not None and named.of == "images" and not images:
         named = None
@@ -126,7 +126,7 @@ def judge_of_pictures(text: str, opened: OpenedModel) -> Callable[..., Tensor] |
     if ".py:" in text:
         own: Callable[..., Tensor] = outside(text)
         return own
-    asked = Asked(text, opened)
+    asked = AskedReward(text, opened)
     named = REWARDS.get(asked.kind)
     return named.make(asked) if named is not None and named.of == "pictures" else None
 
@@ -134,12 +134,12 @@ def judge_of_pictures(text: str, opened: OpenedModel) -> Callable[..., Tensor] |
 # -- how each is made --------------------------------------------------------------------------------------------------
 
 
-def _of_task(asked: Asked) -> LinearGaussian:
+def _of_task(asked: AskedReward) -> LinearGaussian:
     own = steering_task(asked.kind).reward(asked.words)
     return LinearGaussian(own.A, own.y, own.noise_std, own.strength * asked.strength)
 
 
-def _of_images(asked: Asked) -> Any:
+def _of_images(asked: AskedReward) -> Any:
     """From the checkpoint's own guiding classifier and data."""
     if asked.text in PIXELS:
         return PIXELS[asked.text](asked.strength)
@@ -147,22 +147,22 @@ def _of_images(asked: Asked) -> Any:
     return image_reward(stage, asked.text, asked.strength, on_pictures=True)
 
 
-def _aesthetic(asked: Asked) -> Any:
+def _aesthetic(asked: AskedReward) -> Any:
     if asked.words:
         raise InputError(f"--reward {asked.text}: aesthetic takes no prompt, it looks at the picture alone")
     return AestheticScore.from_pretrained(**asked.source)
 
 
-def _classifier(asked: Asked) -> Any:
+def _classifier(asked: AskedReward) -> Any:
     if not asked.words.strip():
         raise InputError(f"--reward {asked.text}: say what for, as in --reward classifier:tabby")
     return ImageClassifierReward.from_pretrained(label=asked.words, **asked.source)
 
 
-def _prompted(kind: type[ClipScore | PickScore | HPSv2 | ImageReward]) -> Callable[[Asked], Any]:
+def _prompted(kind: type[ClipScore | PickScore | HPSv2 | ImageReward]) -> Callable[[AskedReward], Any]:
     """A preference model; ``{label}`` in its prompt stands for each sample's class, where they are ImageNet's."""
 
-    def make(asked: Asked) -> Any:
+    def make(asked: AskedReward) -> Any:
         if not asked.words.strip():
             head = asked.text.partition(":")[0]
             raise InputError(f"--reward {asked.text}: say what for, as in --reward '{head}:a photo of a tabby cat'")

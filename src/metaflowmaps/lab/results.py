@@ -17,7 +17,7 @@ Metrics = Mapping[str, object]
 AtTimes = dict[str, Number]  # by time, as its repr
 
 
-class View(BaseModel):
+class ResultView(BaseModel):
     """The base of every view."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -33,14 +33,14 @@ class View(BaseModel):
             raise InputError(f"{where}: {first['msg']}") from None
 
 
-class Table(View):
+class Table(ResultView):
     """A table that metrics bring: its cells are numbers, words, or nothing."""
 
     head: list[str]
     rows: list[list[bool | int | float | str | None]]
 
 
-class Results(View):
+class Results(ResultView):
     """The document of a command."""
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -52,7 +52,7 @@ class Results(View):
     environment: dict[str, object]
 
 
-class Spoken(View):
+class Spoken(ResultView):
     """What metrics may say of themselves."""
 
     tables: dict[str, Table] | None = None
@@ -63,7 +63,7 @@ class Spoken(View):
 # -- mixtures --------------------------------------------------------------------------------------------------------
 
 
-class PosteriorErrors(View):
+class PosteriorErrors(ResultView):
     """``mfm eval posterior`` of a mixture: relative sliced W2 by time."""
 
     relative_sw2: AtTimes
@@ -76,14 +76,14 @@ class PosteriorErrors(View):
     glass_calls_to_match_one_map_step: dict[str, int | None]
 
 
-class ValueFit(View):
+class ValueFit(ResultView):
     """How estimated values and exact ones agree."""
 
     pearson: Number
     rmse: Number
 
 
-class ValueErrors(View):
+class ValueErrors(ResultView):
     """``mfm eval value`` of a mixture: by sampler, by time."""
 
     by_sampler: dict[str, dict[str, ValueFit]]
@@ -98,7 +98,7 @@ class ValueErrors(View):
         return list(next(iter(self.by_sampler.values())))
 
 
-class Cost(View):
+class Cost(ResultView):
     """The cost of a cell, of all its samples; nfe is per sample."""
 
     nfe: float
@@ -108,7 +108,7 @@ class Cost(View):
     reward_calls: float
 
 
-class Course(View):
+class Course(ResultView):
     """What was measured along the trajectory."""
 
     time: list[float] = []
@@ -116,7 +116,7 @@ class Course(View):
     gradient_norm: list[Number] = []
 
 
-class SteeredCell(View):
+class SteeredCellView(ResultView):
     """One method with one number of draws, against exact samples of the tilted law."""
 
     sw2: Number
@@ -152,25 +152,25 @@ class SteeredCell(View):
         return 1000 * self.cost.seconds / self.total
 
 
-class ModeFloor(View):
+class ModeFloor(ResultView):
     """The error of mode weights of exact samples."""
 
     mode_l1: float
 
 
-class Steering(View):
+class Steering(ResultView):
     """``mfm eval steering`` of a mixture: cells by method and number of draws."""
 
-    methods: dict[str, dict[str, SteeredCell]]
+    methods: dict[str, dict[str, SteeredCellView]]
     floor: ModeFloor
     exact_reward: float
 
-    def lines(self) -> Iterator[tuple[str, list[SteeredCell]]]:
+    def lines(self) -> Iterator[tuple[str, list[SteeredCellView]]]:
         """Each method's cells, in the order of their draws."""
         for name, by_draws in self.methods.items():
             yield name, [by_draws[key] for key in sorted(by_draws, key=int)]
 
-    def cells(self) -> Iterator[tuple[str, str, SteeredCell]]:
+    def cells(self) -> Iterator[tuple[str, str, SteeredCellView]]:
         """Method, number of draws, and cell."""
         for name, by_draws in self.methods.items():
             for key in sorted(by_draws, key=int):

@@ -109,12 +109,7 @@ def steer(
         run.bar = bar
         run.all(batches, seeds, cond or None)
     result = run.result(cond)
-    if run.failure is not None:
-        if not len(result.samples):
-            raise run.failure
-        text = " ".join(str(run.failure).split()) or type(run.failure).__name__
-        kept = f"{text} ({len(result.samples)} finished samples are kept)"
-        raise SteeringFailed(kept, result) from run.failure
+    run.check(result)
     if not result.interrupted:
         finished = SteeredBatch(problem, made, moves, result.samples, result.rewards, result.info, cond or None)
         with torch.no_grad():
@@ -248,6 +243,16 @@ class _SteeringRun:
                 self.failure = self.failure or error
             out.append(scores)
         return torch.cat(out)
+
+    def check(self, result: SteerResult) -> None:
+        """Raise what failed, with what was finished before it."""
+        if self.failure is None:
+            return
+        if not len(result.samples):
+            raise self.failure
+        text = " ".join(str(self.failure).split()) or type(self.failure).__name__
+        kept = f"{text} ({len(result.samples)} finished samples are kept)"
+        raise SteeringFailed(kept, result) from self.failure
 
     def result(self, cond: Cond) -> SteerResult:
         """What is finished, scored: the scoring is not part of the cost."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond, select_cond
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate.images.image_rewards import scored, scores_of
-from metaflowmaps.lab.evaluate.images.setup import ImageSetup, Table, table
+from metaflowmaps.lab.evaluate.images.setup import ImageSetup, TableRows, table
 from metaflowmaps.lab.evaluate.steering_error import FAR, ExactJudge
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.diversity import mean_pairwise_distance, vendi_score
@@ -265,7 +265,7 @@ class TunedResult:
         title = "Samples of the tuned model and of its base"
         return {"samplers": cells(self.samplers), "base": cells(self.base), **target, "tables": {title: self.table()}}
 
-    def table(self) -> Table:
+    def table(self) -> TableRows:
         """One row a sampler, tuned ones first; columns are what the judge of the first can tell."""
         of_whom = [("tuned", self.samplers), ("base", self.base)]
         rows: list[tuple[list[object], Judgement]] = [

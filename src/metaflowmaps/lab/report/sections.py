@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.lab.results import Metrics, Number, PosteriorErrors, Results, Spoken, Steering, ValueErrors, View
+from metaflowmaps.lab.results import (
+    Metrics,
+    Number,
+    PosteriorErrors,
+    Results,
+    ResultView,
+    Spoken,
+    Steering,
+    ValueErrors,
+)
 from metaflowmaps.steering import Exact
 
 Tables = dict[str, tuple[list[str], list[list[str]]]]  # by title: the head, and rows as long as it
@@ -123,7 +132,7 @@ def worst(values: Mapping[str, float], sign: int = 1) -> str:
 # -- training and samples ----------------------------------------------------------------------------------------------
 
 
-class Trained(View):
+class Trained(ResultView):
     """What a training says of itself."""
 
     parameters: int
@@ -132,7 +141,7 @@ class Trained(View):
     seconds: float
 
 
-class Asked(View):
+class Asked(ResultView):
     """What samples were asked for."""
 
     method: str = ""
@@ -142,13 +151,13 @@ class Asked(View):
     t: float = 0.0
 
 
-class Named(View):
+class Named(ResultView):
     """A choice with its options, of which its name is told."""
 
     name: str
 
 
-class Steered(View):
+class SteeredSummary(ResultView):
     """What steered samples were asked for, and what they got."""
 
     method: Named
@@ -174,7 +183,7 @@ def _draws_summary(results: Results) -> str:
 
 
 def _steer_summary(results: Results) -> str:
-    steered = Steered.of({**results.config, **results.metrics, **results.cost})
+    steered = SteeredSummary.of({**results.config, **results.metrics, **results.cost})
     reached = f"mean reward {number(steered.reward_mean)}, {number(steered.nfe)} NFE each"
     return f"{steered.num:,} samples by {steered.method.name}: {reached}."
 

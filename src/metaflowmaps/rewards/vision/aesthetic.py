@@ -14,10 +14,10 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.micro import PerRow
 from metaflowmaps.rewards.vision.clip import CLIP_L
 from metaflowmaps.rewards.vision.picture_reward import PictureReward, embedded
-from metaflowmaps.rewards.vision.weights import Published, linear_chain, pretrained, read_tensors, transformers
+from metaflowmaps.rewards.vision.weights import PublishedWeights, linear_chain, pretrained, read_tensors, transformers
 
 FILE = "aesthetic-model.pth"
-HUB = Published("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4", FILE)
+HUB = PublishedWeights("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4", FILE)
 
 
 @dataclass(eq=False, repr=False)

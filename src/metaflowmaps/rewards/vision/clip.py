@@ -21,12 +21,12 @@ from metaflowmaps.rewards.vision import weights
 from metaflowmaps.rewards.vision.picture_reward import PictureReward, embedded, exact, unit
 from metaflowmaps.rewards.vision.pixels import Pixels
 from metaflowmaps.rewards.vision.prompts import Names, Prompts, texts_of
-from metaflowmaps.rewards.vision.weights import Published, Weights, filled, pretrained, transformers
+from metaflowmaps.rewards.vision.weights import PublishedWeights, Weights, filled, pretrained, transformers
 
-CLIP_L = Published("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
-CLIP_H = Published("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
-PICKSCORE = Published("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
-HPS = Published("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
+CLIP_L = PublishedWeights("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+CLIP_H = PublishedWeights("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
+PICKSCORE = PublishedWeights("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+HPS = PublishedWeights("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
 HPS_FILE = "HPS_v2.1_compressed.pt"
 # the longest side becomes 224 with black around it, in floating point: overshoots of the kernel are not clipped
 HPS_PIXELS = Pixels(fit="longest", crop=None, clip=False)
@@ -119,8 +119,8 @@ class _Similarity(PictureReward):
 class _Published(_Similarity):
     """Scores whose weights lie in the layout of transformers."""
 
-    hub: ClassVar[Published]
-    processor_hub: ClassVar[Published | None] = None  # where tokenizer and preprocessing are, if elsewhere
+    hub: ClassVar[PublishedWeights]
+    processor_hub: ClassVar[PublishedWeights | None] = None  # where tokenizer and preprocessing are, if elsewhere
 
     @classmethod
     def from_pretrained(

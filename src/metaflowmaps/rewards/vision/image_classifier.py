@@ -19,9 +19,9 @@ from metaflowmaps.rewards.micro import PerRow
 from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact
 from metaflowmaps.rewards.vision.pixels import Pixels
 from metaflowmaps.rewards.vision.prompts import labels_of
-from metaflowmaps.rewards.vision.weights import PREPROCESSOR, Published, fetched, pretrained, transformers
+from metaflowmaps.rewards.vision.weights import PREPROCESSOR, PublishedWeights, fetched, pretrained, transformers
 
-HUB = Published("google/vit-base-patch16-224", "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3")
+HUB = PublishedWeights("google/vit-base-patch16-224", "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3")
 KINDS = ("log-probability", "margin")
 
 

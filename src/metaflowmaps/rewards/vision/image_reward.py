@@ -20,7 +20,7 @@ from metaflowmaps.rewards.vision.picture_reward import PictureReward, exact
 from metaflowmaps.rewards.vision.pixels import Pixels
 from metaflowmaps.rewards.vision.prompts import Names, Prompts, texts_of
 from metaflowmaps.rewards.vision.weights import (
-    Published,
+    PublishedWeights,
     Weights,
     filled,
     linear_chain,
@@ -33,9 +33,9 @@ from metaflowmaps.rewards.vision.weights import (
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35  # tokens that are read of a prompt
-HUB = Published("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
+HUB = PublishedWeights("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
 FILE = "ImageReward.pt"
-BERT = Published("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+BERT = PublishedWeights("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
 PIXELS = Pixels()  # its own: bicubic, shortest side 224, centre crop, CLIP's mean and std
 WHAT = "ImageReward"
 

@@ -1,4 +1,4 @@
-"""Published weights of vision models: found in a file, a folder or on the hub, and read without running code."""
+"""PublishedWeights weights of vision models: found in a file, a folder or on the hub, and read without running code."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from metaflowmaps.errors import InputError
 PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")  # in older and in newer folders
 
 
-class Published(NamedTuple):
+class PublishedWeights(NamedTuple):
     """Where something was published: a hub id, the commit that is taken of it, and the name of its file."""
 
     hub: str

@@ -137,7 +137,7 @@ class Mixed:
         }
 
 
-class Mixture(ImageExperiment[MixtureConfig, Mixed]):
+class ClassMixture(ImageExperiment[MixtureConfig, Mixed]):
     """Samples of every method, and ODE samples of the model itself."""
 
     def __init__(self, setup: ImageSetup, config: MixtureConfig, say: Say = lambda line: None) -> None:

@@ -8,7 +8,7 @@ from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.opening import is_latent, stored
 from metaflowmaps.lab.evaluate.images.assemble import chosen_features, equip, open_setup
-from metaflowmaps.lab.evaluate.images.class_mixture import Mixture, MixtureConfig
+from metaflowmaps.lab.evaluate.images.class_mixture import ClassMixture, MixtureConfig
 from metaflowmaps.lab.evaluate.images.experiment import ImageExperiment
 from metaflowmaps.lab.evaluate.images.generation import Generation, GenerationConfig
 from metaflowmaps.lab.evaluate.images.inverse_problems import Inverse, InverseConfig
@@ -51,7 +51,7 @@ EXPERIMENTS = {
         "eval generation", GenerationConfig, Generation, lambda result, config, out: figures.generation(result, out)
     ),
     "class-mixture": Experiment(
-        "eval steering", MixtureConfig, Mixture, lambda result, config, out: figures.mixture(result, out)
+        "eval steering", MixtureConfig, ClassMixture, lambda result, config, out: figures.mixture(result, out)
     ),
     "race": Experiment("eval steering", RaceConfig, Race, lambda result, config, out: figures.race(result, out)),
     "inverse": Experiment(

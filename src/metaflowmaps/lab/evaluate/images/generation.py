@@ -22,7 +22,7 @@ from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExper
 from metaflowmaps.lab.evaluate.images.setup import (
     ImageEvalConfig,
     ImageSetup,
-    Table,
+    TableRows,
     cost_of_parts,
     diversity_of,
     table,
@@ -96,7 +96,7 @@ class Generated:
             "summary": f"{title} by number of network calls.{copying}",
         }
 
-    def _table(self) -> Table:
+    def _table(self) -> TableRows:
         rows: list[list[object]] = []
         for name, cell in self.by_sampler.items():
             took = 1000 * cell.cost["seconds"] if cell.cost else None

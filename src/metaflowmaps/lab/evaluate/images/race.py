@@ -33,7 +33,7 @@ from metaflowmaps.lab.evaluate.images.setup import (
     ImageEvalConfig,
     ImageSetup,
     Say,
-    Table,
+    TableRows,
     cost_of,
     cost_of_parts,
     finite_samples,
@@ -268,7 +268,7 @@ class RewardResult:
             "frontier": {what: [cell.key for cell in frontier(self.scored, what)] for what in FRONTIERS},
         }
 
-    def table(self, brief: Mapping[str, str]) -> Table:
+    def table(self, brief: Mapping[str, str]) -> TableRows:
         """One row a cell, and one for the data of the target."""
         others = list(self.scored[0].others)
         head = ["method", "λσ, γ or N", "reward", "±", *(f"{brief[other]} too" for other in others), "mean distance"]
@@ -320,7 +320,7 @@ class Raced:
             "distance to the data that have such a reward: reward alone proves little.",
         }
 
-    def headlines(self) -> Table:
+    def headlines(self) -> TableRows:
         """MFM-G with one draw against best-of-N of each pool, by reward."""
         head = ["reward", "rival", "its reward", "MFM-G's", "reached", "by", "λσ or γ", "NFE, times fewer"]
         head += ["seconds, times fewer", "its mean distance", "MFM-G's", "its Fréchet", "MFM-G's"]
@@ -333,7 +333,7 @@ class Raced:
                 rows.append(row)
         return table(head, rows)
 
-    def _frontiers(self) -> Table:
+    def _frontiers(self) -> TableRows:
         rows = []
         for name, race in self.races.items():
             for what, words in FRONTIERS.items():

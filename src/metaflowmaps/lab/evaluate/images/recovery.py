@@ -26,7 +26,7 @@ from metaflowmaps.lab.evaluate.images.setup import (
     LATENT_BATCH,
     ImageEvalConfig,
     ImageSetup,
-    Table,
+    TableRows,
     cost_of_parts,
     table,
 )
@@ -99,7 +99,7 @@ class Recovered:
             "summary": self._summary(),
         }
 
-    def _distances(self) -> Table:
+    def _distances(self) -> TableRows:
         times, found = list(self.frechet), _by_time(self.frechet)
         for name, row in zip(self.cost, found["rows"], strict=True):
             row.insert(1, self.cost[name]["forwards"] or float(steps_of(name)))
@@ -120,7 +120,7 @@ class Recovered:
         return f"{told} One map step is at least as close to the data as 30 calls of GLASS at {won} of {times} times."
 
 
-def _by_time(figures: ByTime) -> Table:
+def _by_time(figures: ByTime) -> TableRows:
     """One row a sampler, one column a time."""
     names = next(iter(figures.values()))
     head = ["sampler", *(f"t = {float(t):g}" for t in figures)]

@@ -18,7 +18,7 @@ from metaflowmaps.cost import Meter
 from metaflowmaps.lab.evaluate.draws import DrawsConfig, DrawsPosterior, pearson, posteriors, rmse, steps_of, title_of
 from metaflowmaps.lab.evaluate.images.experiment import Cells, Drawn, ImageExperiment
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward
-from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, Table, table
+from metaflowmaps.lab.evaluate.images.setup import LATENT_BATCH, ImageEvalConfig, ImageSetup, Say, TableRows, table
 from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.posterior import Posterior, RolloutPosterior
 from metaflowmaps.random import randn, stream
@@ -84,7 +84,7 @@ class Estimated:
             f"{config.rollout_steps} steps at {config.states} noised held-out images a time.",
         }
 
-    def _errors(self, most: str) -> Table:
+    def _errors(self, most: str) -> TableRows:
         """Every sampler with as many draws as there are, and the rollouts beside them."""
         rows: list[list[object]] = []
         for name, by_draws in self.by_sampler.items():
@@ -94,7 +94,7 @@ class Estimated:
         columns = [f"{what}, t = {t:g}" for what in ("r", "RMSE") for t in self.config.times]
         return table(["sampler", "calls a draw", *columns], rows)
 
-    def _few_draws(self) -> Table:
+    def _few_draws(self) -> TableRows:
         chosen = ("map-1", f"glass-{max(self.config.glass_steps, default=0)}")
         rows = [
             [title_of(name), int(n), *(at["pearson"] for at in by_time.values())]

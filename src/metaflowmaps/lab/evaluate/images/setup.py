@@ -317,18 +317,18 @@ def cost_of(result: SteerResult) -> dict[str, float]:
     return per_sample(result.cost, len(result.samples))
 
 
-class Table(TypedDict):
+class TableRows(TypedDict):
     """A table as results.json and the report hold it: numbers as they are."""
 
     head: list[str]
     rows: list[list[object]]
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> TableRows:
     """A table of rows."""
     return {"head": list(head), "rows": [list(row) for row in rows]}
 
 
-def table_of(first: str, rows: Mapping[str, R], columns: Mapping[str, Callable[[R], object]]) -> Table:
+def table_of(first: str, rows: Mapping[str, R], columns: Mapping[str, Callable[[R], object]]) -> TableRows:
     """One row a result by its title; a column is its title and what it shows."""
     return table([first, *columns], ([name, *(shown(row) for shown in columns.values())] for name, row in rows.items()))
