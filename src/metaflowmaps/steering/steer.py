@@ -95,12 +95,7 @@ def steer(
     problem = SteeringProblem(model, reward, meter)
     _check_cond(cond, num_samples)
     times = made.times(problem, moves)
-    if times[0] > LATEST_START:
-        warnings.warn(
-            f"the grid starts at t = {times[0]:g} with pure noise, which is the law at t = 0: start it there",
-            UserWarning,
-            stacklevel=2,
-        )
+    _check_start(times[0])
     batches = _batches(problem, made, num_samples, ROWS if batch_size is None else batch_size)
     count = batches[-1].seeds.stop
     seeds = as_seeds(seed, count, "steer", "a sample" if count == num_samples else "a system of particles")
@@ -284,6 +279,15 @@ class Progress(NamedTuple):
 
 class _Stopped(Exception):
     """The callback asked to stop."""
+
+
+def _check_start(t: float) -> None:
+    if t > LATEST_START:
+        warnings.warn(
+            f"the grid starts at t = {t:g} with pure noise, which is the law at t = 0: start it there",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_cond(cond: Cond, num_samples: int) -> None:
