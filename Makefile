@@ -14,7 +14,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make check  lint, format, types, import contract, public docstrings, tables of the docs"
 	@echo "make rehearsal  from pictures to a steered pipeline at ImageNet's layout, all of it tiny (minutes)"
-	@echo "make attack kills, full disks and damage, more of each than in the suite (minutes)"
+	@echo "make attack what the suite leaves out because it is long: kills, signals, many ranks, long trainings"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"
 	@echo "make clean  remove the virtualenv and caches"
 
@@ -49,7 +49,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks
 
 attack: $(DEV)
-	MFM_ATTACK=1 $(BIN)/python -m pytest tests/training/test_resume.py tests/finetuning/test_tune.py tests/checkpoint
+	MFM_ATTACK=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m attack
 
 rehearsal: $(DEV)
 	$(BIN)/python -m benchmarks.rehearsal

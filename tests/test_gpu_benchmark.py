@@ -16,6 +16,7 @@ def gpu_xl2(monkeypatch):
     return pytest.importorskip("benchmarks.gpu_xl2", reason="needs the repository, not the package alone")
 
 
+@pytest.mark.attack
 def test_a_rehearsal(tmp_path):
     out = tmp_path / "figures.json"
     command = ["-m", "benchmarks.gpu_xl2", "--size", "nano", "--device", "cpu", "--quick", "--json", str(out)]

@@ -289,6 +289,7 @@ MEMORY = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of a process cannot be reset")
+@pytest.mark.attack
 def test_memory_of_mfm_g_is_flat_in_the_number_of_draws():
     """64 draws in chunks of 4 need what 4 draws need (within 15 %); 32 at once need many times that.
 

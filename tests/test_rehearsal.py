@@ -23,6 +23,9 @@ class InOneProcess(Rehearsal):
         self.note(shlex.join(["mfm", *map(str, arguments)]), began)
 
 
+pytestmark = pytest.mark.attack
+
+
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal")

@@ -165,7 +165,7 @@ def gradient_estimates(correction):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("correction", ["none", "jackknife"])
+@pytest.mark.parametrize("correction", [pytest.param("none", marks=pytest.mark.attack), "jackknife"])
 def test_order_of_the_bias_of_the_gradient_form(correction, monkeypatch):
     """∇V̂ by reparameterisation through the exact auxiliary flow: the same orders.
 

@@ -614,6 +614,7 @@ def begin(arguments, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.attack
 def test_ctrl_c_saves_and_the_same_command_goes_on(capsys, place, tmp_path):
     """Stopped in a process of its own while it tunes, and gone on with in this one: every step is there once."""
     out, steps = tmp_path / "run", 150
@@ -640,6 +641,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(capsys, place, tmp_path):
     assert json.loads((out / "results.json").read_text())["cost"]["steps"] == steps
 
 
+@pytest.mark.attack
 def test_a_reader_that_leaves_does_not_hurt_the_run(place, tuned, tmp_path):
     """A complete run prints what it has; nobody reads it: no traceback, and nothing is changed."""
     run = shutil.copytree(tuned, tmp_path / "run")  # this process holds the other's lock

@@ -349,6 +349,7 @@ def test_images_of_another_shape_are_refused(capsys, runs, plain, tmp_path):
     assert "takes images of shape (1, 8, 8), the map's are (3, 20, 20)" in err
 
 
+@pytest.mark.attack
 def test_without_classifiers(capsys, plain, tmp_path):
     """Principal components judge; slant, ink and half reward; what needs a classifier says how to have one."""
     command = EXPERIMENTS["generation"][0]

@@ -136,6 +136,7 @@ def test_an_autoencoder_that_is_missing_costs_the_picture_and_not_the_samples(ru
     assert "nobody/nothing-here" in err.splitlines()[-1]
 
 
+@pytest.mark.attack
 def test_tuning_to_a_reward_of_pictures(run, tmp_path):
     small = {"steps": 2, "distil_steps": 2, "batch_size": 4, "distil_batch_size": 4, "states.pool": 64, "threads": 1,
              "states.replay": 0, "distil_pool": 64, "meters.every": 0, "num_draws": 1}  # fmt: skip

@@ -186,6 +186,7 @@ def test_interruption_saves_and_the_same_command_goes_on(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
+@pytest.mark.attack
 def test_a_closed_pipe_is_no_error_message():
     reader, writer = os.pipe()
     os.close(reader)
@@ -275,6 +276,7 @@ def test_a_rejected_start_does_not_occupy_its_directory(capsys, tmp_path):
     assert mfm(capsys, "train", "gmm", *TINY, *out)[0] == 0
 
 
+@pytest.mark.attack
 def test_a_second_writer_is_refused(capsys, tmp_path):
     out = tmp_path / "run"
     arguments = ["train", "gmm", *TINY, "--max-steps", "100000", "--out", str(out)]

@@ -102,6 +102,7 @@ def test_twice_is_once(capsys, tmp_path, short):
     assert (tmp_path / "s" / "samples.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.attack
 def test_killed_and_resumed(capsys, tmp_path):
     """kill -9 in the third of four shards: two are kept as they are, and the end is as if nothing had happened."""
     reward = tmp_path / "r.py"
@@ -153,6 +154,7 @@ def test_damaged_shards_are_made_again(capsys, tmp_path, short, damage):
         assert drawn(out) == drawn(tmp_path / "whole")
 
 
+@pytest.mark.attack
 def test_two_processes_at_once(capsys, tmp_path):
     case = ["sample", "--num", "400", "--steps", "4", "--shard-size", "20"]
     out = tmp_path / "s"
@@ -326,7 +328,10 @@ def same(one, other):
     return untimed(one["metrics"]) == untimed(other["metrics"])
 
 
-@pytest.mark.parametrize("name", ["value", "generation", "inverse", "race"])  # one of each kind of cell
+LONGER = [pytest.param(name, marks=pytest.mark.attack) for name in ("generation", "race")]
+
+
+@pytest.mark.parametrize("name", ["value", "inverse", *LONGER])
 def test_evaluations_are_shared_by_workers(capsys, tmp_path, name):
     command, *_ = EXPERIMENTS[name]
     case = ["eval", command[0], "digits", *command[1:], "--shard-size", "8"]

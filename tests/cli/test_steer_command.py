@@ -101,6 +101,7 @@ def test_a_reward_that_fails_late_keeps_the_finished_samples(capsys, run, tmp_pa
     assert load_file(tmp_path / "f" / "samples.safetensors")["samples"].shape == (32, 2)
 
 
+@pytest.mark.attack
 def test_ctrl_c_keeps_finished_samples(run, tmp_path):
     out = tmp_path / "long"
     process = subprocess.Popen(

@@ -176,7 +176,10 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+LONG = ("race",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.attack if n in LONG else ()) for n in EXPERIMENTS])
 def test_experiments_on_latents(capsys, here, tmp_path, watch, no_fidelity, name):
     """Each ends with its figures, and takes as many network evaluations as its configuration says."""
     which, settings, drawn = EXPERIMENTS[name]

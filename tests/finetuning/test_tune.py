@@ -159,6 +159,7 @@ def worker(data: dict, out: str, started) -> None:
     os._exit(0)
 
 
+@pytest.mark.attack
 def test_killed_at_random_moments(tmp_path):
     """A process of its own, killed some times between two steps, while measuring or while writing."""
     config = small(steps=60, distil={"steps": 40, **DISTIL}, baseline={"kind": "learned", "width": 4}, keep_last=1)

@@ -158,6 +158,7 @@ print(peak(checked, 2), peak(checked, 10), peak(plain, 10))
 """
 
 
+@pytest.mark.attack
 def test_peak_memory_under_a_gradient_is_flat_in_the_number_of_rows():
     """In a process of its own, which hands small blocks back at once: elsewhere one sees what others have left."""
     root = Path(__file__).parents[2]

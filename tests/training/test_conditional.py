@@ -460,6 +460,7 @@ def drift_errors(model):
     return errors
 
 
+@pytest.mark.attack
 def test_a_short_training_learns_every_label_and_scale(tmp_path):
     """1,000 steps, about 5 s. Seeds 0 to 3 reduced errors 4.6- to 10-fold, to .08 to .23, and KS was at most .064."""
     torch.set_num_threads(1)

@@ -78,7 +78,12 @@ def test_the_yardstick(alone):
 
 @pytest.mark.parametrize(
     ("kind", "size", "shard"),
-    [("mlp", 2, 0), ("mlp", 2, 1), ("mlp", 4, 2), ("dit", 2, 0)],
+    [
+        ("mlp", 2, 0),
+        ("dit", 2, 0),
+        pytest.param("mlp", 2, 1, marks=pytest.mark.attack),
+        pytest.param("mlp", 4, 2, marks=pytest.mark.attack),
+    ],
 )
 def test_every_loss_form_on_many_ranks(tmp_path, alone, kind, size, shard):
     """Sharded over all ranks, copied, and both: all as on one rank. The costlier cases take the forms that differ most:
@@ -100,6 +105,7 @@ def test_blocks_computed_again_in_the_backward_pass(tmp_path, alone):
     assert_same(outcome(tmp_path / "run"), alone("dit", "semigroup"))
 
 
+@pytest.mark.attack
 def test_radam(tmp_path):
     """Its first steps are another rule than its later ones; from the sixth on, with these betas, it is adaptive."""
     config = config_of(shard=0, steps=12, optimizer={"name": "radam"}, checkpoint_every=12).model_dump()
@@ -108,6 +114,7 @@ def test_radam(tmp_path):
     assert_same(outcome(tmp_path / "two"), outcome(tmp_path / "one"))
 
 
+@pytest.mark.attack
 def test_soap_keeps_a_copy_each(tmp_path):
     """shard=0 is given up for whole matrices, and the copies are the same to the bit (the worker looks).
 
@@ -170,6 +177,7 @@ def test_resume_on_another_number_of_ranks(tmp_path, whole_runs, before, after):
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, alone):
     config = config_of(shard=0).model_dump()
     assert launch(2, go, "mlp", config, str(tmp_path), event=("signal", 2, 1)) == [130, 130]
@@ -359,6 +367,7 @@ def test_mfm_train_in_two_ranks(tmp_path):
     assert bool(drawn.isfinite().all())
 
 
+@pytest.mark.attack
 def test_mfm_train_says_once_what_is_wrong(tmp_path):
     """On one line, before anything is claimed."""
     done = torchrun("train", "gmm", "--out", str(tmp_path / "run"), "--set", "batch_size=15", "--device", "cpu")
@@ -369,6 +378,7 @@ def test_mfm_train_says_once_what_is_wrong(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.attack
 def test_what_is_found_wrong_later_is_said_once_too(tmp_path):
     """Where to go on from, which each rank looks for itself."""
     command = ["train", "gmm", "--out", str(tmp_path / "run"), "--resume", str(tmp_path / "nowhere"), *SETTINGS]

@@ -272,6 +272,7 @@ def test_records_hold_window_means(tmp_path):
     assert "seconds" not in records[0]
 
 
+@pytest.mark.attack
 def test_twenty_seconds_of_training_beat_the_start(tmp_path):
     """1,500 steps (about 20 s on one core): mean relative SW2 over t falls fivefold and below 0.12.
 

@@ -112,6 +112,7 @@ KILLS = [({"steps": 5 * STEPS}, 24, 1), (LEARNED, 6, 2)] if OFTEN else [({"steps
 
 
 @pytest.mark.parametrize(("changes", "kills", "seed"), KILLS, ids=["exact", "learned"])
+@pytest.mark.attack
 def test_killed_at_random_moments(tmp_path, changes, kills, seed):
     config = small(**changes)
     torch.set_num_threads(1)
