@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,9 @@ from closed_forms import random_map
 import metaflowmaps as mfm
 from calls import steer
 from conftest import CASES, F64, PATHS, normal
+from metaflowmaps.draws import DrawOptions
 from metaflowmaps.random import stream
-from metaflowmaps.steering import Method, SteeringFailed
+from metaflowmaps.steering import GuidedMethod, Method, SteeringFailed
 from metaflowmaps.work.choices import built, choices, choose, dumped
 
 PATH = PATHS["linear"]
@@ -434,3 +436,32 @@ def test_samples_that_are_not_finite_are_said():
     with pytest.warns(UserWarning, match=r"of 6 samples are not finite.*more steps.*clip"):
         got = run("none", lambda x: 0 * x.nan_to_num(0, 0, 0)[:, 0], model=stiff)
     assert int(got.info["nonfinite"]) == 6
+
+
+# -- methods of one's own that are wrong -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair(GuidedMethod):
+    """Returns a pair."""
+
+    name = "pair"
+
+    def guide(self, problem, memory, t, x):
+        return x, x
+
+
+@dataclass(frozen=True)
+class Unopened(GuidedMethod):
+    """Draws without having opened a posterior."""
+
+    name = "unopened"
+
+    def guide(self, problem, memory, t, x):
+        return problem.draws(t, x, DrawOptions(2))
+
+
+@pytest.mark.parametrize(("method", "says"), [(Pair(), r"must return Guidance\(drift"), (Unopened(), "open_posterior")])
+def test_a_method_of_ones_own_that_is_wrong_is_told_what_to_do(method, says):
+    with pytest.raises(mfm.InputError, match=says):
+        mfm.steer(MODEL, mild, 4, method, mfm.ODE(steps=2), seed=0)

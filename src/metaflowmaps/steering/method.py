@@ -127,7 +127,10 @@ class GuidedMethod(Method):
         halved: list[Tensor | None] = []
 
         def steered(t: float, x: Tensor) -> tuple[Tensor, Tensor]:
-            drift, shift, info, half = self.guide(problem, state.memory, t, x)
+            guidance = self.guide(problem, state.memory, t, x)
+            if not isinstance(guidance, Guidance):
+                raise InputError(f"guide of {spelled(type(self))} must return Guidance(drift, shift, info)")
+            drift, shift, info, half = guidance
             steering, info["scale"] = process.steering_term(problem.path, t, drift, shift)
             infos.append({**info, "drift_norm": event_norm(drift), "steering_norm": event_norm(steering)})
             halved.append(half)

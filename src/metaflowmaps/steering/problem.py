@@ -115,6 +115,8 @@ class SteeringProblem:
 
     def draws(self, t: float, x: Tensor, options: DrawOptions) -> Draws:
         """Draws at (t, x) with their rewards and, in the units of a shift, their gradients."""
+        if self.posterior is None:
+            raise InputError("this method draws and has opened no posterior: begin with problem.open_posterior(None)")
         noise = self.stream("draws", rows=len(x))
         made = make_draws(self.posterior, self.reward, t, x, options, noise, self.cond_for(len(x)))
         if made.gradients is None:
