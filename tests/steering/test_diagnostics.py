@@ -104,3 +104,20 @@ def test_notes_are_kept(tmp_path):
     result = mfm.steer(MODEL, SHARP, 256, mfm.DPS(), mfm.ODE(steps=25), seed=0)
     result.save(tmp_path / "samples.safetensors")
     assert mfm.SteerResult.load(tmp_path / "samples.safetensors").notes == result.notes != ()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_samples_are_not_lost_by_looking_at_them(error):
+    """A reward that fails after the last sample is scored: in the pool."""
+    left = [25 * 256 * 4 + 256]  # draws, and the finished samples
+
+    def reward(x):
+        left[0] -= len(x)
+        if left[0] < 0:
+            raise error
+        return MILD(x)
+
+    with pytest.warns(UserWarning, match="were not looked at"):
+        result = mfm.steer(MODEL, reward, 256, mfm.MFMGF(), mfm.ODE(steps=25), seed=0)
+    assert len(result.samples) == len(result.rewards) == 256
+    assert not result.interrupted

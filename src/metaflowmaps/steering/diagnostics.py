@@ -69,6 +69,16 @@ class SteeredBatch:
     cond: Cond
 
 
+@torch.no_grad()
+def checked(batch: SteeredBatch) -> tuple[str, ...]:
+    """The findings; whatever goes wrong in looking for them, the samples are there and are not lost by it."""
+    try:
+        return tuple(findings(batch))
+    except (Exception, KeyboardInterrupt) as error:
+        text = " ".join(str(error).split())[:200]
+        return (f"the samples are finished and were not looked at ({type(error).__name__}: {text})",)
+
+
 def findings(batch: SteeredBatch) -> list[str]:
     """Lines that a user should read before trusting the samples; none on a good run."""
     found = [*_lost(batch), *_collapsed(batch), *_biased(batch)]
@@ -148,11 +158,11 @@ def _pool(batch: SteeredBatch) -> _Pool | None:
     noise = RowNoise(rows, "check").normal(problem.event_shape, dtype=problem.dtype)
     cond = _repeated(batch.cond, size)
     try:
-        samples = OneStep(problem).draw(noise, cond)
-        rewards = problem.reward(samples, cond).double()
+        propose = OneStep(problem)
     except InputError:  # a drift alone makes no one-step samples
         return None
-    return _Pool(problem, samples, rewards)
+    samples = propose.draw(noise, cond)
+    return _Pool(problem, samples, problem.reward(samples, cond).double())
 
 
 def _one_condition(cond: Cond) -> bool:

@@ -22,7 +22,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.random import Seed, as_seeds
 from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.rewards.checked import checked_reward
-from metaflowmaps.steering.diagnostics import SteeredBatch, bias_of, findings
+from metaflowmaps.steering.diagnostics import SteeredBatch, bias_of, checked
 from metaflowmaps.steering.method import Method
 from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
@@ -106,9 +106,9 @@ def steer(
     result = run.result(cond)
     run.check(result)
     if not result.interrupted:
-        finished = SteeredBatch(problem, made, moves, result.samples, result.rewards, result.info, cond or None)
-        with torch.no_grad():
-            result.notes = tuple(findings(finished))
+        result.notes = checked(
+            SteeredBatch(problem, made, moves, result.samples, result.rewards, result.info, cond or None)
+        )
     for note in result.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return result
