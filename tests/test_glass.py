@@ -232,3 +232,15 @@ def test_steps_equal_in_the_angle_serve_late_contexts():
 
     assert abs(spread(1.5) - 1) < 0.15
     assert abs(spread(None) - 1) > 0.4
+
+
+def test_at_the_last_time_the_draw_is_the_state_whatever_the_spacing():
+    """Steps equal in the angle have all their times at s = 1 there, which is no grid; mixed times stay as they are."""
+    case, path = CASES["isotropic"], mfm.LinearPath()
+    posterior = mfm.GlassPosterior(path, drift_of(case, path), steps=4, data_std=1.5)
+    x, times = normal(3, 2), torch.tensor([1.0, 0.5, 1.0], dtype=F64)
+    draws = posterior.draw(times, x, 5, stream(0))
+    # Euler from noise with the velocity (x_t − x̄)/(1 − s) ends at x_t, up to rounding
+    close(draws[:, [0, 2]], x[[0, 2]].expand(5, 2, 2))
+    alone = posterior.push(normal(1, 2, seed="noise"), 0.5, x[1:2])
+    close(posterior.push(normal(1, 2, seed="noise").expand(3, 2), times, x)[1:2], alone)

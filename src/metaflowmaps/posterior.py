@@ -114,7 +114,9 @@ class GlassPosterior:
         if self.data_std is None:
             return self.grid
         chart = GaussianChart(self.path, times, x_t, 0.0, self.data_std)
-        inner = [chart.time_out(torch.full_like(times, a)) for a in self.grid.tolist()]
+        # at t = 1 the posterior is a point, and its times, equal in the angle, are all 1
+        angles = [chart.time_out(torch.full_like(times, a)) for a in self.grid.tolist()]
+        inner = [torch.where(times == 1, a, s) for a, s in zip(self.grid.tolist(), angles, strict=True)]
         return torch.stack([torch.zeros_like(times), *inner[1:-1], torch.ones_like(times)])
 
     def draw(
