@@ -57,7 +57,9 @@ def test_finetune_uses_a_reward_from_outside(model, reward, tmp_path):
     assert any(not torch.equal(p, q) for p, q in zip(tuned.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("reward", NAMES, ids=["function", "class"])
+@pytest.mark.parametrize(
+    "reward", [pytest.param(NAMES[0], marks=pytest.mark.attack, id="function"), pytest.param(NAMES[1], id="class")]
+)
 def test_the_commands_and_the_report_use_a_reward_from_outside(checkpoint, reward, tmp_path, capsys):
     # seven samples: of eight or more the bias of so few draws would be measured, and warned of
     steer = ["steer", checkpoint, "--reward", reward, "--method", "mfm-gf", "--steps", "2", "--num", "7"]

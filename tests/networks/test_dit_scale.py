@@ -98,6 +98,7 @@ compiles = pytest.mark.skipif(
 
 
 @compiles
+@pytest.mark.attack  # a cold compilation takes 40 s
 def test_compiled_blocks_agree():
     made, at = network(depth=2, encoder_depth=1), inputs()
 
