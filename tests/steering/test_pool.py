@@ -1,6 +1,7 @@
 """Resampling of a pool of one-step samples: consistent for the tilted law, its evidence unbiased, n calls a sample."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,3 +102,25 @@ def test_tempered_tds_keeps_its_evidence():
         # 4.5 standard errors of the mean over 64 systems, and 2 % for 40 steps
         error = 4.5 * float(evidence.std() / math.sqrt(len(evidence) - 1)) + 0.02 * math.exp(truth)
         assert abs(float(evidence.mean()) - math.exp(truth)) < error, options
+
+
+def test_tds_scales_its_proposals_and_tempers_its_twists():
+    """What the evidence cannot show, since weights make up for it: scale times the shift, and ψ^γ with γ = t/temper."""
+    model, x = random_map(PATHS["linear"]), torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+
+    def reward(x):
+        return -x.square().sum(1)
+
+    problem = SteeringProblem(model, reward, Meter())
+    problem.begin(torch.zeros(1, dtype=torch.int64), None)
+    full, part = (mfm.TDS(scale=scale).twist(problem, None, 0.4, x) for scale in (1.0, 0.3))
+    torch.testing.assert_close(part.shift, 0.3 * full.shift)
+    assert float(full.shift.abs().max()) > 0.01
+    plain = mfm.TDS(threshold=0.0)  # nobody is resampled
+    kept = []
+    for temper in (0.0, 0.8, 0.2):
+        method, moves = replace(plain, temper=temper), mfm.SDE(steps=2)
+        with torch.no_grad():
+            kept.append(method.step(problem, moves, method.start(problem, x), 0.4, 0.7)[0].log_twist)
+    torch.testing.assert_close(kept[1], 0.5 * kept[0])
+    torch.testing.assert_close(kept[2], kept[0])

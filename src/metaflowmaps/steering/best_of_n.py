@@ -1,52 +1,34 @@
 """Best-of-N: N samples of the base model, keep the one of highest reward."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import check_one_of
 from metaflowmaps.steering.from_draws import best_of_copies
-from metaflowmaps.steering.method import Guided, Info, Method, Process
-from metaflowmaps.steering.one_step import OneStep
+from metaflowmaps.steering.method import Guided, Info, Process
+from metaflowmaps.steering.one_step import OfCandidates, OneStep
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.unsteered import Unsteered
 
 
 @dataclass(frozen=True)
-class BestOfN(Unsteered):
+class BestOfN(OfCandidates, Unsteered):
     """The base sampler on n rows a sample.
 
     Args:
-        n: candidates a sample.
         source: ode (the process, with its steps) or map (one-step samples, one call each: the cheap rival).
     """
 
     name = "best-of-n"
     title = "best of N"
     look = ("#e3a410", "P")
-    draws = True
 
-    n: int = 16
     source: str = "ode"
 
     def __post_init__(self) -> None:
-        check_count(self.n, "n")
+        super().__post_init__()
         check_one_of("source", self.source, ("ode", "map"))
-
-    @property
-    def shown_draws(self) -> int:
-        """n."""
-        return self.n
-
-    def with_draws(self, num_draws: int) -> Method:
-        """Another n."""
-        return replace(self, n=num_draws)
-
-    @property
-    def copies(self) -> int:
-        """n rows a sample."""
-        return self.n
 
     @property
     def calls_per_step(self) -> float:

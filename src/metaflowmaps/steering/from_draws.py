@@ -51,12 +51,12 @@ class FromDraws(Method):
         problem.open_posterior(self.posterior, self.map_steps)
 
 
-def halved_shift(pool: Draws, log_base: Tensor, shift: Tensor) -> Tensor | None:
-    """The gradient-free shift by every other draw, mean of both halves, less the shift; None for a single draw."""
+def halved_shift(pool: Draws, log_base: Tensor) -> Tensor | None:
+    """The gradient-free shift by every other draw, mean of both halves, less that of all; None for a single draw."""
     if len(log_base) < 2:
         return None
     halves = [free_shift(Draws(pool.x_1[k::2], pool.rewards[k::2]), log_base[k::2].log_softmax(0)) for k in (0, 1)]
-    return (halves[0] + halves[1]) / 2 - shift
+    return (halves[0] + halves[1]) / 2 - free_shift(pool, log_base)
 
 
 def draw_info(problem: SteeringProblem, t: float, shift: Tensor, rewards: Tensor, log_base: Tensor, noise: str) -> Info:

@@ -97,7 +97,7 @@ class MFMG(FromDraws, GuidedMethod):
         pool = memory.pooled()
         shift, share = blended(made, pool, log_base, problem.denoise(t, x, drift), self.correction)
         info = draw_info(problem, looked_at, shift, pool.rewards, log_base, self.noise)
-        halved = halved_shift(pool, log_base, free_shift(pool, log_base))
+        halved = halved_shift(pool, log_base)
         if halved is not None:  # the part of the blend that is gradient-free; that of the gradients has little bias
             halved = _times(1 - share, halved)
         return Guidance(drift, shift, {**info, "gradient_share": share}, halved)

@@ -75,4 +75,4 @@ class MFMGF(FromDraws, GuidedMethod):
         else:
             shift = free_shift_from(pool, log_base, problem.denoise(t, x, drift), self.correction)
         info = draw_info(problem, t, shift, pool.rewards, log_base, self.noise)
-        return Guidance(drift, shift, info, halved_shift(pool, log_base, free_shift(pool, log_base)))
+        return Guidance(drift, shift, info, halved_shift(pool, log_base))

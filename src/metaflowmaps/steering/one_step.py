@@ -1,10 +1,43 @@
 """Samples of the base model in one call each, X_{0,1}(ε; 0, ·): the proposals of the cheap rivals."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Cond, select_cond
+from metaflowmaps._shapes import Cond, check_count, select_cond
+from metaflowmaps.steering.method import Method
 from metaflowmaps.steering.problem import SteeringProblem
+
+
+@dataclass(frozen=True)
+class OfCandidates(Method):
+    """A method that makes n candidates for each sample and keeps some of them.
+
+    Args:
+        n: candidates a sample.
+    """
+
+    draws = True
+
+    n: int = 16
+
+    def __post_init__(self) -> None:
+        check_count(self.n, "n")
+
+    @property
+    def copies(self) -> int:
+        """n rows a sample."""
+        return self.n
+
+    @property
+    def shown_draws(self) -> int:
+        """n."""
+        return self.n
+
+    def with_draws(self, num_draws: int) -> Method:
+        """Another n."""
+        return replace(self, n=num_draws)
 
 
 class OneStep:

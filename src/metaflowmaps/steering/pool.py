@@ -7,26 +7,25 @@ each sample a pool of its own, n proposals of which one is chosen.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError, check_one_of
-from metaflowmaps.steering.method import Guided, Info, Method, Process
-from metaflowmaps.steering.one_step import OneStep
+from metaflowmaps.steering.method import Guided, Info, Process
+from metaflowmaps.steering.one_step import OfCandidates, OneStep
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import RESAMPLERS, by_system, effective, resample, rows_of_systems
 from metaflowmaps.steering.twisted import check_one_condition
 
 
 @dataclass(frozen=True)
-class Resampling(Method):
+class Resampling(OfCandidates):
     """One-step samples chosen by e^r: the cheap rival that needs neither a bound nor a gradient.
 
     Args:
-        n: one-step samples for each that is returned.
         particles: samples that share a pool; None: all of a batch.
         resampler: systematic, stratified, multinomial or residual.
     """
@@ -34,24 +33,17 @@ class Resampling(Method):
     name = "resampling"
     title = "resampling"
     look = ("#88ccff", "<")
-    draws = True
     moved_by = "one step"
     own_moves = "makes its samples in one step"
 
-    n: int = 16
     particles: int | None = None
     resampler: str = "systematic"
 
     def __post_init__(self) -> None:
-        check_count(self.n, "n")
+        super().__post_init__()
         if self.particles is not None:
             check_count(self.particles, "particles")
         check_one_of("resampler", self.resampler, RESAMPLERS)
-
-    @property
-    def copies(self) -> int:
-        """n rows a sample."""
-        return self.n
 
     @property
     def system(self) -> int | None:
@@ -64,15 +56,6 @@ class Resampling(Method):
         return self.particles == 1
 
     @property
-    def shown_draws(self) -> int:
-        """n."""
-        return self.n
-
-    def with_draws(self, num_draws: int) -> Method:
-        """Another n."""
-        return replace(self, n=num_draws)
-
-    @property
     def calls_per_step(self) -> float:
         """A call and a reward a proposal; there is one step."""
         return 2 * self.n
@@ -83,22 +66,26 @@ class Resampling(Method):
 
     def start(self, problem: SteeringProblem, x: Tensor) -> Guided:
         """The proposals' noise."""
-        size = self.n * self.particles if self.particles else len(x)
+        size = self._pool_size(x)
         if len(x) % size:
             raise InputError(f"{len(x) // self.n} samples cannot be shared out to pools of {self.particles} samples")
         check_one_condition(problem, len(x), size)
-        return Guided(x, size)
+        return Guided(x, None)
 
     def step(
         self, problem: SteeringProblem, process: Process, state: Guided, t: float, u: float
     ) -> tuple[Guided, Info]:
         """The one step of the map."""
-        return Guided(OneStep(problem).samples(state.x), state.memory), {}
+        return Guided(OneStep(problem).samples(state.x), None), {}
 
     def finish(self, problem: SteeringProblem, state: Guided) -> tuple[Tensor, Info]:
         """Samples chosen by weight, and the log of the mean of e^r of each pool."""
-        size: int = state.memory
+        size = self._pool_size(state.x)
         log_weights = by_system(problem.score_of(state.x).double(), size)
         chosen = resample(self.resampler, log_weights, problem.stream("return"), size // self.n)
         log_evidence = torch.logsumexp(log_weights, 1) - math.log(size)
         return state.x[rows_of_systems(chosen)], {"log_evidence": log_evidence, "pool_ess": effective(log_weights)}
+
+    def _pool_size(self, x: Tensor) -> int:
+        """Proposals of one pool."""
+        return self.n * self.particles if self.particles else len(x)
