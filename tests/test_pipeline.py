@@ -10,11 +10,12 @@ from PIL import Image
 from tests.tiny_codec import tiny_codec, tiny_vae
 
 import metaflowmaps as mfm
+from metaflowmaps.checkpoint import Checkpoint
 from metaflowmaps.data import imagenet_names as imagenet
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.interop.opening import published
+from metaflowmaps.interop.opening import beside, published
 from metaflowmaps.networks.dit import DiTConfig
 
 LEFT = torch.linspace(1, -1, 32)[None, None, None, :]
@@ -350,3 +351,11 @@ def test_a_folder_with_a_published_file_opens(interop_files, tmp_path):
     assert published(tmp_path)  # where no config says so: the released sizes need none
     pipe.save_pretrained(tmp_path / "ours", "some/vae")
     assert not published(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("vae", True), ("../vae", False), ("..", False), ("owner/vae", False)])
+def test_a_checkpoint_names_folders_beside_its_map_alone(tmp_path, name, kept):
+    for folder in ("vae", "map/vae", "map/owner/vae"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    found = beside(Checkpoint(tmp_path / "map", {}, {}), name)
+    assert found == (tmp_path / "map" / "vae" if kept else None)

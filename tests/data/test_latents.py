@@ -1,5 +1,6 @@
 """Pictures to latent shards and back out: every source alike, killed anywhere, shared among workers, drawn anew."""
 
+import hashlib
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import pytest
 import torch
 from benchmarks.synthetic_pictures import write_synthetic
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from metaflowmaps._files import STALE_SECONDS
 from metaflowmaps.data import DataSource, Latents
@@ -408,7 +409,7 @@ def test_damage_is_found_and_mended(folder, whole, codec, tmp_path):
     one.write_bytes(data)
     assert verify(whole) == []
     assert verify(out) == [one.name]
-    load(out)  # of the right size: only its hash can tell
+    assert "its sha256 is not that of latents.json" in refused(lambda: load(out))
     said: list[str] = []
     run(folder, codec, out, say=said.append)
     assert said == []
@@ -455,6 +456,66 @@ def test_names_in_an_index_stay_inside_its_folder(name, checked, folder, whole, 
         assert "damaged" in refused(act)
     assert notes.read_text() == "mine"
     assert sorted(file.name for file in out.iterdir()) == sorted(content(whole))
+
+
+def flipped_bit(out: Path, document: dict) -> None:
+    file = out / document["shards"][0]["file"]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def zeroed_tail(out: Path, document: dict) -> None:
+    file = out / document["shards"][0]["file"]
+    data = file.read_bytes()
+    file.write_bytes(data[:-64] + bytes(64))
+
+
+def swapped(out: Path, document: dict) -> None:
+    one, two = (out / shard["file"] for shard in document["shards"][:2])
+    one.rename(out / "aside")
+    two.rename(one)
+    (out / "aside").rename(two)
+
+
+def listed_twice(out: Path, document: dict) -> None:
+    document["shards"][1] = document["shards"][0]
+
+
+def signed_again(label: int):
+    """Whoever changes a label and writes the new hash into the index."""
+
+    def damage(out: Path, document: dict) -> None:
+        shard = document["shards"][0]
+        held = load_file(out / shard["file"])
+        held["label"][1] = label
+        data = save(held)
+        (out / shard["file"]).write_bytes(data)
+        shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    return damage
+
+
+DAMAGES = {"bit": flipped_bit, "tail": zeroed_tail, "swapped": swapped, "twice": listed_twice}
+DAMAGES |= {f"label {label}": signed_again(label) for label in (-5, -1, 3, 999)}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_training_reads_no_damaged_shard(damage, whole, tmp_path):
+    """Sizes are all right: hashes, names and classes tell."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    document = json.loads((out / INDEX).read_text())
+    damage(out, document)
+    (out / INDEX).write_text(json.dumps(document))
+    message = refused(lambda: load(out, labels=True)[0].sample(3, stream(0)))
+    assert "mfm encode-latents command that made it again" in message
+
+
+def test_a_shard_is_hashed_once_in_a_process(whole, monkeypatch):
+    load(whole)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    load(whole)[0].sample(3, stream(0))
 
 
 def test_a_new_entry_never_vouches_for_a_damaged_shard(folder, whole, codec, tmp_path, monkeypatch):
@@ -694,14 +755,16 @@ def test_one_line_for_the_user(whole):
 
 def test_many_shards_are_drawn_from_quickly(tmp_path):
     """512 of 16,384 latents in 64 shards: about 20 ms of a core; the bound allows for a slower one."""
-    from safetensors.torch import save
-
     n, shape = 256, (4, 32, 32)
-    law = {"mean": torch.zeros(n, *shape).half(), "std": torch.ones(n, *shape).half(), "label": torch.arange(n)}
+    law = {"mean": torch.zeros(n, *shape).half(), "std": torch.ones(n, *shape).half(), "label": torch.full((n,), -1)}
     law |= {"sum": torch.zeros(shape).double(), "square": torch.full(shape, float(n)).double()}
     file = tmp_path / "latents-00000.safetensors"
     file.write_bytes(save(law))
-    shards = (LatentShard(file.name, n, file.stat().st_size, ""),) * 64
+    names = [f"latents-{k:05d}.safetensors" for k in range(64)]
+    for name in names[1:]:
+        os.link(file, tmp_path / name)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    shards = tuple(LatentShard(name, n, file.stat().st_size, digest) for name in names)
     LatentIndex("x", "x", Encoding("", "", 1.0, "float32"), shape, 64 * n, (), 0, 0.0, 1.0, shards).write(tmp_path)
     train, _ = load(tmp_path)
     seconds = []

@@ -10,9 +10,11 @@ A directory holds ``latents.json``, the index, and shards ``latents-00000.safete
 so that the mean and the spread of what is drawn are known without reading it: ``E x = Σ mean / n`` and
 ``E x² = Σ (mean² + std²) / n``. Shards are mapped, not loaded: what is not drawn is not read.
 
-Sizes of all shards are checked each time; their hashes when asked for (:func:`verify`), since that reads everything.
+A process hashes a shard when it first maps it, once: only the hash can tell a flipped bit, and a run lasts far longer
+than reading its data does. Names are those of different shards of the folder, and labels are classes of the index.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import safe_open
 from torch import Tensor
@@ -36,6 +38,8 @@ SCHEMA = 1
 INDEX, ENCODING = "latents.json", "encoding"  # the latter: a folder that is there while shards are made
 SHARD = r"latents-\d{5,}\.safetensors"  # what a shard is called, always inside its folder
 SIDES = (("mean", "std"), ("mean_flipped", "std_flipped"))
+Side = Annotated[int, Field(ge=1, le=4096)]
+Stamp = tuple[int, int, int]  # of a file: its number, size and time; another content has another
 AGAIN = "run the mfm encode-latents command that made it again, which makes what is missing"
 
 
@@ -68,10 +72,13 @@ class LatentShard:
         file = folder / self.file
         if not file.is_file() or file.stat().st_size != self.bytes:
             return False
-        if not by_hash:
-            return True
-        with file.open("rb") as opened:
-            return bool(hashlib.file_digest(opened, "sha256").hexdigest() == self.sha256)
+        return not by_hash or _sha256(file, _stamp(file)) == self.sha256
+
+
+def _distinct(shards: tuple[LatentShard, ...]) -> tuple[LatentShard, ...]:
+    if len({shard.file for shard in shards}) < len(shards):
+        raise ValueError("a shard is listed twice")
+    return shards
 
 
 @checked_dataclass(frozen=True)
@@ -81,13 +88,13 @@ class LatentIndex:
     source: str
     vae: str
     settings: Encoding
-    event_shape: tuple[int, ...]
+    event_shape: tuple[Side, Side, Side]
     examples: int
     classes: tuple[str, ...]
     skipped: int
     mean: float
     std: float
-    shards: Annotated[tuple[LatentShard, ...], Field(min_length=1)]
+    shards: Annotated[tuple[LatentShard, ...], Field(min_length=1), AfterValidator(_distinct)]
 
     def write(self, folder: Path) -> None:
         """Write it into its folder, whole or not at all."""
@@ -213,6 +220,8 @@ class LatentShards:
 
     def _map(self, entry: LatentShard) -> dict[str, Tensor]:
         file, shape = self.folder / entry.file, (entry.examples, *self.event_shape)
+        if not entry.is_whole(self.folder, by_hash=True):
+            raise InputError(f"{file} is damaged (its sha256 is not that of {INDEX}): {AGAIN}, with --verify")
         wanted = {name: (torch.float16, shape) for side in SIDES[: 1 + self.flips] for name in side}
         wanted |= dict.fromkeys(("sum", "square"), (torch.float64, self.event_shape))
         wanted["label"] = (torch.int64, shape[:1])
@@ -226,7 +235,17 @@ class LatentShards:
         for name, (dtype, size) in wanted.items():
             if held[name].dtype != dtype or tuple(held[name].shape) != size:
                 raise InputError(f"{file} is damaged ({name} is {tuple(held[name].shape)}): delete it, then {AGAIN}")
+        self._check_labels(file, held["label"])
         return held
+
+    def _check_labels(self, file: Path, labels: Tensor) -> None:
+        low, high = (0, len(self.class_names) - 1) if self.class_names else (-1, -1)
+        wrong = labels[(labels < low) | (labels > high)]
+        if len(wrong):
+            raise InputError(
+                f"{file} has the label {int(wrong[0])}, and {INDEX} {len(self.class_names)} classes: delete it, then "
+                f"{AGAIN}"
+            )
 
 
 def read_index(folder: Path) -> LatentIndex:
@@ -263,3 +282,15 @@ def _check_size(file: Path, size: int) -> None:
         raise InputError(f"{file} is missing: {AGAIN}") from None
     if found != size:
         raise InputError(f"{file} has {found:,} bytes, not the {size:,} of {INDEX}: {AGAIN}")
+
+
+def _stamp(file: Path) -> Stamp:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.cache
+def _sha256(file: Path, stamp: Stamp) -> str:
+    """The hash of a file, read once in a process for each stamp it has."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

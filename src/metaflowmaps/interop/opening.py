@@ -57,9 +57,14 @@ def codec_of(
     place = vae or known.get("vae") or (SD_VAE if is_latent(model) else None)
     if place is None:
         return None
-    if vae is None and checkpoint is not None and (checkpoint.path / place).is_dir():
-        place = checkpoint.path / place
-    return AutoencoderCodec.from_pretrained(place, **options)
+    own = None if vae is not None or checkpoint is None else beside(checkpoint, str(place))
+    return AutoencoderCodec.from_pretrained(own or place, **options)
+
+
+def beside(checkpoint: Checkpoint, name: str) -> FilePath | None:
+    """The folder of that plain name in a checkpoint's own, if there is one; a file names nothing outside of it."""
+    folder = checkpoint.path / name
+    return folder if FilePath(name).name == name != ".." and folder.is_dir() else None
 
 
 def is_latent(model: MetaFlowMap) -> bool:

@@ -15,7 +15,7 @@ from metaflowmaps.data.latents import INDEX, read_index
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
-from metaflowmaps.interop.opening import DOCUMENT, pipeline_document, stored
+from metaflowmaps.interop.opening import DOCUMENT, beside, pipeline_document, stored
 
 VAE = "vae"  # the folder of an autoencoder beside its map
 FAMILIES = {  # what the map is, and under whose licence
@@ -124,8 +124,8 @@ def of_run(run: str, wanted: Wanted) -> Shareable:
     _check_guidance(guidance, getattr(getattr(model.network, "config", None), "guidance", False))
     if guidance is None:
         guidance = known.get("guidance") or max(training.get("condition", {}).get("guidance") or [1.0])
-    own = checkpoint.path / str(known.get("vae"))
-    folder, vae = _autoencoder(vae or (str(own) if own.is_dir() else known.get("vae")))
+    own = beside(checkpoint, str(known.get("vae")))
+    folder, vae = _autoencoder(vae or (known.get("vae") if own is None else str(own)))
     position = "position.json"
     steps = f" at step {checkpoint.document(position)['step']:,}" if checkpoint.has(position) else ""
     recipe, name = training.get("recipe", "a checkpoint"), Path(run).resolve().name
