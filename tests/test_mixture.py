@@ -296,6 +296,15 @@ def test_the_papers_inverse_problem():
     torch.testing.assert_close(tilted.means, means, rtol=0, atol=1e-12)
 
 
+def test_an_exact_observation_leaves_no_variance_along_it():
+    """σ = 1e-9: variances of 1e-18 are below the rounding of 1, and may not come out negative."""
+    law = mfm.GaussianMixture(CUBE.law.means, CUBE.law.covariances)
+    a, y = torch.tensor([[1.0, 0.3, -0.5], [-0.4, 2.0, 0.7]], dtype=F64), torch.tensor([0.5, -1.0], dtype=F64)
+    x = law.tilt(mfm.rewards.LinearGaussian(a, y, 1e-9)).sample(100, stream(0, "exact"))
+    # roundings 1e-16 of variances of 1 are 1e-8 of a deviation
+    torch.testing.assert_close(x @ a.T, y.expand(100, 2), rtol=0, atol=1e-6)
+
+
 # -- precision -------------------------------------------------------------------------------------------------------
 
 MEANS, VARIANCES, WEIGHTS = (-1.5, 0.25, 1.75), (0.25, 0.5, 0.125), (0.5, 0.25, 0.25)  # exact in float32

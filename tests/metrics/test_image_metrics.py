@@ -237,6 +237,14 @@ def test_calibration_counts_the_truth_among_its_relabellings():
     assert metrics.rank_test(samples, truth + 100, 99, stream(0, "apart")).p_value == 1 / 100
 
 
+def test_calibration_says_nothing_by_a_part_that_cannot_vary():
+    """Three pixels and their negatives: no image has a bias, so its score is 0 and not a rounding over a rounding."""
+    samples, truth = (torch.cat([x, -x], -1) for x in (normal(8, 10, 3), normal(10, 3, name="truth")))
+    test = metrics.rank_test(samples, truth, 99, stream(0, "test"))
+    assert test.scores["bias"] == test.scores["dependence"] == 0
+    assert test.statistic == abs(test.scores["spread"]) > 0
+
+
 def test_spread_ratio_at_its_ends():
     samples, truth = posterior(2000, 8, 0, length=0.3)
     # 128,000 nearly independent pixels: the error's mean square is known to 0.4 %, its root to 0.2 %; bound at 5 sd

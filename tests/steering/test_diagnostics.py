@@ -8,7 +8,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, PATHS, normal, paper_law
 from metaflowmaps.random import stream
-from metaflowmaps.steering.diagnostics import bias_of
+from metaflowmaps.steering.diagnostics import SteeredBatch, bias_of, findings
 
 MODEL = mfm.ExactModel(PATHS["linear"], paper_law())
 SHARP = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8], dtype=F64), -1.0, 0.2)  # the paper's
@@ -45,6 +45,14 @@ def test_too_few_draws_are_said_with_the_number_to_try():
     """The mode of a sharp reward is chosen by the first draws: one a step is too few, though all were exact."""
     assert "short of draws" in notes(mfm.MFMGF(num_draws=1))
     assert "use num_draws=2 or more" in notes(mfm.MFMGF(num_draws=1))
+
+
+@pytest.mark.parametrize(("collapsed", "said"), [(5, False), (6, True)])
+def test_a_collapse_is_said_where_it_is_at_most_steps(collapsed, said):
+    ess = torch.tensor([1.0] * collapsed + [3.0] * (10 - collapsed))
+    info = {"ess": ess, "base_ess": torch.full((10,), 4.0)}
+    batch = SteeredBatch(None, None, None, torch.zeros(0, 2), torch.zeros(0), info, None)
+    assert [note[:28] for note in findings(batch)] == ["one draw carries all the wei"] * said
 
 
 def test_a_missed_mode_is_said():

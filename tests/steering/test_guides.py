@@ -127,6 +127,14 @@ def test_the_blend_by_hand(slopes, near):
     torch.testing.assert_close(shift, moved.expand(1, 1), rtol=1e-12, atol=0)
 
 
+def test_the_jackknife_by_two_passes_is_that_by_one(path):
+    """Where one draw has all the weight, the estimate without it is that of the next: no gradient is negligible."""
+    one, two = (
+        guided(path, MFMG(4, blend=False, correction="jackknife", passes=passes), 0.05, rows=50)[0] for passes in (1, 2)
+    )
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200])
 def test_gradients_that_say_nothing_leave_the_gradient_free_form(value):
     """Not a number, infinite, or of a square that is infinite: no move from F."""

@@ -245,6 +245,28 @@ def test_systems_do_not_mix(method):
     assert float(got.info["log_evidence"][0]) > float(got.info["log_evidence"][1]) + 50
 
 
+@pytest.mark.parametrize("method", ["tds", "mfm-smc"])
+def test_a_particle_that_is_lost_takes_no_other_with_it(method):
+    """The first of four diverges half-way and is never resampled: the others return, and the evidence is theirs."""
+
+    class Losing(mfm.ExactModel):
+        def drift(self, t, x, cond=None):
+            lost = torch.zeros_like(x)
+            lost[0] = math.nan
+            return super().drift(t, x, cond) + (lost if float(t[0]) > 0.5 else 0)
+
+        def draw(self, t, x_t, num_draws, generator=None, cond=None):
+            made = super().draw(t, x_t.nan_to_num(), num_draws, generator, cond)
+            return torch.where(x_t.isnan(), x_t, made)
+
+    path = PATHS["linear"]
+    got = steer(
+        Losing(path, LAW), REWARD, 4, method, steps=4, particles=4, num_draws=2, threshold=0.0, generator=stream(0)
+    )
+    assert bool(got.samples.isfinite().all())
+    assert bool(got.info["log_evidence"].isfinite().all())
+
+
 def test_more_particles_reach_the_tilted_law():
     """M → ∞: one system of many particles on a mixture, both by many small steps (the evidence tests are about few)."""
     path, case = PATHS["linear"], CASES["isotropic"]

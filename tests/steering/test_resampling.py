@@ -87,8 +87,9 @@ def test_systems_without_weight_keep_their_particles(kind):
 
 @pytest.mark.parametrize("kind", ["systematic", "stratified", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("count", [7, 1000])
+@pytest.mark.parametrize("count", [49, 1000])
 def test_equal_weights_stay_as_they_are(kind, dtype, count):
+    """(1/49) · 49 is below 1 in float64: nobody loses its child by a rounding."""
     got = resample(kind, torch.full((50, count), -3.7, dtype=dtype), stream(0))
     assert torch.equal(got.sort(1).values, torch.arange(count).expand(50, -1))
 
