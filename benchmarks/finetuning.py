@@ -37,19 +37,19 @@ ON_MIXTURE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "ft": ("MFM-FT, then distilled", {}, []),
     "ft-replay": ("MFM-FT with replay, then distilled", {},
                   ["states.base=0.25", "states.tilted=0.25", "states.replay=0.5"]),
-    "direct": ("tilted map in one stage", {"map": "direct"}, ["steps=5000"]),
-    "free": ("MFM-FT without reward gradients", {"map": "none", "form": "gradient-free"}, []),
-    "gradient": ("MFM-FT, gradient form", {"map": "none", "form": "gradient"}, []),
-    "one-draw": ("MFM-FT, one draw, states of the base", {"map": "none", "form": "gradient", "num_draws": 1},
-                 ["states.tilted=0", "states.base=1"]),
-    "learned": ("MFM-FT, learned baseline", {"map": "none"}, ["baseline.kind=learned"]),
-    "draws": ("MFM-FT, V̂ of 4 other draws as baseline", {"map": "none"}, ["baseline.kind=draws"]),
+    "direct": ("tilted map in one stage", {"method": "direct"}, ["steps=5000"]),
+    "free": ("MFM-FT without reward gradients", {"map": "none"}, ["method.form=gradient-free"]),
+    "gradient": ("MFM-FT, gradient form", {"map": "none"}, ["method.form=gradient"]),
+    "one-draw": ("MFM-FT, one draw, states of the base", {"map": "none", "num_draws": 1},
+                 ["method.form=gradient", "states.tilted=0", "states.base=1"]),
+    "learned": ("MFM-FT, learned baseline", {"map": "none"}, ["method.baseline=learned"]),
+    "draws": ("MFM-FT, V̂ of 4 other draws as baseline", {"map": "none"}, ["method.baseline=draws"]),
     "low-rank": ("MFM-FT, rank 8", {"map": "none"}, ["low_rank=8"]),
-    "snr": ("self-normalised, 4 draws", {"map": "none", "method": "self-normalised", "form": "gradient"}, []),
-    "snr-16": ("self-normalised, 16 draws", {"map": "none", "method": "self-normalised", "form": "gradient",
-                                             "num_draws": 16}, ["steps=1200"]),
+    "snr": ("self-normalised, 4 draws", {"map": "none", "method": "self-normalised"}, ["method.form=gradient"]),
+    "snr-16": ("self-normalised, 16 draws", {"map": "none", "method": "self-normalised", "num_draws": 16},
+               ["method.form=gradient", "steps=1200"]),
     "adjoint": ("adjoint matching", {"map": "none", "method": "adjoint-matching"}, ["steps=1500"]),
-    "draft": ("DRaFT on the one-step map", {"map": "none", "method": "draft"}, ["steps=2000"]),
+    "draft": ("DRaFT on the one-step map", {"method": "draft"}, ["steps=2000"]),
 }  # fmt: skip
 SWEPT = ("ft", "direct", "free", "gradient", "snr", "adjoint", "draft")  # the others: at λ = 1
 
@@ -122,12 +122,12 @@ def _best_ratio(cell: dict[str, Any]) -> float | None:
 LAMBDAS = (1.0, 2.5, 5.0, 10.0)
 SLANT_STD = 0.109  # of the slant of the base's samples: its λ counts these
 ON_DIGITS = {"mixture": 1.0, "slant": 1 / SLANT_STD}  # strength of λ = 1
-STEERED = ("mfm-gf-4", "mfm-g-1", "mfm-smc-4")
+STEERED = ("mfm-gf-4", "mfm-g-1", "mfm-smc-4", "rejection", "resampling-16", "resampling-64")
 STEERED_STEPS, STEERED_SAMPLES = 50, 1024
-VARIED = {"direct": ({"map": "direct"}, ["steps=4000"]), "low-rank": ({"map": "none"}, ["low_rank=16"]),
+VARIED = {"direct": ({"method": "direct"}, ["steps=4000"]), "low-rank": ({"map": "none"}, ["low_rank=16"]),
           "snr": ({"map": "none", "method": "self-normalised"}, []),
           "adjoint": ({"map": "none", "method": "adjoint-matching"}, ["steps=800"]),
-          "draft": ({"map": "none", "method": "draft"}, ["steps=500"])}  # fmt: skip
+          "draft": ({"method": "draft"}, ["steps=500"])}  # fmt: skip
 JUDGED = TunedEvalConfig(samples=2048, seeds=1, ode_steps=50)
 
 

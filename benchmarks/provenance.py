@@ -1,7 +1,8 @@
 """Where a result is from: the commit it was measured at, the source files it measures, and whether these changed since.
 
 The files that a benchmark measures are those that its module imports, directly or not. What only shows figures is left
-out. What hands them on (the command line, processes, files) is left out too, but for what it imports.
+out. What hands them on (the command line, processes, files) is left out too, but for what it imports. A file has
+changed where its statements have: comments, docstrings and line breaks move no figure.
 """
 
 import ast
@@ -95,6 +96,27 @@ def _changed_since(commit: str) -> frozenset[str] | None:
     return None if names is None else frozenset(names.splitlines())
 
 
+@cache
+def _says_other(commit: str, file: str) -> bool:
+    """Whether the statements of a file differ from those at a commit; so they do where it was not there."""
+    before, now = git("show", f"{commit}:{file}"), ROOT / file
+    return before is None or not now.is_file() or _statements(before) != _statements(now.read_text(encoding="utf-8"))
+
+
+def _statements(source: str) -> str:
+    """A file's code without docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # a lambda's body is an expression
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
+
+
 def stale(name: str, result: dict[str, Any]) -> list[str]:
     """One line for each commit of a result file that the code it measures has moved on from."""
     lines, benchmark = [], benchmark_of(result)
@@ -102,7 +124,7 @@ def stale(name: str, result: dict[str, Any]) -> list[str]:
         changed = _changed_since(commit)
         if changed is None:
             lines.append(f"{name}: made at {commit}, which this checkout does not hold")
-        elif since := sorted(changed & measured_files(benchmark)):
+        elif since := sorted(f for f in changed & measured_files(benchmark) if _says_other(commit, f)):
             what = f"older than its code: {len(since)} files differ from {commit} ({since[-1]} …)"
             lines.append(f"{name}: {what}; python -m benchmarks {benchmark}")
     return lines if commits_of(result) else [f"{name}: names no commit"]

@@ -42,6 +42,7 @@ PROBLEMS = {
     "plane": ("gmm-inverse", "paper", [1.0]),
     "16-D medium": ("mixture-16d", "medium", [0.5, -0.5]),
     "16-D sharp": ("mixture-16d", "sharp", [0.5, -0.5]),
+    "16-D broad": ("mixture-16d", "broad", [0.5, -0.5]),
 }  # name: task, reward, the observation that rivals are tuned on
 
 

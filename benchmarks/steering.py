@@ -30,15 +30,17 @@ from metaflowmaps.sampling import uniform_grid
 from metaflowmaps.steering.recycling import DrawPool
 from metaflowmaps.value import ess, free_shift
 
+# the cheapest rivals: one-step samples, accepted, resampled, or the best of some
+CHEAP = ("rejection", "resampling-16", "resampling-64", "best-of-n-map-16", "best-of-n-map-1000")
 MAIN = (
-    "none", "mfm-g", "mfm-gf", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n", "glass", "exact"
+    "none", *CHEAP, "mfm-g", "mfm-gf", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n", "glass", "exact"
 )  # fmt: skip
 # as published, or with one choice changed
 VARIED = (
     "mfm-g-plain", "mfm-g-plain-clip", "mfm-gf-plain", "mfm-gf-denoise", "mfm-smc-plain", "mfm-smc-unguided",
     "mfm-search-particle",
 )  # fmt: skip
-SDE = {"process": "sde", "methods": ("none", "mfm-g", "mfm-gf", "exact")}
+SDE = {"process": "sde", "methods": ("none", "rejection", "resampling-16", "mfm-g", "mfm-gf", "exact")}
 # budgets keep a cell under a minute on one core; a cell that they cut says on how many samples it ran
 PARTS: dict[str, dict[str, Any]] = {
     "ode, 50 steps": {
@@ -49,13 +51,15 @@ PARTS: dict[str, dict[str, Any]] = {
     "sde, 50 steps": {"steps": 50, "num_draws": (1, 4, 16), "budget": 2e6, **SDE},
     "sde, 250 steps": {"steps": 250, "num_draws": (4,), "budget": 9.3e6, **SDE},
     "ode, 1000 steps": {
-        "steps": 1000, "seeds": 1, "methods": ("mfm-g", "mfm-gf", "mfm-smc", "tds", "exact"), "num_draws": (4,),
-        "budget": 2e7,
+        "steps": 1000, "seeds": 1, "num_draws": (4,), "budget": 2e7,
+        "methods": ("rejection", "resampling-16", "mfm-g", "mfm-gf", "mfm-smc", "tds", "exact"),
     },
     "sde, 1000 steps": {"steps": 1000, "seeds": 1, "num_draws": (4,), "budget": 2e7, **SDE},
 }  # fmt: skip
 SEEDS: dict[str, dict[str, Any]] = {
-    "ode, 50 steps": {"steps": 50, "seeds": 20, "methods": ("mfm-gf", "mfm-g"), "num_draws": (4,)},
+    "ode, 50 steps": {
+        "steps": 50, "seeds": 20, "methods": ("rejection", "resampling-16", "mfm-gf", "mfm-g"), "num_draws": (4,)
+    },
     "ode, 250 steps": {"steps": 250, "seeds": 8, "methods": ("mfm-gf",), "num_draws": (4,)},
     "particles, 50 steps": {"steps": 50, "seeds": 20, "methods": ("mfm-smc", "tds"), "num_draws": (4,)},
     "particles, one returned, 50 steps": {
@@ -66,7 +70,16 @@ SEEDS: dict[str, dict[str, Any]] = {
         "budget": 9.3e6,
     },
 }  # fmt: skip
-IN_16D = ("none", "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "dps", "tds", "best-of-n", "exact")
+IN_16D = (
+    "none", *CHEAP, "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "dps", "tds", "best-of-n", "exact"
+)  # fmt: skip
+
+
+def with_tuned(problem: str, parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """DPS and TDS also as ``python -m benchmarks rivals`` has tuned them for a problem of this kind."""
+    chosen = json.loads((RESULTS / "rivals.json").read_text())["problems"][problem]["chosen elsewhere"]
+    tuned = {label: [n for n in chosen if n.partition("-")[0] in part["methods"]] for label, part in parts.items()}
+    return {label: {**part, "methods": (*part["methods"], *tuned[label])} for label, part in parts.items()}
 
 
 def gmm_inverse() -> None:
@@ -74,7 +87,7 @@ def gmm_inverse() -> None:
     task = steering_task("gmm-inverse")
     run = trained(gmm(), "fidelity-default")
     model = MetaFlowMap.from_pretrained(run.checkpoint)
-    measured = _parts("steering", model, task.law, task.reward(""), PARTS)
+    measured = _parts("steering", model, task.law, task.reward(""), with_tuned("plane", PARTS))
     main = measured["ode, 50 steps"]
     figures.save(steering_figures.error_against_cost(main), RESULTS / "steering-error.png")
     figures.save(benchmark_figures.reward_against_cost(main), RESULTS / "steering-reward.png")
@@ -84,7 +97,7 @@ def gmm_inverse_seeds() -> None:
     """Benchmark 1 again where one seed says little: N = 4, particle methods with 20 seeds."""
     task = steering_task("gmm-inverse")
     model = MetaFlowMap.from_pretrained(trained(gmm(), "fidelity-default").checkpoint)
-    _parts("steering-seeds", model, task.law, task.reward(""), SEEDS)
+    _parts("steering-seeds", model, task.law, task.reward(""), with_tuned("plane", SEEDS))
 
 
 def in_16d() -> None:
@@ -93,7 +106,8 @@ def in_16d() -> None:
     model = MetaFlowMap.from_pretrained(trained(mixture_16d(), "mixture-16d").checkpoint)
     for name, reward in task.rewards.items():
         part = {"steps": 50, "seeds": 1, "methods": IN_16D, "num_draws": (1, 4, 16), "budget": 2e6}
-        _parts(f"steering-16d-{name}", model, task.law, reward, {"ode, 50 steps": part})
+        parts = with_tuned(f"16-D {name}", {"ode, 50 steps": part})
+        _parts(f"steering-16d-{name}", model, task.law, reward, parts)
 
 
 def _parts(

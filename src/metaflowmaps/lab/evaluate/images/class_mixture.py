@@ -38,6 +38,8 @@ from metaflowmaps.work.shards import Shard, ranges
 
 METHODS = (
     "none",
+    "rejection",
+    "resampling-16",
     "mfm-g-1",
     "mfm-g-4",
     "mfm-gf-1",
