@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ _has_gpu, _given = torch.cuda.is_available, os.environ.get(DEVICES)
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Show the GPU to tests marked ``gpu`` alone: elsewhere ``--device auto`` is the processor, as in a subprocess."""
+    global _file
+    _file = item.path.name
     shown = item.get_closest_marker("gpu") is not None
     torch.cuda.is_available = _has_gpu if shown else (lambda: False)
     if not shown:
@@ -51,6 +54,35 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers take files in this order, with ``--no-loadscope-reorder``."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+_pictures: dict[tuple[str, str], bytes] = {}  # by test file and name
+_file = ""  # of the test that runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_picture_is_drawn_once() -> Iterator[None]:
+    """What commands save under one name is drawn once a test file, and copied: drawing was most of their time.
+
+    What is on pictures is tested on figures, in tests/report.
+    """
+    from metaflowmaps.lab.figures import plots
+
+    def save(figure: Any, path: Path) -> Path:
+        kept = (_file, path.name)
+        if kept not in _pictures:
+            _pictures[kept] = draw(figure, path).read_bytes()
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.write_whole(path, _pictures[kept], durable=False)
+        return path
+
+    draw = plots.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", save)
+        yield
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
