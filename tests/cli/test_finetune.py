@@ -180,7 +180,7 @@ BAD = {
     "no such file": (["--reward", "nowhere.py:f"], "no file nowhere.py"),
     "no such function": (["--reward", ":nothing"], "unknown name in"),
     "no function named": (["--reward", "rewards.py"], "name the function too"),
-    "reward of another space": (["--reward", "mixture-16d"], "16 coordinates, the mixture has 2"),
+    "reward of another space": (["--reward", "mixture-16d"], "mixture-16d is of samples (16,) and this map makes (2,)"),
     "constant reward": (["--reward", ":constant"], "check the reward"),
     "reward NaN": (["--reward", ":nan"], "it must be finite"),
     "reward infinite": (["--reward", ":infinite"], "it must be finite"),

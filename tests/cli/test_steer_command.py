@@ -23,6 +23,7 @@ BAD = {
     "unknown renormalisation": (["--set", "process.renormalize=clap"], "did you mean 'clip'"),
     "unknown integrator": (["--set", "process.integrator=heum"], "did you mean 'heun'"),
     "unknown task": (["--reward", "gmm-inverze"], "did you mean 'gmm-inverse"),
+    "reward of another space": (["--reward", "mixture-16d", "--dry-run"], "samples (16,) and this map makes (2,)"),
     "no such file": (["--reward", "nowhere.py:f"], "no file nowhere.py"),
     "no function named": (["--reward", "nowhere.py"], "name the function too"),
     "no draws": (["--num-draws", "0"], "--num-draws"),
@@ -54,8 +55,9 @@ def test_steer_keeps_samples_rewards_costs_and_pictures(capsys, run, tmp_path):
     assert results["cost"]["reward_calls"] == 64 * 4 * 4
     assert results["cost"]["nfe"] == 36
     assert {p.name for p in out.iterdir()} >= {"samples.png", "trajectory.png", "results.json", "samples.safetensors"}
-    # the same again is complete, another seed is another run
-    assert mfm(capsys, "steer", run, *QUICK, "--method", "mfm-gf", "--out", out, "--json")[0] == 0
+    # the same again is complete, another seed is another run; people are told which figure is of one sample
+    code, text, _ = mfm(capsys, "steer", run, *QUICK, "--method", "mfm-gf", "--out", out)
+    assert (code, "forwards, in all         1280" in text, "nfe, a sample            36" in text) == (0, True, True)
     code, _, err = mfm(capsys, "steer", run, "--num", "64", "--steps", "5", "--method", "mfm-gf", "--out", out)
     assert (code, "another run" in err) == (2, True)
 

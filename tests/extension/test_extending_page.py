@@ -5,12 +5,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "extending.md"
-EXAMPLES = ("my_method.py", "my_reward.py", "my_loss.py", "my_network.py", "my_data.py", "my_posterior.py")
+NAMES = ("my_method", "my_mover", "my_reward", "my_loss", "my_network", "my_data", "my_posterior")
 
 
 def test_every_block_of_code_is_a_file_word_for_word():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert blocks == [(HERE / name).read_text() for name in EXAMPLES]
+    assert blocks == [(HERE / f"{name}.py").read_text() for name in NAMES]
 
 
 def test_every_name_in_its_commands_is_in_the_file_beside_it():

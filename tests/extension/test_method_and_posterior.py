@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from my_method import TopDraw
+from my_mover import Hold
 from my_posterior import TwoSteps
 
 import metaflowmaps as mfm
@@ -50,6 +51,17 @@ def test_a_method_steers_from_python_by_object_and_by_name():
     assert torch.isfinite(defaults.samples).all()
 
 
+def test_a_method_that_moves_in_its_own_way_is_counted_and_its_samples_are_their_seeds():
+    model = random_map(PATHS["linear"])
+    held = mfm.steer(model, mild, 8, Hold(num_draws=3), mfm.ODE(steps=4), seed=0)
+    assert held.cost["nfe"] == 4 * 2 * 3 == 4 * Hold(num_draws=3).calls_per_step
+    assert torch.equal(held.info["best_reward"][1:] >= held.info["best_reward"][:-1], torch.ones(3, dtype=torch.bool))
+    alone = mfm.steer(model, mild, 1, Hold(num_draws=3), mfm.ODE(steps=4), seed=held.seeds[5:6])
+    torch.testing.assert_close(alone.samples[0], held.samples[5], rtol=1e-4, atol=1e-5)  # it rounds otherwise
+    with pytest.raises(mfm.InputError, match="noises its best draw: it has no renormalize"):
+        mfm.steer(model, mild, 8, Hold(), mfm.ODE(steps=4, renormalize="clip"))
+
+
 def test_a_posterior_gives_values_and_steers():
     exact = mfm.ExactModel(PATHS["linear"], CASES["per-component-full"].law)
     x = exact.law.sample(5, stream(0))
@@ -85,6 +97,9 @@ def test_the_command_line_takes_them(run, tmp_path):
         "--out",
         tmp_path / "posterior",
     )
+    mfm_run("steer", *common, "--method", f"{HERE / 'my_mover.py'}:Hold", "--out", tmp_path / "mover")
+    mfm_run("report", tmp_path / "mover", "--out", tmp_path)
+    assert "8 samples by hold the best: " in (tmp_path / "report.html").read_text()
     for name in ("method", "posterior"):
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert results["metrics"]["num"] == 8

@@ -222,6 +222,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path, capsys, monkeypatc
     picture(run / "later.png")  # the same command again: the page is replaced
     assert mfm(capsys, monkeypatch, "report", run, "--out", tmp_path)[0] == 0
     assert "Later." in (tmp_path / "report.html").read_text()
+    assert "The page: a file, or a directory" in " ".join(mfm(capsys, monkeypatch, "report", "--help")[1].split())
 
 
 def test_numbers_are_short_and_exact_where_they_can_be():

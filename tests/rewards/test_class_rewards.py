@@ -8,6 +8,7 @@ from torch import nn
 
 import metaflowmaps as mfm
 from conftest import F64, normal
+from metaflowmaps.checkpoint import load_classifier
 from metaflowmaps.rewards import ClassifierMixture, LogitMargin
 
 W = normal(2, 4, seed="W")
@@ -130,6 +131,8 @@ def test_labels_that_are_none(label):
 def test_labels_out_of_range():
     with pytest.raises(mfm.InputError, match=r"label 4 is not among 0 … 3"):
         LogitMargin(classifier, 4)(X)
+    with pytest.raises(mfm.InputError, match=r"label 12 is not among 0 … 9"):  # which knows its classes: at once
+        LogitMargin(load_classifier("digits-guide"), 12)
     with pytest.raises(mfm.InputError, match="add a column of zeros"):
         LogitMargin(lambda x: x[:, :1], 0)(X)
     assert torch.equal(LogitMargin(classifier, torch.tensor(2))(X), LogitMargin(classifier, 2)(X))

@@ -438,6 +438,20 @@ def test_samples_that_are_not_finite_are_said():
     assert int(got.info["nonfinite"]) == 6
 
 
+@pytest.mark.parametrize(
+    ("misplaced", "says"),
+    [
+        ({"steps": 4}, r"steps is an option of the process: steer\(…, process=mfm.ODE\(steps=4\)\)"),
+        ({"num_draws": 8}, r"num_draws is an option of the method: steer\(…, method=mfm.MFMGF\(num_draws=8\)\)"),
+        ({"batchsize": 8}, "did you mean 'batch_size'"),
+    ],
+    ids=["process", "method", "unknown"],
+)
+def test_an_option_in_the_wrong_place_is_told_where_it_belongs(misplaced, says):
+    with pytest.raises(mfm.InputError, match=says):
+        mfm.steer(MODEL, mild, 4, "mfm-gf", **misplaced)
+
+
 # -- methods of one's own that are wrong -----------------------------------------------------------------------------
 
 

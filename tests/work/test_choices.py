@@ -10,7 +10,7 @@ import pytest
 from metaflowmaps.errors import InputError
 from metaflowmaps.losses import Eulerian, Lagrangian
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.work.choices import Choice, Pick, build, built, choose, dumped, spelled
+from metaflowmaps.work.choices import Choice, Pick, build, built, choose, dumped, outside, spelled
 from metaflowmaps.work.config import Config, merged, override, validated
 
 
@@ -88,6 +88,26 @@ def test_wrong_options_and_names_are_one_line_with_the_nearest(pear: str, tmp_pa
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(InputError, match="division by zero"):
         choose(Fruit, f"{tmp_path / 'broken.py'}:Pear")
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("@dataclass\nclass Plum(Fruit):\n    size: int = 1", 'Plum has no name: write name = "…"'),
+        ("class Plum(Fruit):\n    name = 'plum'", r"write @dataclass\(frozen=True\) above the class"),
+        ("@dataclass\nclass Plum(Fruit):\n    name = 'plum'\n    @abstractmethod\n    def eat(self): 0", "has no eat"),
+    ],
+    ids=["no name", "no dataclass", "no method"],
+)
+def test_a_class_that_lacks_something_is_told_what(pear: str, tmp_path: Path, written: str, says: str) -> None:
+    """Typed or, where Python lets it be made, passed as an object."""
+    head = "from abc import abstractmethod\nfrom dataclasses import dataclass\nfrom test_choices import Fruit\n\n"
+    (tmp_path / "plum.py").write_text(head + written + "\n")
+    with pytest.raises(InputError, match=says):
+        choose(Fruit, f"{tmp_path / 'plum.py'}:Plum")
+    if "abstract" not in written:
+        with pytest.raises(InputError, match=says):
+            built(Fruit, outside(f"{tmp_path / 'plum.py'}:Plum")())
 
 
 def test_a_group_given_in_part_keeps_the_rest_when_its_name_changes_and_a_choice_begins_anew():

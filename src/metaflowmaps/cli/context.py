@@ -130,7 +130,10 @@ def emit(results: Results | str | None, as_json: bool) -> None:
         from metaflowmaps.lab.report.html import tables_of
 
         print_tables(tables_of(results))
-    for name, value in {**results.get("metrics", {}), **results.get("cost", {})}.items():
+    cost = results.get("cost", {})
+    if "nfe" in cost:  # the one figure of a single sample among those of all
+        cost = {f"{name}, {'a sample' if name == 'nfe' else 'in all'}": value for name, value in cost.items()}
+    for name, value in {**results.get("metrics", {}), **cost}.items():
         if isinstance(value, int | float | str):
             print(f"{name:24s} {value:,.6g}" if isinstance(value, float) else f"{name:24s} {value}")
     if "out" in results:

@@ -12,14 +12,15 @@ from metaflowmaps.lab.report.html import write_report
 class Report(Options):
     """Which runs, and where to."""
 
-    shared = ("out",)
+    shared = ()
 
     runs: Annotated[tuple[Path, ...], Argument("RUN...")] = Field(
         description="Results of commands, or directories of such."
     )
+    out: Path = Field(Path("report.html"), description="The page: a file, or a directory for report.html.")
 
 
 def run(config: Report, context: Context) -> str:
     """The page's path."""
-    out = context.out or Path("report.html")
+    out = config.out
     return str(write_report(list(config.runs), out / "report.html" if out.is_dir() else out))

@@ -111,7 +111,8 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
     if data is not None and (named is None or named.of != "images"):
         raise InputError(f"data={data} is for rewards that are made of images, not for {asked.text}: leave it out")
     if named is not None:
-        return ChosenReward(named.make(asked), asked.text)
+        made = named.make(asked)
+        return ChosenReward(made, _with_class(asked.text, made))
     if asked.text.endswith(".py"):
         raise InputError(f"--reward {asked.text}: name the function too, {asked.text}:my_reward")
     if "." not in asked.kind or ":" not in asked.text:
@@ -119,6 +120,13 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
     own, file = outside(asked.text), Path(asked.text.rpartition(":")[0]).expanduser()
     digest = sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return ChosenReward(own if strength == 1 else Tempered(own, strength), asked.text, digest)
+
+
+def _with_class(text: str, reward: Any) -> str:
+    """The text; of a bare ``margin`` with the class that was picked, which results then say."""
+    while hasattr(reward, "reward"):
+        reward = reward.reward
+    return f"{text}:{reward.label}" if text == "margin" else text
 
 
 def judge_of_pictures(text: str, opened: OpenedModel) -> Callable[..., Tensor] | None:
@@ -135,7 +143,12 @@ def judge_of_pictures(text: str, opened: OpenedModel) -> Callable[..., Tensor] |
 
 
 def _of_task(asked: AskedReward) -> LinearGaussian:
-    own = steering_task(asked.kind).reward(asked.words)
+    own, shape = steering_task(asked.kind).reward(asked.words), tuple(asked.opened.model.event_shape)
+    if shape != own.A.shape[1:]:
+        raise InputError(
+            f"--reward {asked.text} is of samples {tuple(own.A.shape[1:])} and this map makes {shape}: give one that "
+            "fits, or a function of your own as file.py:function"
+        )
     return LinearGaussian(own.A, own.y, own.noise_std, own.strength * asked.strength)
 
 

@@ -133,6 +133,8 @@ class SteeringRun:
         """What results say of the samples."""
         rewards, info = result.rewards.double(), result.info
         metrics: dict[str, Any] = {
+            "method_title": self.method.titled(),
+            "reward": self.chosen.name,
             "num": self.pictures.num,
             "reward_mean": float(rewards.mean()),
             "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0,

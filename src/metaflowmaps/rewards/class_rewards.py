@@ -73,21 +73,24 @@ class LogitMargin:
             self.label = -1
         if self.label < 0:
             raise InputError(f"label must be the number of a class, 0, 1, …; got {label!r}")
+        known = getattr(classifier, "num_classes", None)  # of the package's own; of others the logits tell
+        if isinstance(known, int):
+            self._check(known)
         self.strength = positive(strength, "strength", or_zero=True)
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
         logits = _logits(self.classifier, x)
-        classes = logits.shape[1]
-        if classes < 2 or self.label >= classes:
-            raise InputError(
-                f"label {self.label} is not among 0 … {classes - 1}, the classes of the classifier"
-                if self.label >= classes
-                else "LogitMargin needs a classifier of two classes or more: add a column of zeros for 'no'"
-            )
-        others = torch.tensor([j for j in range(classes) if j != self.label], device=logits.device)
+        self._check(logits.shape[1])
+        others = torch.tensor([j for j in range(logits.shape[1]) if j != self.label], device=logits.device)
         margin = logits[:, self.label] - logits.index_select(1, others).logsumexp(1)
         return (self.strength * margin).to(x.dtype)
+
+    def _check(self, classes: int) -> None:
+        if self.label >= classes:
+            raise InputError(f"label {self.label} is not among 0 … {classes - 1}, the classes of the classifier")
+        if classes < 2:
+            raise InputError("LogitMargin needs a classifier of two classes or more: add a column of zeros for 'no'")
 
     def __repr__(self) -> str:
         return f"LogitMargin({describe(self.classifier)}, label={self.label}, strength={self.strength:g})"

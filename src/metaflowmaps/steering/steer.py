@@ -10,6 +10,7 @@ draws by its own ``draw(…, generator=)`` is the exception: its draws depend on
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import Cond, check_count, select_cond
 from metaflowmaps.cost import Meter
-from metaflowmaps.errors import InputError
+from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.random import Seed, as_seeds
 from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.rewards.checked import checked_reward
@@ -28,7 +29,7 @@ from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
 from metaflowmaps.steering.process import Process
 from metaflowmaps.steering.result import SteerResult
-from metaflowmaps.work.choices import built
+from metaflowmaps.work.choices import built, options_of
 from metaflowmaps.work.memory import frozen, halving
 from metaflowmaps.work.progress import Bar
 
@@ -68,6 +69,7 @@ def steer(
     batch_size: int | None = None,
     callback: Callable[[Step], Any] | None = None,
     progress: bool = False,
+    **misplaced: Any,
 ) -> SteerResult:
     """Samples of ``model`` steered towards p_reward ∝ p_1 e^r. Ctrl-C returns what is finished.
 
@@ -83,6 +85,7 @@ def steer(
         batch_size: rows of state at a time (draws multiply it, by at most the method's ``chunk``).
         callback: is told of every :class:`Step`.
         progress: show a bar on stderr.
+        misplaced: options of the method or the process, which are refused with the place where they belong.
 
     Returns:
         Samples (n, *event), rewards and seeds (n,), cost and what was seen on the way.
@@ -90,6 +93,7 @@ def steer(
     check_count(num_samples, "num_samples")
     made = built(Method, method)
     moves = made.usual() if process is None else built(Process, process)
+    _refuse(misplaced, made, moves)
     made.check(moves)
     meter = Meter(device=device_of(model))
     problem = SteeringProblem(model, reward, meter)
@@ -279,6 +283,16 @@ class Progress(NamedTuple):
 
 class _Stopped(Exception):
     """The callback asked to stop."""
+
+
+def _refuse(misplaced: Mapping[str, Any], method: Method, process: Process) -> None:
+    """Options are those of objects: say of which."""
+    for option, value in misplaced.items():
+        for what, chosen in (("process", process), ("method", method)):
+            if option in options_of(type(chosen)):
+                made = f"{type(chosen).__name__}({option}={value!r})"
+                raise InputError(f"{option} is an option of the {what}: steer(…, {what}=mfm.{made})")
+        raise unknown("argument of steer", option, signature(steer).parameters.keys() - {"misplaced"})
 
 
 def _check_start(t: float) -> None:

@@ -65,11 +65,22 @@ def choose(base: type[T], text: str) -> type[T]:
         member = outside(text)
         if not (isinstance(member, type) and issubclass(member, base)):
             raise InputError(f"{text} is no {kind_of(base)}: derive it from {base.__module__}.{base.__name__}")
+        _check_whole(base, member)
         return member
     known = choices(base)
     if text not in known:
         raise unknown(kind_of(base), text, [*known, "file.py:Name"])
     return known[text]
+
+
+def _check_whole(base: type[Any], member: type[Any]) -> None:
+    """Refuse a class from outside that lacks what every member of its family has."""
+    if not isinstance(getattr(member, "name", None), str):
+        raise InputError(f'{member.__name__} has no name: write name = "…" in the class')
+    if missing := sorted(getattr(member, "__abstractmethods__", ())):
+        raise InputError(f"{member.__name__} is no whole {kind_of(base)}: it has no {', '.join(missing)}")
+    if not (hasattr(member, "model_fields") or dataclasses.is_dataclass(member)):
+        raise InputError(f"{member.__name__} is no dataclass: write @dataclass(frozen=True) above the class")
 
 
 def build(base: type[T], text: str, options: Mapping[str, Any]) -> T:
@@ -109,6 +120,7 @@ def dumped(choice: Any) -> dict[str, Any]:
 def built(base: type[T], data: Any) -> T:
     """A choice from itself, from a name, or from ``{"name": …, option: value, …}``."""
     if isinstance(data, base):
+        _check_whole(base, type(data))
         return data
     if isinstance(data, str):
         return build(base, data, {})

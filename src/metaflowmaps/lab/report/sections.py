@@ -161,6 +161,7 @@ class SteeredSummary(ResultView):
     """What steered samples were asked for, and what they got."""
 
     method: Named
+    method_title: str = ""
     num: int
     reward_mean: Number = math.nan
     nfe: Number = math.nan
@@ -185,7 +186,7 @@ def _draws_summary(results: Results) -> str:
 def _steer_summary(results: Results) -> str:
     steered = SteeredSummary.of({**results.config, **results.metrics, **results.cost})
     reached = f"mean reward {number(steered.reward_mean)}, {number(steered.nfe)} NFE each"
-    return f"{steered.num:,} samples by {steered.method.name}: {reached}."
+    return f"{steered.num:,} samples by {steered.method_title or steered.method.name}: {reached}."
 
 
 # -- evaluations on mixtures -------------------------------------------------------------------------------------------
