@@ -234,6 +234,24 @@ def test_steps_equal_in_the_angle_serve_late_contexts():
     assert abs(spread(None) - 1) > 0.4
 
 
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
+def test_defaults_are_right_at_late_times_whatever_the_spread_of_the_data(std):
+    """Nobody tells the spread: steps are those of spread 1, and at t = .97 the draws' spread is off by Euler's error.
+
+    That of a rotation by π/2 in 30 steps is a factor (1 + (π/60)²)^{30/2} = 1.042; equal steps in s are off by half.
+    """
+    path, law = mfm.LinearPath(), mfm.GaussianMixture([[0.0]], std**2)
+    x_t = torch.tensor([[0.5 * std]])
+
+    def spread(**options):
+        posterior = mfm.GlassPosterior(path, lambda t, x: law.drift(path, t, x), **options)
+        draws = posterior.draw(0.97, x_t, 20_000, generator=stream(0))
+        return float(draws.std() / law.posterior(path, 0.97, x_t).variance.sqrt())
+
+    assert spread() == pytest.approx(1.0, abs=0.065)  # and 4 standard errors of 1/√(2 · 20,000)
+    assert abs(spread(data_std=None) - 1) > 0.15
+
+
 def test_at_the_last_time_the_draw_is_the_state_whatever_the_spacing():
     """Steps equal in the angle have all their times at s = 1 there, which is no grid; mixed times stay as they are."""
     case, path = CASES["isotropic"], mfm.LinearPath()

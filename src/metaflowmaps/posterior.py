@@ -85,9 +85,9 @@ class MapPosterior:
 class GlassPosterior:
     """The GLASS ODE dx̄/ds = b̄_s(x̄; t, x) from noise at s = 0 to a draw at s = 1.
 
-    Steps are equal in s, or, given the data's ``data_std``, equal in the angle of
-    :mod:`metaflowmaps.parameterization`: late contexts form their posterior near s = 1, where
-    equal steps in s have nearly nothing left.
+    Steps are equal in the angle of :mod:`metaflowmaps.parameterization` for data of spread ``data_std``: late contexts
+    form their posterior near s = 1, where equal steps in s have nearly nothing left. The later the context, the less
+    depends on the spread: 1 serves data of any (docs/log.md: GLASS by angles).
 
     Args:
         path: of the drift.
@@ -103,7 +103,7 @@ class GlassPosterior:
         drift: Drift,
         steps: int = 30,
         method: str = "euler",
-        data_std: float | None = None,
+        data_std: float | None = 1.0,
     ) -> None:
         if method not in INTEGRATORS:
             raise unknown("integrator", method, INTEGRATORS)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,7 +222,7 @@ def values() -> Figures:
     figures: Figures = {}
     x, t = 2 * waves(3, 2), torch.tensor([0.2, 0.5, 0.9], dtype=F64)
     model, law, path = tiny_map(), paper_law(), PATHS["linear"]
-    glass = mfm.GlassPosterior(path, lambda t, x, cond=None: law.drift(path, t, x), steps=4)
+    glass = mfm.GlassPosterior(path, lambda t, x, cond=None: law.drift(path, t, x), steps=4, data_std=None)
     cases = {
         "gradient": (model, Gradient()),
         "gradient, two passes": (model, Gradient(passes=2)),
@@ -266,6 +267,7 @@ def steering() -> Figures:
     """Every method, on the paper's mixture where exact draws will do and on a small map where gradients are needed."""
     law, small, ode = mfm.ExactModel(PATHS["linear"], paper_law()), tiny_map(), mfm.ODE(steps=8)
     curved = mfm.ExactModel(PATHS["trigonometric"], paper_law())
+    glass = mfm.Glass(num_draws=2, glass_steps=3, data_std=None)
     cases = {
         "none": (law, mfm.Unsteered(), ode),
         "none, sde": (law, mfm.Unsteered(), mfm.SDE(steps=8, integrator="heun")),
@@ -292,8 +294,8 @@ def steering() -> Figures:
         "dps": (law, mfm.DPS(), ode),
         "tds": (law, mfm.TDS(particles=3), mfm.SDE(steps=8)),
         "best-of-n": (law, mfm.BestOfN(n=3), ode),
-        "glass": (law, mfm.Glass(num_draws=2, glass_steps=3), ode),
-        "glass, gradients": (law, mfm.Glass(num_draws=2, glass_steps=3, estimator=mfm.MFMG(recycle=2)), ode),
+        "glass": (law, glass, ode),
+        "glass, gradients": (law, replace(glass, estimator=mfm.MFMG(recycle=2)), ode),
         "exact": (law, mfm.Exact(), mfm.ODE(steps=8, integrator="rk4")),
         "exact, sde": (law, mfm.Exact(), mfm.SDE(steps=8)),
     }  # fmt: skip

@@ -23,7 +23,7 @@ class Glass(GuidedMethod):
         num_draws: N, draws a step and state.
         glass_steps: of the inner ODE.
         glass_integrator: of the inner ODE: euler, midpoint, heun, rk4.
-        data_std: spread of the data; spaces the inner steps by it (:class:`metaflowmaps.GlassPosterior`).
+        data_std: spread of the data, which spaces the inner steps (:class:`metaflowmaps.GlassPosterior`); None: equal.
         estimator: the method whose estimate is used, with its options; its own num_draws does not count.
     """
 
@@ -35,7 +35,7 @@ class Glass(GuidedMethod):
     num_draws: int = 4
     glass_steps: int = 30
     glass_integrator: str = "euler"
-    data_std: float | None = None
+    data_std: float | None = 1.0
     estimator: Annotated[Method, Pick(Method)] = field(default_factory=MFMGF)
 
     def __post_init__(self) -> None:

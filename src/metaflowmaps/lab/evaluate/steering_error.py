@@ -231,7 +231,9 @@ def cells(config: SteeringEvalConfig, data_std: float | None = None) -> Iterator
         v = variant(name)
         options = {**config.options.get(v.method.name, {}), **config.options.get(name, {})}
         if isinstance(v.method, Glass):
-            spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint", "data_std": data_std}
+            spacing = {"glass_steps": config.glass_steps, "glass_integrator": "midpoint"}
+            if data_std is not None:
+                spacing["data_std"] = data_std
             options = {**spacing, **options}
         v = v.using(options)
         said = any(word.isdecimal() for word in name.split("-"))
