@@ -37,8 +37,7 @@ from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, pipeline_document, stored
 from metaflowmaps.random import Seed, as_seeds, randn
 from metaflowmaps.steering import Method, Process, steer
-from metaflowmaps.steering.presets import USUAL
-from metaflowmaps.work.choices import built
+from metaflowmaps.steering.presets import settled
 from metaflowmaps.work.progress import Bar
 
 Labels = str | int | Sequence[str | int] | Tensor | np.ndarray[Any, Any] | None
@@ -230,7 +229,7 @@ class Pipeline:
         self,
         label: Labels = None,
         reward: Callable[..., Tensor] | None = None,
-        method: Method | str = USUAL.method,
+        method: Method | str | None = None,
         process: Process | str | None = None,
         num_images: int = 1,
         guidance: float | None = None,
@@ -271,7 +270,7 @@ class Pipeline:
         *,
         label: Labels = None,
         steps: int = STEPS,
-        method: Method | str = USUAL.method,
+        method: Method | str | None = None,
         process: Process | str | None = None,
         guidance: float | None = None,
     ) -> dict[str, float]:
@@ -280,8 +279,7 @@ class Pipeline:
         With a ``reward``, of ``steer`` by ``method`` and ``process``; without, of a plain call with ``steps``. Counts
         grow by a constant a step and a sample: trials of two and of three steps tell it.
         """
-        chosen = built(Method, method)
-        usual = chosen.usual() if process is None else built(Process, process)
+        chosen, usual = settled(method, process)
         steps = steps if reward is None else usual.steps
         check_count(steps, "steps")
         each = self.labels(label, 1)[1]  # pictures of one count

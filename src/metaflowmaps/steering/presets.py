@@ -2,7 +2,8 @@
 
     mfm.steer(model, reward, 16, *mfm.IMAGES)
 
-``USUAL`` is held against exact tilted laws (docs/log.md: defaults). ``IMAGES`` takes the direction of a single draw's
+``USUAL`` spends on draws what 250 steps spent on time: it is held against exact tilted laws (``python -m benchmarks
+defaults``). ``IMAGES`` takes the direction of a single draw's
 gradient and the drift's length, the paper's setting for ImageNet: it leaves the theory, and is what pictures look best
 by.
 """
@@ -13,6 +14,7 @@ from metaflowmaps.steering.method import Method
 from metaflowmaps.steering.mfm_g import MFMG
 from metaflowmaps.steering.mfm_gf import MFMGF
 from metaflowmaps.steering.process import ODE, Process
+from metaflowmaps.work.choices import built
 
 
 class Preset(NamedTuple):
@@ -22,6 +24,14 @@ class Preset(NamedTuple):
     process: Process
 
 
-USUAL = Preset(MFMGF(num_draws=4), ODE())
+USUAL = Preset(MFMGF(num_draws=16), ODE(steps=60))
 IMAGES = Preset(MFMG(num_draws=1, blend=False), ODE(steps=50, renormalize="rescale"))
 PRESETS = {"usual": USUAL, "images": IMAGES}
+
+
+def settled(method: Method | str | None, process: Process | str | None) -> Preset:
+    """Method and process: ``USUAL`` where nothing is said, the process that a named method prefers."""
+    made = USUAL.method if method is None else built(Method, method)
+    if process is not None:
+        return Preset(made, built(Process, process))
+    return Preset(made, USUAL.process if method is None else made.usual())

@@ -25,11 +25,11 @@ from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.steering.diagnostics import SteeredBatch, bias_of, checked
 from metaflowmaps.steering.method import Method
-from metaflowmaps.steering.presets import USUAL
+from metaflowmaps.steering.presets import settled
 from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
 from metaflowmaps.steering.process import Process
 from metaflowmaps.steering.result import SteerResult
-from metaflowmaps.work.choices import built, options_of
+from metaflowmaps.work.choices import options_of
 from metaflowmaps.work.memory import frozen, halving
 from metaflowmaps.work.progress import Bar
 
@@ -61,7 +61,7 @@ def steer(
     model: Any,
     reward: Callable[..., Tensor],
     num_samples: int,
-    method: Method | str = USUAL.method,
+    method: Method | str | None = None,
     process: Process | str | None = None,
     *,
     cond: Cond = None,
@@ -78,8 +78,8 @@ def steer(
             that draw, draw(t, x_t, num_draws, generator=, cond=).
         reward: a function x (B, *event) -> (B,), or of x and cond.
         num_samples: n.
-        method: an object such as ``mfm.MFMGF(num_draws=4)``, or a name with its defaults.
-        process: ``mfm.ODE(steps=250, …)``, ``mfm.SDE(…)`` or a name; None: what the method prefers.
+        method: an object such as ``mfm.MFMGF(num_draws=4)``, or a name with its defaults; None: the usual preset's.
+        process: ``mfm.ODE(steps=250, …)``, ``mfm.SDE(…)`` or a name; None: what a method prefers, or the preset's.
         cond: None or a mapping of tensors, one row a sample.
         seed: a number, a generator, or (n,) int64 seeds (the module says what a seed stands for).
         batch_size: rows of state at a time (draws multiply it, by at most the method's ``chunk``).
@@ -91,8 +91,7 @@ def steer(
         Samples (n, *event), rewards and seeds (n,), cost and what was seen on the way.
     """
     check_count(num_samples, "num_samples")
-    made = built(Method, method)
-    moves = made.usual() if process is None else built(Process, process)
+    made, moves = settled(method, process)
     _refuse(misplaced, made, moves)
     made.check(moves)
     meter = Meter(device=device_of(model))
