@@ -103,6 +103,12 @@ def test_an_odd_number_of_normals_are_the_first_of_one_more(dtype):
     assert torch.equal(odd, even[:, :3])
 
 
+def test_normals_in_float64_are_no_rounded_ones():
+    """One of 53 bits is a float32 by a chance of 2^−29."""
+    z = RowNoise(torch.arange(50), "wide").normal((20,), dtype=F64)
+    assert bool((z != z.float()).all())
+
+
 def test_seed_name_and_call_all_matter():
     seeds = torch.tensor([0, 1, 2**40, -1])
     made = [x[0] for name in (("x",), ("y",), ("x", 0.5), ("x", 1)) for x in ask(seeds, F64, name=name)]

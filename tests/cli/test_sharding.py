@@ -302,6 +302,18 @@ def test_seconds_by_the_clock_are_those_in_which_somebody_worked():
     }  # fmt: skip
 
 
+def test_who_makes_all_shards_alone_counts_no_second_twice(tmp_path):
+    """The shards' own seconds and what came after them: no more than the clock, which then has nothing to add."""
+    began = time.perf_counter()
+    shards = sharding.ShardFolder(tmp_path / "shards", None, lambda: False, lambda line: None)
+    shards.begin(["00000", "00001"], 4)
+    shards.work(lambda name: time.sleep(0.02) or Shard({"samples": torch.ones(4)}, {}))
+    cost = shards.cost()
+    shards.close()
+    assert cost.keys() == {"seconds"}
+    assert 0.04 <= cost["seconds"] <= time.perf_counter() - began
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")

@@ -145,6 +145,13 @@ def test_guidance_and_the_null_class():
         wrapped("noise", "table", "data-at-0").drift(t, x, {"label": y})
 
 
+def test_the_null_class_is_where_the_state_is():
+    """The meta device stands in for a GPU, whose embeddings take no index from the CPU."""
+    label, _ = wrapped("noise", "table", "data-at-0", num_classes=3)._conditions(None, torch.empty(4, 2, device="meta"))
+    assert label.device.type == "meta"
+    assert label.shape == (4,)
+
+
 @pytest.mark.parametrize("method", ["none", "dps", "tds", "glass", "best-of-n"])
 def test_drift_only_methods_steer_it_as_they_steer_the_mixture(method):
     """The wrapped network in a convention far from ours, and the mixture itself: the same samples, call for call."""

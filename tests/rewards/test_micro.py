@@ -7,6 +7,7 @@ import metaflowmaps as mfm
 from conftest import normal
 from metaflowmaps.rewards import BlackBox, InverseProblem, LogitMargin, MicroBatched
 from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.rewards.micro import Parts
 
 X = normal(7, 2, 3)
 UP = normal(7, seed="up")
@@ -57,6 +58,9 @@ def test_values_and_gradients_are_those_of_the_whole(rows):
 def test_parts_are_as_large_as_was_asked_for():
     seen = Hungry(100)
     MicroBatched(seen, 3)(X)
+    assert seen.sizes == [3, 3, 1]
+    seen.sizes.clear()
+    Parts(3)(lambda x, rows: seen(x), X, {})  # as the pictures' rewards go, whose rows are each by itself
     assert seen.sizes == [3, 3, 1]
 
 

@@ -1,5 +1,6 @@
 """CLIP scores: by the model's own forward pass, by open_clip's layout written out, from files, with any prompt."""
 
+import contextlib
 import json
 import math
 
@@ -47,6 +48,14 @@ def test_hps_is_the_cosine_alone():
     plain = score(kind=HPSv2)(X)
     torch.testing.assert_close(plain * clip().logit_scale.exp(), score()(X), rtol=1e-12, atol=1e-12)
     assert bool((plain.abs() <= 1).all())
+
+
+def test_pictures_without_numbers_take_no_weights_along():
+    """Weights that had been moved to the meta device would be lost."""
+    reward = score()
+    with contextlib.suppress(NotImplementedError):  # CLIP looks numbers up, and there are none
+        reward(X.to("meta"))
+    torch.testing.assert_close(reward(X), score()(X), rtol=0, atol=0)
 
 
 def test_strength_and_repetition():

@@ -127,6 +127,13 @@ def test_the_blend_by_hand(slopes, near):
     torch.testing.assert_close(shift, moved.expand(1, 1), rtol=1e-12, atol=0)
 
 
+def test_the_preset_of_pictures_is_the_papers(path):
+    """The gradient of one draw by itself: nothing recycled, nothing blended."""
+    preset, paper = (guided(path, guide, 0.5, rows=50)[0] for guide in (mfm.IMAGES.method, MFMG(1, **MFMG.published)))
+    torch.testing.assert_close(preset, paper, rtol=0, atol=0)
+    assert mfm.IMAGES.process == mfm.ODE(steps=50, renormalize="rescale")
+
+
 def test_the_jackknife_by_two_passes_is_that_by_one(path):
     """Where one draw has all the weight, the estimate without it is that of the next: no gradient is negligible."""
     one, two = (
