@@ -513,7 +513,8 @@ def test_calls_of_a_method(pixels, name):
         watch.rows = 0
         v = steered.image_variant(name)
         steered.run(setup, v, image_reward(setup, "margin"), n, mfm.ODE(steps=steps), stream(0))
-        assert watch.rows == steered.calls(v, n, steps)
+        said = steered.calls(v, n, steps)  # of rejection, which stops at the first good sample, the most
+        assert 0 < watch.rows <= said if name == "rejection" else watch.rows == said
 
 
 def test_calls_of_the_experiments_of_pixels(pixels, monkeypatch):
