@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from conftest import TINY
 from conftest import mfm_command as mfm
+from metaflowmaps import cli
+from metaflowmaps.training.loop import NonFiniteLoss
 
 BAD = {
     "no such command": (["trian"], "train"),
@@ -56,6 +58,12 @@ def test_bad_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert "Traceback" not in err
     assert says in err
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_run_that_diverges_is_one_line_and_exit_code_1(capsys):
+    """Its command was right: code 2 would say that it was not."""
+    assert cli._failed(NonFiniteLoss("non-finite loss at step 3")) == 1
+    assert capsys.readouterr().err == "error: non-finite loss at step 3\n"
 
 
 def test_bad_states_and_times(capsys, run, tmp_path):

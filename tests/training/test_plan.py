@@ -132,6 +132,13 @@ def test_a_small_run_is_tried_as_it_is():
     assert again["tflops_per_step"] == pytest.approx(figures["tflops_per_step"] * (weight + 1.25) / weight)
 
 
+def test_the_mean_image_of_data_is_not_looked_for():
+    """A plan reads no data, so it centres by nothing where the run will by the data's mean image."""
+    config = small()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"data_mean": "image"})})
+    assert not plans.subject(config).model.data_mean.any()
+
+
 def test_long_steps_are_not_tried(monkeypatch):
     monkeypatch.setattr(plans, "CPU_STEP_FLOPS", 1e6)
     figures = plan(small())

@@ -219,7 +219,8 @@ class LatentShards:
         return self._mapped[k]
 
     def _map(self, entry: LatentShard) -> dict[str, Tensor]:
-        file, shape = self.folder / entry.file, (entry.examples, *self.event_shape)
+        file = self.folder / entry.file
+        shape: tuple[int, ...] = (entry.examples, *self.event_shape)
         if not entry.is_whole(self.folder, by_hash=True):
             raise InputError(f"{file} is damaged (its sha256 is not that of {INDEX}): {AGAIN}, with --verify")
         wanted = {name: (torch.float16, shape) for side in SIDES[: 1 + self.flips] for name in side}
