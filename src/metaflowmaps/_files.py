@@ -1,10 +1,11 @@
-"""Every write to disk, whole or not at all, and every lock between processes."""
+"""Every write to disk, whole or not at all; bounded reads of regular files alone; every lock between processes."""
 
 import errno
 import json
 import math
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +15,33 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from metaflowmaps.errors import InputError
+
+MAX_DOCUMENT_BYTES = 2**28  # of a JSON file that is read whole; the largest that is written has a few megabytes
 STALE_SECONDS = 3600.0  # after which a file that is half written belongs to nobody: writing one takes a few
+
+
+def read_regular(path: Path, most: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """The bytes of a file that is one: a pipe would never end, nor would a link to ``/dev/zero``.
+
+    Args:
+        path: The file.
+        most: Bytes that are read at most; a larger file is refused.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no regular file: give a file that lies on a disk")
+        if found.st_size > most:
+            raise InputError(f"{path} has {found.st_size:,} bytes, and at most {most:,} are read: give a smaller file")
+        return file.read(most)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and no regular file, before somebody opens it who would wait for a pipe."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file: give a file that lies on a disk")
 
 
 def write_new(path: Path, data: bytes, *, durable: bool = True) -> None:

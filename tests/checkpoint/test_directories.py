@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import time
 import struct
 import warnings
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from metaflowmaps.checkpoint import (
     write_checkpoint,
     writing,
 )
+from metaflowmaps.checkpoint import manifest as manifests
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import NetworkConfig, make_network
@@ -153,15 +155,15 @@ def test_the_manifest_is_what_the_interface_says(saved):
 
 def test_what_is_parsed_is_what_was_hashed(saved, monkeypatch):
     # every file turns to garbage as soon as it has been read: only a second read would see it
-    read, reads = Path.read_bytes, []
+    read, reads = manifests.read_regular, []
 
-    def read_then_spoil(file):
-        data = read(file)
+    def read_then_spoil(file, *most):
+        data = read(file, *most)
         reads.append(file.name)
         file.write_bytes(b"spoiled")
         return data
 
-    monkeypatch.setattr(Path, "read_bytes", read_then_spoil)
+    monkeypatch.setattr(manifests, "read_regular", read_then_spoil)
     checkpoint = read_checkpoint(saved)
     assert sorted(reads) == sorted([*FILES, "manifest.json"])
     expected = contents(1)[0]["model.safetensors"]
@@ -701,6 +703,28 @@ def test_a_config_that_is_no_model_is_refused(saved, changes, says):
     line = refusal(lambda: MetaFlowMap.from_pretrained(saved))
     assert str(saved / "config.json") in line
     assert says in line
+
+
+HUGE = {
+    "deep": {"depth": 1000},  # as many as a configuration may ask for
+    "deeper": {"depth": 10**6},
+    "wide": {"width": 2**16},
+    "wider": {"width": 10**12},
+    "many classes": {"num_classes": 10**6, "width": 2**12},
+    "large samples": {"event_shape": [2**28]},
+    "larger samples": {"event_shape": [2**20, 2**20]},
+}
+
+
+@pytest.mark.parametrize("asked", HUGE.values(), ids=HUGE)
+def test_a_config_that_asks_for_more_than_is_stored_builds_nothing(saved, asked):
+    """Compared before anything is built: what it asks for would take minutes or all memory."""
+    config = json.loads((saved / "config.json").read_text())
+    edit_config(saved, network={**config["network"], **asked})
+    began = time.process_time()
+    line = refusal(lambda: MetaFlowMap.from_pretrained(saved))
+    assert str(saved / "config.json") in line
+    assert time.process_time() - began < 1  # takes milliseconds
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from metaflowmaps._files import read_regular
 from metaflowmaps.errors import InputError
 
 FORMAT = 1
@@ -68,7 +69,7 @@ def read_manifest(directory: FilePath) -> dict[str, Entry]:
     if not file.is_file():
         fix = "give another directory, or convert foreign weights with mfm convert"
         raise CheckpointError(file, f"missing, so nothing beside it can be verified: {fix}")
-    manifest = parse_json(file, file.read_bytes())
+    manifest = parse_json(file, read_regular(file))
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if type(version) is not int:
         raise CheckpointError(file, f"is not a checkpoint's manifest: {INSTEAD}")
@@ -103,9 +104,10 @@ def verified(file: FilePath, entry: Entry) -> bytes:
     """The bytes of a file, if they are those of its entry."""
     if not file.is_file():
         raise CheckpointError(file, f"missing, though {MANIFEST} lists it: {INSTEAD}")
-    data = file.read_bytes()
-    if len(data) != entry["bytes"]:
-        raise CheckpointError(file, f"has {len(data)} bytes, not the {entry['bytes']} of {MANIFEST}: {INSTEAD}")
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        raise CheckpointError(file, f"has {size} bytes, not the {entry['bytes']} of {MANIFEST}: {INSTEAD}")
+    data = read_regular(file, size)
     if entry_of(data)["sha256"] != entry["sha256"]:
         raise CheckpointError(file, f"is damaged, its sha256 is not the one in {MANIFEST}: {INSTEAD}")
     return data

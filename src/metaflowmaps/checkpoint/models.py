@@ -2,14 +2,17 @@
 
 import re
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from metaflowmaps.checkpoint.manifest import (
     CONFIG,
@@ -159,7 +162,7 @@ def _load(
     try:
         _check_kind(config, kind)
         # loading a model must not disturb the caller's random numbers, nor obey their default device
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_larger_than(stored):
             model = build(config, {key: value.shape for key, value in stored.items()})
     except KeyError as error:
         raise CheckpointError(file, f"does not say {error}, without which there is no model") from error
@@ -188,6 +191,27 @@ def _load(
         fold(model)
         model.requires_grad_(True)
     return model.eval()
+
+
+@contextmanager
+def _no_larger_than(stored: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop building where it takes twice what is stored: a configuration may ask for a million layers."""
+    left = {"weights": 2 * len(stored) + 16, "numbers": 2 * sum(value.numel() for value in stored.values()) + 2**20}
+    thread = threading.get_ident()
+
+    def count(_module: nn.Module, _name: str, weight: Tensor | None) -> None:
+        if weight is None or threading.get_ident() != thread:
+            return
+        left["weights"] -= 1
+        left["numbers"] -= weight.numel()
+        if min(left.values()) < 0:
+            raise InputError(f"asks for a larger model than the one whose weights lie beside it: {INSTEAD}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_kind(config: Mapping[str, Any], kind: str) -> None:

@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import safe_open
 from torch import Tensor
 
-from metaflowmaps._files import write_json
+from metaflowmaps._files import read_regular, write_json
 from metaflowmaps.data.image_set import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import randn
@@ -88,7 +88,7 @@ class LatentIndex:
     source: str
     vae: str
     settings: Encoding
-    event_shape: tuple[Side, Side, Side]
+    event_shape: Annotated[tuple[Side, ...], Field(min_length=3, max_length=3)]
     examples: int
     classes: tuple[str, ...]
     skipped: int
@@ -262,7 +262,7 @@ def read_index(folder: Path) -> LatentIndex:
             f"no {INDEX} in {folder.absolute()}{begun}: mfm encode-latents SOURCE --out {folder} makes one"
         )
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(read_regular(file))
         schema = document.get("schema", SCHEMA)
         if schema == SCHEMA:
             return TypeAdapter(LatentIndex).validate_python(document)

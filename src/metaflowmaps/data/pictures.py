@@ -11,6 +11,7 @@ their EXIF says, laid over white where they are transparent, and animations give
 Anything else is refused, as is what fits two readings: uint8 that never exceeds 1, floats that dip just below 0.
 """
 
+import os
 import warnings
 import zipfile
 import zlib
@@ -60,8 +61,8 @@ def open_pictures(config: "Images") -> PictureReader:
     path = Path(config.path).expanduser()
     if path.is_dir():
         return Folder(path, config)
-    if not path.exists():
-        raise InputError(f"there is no {path.absolute()}: --set data.path=FOLDER, or an .npy or .npz file")
+    if not path.is_file():
+        raise InputError(f"there is no file {path.absolute()}: --set data.path=FOLDER, or an .npy or .npz file")
     if path.suffix.lower() in (".npy", ".npz"):
         return Array(path, config)
     raise InputError(f"{path} is neither a folder of images nor an .npy or .npz file: --set data.path=FOLDER")
@@ -74,8 +75,7 @@ class Folder:
 
     def __init__(self, path: Path, config: "Images") -> None:
         self.path = path
-        inside = sorted(f.relative_to(path) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        names = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
+        names = sorted(map(Path, picture_files(path)))
         self.files = [path / name for name in names]
         _check_count(path, len(names), f"image files ({', '.join(s[1:] for s in SUFFIXES)})")
         classes: Classes = _classes_of_folders(path, names) if config.labels else (None, ())
@@ -158,6 +158,35 @@ class Array:
                 image = (image * self.scale[0] + self.scale[1]).clamp(-1, 1)
             out[row] = image  # broadcasts grey to colour
         return out
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def picture_files(root: Path) -> dict[str, str]:
+    """The picture files under a folder: name from there, with slashes -> path.
+
+    Links are followed, and each folder is entered once, by the first of its names: two links to a folder above would
+    be without end. What is no regular file is no picture, and what is hidden is none either. A folder that cannot be
+    read is an error: left out, a class would be missing and others be numbered otherwise.
+    """
+    found: dict[str, str] = {}
+    seen: set[tuple[int, int]] = set()
+    waiting = [(str(root), "")]
+    while waiting:
+        folder, base = waiting.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+            folders = [entry for entry in entries if entry.is_dir()]
+            found |= {base + e.name: e.path for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file()}
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+        waiting += [(entry.path, f"{base}{entry.name}/") for entry in reversed(folders)]
+    return found
 
 
 # -- one image -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ by box averages; then bicubic until the shorter side is the size; then the centr
 
 import hashlib
 import io
-import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from metaflowmaps._files import read_regular
 from metaflowmaps.data.imagenet_names import class_index, wnids
-from metaflowmaps.data.pictures import DEEP, SUFFIXES, flat
+from metaflowmaps.data.pictures import DEEP, SUFFIXES, flat, picture_files
 from metaflowmaps.errors import InputError, unknown
 
 NUMBERINGS = ("auto", "own", "imagenet")
@@ -37,6 +37,8 @@ PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\
 NO_CLASS = -1
 MAX_CLASSES = 1_000_000
 MAX_PIXELS = 2**27  # of a picture whose shorter side is the size: half a gigabyte
+MAX_BYTES = 2**28  # of the file of a picture
+MAX_LABEL_BYTES = 2**12
 LOOKED_AT = 16  # pictures whose bytes tell one source from another with the same names
 
 
@@ -118,6 +120,8 @@ def picture(source: PictureSource, i: int, size: int) -> np.ndarray:
         raise InputError(
             f"{source.name(i)} cannot be read ({error.strerror or error}): check the disk, then the same command again"
         ) from None
+    except ValueError as error:
+        raise _bad(source.name(i), error) from None
     try:
         with Image.open(io.BytesIO(data)) as opened:
             if opened.mode.startswith(DEEP):
@@ -126,12 +130,16 @@ def picture(source: PictureSource, i: int, size: int) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders meet damaged files with errors of every kind
-        reason = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        reason = " ".join(reason.split())
-        raise BadPicture(
-            f"{source.name(i)} cannot be read ({type(error).__name__}: {reason[:120]}): replace or remove it, "
-            "or leave such pictures out with --skip-bad"
-        ) from None
+        raise _bad(source.name(i), error) from None
+
+
+def _bad(name: str, error: Exception) -> BadPicture:
+    reason = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = " ".join(reason.split())
+    return BadPicture(
+        f"{name} cannot be read ({type(error).__name__}: {reason[:120]}): replace or remove it, or leave such pictures "
+        "out with --skip-bad"
+    )
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -152,23 +160,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _folder(path: Path, classes: str) -> PictureSource:
     """Picture files under a folder."""
-    files = {}
-    for folder, inside, names in os.walk(path, onerror=_refuse_folder, followlinks=True):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        base = Path(folder).relative_to(path).as_posix()
-        for name in names:
-            if _is_picture(name):
-                files[name if base == "." else f"{base}/{name}"] = f"{folder}/{name}"
+    files = picture_files(path)
     kept = _for_training(path, list(files))
     ordered = [files[name] for name in kept]
     return PictureSource(
-        kept, lambda i: ordered[i], lambda i: Path(ordered[i]).read_bytes(), _by_folder(path, kept, classes)
+        kept, lambda i: ordered[i], lambda i: read_regular(Path(ordered[i]), MAX_BYTES), _by_folder(path, kept, classes)
     )
-
-
-def _refuse_folder(error: OSError) -> None:
-    # left out, a class would be missing and others be numbered otherwise
-    raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
 
 
 class _Member(NamedTuple):
@@ -178,7 +175,9 @@ class _Member(NamedTuple):
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def read(self, most: int = MAX_BYTES) -> bytes:
+        if self.size > most:
+            raise InputError(f"a member of {self.tar} has {self.size:,} bytes, and at most {most:,} are read")
         with self.tar.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -206,7 +205,7 @@ def _by_key(names: list[str], found: dict[str, _Member], classes: str) -> Classe
         label = found.get(f"{folder}{slash}{key}.cls")
         if label is None:
             raise InputError(f"{found[name].tar}: {name} has no {key}.cls beside it")
-        given.append(label.read().decode(errors="replace").strip())
+        given.append(label.read(MAX_LABEL_BYTES).decode(errors="replace").strip())
     if all(word.isdecimal() for word in given):
         return _by_number([int(word) for word in given], classes)
     return _by_name(given, classes)
@@ -269,7 +268,7 @@ def _dataset(rows: Any, place: str, classes: str) -> PictureSource:
             cell = pictures[i][images[0]]
         if cell is None:
             raise ValueError("no picture in this row")
-        data: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        data: bytes = cell["bytes"] if cell["bytes"] is not None else read_regular(Path(cell["path"]), MAX_BYTES)
         return data
 
     return PictureSource([str(i) for i in range(len(rows))], lambda i: f"{place}, row {i}", read, known)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps._files import write_whole
+from metaflowmaps._files import read_regular, write_whole
 from metaflowmaps._shapes import Cond
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
@@ -96,7 +96,7 @@ class SamplePictures:
 
         self.pipe.codec = self.codec
         try:
-            with Image.open(file) as picture:
+            with Image.open(io.BytesIO(read_regular(Path(file)))) as picture:
                 x = to_tensor(picture, self.pipe.image_shape[0])
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"--image {file} cannot be read ({type(error).__name__}): give a picture") from None

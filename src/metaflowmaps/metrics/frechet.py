@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import check_regular
 from metaflowmaps.errors import InputError
 from metaflowmaps.metrics.finite import check_finite, finite_rows
 
@@ -55,9 +56,10 @@ def read_statistics(path: str | Path) -> Moments:
         Mean (d,) and factor of the covariance.
     """
     try:
+        check_regular(Path(path))
         with np.load(path) as file:
             mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # anything can be in a file, and its parser may trip over it in any way
         text = " ".join(str(error).split())
         raise InputError(
             f"{path} is no statistics file ({text[:80]}): give an .npz with mu (d,) and sigma (d, d)"

@@ -19,7 +19,7 @@ from torch.nn import functional
 from metaflowmaps._shapes import check_count, check_state
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.checks import check_divides, image_shape
-from metaflowmaps.networks.family import ClassifierNetworkConfig
+from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, ClassifierNetworkConfig
 
 
 class Classifier(nn.Module, ABC):
@@ -50,8 +50,8 @@ class ConvClassifierConfig(ClassifierNetworkConfig):
 
     name: ClassVar[str] = "conv-classifier"
 
-    width: int = Field(32, ge=1)
-    features: int = Field(96, ge=1)
+    width: int = Field(32, ge=1, le=MAX_WIDTH)
+    features: int = Field(96, ge=1, le=MAX_WIDTH)
     dropout: float = Field(0.0, ge=0, lt=1)
 
     def build(self, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -64,9 +64,9 @@ class PatchClassifierConfig(ClassifierNetworkConfig):
 
     name: ClassVar[str] = "patch-classifier"
 
-    patch: int | None = Field(None, ge=1)  # None: the least that leaves at most 7 a side
-    width: int = Field(80, ge=1)
-    depth: int = Field(5, ge=1)
+    patch: int | None = Field(None, ge=1, le=MAX_WIDTH)  # None: the least that leaves at most 7 a side
+    width: int = Field(80, ge=1, le=MAX_WIDTH)
+    depth: int = Field(5, ge=1, le=MAX_DEPTH)
     dropout: float = Field(0.0, ge=0, lt=1)
 
     def build(self, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -33,7 +33,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import check_divides, image_shape
 from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
-from metaflowmaps.networks.family import NetworkConfig
+from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
 from metaflowmaps.networks.forward_mode import forward_mode, layer_norm
 from metaflowmaps.networks.precision import unrounded
 
@@ -52,12 +52,12 @@ class DiTConfig(NetworkConfig):
 
     name: ClassVar[str] = "dit"
 
-    patch: int = Field(2, ge=1)
-    width: int = Field(384, ge=1)
-    depth: int = Field(12, ge=1)
-    heads: int = Field(6, ge=1)
-    encoder_depth: int | None = Field(None, ge=1)  # None: two thirds of the depth
-    mlp_ratio: float = Field(4.0, gt=0)  # hidden width of the perceptrons over the width
+    patch: int = Field(2, ge=1, le=MAX_WIDTH)
+    width: int = Field(384, ge=1, le=MAX_WIDTH)
+    depth: int = Field(12, ge=1, le=MAX_DEPTH)
+    heads: int = Field(6, ge=1, le=MAX_WIDTH)
+    encoder_depth: int | None = Field(None, ge=1, le=MAX_DEPTH)  # None: two thirds of the depth
+    mlp_ratio: float = Field(4.0, gt=0, le=64)  # hidden width of the perceptrons over the width
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """A :class:`DiT` on square images or latents of this shape."""

@@ -5,6 +5,7 @@ returns the module. Checkpoints keep the configuration and the shape of a sample
 like any other.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +18,8 @@ from metaflowmaps.work.config import Config
 
 Family = TypeVar("Family", bound="NetworkConfig | ClassifierNetworkConfig")
 Described = dict[str, Any]  # a network, a map or a classifier, as JSON
+MAX_COORDINATES = 2**28  # of a sample: a gigabyte
+MAX_WIDTH, MAX_DEPTH = 2**16, 1000  # of any network: what a file asks for beyond is a mistake or worse
 SHAPE = "event_shape"  # where a checkpoint says the shape of a sample
 
 
@@ -25,7 +28,7 @@ class NetworkConfig(Config, Choice):
 
     kind: ClassVar[str] = "network"
 
-    num_classes: int = Field(0, ge=0)  # 0: no classes; else label num_classes is the null class
+    num_classes: int = Field(0, ge=0, le=1_000_000)  # 0: no classes; else label num_classes is the null class
     guidance: bool | list[float] = False  # takes guidance scales: any w >= 0, or those listed
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
@@ -118,6 +121,10 @@ def _separated(family: type[Family], described: Mapping[str, Any]) -> tuple[Fami
         dim, flat, channels, size = (options.pop(key, None) for key in ("dim", "shape", "channels", "size"))
         shape = flat or ([dim] if dim is not None else [channels, size, size])
     config = build(family, name, options)
-    if not all(isinstance(n, int) and n >= 1 for n in shape):
-        raise InputError(f"{kind_of(family)} {name}: {SHAPE} must list whole numbers >= 1, got {shape}")
+    whole = all(isinstance(n, int) and n >= 1 for n in shape)
+    if not whole or math.prod(shape) > MAX_COORDINATES:
+        raise InputError(
+            f"{kind_of(family)} {name}: {SHAPE} must list whole numbers >= 1 of a product up to {MAX_COORDINATES:,}, "
+            f"got {shape}"
+        )
     return config, tuple(shape)

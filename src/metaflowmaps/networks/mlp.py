@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.embed import TimeFeatures, refuse_scales, silenced
-from metaflowmaps.networks.family import NetworkConfig
+from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -20,8 +20,8 @@ class MLPConfig(NetworkConfig):
 
     name: ClassVar[str] = "mlp"
 
-    width: int = Field(128, ge=1)
-    depth: int = Field(4, ge=1)
+    width: int = Field(128, ge=1, le=MAX_WIDTH)
+    depth: int = Field(4, ge=1, le=MAX_DEPTH)
     activation: Literal["silu", "gelu", "tanh"] = "silu"
     guidance: bool = False
     modulation: bool = False

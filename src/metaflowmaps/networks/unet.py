@@ -26,7 +26,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import image_shape
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
-from metaflowmaps.networks.family import NetworkConfig
+from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "digits": {"width": 32, "multipliers": [1, 2, 2], "blocks": 1, "attention": []},
@@ -39,9 +39,11 @@ class UNetConfig(NetworkConfig):
 
     name: ClassVar[str] = "unet"
 
-    width: int = Field(64, ge=1)
-    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 2), min_length=1)  # of the width, one a level
-    blocks: int = Field(2, ge=1)
+    width: int = Field(64, ge=1, le=MAX_WIDTH)
+    multipliers: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
+        (1, 2, 2), min_length=1, max_length=16
+    )  # of the width, one a level
+    blocks: int = Field(2, ge=1, le=MAX_DEPTH)
     attention: tuple[int, ...] | None = None  # sides of the feature maps that attend; None: the smallest
     dropout: float = Field(0.0, ge=0, lt=1)
 

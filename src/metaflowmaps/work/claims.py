@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metaflowmaps._files import lock, share_lock, write_json
+from metaflowmaps._files import lock, read_regular, share_lock, write_json
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.config import differences
 from metaflowmaps.work.shards import FOLDERS, is_empty
@@ -111,7 +111,7 @@ def _hold(out: Path, shared: bool) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a damaged file is refused by name."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_regular(path))
     except ValueError:
         raise InputError(f"{path} is damaged: move it away and run the command again") from None
     if not isinstance(value, dict):

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from metaflowmaps._files import lock, locked, sweep, write_json, write_whole
+from metaflowmaps._files import lock, locked, read_regular, sweep, write_json, write_whole
 from metaflowmaps.errors import InputError
 
 FOLDERS = ("shards", "cells")  # of samples, of an evaluation
@@ -237,7 +237,7 @@ class ShardFolder:
     def entry(self, name: str) -> ShardEntry | None:
         """What is known of a shard on disk; None where it is not there."""
         with suppress(FileNotFoundError, ValueError, TypeError):
-            return ShardEntry(**json.loads((self.folder / f"{name}.json").read_bytes()))
+            return ShardEntry(**json.loads(read_regular(self.folder / f"{name}.json")))
         return None
 
     def vouch(self, name: str, entry: ShardEntry | None) -> None:
@@ -344,7 +344,7 @@ def read_plan(folder: Path) -> ShardPlan | None:
     """The plan of a folder; None where nothing was begun."""
     with suppress(FileNotFoundError):
         try:
-            return ShardPlan(**{"settings": {}, **json.loads((folder / PLAN).read_bytes())})
+            return ShardPlan(**{"settings": {}, **json.loads(read_regular(folder / PLAN))})
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{folder / PLAN} is damaged: remove {folder} and run the command again") from None
     return None

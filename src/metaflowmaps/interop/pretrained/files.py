@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from metaflowmaps._files import check_regular
 from metaflowmaps.errors import InputError
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -41,6 +42,7 @@ def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[st
         local, source = _download(str(path), revision)
     if local.is_dir():
         local = _only_file(local)
+    check_regular(local)
     if local.suffix not in SUFFIXES:
         raise InputError(f"{local}: weights are read from {', '.join(SUFFIXES)}, not from {local.suffix or 'this'}")
     weights = bare(_unwrapped(_tensors(local), local), local)

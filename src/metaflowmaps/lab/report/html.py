@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from metaflowmaps._files import write_whole
+from metaflowmaps._files import read_regular, write_whole
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.report.sections import Description, described, duration, leaves, number, tables_of
 from metaflowmaps.lab.results import Results
@@ -141,7 +141,7 @@ def read_results(run: Path) -> Results:
             f"{file} does not exist: give the --out directory of a finished command, or one that holds some"
         )
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(read_regular(file))
         schema = document["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error) from None
@@ -182,7 +182,7 @@ def _section(run: Run, title: str, anchor: str) -> str:
 
 
 def _figure(picture: Path, title: str, caption: str) -> str:
-    data = picture.read_bytes()
+    data = read_regular(picture)
     if not (data.startswith(PNG_HEAD) and data.endswith(PNG_TAIL)):
         raise _damaged(picture, "not a whole PNG")
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))  # of the header chunk, always first

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from metaflowmaps._files import read_regular
 from metaflowmaps._shapes import check_state
 from metaflowmaps.errors import InputError
 
@@ -141,7 +142,7 @@ class Pixels:
     def from_file(cls, path: Path) -> "Pixels":
         """That of a preprocessor_config.json."""
         try:
-            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+            return cls.of(json.loads(read_regular(path)))
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
