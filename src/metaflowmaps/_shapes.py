@@ -59,6 +59,10 @@ def positive(value: float, name: str, or_zero: bool = False) -> float:
 
 def as_numbers(values: Any, name: str) -> Tensor:
     """Numbers, nested lists of them or a tensor as float64: typed digits are kept."""
+    if isinstance(values, Tensor):
+        check_plain(values, name)
+        if values.is_complex():
+            raise InputError(f"{name} must be real numbers, got {values.dtype}")
     try:
         return torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -77,6 +81,7 @@ def check_time(t: Time, name: str = "t") -> None:
     if isinstance(t, Tensor):
         if not t.is_floating_point():
             raise InputError(f"{name} must be a float or a floating-point tensor, got dtype {t.dtype}")
+        check_plain(t, name)
         inside = bool(((t >= 0) & (t <= 1)).all())
     else:
         inside = math.isfinite(t) and 0 <= t <= 1
@@ -91,11 +96,21 @@ def check_order(s: Time, u: Time) -> None:
         raise InputError(f"inner times must satisfy s <= u, got s = {_brief(s)}, u = {_brief(u)}")
 
 
+def check_plain(x: Tensor, name: str) -> None:
+    """Refuse a tensor without numbers of its own (on the meta device), sparse, nested or quantized."""
+    kind = "meta" if x.is_meta else "nested" if x.is_nested else "quantized" if x.is_quantized else "sparse"
+    if kind != "sparse" or x.layout != torch.strided:
+        raise InputError(
+            f"{name} must be an ordinary, dense tensor, got a {kind} one: make it with .to_dense() or anew"
+        )
+
+
 def check_state(x: Tensor, name: str = "x", event_shape: tuple[int, ...] | None = None) -> None:
     """Refuse a state that is no floating-point (B, *event) tensor."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"{name} must be a floating-point tensor, got {given}; convert it with .float()")
+    check_plain(x, name)
     if x.ndim < 2:
         raise InputError(f"{name} must have shape (B, *event), got {tuple(x.shape)}; add a batch dimension")
     if event_shape is not None and tuple(x.shape[1:]) != tuple(event_shape):

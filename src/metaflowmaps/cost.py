@@ -9,6 +9,7 @@ The paper's **NFE** is the sum of network and reward calls, one more for each th
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -62,9 +63,11 @@ class Meter:
         for module, calls, backwards in self._watched:
 
             def hook(_m: nn.Module, _a: Any, out: Tensor, calls: str = calls, back: str | None = backwards) -> None:
-                self._count(out, calls, back)
+                if threading.get_ident() == self._thread:  # others may share the module
+                    self._count(out, calls, back)
 
             self._hooks.append(module.register_forward_hook(hook))
+        self._thread = threading.get_ident()
         self._began = time.perf_counter()
         return self
 

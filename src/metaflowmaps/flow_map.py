@@ -55,7 +55,7 @@ class Anchored:
         return self.chart.flow(self._bound, a, b, z)
 
     def _bound(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        copies = z.shape[0] // self.chart.context.shape[0]
+        copies = z.shape[0] // max(1, self.chart.context.shape[0])
         context, context_time, cond = self.chart.context, self.chart.context_time, self.cond
         if copies > 1:
             context = repeat_rows(context, copies)

@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_plain
 from metaflowmaps.errors import InputError, unknown
 
 
@@ -142,6 +143,7 @@ def check_seeds(seeds: Tensor, count: int, each: str = "a sample") -> Tensor:
         raise InputError(
             f"seeds must be an int64 tensor of shape ({count},), one {each}, got {given}; e.g. torch.arange({count})"
         )
+    check_plain(seeds, "seeds")
     return seeds
 
 

@@ -7,8 +7,8 @@ import os
 import pickle
 import random
 import shutil
-import time
 import struct
+import time
 import warnings
 from contextlib import contextmanager
 from hashlib import sha256

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from metaflowmaps._files import read_regular
 from metaflowmaps.checkpoint.manifest import (
     CONFIG,
     EMA,
@@ -22,6 +23,7 @@ from metaflowmaps.checkpoint.manifest import (
     MANIFEST,
     MODEL,
     CheckpointError,
+    parse_json,
     reading,
     shortened,
     wrong_format,
@@ -228,6 +230,8 @@ def resolve_checkpoint(path: str | FilePath, revision: str | None = None) -> Che
         root = local if local.name == "checkpoints" else local / "checkpoints"
         if root.is_dir() and not (local / MANIFEST).exists():
             return _newest(root)
+        if (local / "run.json").is_file() and not (local / MANIFEST).exists():
+            raise CheckpointError(local, f"not finished, no checkpoint was written yet: run {_command(local)} again")
         if local.exists() or old_name(local).is_dir():
             return read_checkpoint(local)
     carried = shipped(str(path))
@@ -275,11 +279,18 @@ def _misfit(model: nn.Module, stored: Mapping[str, Tensor]) -> str:
     return "; ".join(f"{what}: {shortened(keys)}" for what, keys in parts.items() if keys)
 
 
+def _command(run: FilePath) -> str:
+    """The command that makes a run, as its claim has it."""
+    claim = parse_json(run / "run.json", read_regular(run / "run.json"))
+    named = claim.get("command") if isinstance(claim, dict) else None
+    return f"the `mfm {named} …` command that began it"
+
+
 def _newest(root: FilePath) -> Checkpoint:
     checkpoint, skipped = CheckpointStore(root).latest_valid()
     if checkpoint is None:
         reason = f"; the newest: {skipped[0]}" if skipped else ""
-        raise CheckpointError(root, f"holds no valid checkpoint: train first or use another run{reason}")
+        raise CheckpointError(root, f"holds no valid checkpoint: not finished, run `mfm train …` again{reason}")
     for line in skipped:
         warnings.warn(f"skipped {line}", stacklevel=5)
     return checkpoint

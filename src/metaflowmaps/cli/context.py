@@ -7,14 +7,15 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from metaflowmaps.errors import InputError
 from metaflowmaps.work.config import Config
 from metaflowmaps.work.launch import launched
+from metaflowmaps.work.progress import ForgivingStream
 
 if TYPE_CHECKING:
     from metaflowmaps.work.shards import Share
@@ -74,6 +75,16 @@ class Context(Config):
     shard_size: int | None = Field(None, ge=1, description="Samples a shard (64 where workers share them).")
     invocation: str = Field(default_factory=typed)
 
+    @field_validator("out", mode="before")
+    @classmethod
+    def _own(cls, given: Any) -> Any:
+        """A folder of its own: not the one that nobody named, nor all there is."""
+        if given is not None and (not str(given).strip() or Path(given).resolve() == Path(given).resolve().parent):
+            raise InputError(
+                f"--out {str(given)!r} is no directory for results: name one of its own, as --out runs/one"
+            )
+        return given
+
     @property
     def share(self) -> "Share":
         """How this process takes part in work that is cut into shards."""
@@ -112,8 +123,7 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """What went wrong, on any rank."""
-    with suppress(BrokenPipeError):  # nobody reads the progress: the work goes on
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=ForgivingStream(sys.stderr), flush=True)
 
 
 def emit(results: Results | str | None, as_json: bool) -> None:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_plain
 from metaflowmaps.errors import InputError
 
 
@@ -34,6 +35,7 @@ def finite_rows(x: Tensor, what: str, least: int = 2) -> Tensor:
     Returns:
         x in float64 on the CPU.
     """
+    check_plain(x, what)
     if x.ndim < 2 or len(x) < least or x[0].numel() == 0:
         raise InputError(f"{what} of at least {least} rows (n, …) are needed, got shape {tuple(x.shape)}")
     return check_finite(x.detach().to("cpu", torch.float64), what)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._files import check_regular
+from metaflowmaps._shapes import as_numbers
 from metaflowmaps.errors import InputError
 from metaflowmaps.metrics.finite import check_finite, finite_rows
 
@@ -58,19 +59,26 @@ def read_statistics(path: str | Path) -> Moments:
     try:
         check_regular(Path(path))
         with np.load(path) as file:
-            mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+            mean, covariance = (as_numbers(torch.from_numpy(file[key]), key) for key in ("mu", "sigma"))
     except Exception as error:  # anything can be in a file, and its parser may trip over it in any way
         text = " ".join(str(error).split())
         raise InputError(
             f"{path} is no statistics file ({text[:80]}): give an .npz with mu (d,) and sigma (d, d)"
         ) from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise InputError(
             f"{path} has mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}: (d,) and (d, d) are needed"
         )
     for name, held in (("mu", mean), ("sigma", covariance)):
         check_finite(held, f"{name} of {path},")
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    most = float(covariance.abs().max())
+    uneven = float((covariance - covariance.T).abs().max())
+    # rounding of float32 leaves 1e-7 of the largest below 0, times the number of features
+    if min(float(values.min()), -uneven) < -1e-3 * most:
+        raise InputError(
+            f"{path} is no statistics file: its sigma is no covariance, symmetric and with no negative part"
+        )
     return Moments(mean, values.clamp_min(0).sqrt()[:, None] * vectors.T)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_plain
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import stream
 
@@ -105,6 +106,8 @@ def sliced_w2(x: Tensor, y: Tensor, along: Tensor | None = None) -> float:
     Returns:
         SW2, not its square.
     """
+    for samples in (x, y):
+        check_plain(samples, "samples")
     if x.shape[1:] != y.shape[1:]:
         raise InputError(f"samples must share an event shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     along = directions(x[0].numel()) if along is None else along

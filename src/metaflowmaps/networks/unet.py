@@ -40,9 +40,8 @@ class UNetConfig(NetworkConfig):
     name: ClassVar[str] = "unet"
 
     width: int = Field(64, ge=1, le=MAX_WIDTH)
-    multipliers: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
-        (1, 2, 2), min_length=1, max_length=16
-    )  # of the width, one a level
+    # of the width, one a level
+    multipliers: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field((1, 2, 2), min_length=1, max_length=16)
     blocks: int = Field(2, ge=1, le=MAX_DEPTH)
     attention: tuple[int, ...] | None = None  # sides of the feature maps that attend; None: the smallest
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import Cond
+from metaflowmaps._shapes import Cond, check_plain
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import is_differentiable, with_cond
 
@@ -42,7 +42,7 @@ class CheckedReward:
             out = self._call(given, cond)
         except InputError:
             raise
-        except Exception as error:  # the user's own code: in one line, with its traceback behind it
+        except (Exception, SystemExit) as error:  # the user's own code: in one line, with its traceback behind it
             text = " ".join(str(error).split())
             raise InputError(f"the reward raised {type(error).__name__}: {text[:200]}") from error
         if _version(given) != version or not _same(given, x):
@@ -52,6 +52,7 @@ class CheckedReward:
                 f"the reward must return a tensor of shape ({len(x)},), got {type(out).__name__}; "
                 "wrap functions that are not written in torch as mfm.rewards.BlackBox"
             )
+        check_plain(out, "the reward's answer")
         if tuple(out.shape) != (len(x),):
             raise InputError(
                 f"the reward must return one number a sample, shape ({len(x)},), got {tuple(out.shape)}; "

@@ -217,7 +217,7 @@ class _SteeringRun:
                 if self.bar is not None:
                     self.bar.advance()
                 step = Step(place.batch, place.batches, i, len(self.times) - 1, u, state, info)
-                if self.callback is not None and self.callback(step) is True:
+                if self.callback is not None and _is_true(self.callback(step)):
                     raise _Stopped
             samples, ending = method.finish(problem, state)
         # particle m of system s is row m·S + s: each row with the seed of its system
@@ -278,6 +278,11 @@ class Progress(NamedTuple):
 
     batch: int
     batches: int
+
+
+def _is_true(answer: Any) -> bool:
+    """True, also as a tensor or a number of NumPy's; what a callback happens to return is not."""
+    return answer is True or (getattr(answer, "shape", None) == () and "bool" in str(answer.dtype) and bool(answer))
 
 
 class _Stopped(Exception):

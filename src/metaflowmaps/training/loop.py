@@ -45,6 +45,10 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became non-finite; the last checkpoint is untouched."""
 
 
+class RunLost(RuntimeError):
+    """The files of a run were taken away while it wrote them."""
+
+
 class Rows(Protocol):
     """A batch whose rows can be taken apart."""
 
@@ -322,6 +326,7 @@ class _Log:
         if ranks.rank():
             return
         line = (json.dumps({"step": record.step, **record.metrics}) + "\n").encode()
+        self.check()
         with self.metrics.open("ab") as file:
             file.write(line)
         self.state.metrics_bytes += len(line)
@@ -332,9 +337,26 @@ class _Log:
 
     def sync(self) -> None:
         """Flush the metrics to disk: a checkpoint vouches for their length."""
-        if ranks.rank() == 0 and self.metrics.exists():
+        if ranks.rank():
+            return
+        self.check()
+        if self.metrics.exists():
             with self.metrics.open("rb") as file:
                 os.fsync(file.fileno())
+
+    def check(self) -> None:
+        """Is the log what this run has written? A folder that was emptied or renamed would fill with a part of one."""
+        held = self.metrics.stat().st_size if self.metrics.is_file() else 0
+        if held != self.state.metrics_bytes:
+            what = "is gone" if not held else f"has {held} bytes, not the {self.state.metrics_bytes} that were written"
+            raise RunLost(
+                f"{self.metrics} {what}: put the run's files back, then the same command goes on from {self.last()}"
+            )
+
+    def last(self) -> str:
+        """The last good state, in words."""
+        steps = CheckpointStore(self.metrics.parent / "checkpoints").steps()
+        return f"the checkpoint of step {steps[-1]}" if steps else "its last checkpoint, wherever that is now"
 
 
 def _timings(path: Path, last: int) -> list[Mapping[str, float]]:

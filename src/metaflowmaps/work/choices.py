@@ -205,7 +205,7 @@ def _read(file: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up while they are made
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
         del sys.modules[name]
         text = " ".join(str(error).split())
         raise InputError(f"{file} cannot be run ({type(error).__name__}: {text}): mend it") from error
@@ -215,7 +215,7 @@ def _read(file: Path) -> ModuleType:
 def _imported(place: str, text: str) -> ModuleType:
     try:
         return importlib.import_module(place)
-    except ImportError as error:
+    except (ImportError, SystemExit) as error:
         raise InputError(f"{text} cannot be imported ({error}): give file.py:Name or package.module:Name") from None
 
 

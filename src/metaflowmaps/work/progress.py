@@ -2,9 +2,34 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol
+
+
+class ForgivingStream:
+    """A stream for progress, which may fail where work may not: what cannot be written is dropped.
+
+    Args:
+        stream: stderr, say, on a full disk, closed, or to a reader who left.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Bar:
@@ -99,4 +124,4 @@ def _progress(*columns: Any) -> Any:
     from rich.console import Console  # by those who show something
     from rich.progress import Progress
 
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(file=ForgivingStream(sys.stderr)))  # type: ignore[arg-type]

@@ -7,6 +7,9 @@ Files belong to the first rank. What can fail goes through :func:`first` or :fun
 then raised by all of them, instead of leaving the others to wait for one that is gone.
 """
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,8 +21,11 @@ from torch import distributed as dist
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.launch import launched
+from metaflowmaps.work.progress import ForgivingStream
 
 PATIENCE = timedelta(minutes=30)  # for the slowest thing that one rank does alone: drawing, writing, hashing
+SILENT_SECONDS = 5.0  # after which a rank that waits for others says so
+LOST = ("connection closed by peer", "connection reset", "gloo/transport", "timed out waiting")  # what backends say
 Result = TypeVar("Result")
 
 
@@ -35,12 +41,50 @@ def session() -> Iterator[None]:
     if launched().size == 1 or dist.is_initialized():
         yield
         return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with _waiting(where):
+        _join(where)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in LOST):
+            raise RankLost(
+                f"another rank is gone ({next(iter(str(error).splitlines()), '')[:120]}): run the same command again, "
+                "it goes on from the last checkpoint"
+            ) from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+class RankLost(RuntimeError):
+    """A rank died, or did not answer within ``PATIENCE``."""
+
+
+def _join(where: str) -> None:
     both = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        line = next((part for part in str(error).splitlines() if part), type(error).__name__)
+        raise InputError(
+            f"rank {launched().rank} cannot join the others at {where} ({line[:160]}): give torchrun another "
+            "--master-port, or an address that every rank reaches"
+        ) from None
+
+
+@contextmanager
+def _waiting(where: str) -> Iterator[None]:
+    """Say what this rank waits for, where it does."""
+    place = launched()
+    line = f"rank {place.rank} waits for the other {place.size - 1} at {where}: are all of them started?\n"
+    timer = threading.Timer(SILENT_SECONDS, lambda: ForgivingStream(sys.stderr).write(line))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        timer.cancel()
 
 
 def rank() -> int:
