@@ -22,6 +22,10 @@ torch.set_num_threads = lambda _threads: _set_threads(1)
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
+# and they import this checkout, installed or not
+_source = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_source, os.environ.get("PYTHONPATH")]))
+
 _memory: dict[str, str] = {}  # of each worker: its line
 _has_gpu, _given = torch.cuda.is_available, os.environ.get(DEVICES)
 

@@ -6,20 +6,37 @@ import sys
 HEAVY = ["torchvision", "diffusers", "transformers", "open_clip", "torch_fidelity", "gradio", "tensorboard", "ot"]
 
 
-def test_import_without_the_optional_packages():
+ELSEWHERE = ["resource", "fcntl"]  # are not there on Windows
+
+
+def test_import_without_the_optional_packages(tmp_path):
+    """Nor without what other systems lack, nor where the distribution's metadata are not: a checkout on PYTHONPATH."""
     code = f"""
-import sys
+import importlib.metadata, sys
+import torch  # asks for some of them itself
+for name in {ELSEWHERE!r}:
+    sys.modules.pop(name, None)
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {HEAVY!r}:
+        if name.split(".")[0] in {[*HEAVY, *ELSEWHERE]!r}:
             raise ImportError(name + " is not installed")
 sys.meta_path.insert(0, Refuse())
+version, importlib.metadata.version = importlib.metadata.version, missing
 import metaflowmaps as mfm
 for name in mfm.__all__:
     getattr(mfm, name)
 from metaflowmaps.cli.app import COMMANDS
 for module in COMMANDS.values():
     __import__("metaflowmaps.cli." + module)
+importlib.metadata.version = version
+from pathlib import Path
+from metaflowmaps._files import lock
+from metaflowmaps.cost import Meter
+assert lock(Path({str(tmp_path / "lock")!r})) is not None
+with Meter() as meter:
+    pass
 print(mfm.__version__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -266,7 +266,7 @@ def test_peaks_are_in_bytes_where_the_system_has_no_proc(tmp_path, monkeypatch, 
     """getrusage tells kibibytes on Linux and bytes on macOS."""
     monkeypatch.setattr(cost, "Path", lambda name: tmp_path / "missing" / "file")
     monkeypatch.setattr(cost.sys, "platform", platform)
-    monkeypatch.setattr(cost.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=70_000))
+    monkeypatch.setattr(pytest.importorskip("resource"), "getrusage", lambda who: SimpleNamespace(ru_maxrss=70_000))
     assert cost._peak_resident() == cost._mark_resident() == 70_000 * unit
 
 

@@ -4,7 +4,6 @@ What is public stands in :mod:`metaflowmaps._public`; it is loaded, and torch wi
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
     from metaflowmaps._public import *  # noqa: F403
     from metaflowmaps._public import __all__ as __all__
 
-__version__ = version("metaflowmaps")
+__version__ = "0.2.0"  # the distribution takes it from here; a checkout on PYTHONPATH has no other
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ through such an evaluation. Modules are watched by hooks (:meth:`Meter.watch`); 
 The paper's **NFE** is the sum of network and reward calls, one more for each that is differentiated.
 """
 
-import resource
 import sys
 import threading
 import time
@@ -121,6 +120,10 @@ def _peak_resident() -> int:
     """The process's peak resident size in bytes (since it was reset, where it can be)."""
     with suppress(OSError):
         return _status("VmHWM")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -7,6 +7,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, normal
 from metaflowmaps.rewards import BlackBox
+from metaflowmaps.rewards.checked import checked_reward
 
 X = normal(4, 2)
 EXPECTED = 2.5 * X[:, 0]
@@ -132,3 +133,35 @@ def test_it_prints_what_it_is():
         return x[:, 0]
 
     assert repr(BlackBox(aesthetic, 3)) == "BlackBox(aesthetic, strength=3)"
+
+
+def test_a_function_is_given_x_where_it_says():
+    """On the CPU by default: NumPy takes nothing from an accelerator. A device without numbers stands for one here."""
+    seen = []
+
+    def where(x, cond=None):
+        seen.append((x.device.type, None if cond is None else cond["label"].device.type))
+        return [0.0] * len(x)
+
+    label = {"label": torch.zeros(4, dtype=torch.int64)}
+    for device in ("cpu", None, "meta"):
+        BlackBox(where, device=device)(X, label)
+    assert seen == [("cpu", "cpu"), ("cpu", "cpu"), ("meta", "meta")]
+
+
+@pytest.mark.gpu
+def test_numpy_rewards_steer_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    x = X.to("cuda")
+    assert BlackBox(RETURNS["array"], 2.5)(x).device == x.device
+    with pytest.raises(mfm.InputError, match=r"wrap it as mfm\.rewards\.BlackBox"):
+        checked_reward(RETURNS["array"])(x)
+
+
+def test_numpy_on_what_it_cannot_take_is_told_of_the_black_box():
+    def refusing(x):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    with pytest.raises(mfm.InputError, match=r"wrap it as mfm\.rewards\.BlackBox"):
+        checked_reward(refusing)(X)

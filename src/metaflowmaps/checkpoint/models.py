@@ -6,7 +6,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from metaflowmaps import __version__
 from metaflowmaps._files import read_regular
 from metaflowmaps.checkpoint.manifest import (
     CONFIG,
@@ -116,7 +116,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
         from metaflowmaps.networks import describe_network  # configurations bring pydantic
 
         described = {"network": describe_network(model)}
-    return {"format": FORMAT, "kind": kind, **described, "version": version("metaflowmaps")}
+    return {"format": FORMAT, "kind": kind, **described, "version": __version__}
 
 
 def save_model(

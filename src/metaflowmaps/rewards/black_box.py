@@ -15,28 +15,33 @@ from metaflowmaps.rewards.base import call_reward, describe
 class BlackBox:
     """r(x) = strength · function(x), where the function takes a tensor and returns B numbers: a tensor, array or list.
 
-    It is given a copy of x that nothing is differentiated through; what it returns comes out in the dtype and on the
-    device of x. Such rewards steer with gradient-free methods.
+    It is given a copy of x on the CPU, where NumPy and the world outside are, that nothing is differentiated through;
+    what it returns comes out in the dtype and on the device of x. Such rewards steer with gradient-free methods.
 
     Args:
         function: of x (B, *event) and maybe cond, to B numbers.
         strength: λ, which the reward is multiplied by.
+        device: where the function is given x; None: where x is, for a network on an accelerator.
     """
 
     differentiable = False
 
-    def __init__(self, function: Callable[..., Any], strength: float = 1.0) -> None:
+    def __init__(
+        self, function: Callable[..., Any], strength: float = 1.0, device: torch.device | str | None = "cpu"
+    ) -> None:
         if not callable(function):
             raise InputError(f"BlackBox needs a function of x that returns one number a row, got {describe(function)}")
         self.function = function
-        self.strength = positive(strength, "strength", or_zero=True)
+        self.strength, self.device = positive(strength, "strength", or_zero=True), device
 
     @torch.no_grad()
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
         if self.strength == 0:  # 0 · (−inf) would be NaN
             return x.new_zeros(len(x))
-        out = call_reward(self.function, x.clone(), cond)
+        device = x.device if self.device is None else torch.device(self.device)
+        given = None if cond is None else {name: value.to(device) for name, value in cond.items()}
+        out = call_reward(self.function, x.to(device, copy=True), given)
         numbers = out if isinstance(out, Tensor) else _numbers(out)
         if numbers.shape != x.shape[:1]:
             raise InputError(

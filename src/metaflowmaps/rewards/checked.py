@@ -43,8 +43,10 @@ class CheckedReward:
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # the user's own code: in one line, with its traceback behind it
-            text = " ".join(str(error).split())
-            raise InputError(f"the reward raised {type(error).__name__}: {text[:200]}") from error
+            text = " ".join(str(error).split())[:200]
+            if "to numpy" in text or "to NumPy" in text:  # of a tensor on an accelerator, or that requires a gradient
+                text += " (wrap it as mfm.rewards.BlackBox, which is given tensors on the CPU)"
+            raise InputError(f"the reward raised {type(error).__name__}: {text}") from error
         if _version(given) != version or not _same(given, x):
             raise InputError("the reward changed its input in place: begin it with x = x.clone()")
         if not isinstance(out, Tensor):
