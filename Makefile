@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtualenv in .venv, dependencies within constraints.txt.
 # A second call finds the stamps up to date and starts at once.
 PYTHON ?= python3
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -49,7 +50,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks
 
 attack: $(DEV)
-	MFM_ATTACK=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m attack
+	MFM_ATTACK=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m attack --seed $(SEED)
 
 rehearsal: $(DEV)
 	$(BIN)/python -m benchmarks.rehearsal

@@ -30,6 +30,11 @@ _memory: dict[str, str] = {}  # of each worker: its line
 _has_gpu, _given = torch.cuda.is_available, os.environ.get(DEVICES)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of attacks that draw their damage: others by another seed."""
+    parser.addoption("--seed", type=int, default=0, help="of the damage that `make attack` does")
+
+
 # -- a GPU is there for the tests that are marked gpu ------------------------------------------------------------------
 
 
@@ -155,9 +160,22 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     workers = [name for name in sorted(_memory) if name != "main"] or ["main"]
     for name in workers:
         terminalreporter.write_line(f"peak memory of {name}: {_memory[name]}")
+    _tell_attacks(terminalreporter)
     reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
+def _tell_attacks(terminalreporter: Any) -> None:
+    """What was tried and what came of it, a line each and in total."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]
+    counted = [dict(value) for report in reports for name, value in report.user_properties if name == "attack"]
+    for counts in counted:
+        terminalreporter.write_line(f"attack on {counts.pop('what')}: {counts}")
+    if counted:
+        names = dict.fromkeys(name for counts in counted for name in counts)
+        total = {name: sum(counts.get(name, 0) for counts in counted) for name in names}
+        terminalreporter.write_line(f"attacks in all: { ({'silent': 0, 'traceback': 0} | total) }")
 
 
 def _reason(report: Any) -> str:
