@@ -705,6 +705,29 @@ def test_a_config_that_is_no_model_is_refused(saved, changes, says):
     assert says in line
 
 
+@pytest.mark.parametrize("name", ["evil.py:Net", "./evil.py:Net", "../evil.py:Net"])
+def test_a_config_names_no_code_of_the_folder_one_is_in(saved, name, tmp_path, monkeypatch):
+    """Of a checkpoint that was unpacked, its author's file may lie there; those that we write have absolute paths."""
+    monkeypatch.chdir(saved)
+    for folder in (saved, saved.parent):
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((saved / "config.json").read_text())
+    for changes in ({"network": {**config["network"], "name": name}}, {"training": {"data": [{"name": name}]}}):
+        edit_config(saved, **changes)
+        assert "absolute path" in refusal(lambda: MetaFlowMap.from_pretrained(saved))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_killed_writers_left_goes_with_the_next_write(tmp_path):
+    made = [tmp_path / name for name in (".tmp-m-0a0a0a0a", ".del-m-0a0a0a0a", ".tmp-m-0b0b0b0b", ".tmp-mine-0a0a0a0a")]
+    for folder in made:
+        folder.mkdir()
+    for old in (made[0], made[1], made[3]):
+        os.utime(old, (0, time.time() - 2 * _files.STALE_SECONDS))
+    make_model().save_pretrained(tmp_path / "m")
+    assert [folder.exists() for folder in made] == [False, False, True, True]  # who may be at it, and another's
+
+
 HUGE = {
     "deep": {"depth": 1000},  # as many as a configuration may ask for
     "deeper": {"depth": 10**6},

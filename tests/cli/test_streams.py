@@ -144,3 +144,19 @@ def test_two_default_runs_of_other_settings_lie_apart(tmp_path, monkeypatch, com
         assert code == 0
         places.add(json.loads(out)["out"])
     assert len(places) == 2
+
+
+# -- litter ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_left_half_written_goes_with_the_next_run(run, tmp_path, command: Command):
+    """Files of processes that were killed, and a checkpoint that a failing disk did not let go."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = sorted(str(file.relative_to(out)) for file in out.rglob("*"))
+    kept = out / "checkpoints/step-00000040"
+    for name in ("step-00000001", ".tmp-step-00000020-0a0a0a0a", ".del-step-00000020-0a0a0a0a"):
+        shutil.copytree(kept, kept.with_name(name))
+    (out / ".results.json-0a0a0a0a.tmp").write_text("half")
+    assert command("train", "gmm", *TINY_RUN, "--out", out)[0] == 0
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*")) == before

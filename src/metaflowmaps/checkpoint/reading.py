@@ -93,7 +93,23 @@ def read_checkpoint(path: str | FilePath) -> Checkpoint:
                 tensors[name] = parse_tensors(file, verified(file, entry))
         if not isinstance(documents[CONFIG], dict):
             raise CheckpointError(directory / CONFIG, f"is not a JSON object: {INSTEAD}")
+        _check_code(directory / CONFIG, documents[CONFIG])
     return Checkpoint(path, tensors, documents)
+
+
+def _check_code(file: FilePath, config: Any) -> None:
+    """Refuse names of code that whoever wrote a configuration may have put beside it: ours have absolute paths."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+            place = str(value.get("name")).rpartition(":")[0]
+            if place.endswith(".py") and not FilePath(place).expanduser().is_absolute():
+                problem = f"names {place}, a file of whatever folder one is in: give its absolute path there"
+                raise CheckpointError(file, problem)
 
 
 def _locate(path: FilePath) -> FilePath:

@@ -1,9 +1,11 @@
 """Writing checkpoints: everything into a folder beside the target, which one rename then puts in its place."""
 
+import glob
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path as FilePath
@@ -12,7 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from metaflowmaps._files import sync_folder, write_new
+from metaflowmaps._files import STALE_SECONDS, sync_folder, write_new
 from metaflowmaps.checkpoint.manifest import (
     CONFIG,
     EMA,
@@ -43,6 +45,7 @@ def write_checkpoint(
     try:
         with writing(path):
             target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target)
             _settle(old_name(target))
             _check_replaceable(target, {*tensors, *documents})
             staging.mkdir()
@@ -136,6 +139,15 @@ def _sibling(target: FilePath, prefix: str) -> FilePath:
 def old_name(target: FilePath) -> FilePath:
     """Where a checkpoint steps aside to while it is replaced."""
     return target.parent / f".old-{target.name}"
+
+
+def _sweep(target: FilePath) -> None:
+    """Remove what writers of this checkpoint left who were killed, or whose disk refused to delete."""
+    for prefix in (".tmp-", ".del-"):
+        for entry in target.parent.glob(f"{glob.escape(prefix + target.name)}-????????"):
+            with suppress(OSError):
+                if time.time() - entry.stat().st_mtime >= STALE_SECONDS:
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def _settle(old: FilePath) -> None:

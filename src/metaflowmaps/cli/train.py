@@ -26,6 +26,7 @@ from metaflowmaps.training.training_run import (
     fitted,
     run_classifier_training,
     run_training,
+    tidy,
 )
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import override, validated
@@ -94,6 +95,7 @@ def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
     done, out = ranks.first(lambda: (request.begin(), request.out))
     request.out = out  # the first rank has chosen it
     if done is not None:
+        ranks.first(lambda: tidy(config, out))
         context.say(f"{out} is complete: {config.steps} steps of {config.recipe}")
         return done
     described = config.data.describe()

@@ -341,6 +341,14 @@ def _as_read(config: RunConfig, part: str, stored: Any) -> Any:
         return stored
 
 
+def tidy(config: RunConfig, out: Path) -> None:
+    """Remove from a finished run what its disk refused to remove while it lasted."""
+    for folder in (out, out / "drift"):
+        store = CheckpointStore(folder / "checkpoints", config.keep_last, config.keep_best)
+        store.clean()
+        store.prune(max(store.steps(), default=0))
+
+
 def starting_point(config: RunConfig, out: Path, resume: str) -> Checkpoint | None:
     """auto: the newest valid checkpoint of ``out``. none: nothing, and there must be nothing. Else: that checkpoint."""
     store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metaflowmaps._files import lock, read_regular, share_lock, write_json
+from metaflowmaps._files import lock, read_regular, share_lock, sweep, write_json
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.config import differences
 from metaflowmaps.work.shards import FOLDERS, is_empty
@@ -53,6 +53,8 @@ def claim(out: Path, command: str, config: dict[str, Any], shared: bool = False)
             for folder in FOLDERS:  # of the claim that is replaced: nothing is finished in it
                 shutil.rmtree(out / folder, ignore_errors=True)
             write_json(mark, wanted)
+        if alone:
+            sweep(out, 0)  # of processes that were killed: none is here now
         if shared and alone:
             share_lock(_held[str(out.resolve())])
             if not _check_same(out, wanted):
