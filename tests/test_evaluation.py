@@ -13,6 +13,8 @@ from metaflowmaps.lab.evaluate.posterior_error import (
     evaluate_posterior,
     glass_calls_to_match,
 )
+from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig
+from metaflowmaps.lab.evaluate.variants import variant
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
@@ -83,3 +85,13 @@ def test_the_error_bar_is_the_scatter_of_an_exact_ratio():
     scatter = float((a.mean(1) / b.mean(1)).sqrt().std())
     stated = math.sqrt(sum(_ratio_spread([groups]) ** 2 for groups in a.tolist()) / len(a))
     assert stated == pytest.approx(scatter, rel=4 * 0.011 * math.sqrt(1 + 1 / 3))  # of 12,000 squares, and of 4,000
+
+
+def test_names_of_methods_say_what_they_change_or_are_refused():
+    """Before the hours of an evaluation, whose table would have two rows of one method."""
+    assert variant("mfm-g-plain").method.blend is False
+    assert variant("mfm-gf-rescale").renormalize == "rescale"
+    with pytest.raises(InputError, match="'plain' says nothing to"):
+        variant("none-plain")
+    with pytest.raises(ValueError, match="unknown word"):
+        SteeringEvalConfig(methods=("mfm-gf-rescaled",))

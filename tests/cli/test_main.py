@@ -242,6 +242,7 @@ def test_requests_without_a_place_never_collide(capsys, run, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "calls"),
     [
+        (["sample", "RUN", "--num", "10"], 10),  # one call a sample, where nobody says
         (["sample", "RUN", "--num", "10", "--steps", "3"], 30),
         (["posterior", "RUN", "--num-draws", "10", "--steps", "2"], 20),
         (["steer", "RUN", "--num", "10", "--steps", "4", "--method", "none"], 40),

@@ -104,6 +104,14 @@ def test_the_tilted_map_is_the_fixed_point_of_the_direct_losses(diagonal_share, 
     assert largest[1] > LOUD
 
 
+def test_the_level_that_weights_are_held_against_learns_from_each_batch():
+    case = Case("gaussian-1d", mfm.LinearPath())
+    objective = direct(case.problem(), case.states("base"), 64, 2)
+    before = objective.baseline.level.clone()
+    objective.batch(case.base(), 0)
+    assert not torch.equal(objective.baseline.level, before)
+
+
 def test_direct_losses_do_not_depend_on_the_split_of_their_batch():
     exact = Round(mfm.LinearPath())
     objective, model = direct(exact.problem(), exact.source, 40, 2), exact.tuned()

@@ -13,6 +13,7 @@ from calls import steer
 from conftest import F64, PATHS, coefficients
 from metaflowmaps.random import stream
 from metaflowmaps.steering import Method
+from metaflowmaps.steering.problem import device_of
 from metaflowmaps.work.choices import choices
 
 STD, PULL = 0.5, 0.4  # data N(4 label, .25), reward −(x − (4 label + 1))²/(2 · .16): posterior mean 4 label + .25/.41
@@ -304,3 +305,9 @@ def test_modules_are_rewards_and_models(path):
 
 def test_every_method_is_covered():
     assert {method for method, _ in CALLS.values()} | {"exact", "rejection"} == set(choices(Method))
+
+
+def test_samples_are_made_where_the_model_says_or_its_weights_are():
+    assert device_of(SimpleNamespace(device="meta")) == torch.device("meta")
+    assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
+    assert device_of(SimpleNamespace()) == torch.device("cpu")

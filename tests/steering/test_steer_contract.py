@@ -238,6 +238,11 @@ def test_bad_grids(grid):
     refused("strictly increasing|to exactly 1", grid=torch.tensor(grid, dtype=F64))
 
 
+def test_glass_refuses_an_estimator_that_makes_no_draws():
+    with pytest.raises(mfm.InputError, match="the estimator of GLASS is a guided method that draws"):
+        mfm.Glass(estimator=mfm.DPS())
+
+
 def test_numbers_out_of_range():
     refused("num_draws must be at least 1", num_draws=0)
     refused("num_samples must be at least 1", n=0)
