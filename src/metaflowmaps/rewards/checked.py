@@ -54,6 +54,8 @@ class CheckedReward:
                 f"the reward must return a tensor of shape ({len(x)},), got {type(out).__name__}; "
                 "wrap functions that are not written in torch as mfm.rewards.BlackBox"
             )
+        if out.device != x.device:
+            raise InputError(f"the reward returned a tensor on {out.device} for samples on {x.device}: move it there")
         check_plain(out, "the reward's answer")
         if tuple(out.shape) != (len(x),):
             raise InputError(
@@ -62,8 +64,6 @@ class CheckedReward:
             )
         if out.is_complex():
             raise InputError("the reward must return real numbers, got complex ones")
-        if out.device != x.device:
-            raise InputError(f"the reward returned a tensor on {out.device} for samples on {x.device}: move it there")
         out = out.to(x.dtype)
         bad = (out.isnan() | (out == torch.inf)) & x.flatten(1).isfinite().all(1)
         if bool(bad.any()):
