@@ -77,7 +77,8 @@ def _imported(file: Path) -> list[Path]:
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found += [_file(f"{node.module}.{name.name}") or _file(node.module) for name in node.names]
+            names = [name.name for name in node.names if name.name != "__version__"]  # which is no code to measure
+            found += [_file(f"{node.module}.{name}") or _file(node.module) for name in names]
         elif isinstance(node, ast.Import):
             found += [_file(name.name) for name in node.names]
     return [path for path in found if path]

@@ -36,7 +36,8 @@ TUNED = {
 COMPARED = (
     "none", "rejection-bound=0", "rejection", "resampling-16", "resampling-64", "best-of-n-map-16",
     "best-of-n-map-1000",
-    "best-of-n-16", "dps", "tds-64-all", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-smc-4", "mfm-search-4", "exact",
+    "best-of-n-16", "dps", "tds-64-all", "mfm-gf-1", "mfm-gf-4", "mfm-gf-16", "mfm-smc-4", "mfm-search-4",
+    "mfm-anneal", "exact",
 )  # fmt: skip
 PROBLEMS = {
     "plane": ("gmm-inverse", "paper", [1.0]),

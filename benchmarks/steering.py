@@ -33,7 +33,8 @@ from metaflowmaps.value import ess, free_shift
 # the cheapest rivals: one-step samples, accepted, resampled, or the best of some
 CHEAP = ("rejection", "resampling-16", "resampling-64", "best-of-n-map-16", "best-of-n-map-1000")
 MAIN = (
-    "none", *CHEAP, "mfm-g", "mfm-gf", "mfm-smc", "mfm-search", "dps", "tds", "best-of-n", "glass", "exact"
+    "none", *CHEAP, "mfm-g", "mfm-gf", "mfm-smc", "mfm-anneal", "mfm-search", "dps", "tds", "best-of-n", "glass",
+    "exact",
 )  # fmt: skip
 # as published, or with one choice changed
 VARIED = (
@@ -71,7 +72,8 @@ SEEDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 IN_16D = (
-    "none", *CHEAP, "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "dps", "tds", "best-of-n", "exact"
+    "none", *CHEAP, "mfm-g", "mfm-g-plain", "mfm-gf", "mfm-gf-plain", "mfm-smc", "mfm-anneal", "dps", "tds",
+    "best-of-n", "exact",
 )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from metaflowmaps.cli.app import COMMANDS, main
 from metaflowmaps.cli.steer import Steer
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.random import randn, stream
-from metaflowmaps.steering import Method
+from metaflowmaps.steering import USUAL, Method
+from metaflowmaps.steering.presets import settled
 from metaflowmaps.work.choices import choices
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,12 +172,13 @@ def test_methods_have_the_names_of_the_interface():
 
 def test_there_is_one_set_of_defaults():
     """Python, the pipeline and the command line steer alike where nobody says how."""
-    usual = mfm.MFMGF(num_draws=4)
-    python = inspect.signature(mfm.steer).parameters["method"].default
-    pipeline = inspect.signature(mfm.Pipeline.steer).parameters["method"].default
+    for steered in (mfm.steer, mfm.Pipeline.steer):
+        given = inspect.signature(steered).parameters
+        assert settled(given["method"].default, given["process"].default) == USUAL
     typed = Steer(checkpoint="digits")
-    assert python == pipeline == typed.method == usual
-    assert typed.process == usual.usual() == Steer(checkpoint="digits", method="mfm-gf").process
+    assert (typed.method, typed.process) == USUAL
+    named = Steer(checkpoint="digits", method="mfm-gf")
+    assert (named.method, named.process) == settled("mfm-gf", None)
 
 
 @pytest.mark.parametrize("method", choices(Method))

@@ -51,7 +51,7 @@ def test_too_few_draws_are_said_with_the_number_to_try():
 def test_a_collapse_is_said_where_it_is_at_most_steps(collapsed, said):
     ess = torch.tensor([1.0] * collapsed + [3.0] * (10 - collapsed))
     info = {"ess": ess, "base_ess": torch.full((10,), 4.0)}
-    batch = SteeredBatch(None, None, None, torch.zeros(0, 2), torch.zeros(0), info, None)
+    batch = SteeredBatch(None, mfm.MFMGF(), None, torch.zeros(0, 2), torch.zeros(0), info, None)
     assert [note[:28] for note in findings(batch)] == ["one draw carries all the wei"] * said
 
 

@@ -162,6 +162,7 @@ CALLS = {
     "best-of-n": ("best-of-n", {"num_draws": 3}),
     "best-of-n, one step": ("best-of-n", {"num_draws": 3, "source": "map"}),
     "resampling": ("resampling", {"num_draws": 6, "particles": 1}),
+    "mfm-anneal": ("mfm-anneal", {"num_draws": 2, "particles": 1}),
     "glass": ("glass", {"num_draws": 3, "glass_steps": 4}),
     "glass, g": ("glass", {"num_draws": 2, "glass_steps": 4, "estimator": "mfm-g", "chunk": 1}),
 }

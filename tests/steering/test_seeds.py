@@ -40,6 +40,7 @@ CALLS = {
     "glass, g": ("glass", {"glass_steps": 2, "estimator": "mfm-g"}),
     "rejection": ("rejection", {"pilot": 64}),
     "resampling": ("resampling", {"particles": 1}),
+    "mfm-anneal": ("mfm-anneal", {"particles": 1, "pool": 3}),
     "exact": ("exact", {}),
     "exact, sde": ("exact", {"process": "sde"}),
 }

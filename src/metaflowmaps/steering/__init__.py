@@ -1,5 +1,6 @@
 """Steering: inference-time alignment. ``steer`` is the entry; a method is one frozen dataclass in one file."""
 
+from metaflowmaps.steering.anneal import Anneal
 from metaflowmaps.steering.best_of_n import BestOfN
 from metaflowmaps.steering.dps import DPS
 from metaflowmaps.steering.exact import Exact
@@ -30,6 +31,7 @@ __all__ = [
     "SMC",
     "TDS",
     "USUAL",
+    "Anneal",
     "BestOfN",
     "Exact",
     "Glass",

@@ -81,7 +81,7 @@ def checked(batch: SteeredBatch) -> tuple[str, ...]:
 
 def findings(batch: SteeredBatch) -> list[str]:
     """Lines that a user should read before trusting the samples; none on a good run."""
-    found = [*_lost(batch), *_collapsed(batch), *_biased(batch)]
+    found = [*_lost(batch), *batch.method.notes(batch.info), *_collapsed(batch), *_biased(batch)]
     if len(batch.samples) and bool(batch.samples.isfinite().all()):
         pool = _pool(batch)
         if pool is not None:

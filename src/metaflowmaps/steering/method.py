@@ -70,6 +70,10 @@ class Method(Choice, ABC):
             if given:
                 raise InputError(f"{self.name} {self.own_moves}: it has no {given[0]}; leave it out")
 
+    def notes(self, info: Info) -> list[str]:
+        """What the method itself says against a result, one line each with what to change; nothing on a good run."""
+        return []
+
     def times(self, problem: SteeringProblem, process: Process) -> list[float]:
         """The times of its steps, from noise to 1."""
         return process.times(problem.path, self.grid)

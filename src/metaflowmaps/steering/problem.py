@@ -113,15 +113,15 @@ class SteeringProblem:
                     "draw(t, x_t, num_draws, generator=None, cond=None)"
                 )
 
-    def draws(self, t: float, x: Tensor, options: DrawOptions) -> Draws:
-        """Draws at (t, x) with their rewards and, in the units of a shift, their gradients."""
+    def draws(self, t: Time, x: Tensor, options: DrawOptions) -> Draws:
+        """Draws at (t, x) with their rewards and, in the units of a shift, their gradients (t a float, then)."""
         if self.posterior is None:
             raise InputError("this method draws and has opened no posterior: begin with problem.open_posterior(None)")
         noise = self.stream("draws", rows=len(x))
         made = make_draws(self.posterior, self.reward, t, x, options, noise, self.cond_for(len(x)))
         if made.gradients is None:
             return made
-        return made._replace(gradients=self.shift_per_gradient(t) * made.gradients)
+        return made._replace(gradients=self.shift_per_gradient(float(t)) * made.gradients)
 
 
 class MeteredModel:

@@ -1,0 +1,112 @@
+"""MFM-Anneal: its moves keep p_1 e^{λr}, its weights count the evidence, and it reaches what draws do not meet."""
+
+import math
+
+import pytest
+import torch
+from closed_forms import random_map
+
+import metaflowmaps as mfm
+from conftest import CASES, F64, PATHS
+from metaflowmaps.cost import Meter
+from metaflowmaps.draws import Draws
+from metaflowmaps.random import fresh_seeds, stream
+from metaflowmaps.steering.anneal import Cloud, chosen_among, next_strength, stretch
+from metaflowmaps.steering.problem import SteeringProblem
+from metaflowmaps.steering.resampling import effective
+
+LAW = CASES["per-component-full"].law
+EXACT = mfm.ExactModel(PATHS["linear"], LAW)
+REWARD = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6], dtype=F64), 0.8, 0.5)
+FAR = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6], dtype=F64), 9.0, 0.3)  # one sample in 10⁵ meets it
+
+
+def _like(tilted, x):
+    """Means and second moments of exact samples within 4.5 standard errors of len(x) of them."""
+    exact = tilted.sample(400_000, stream(1, "exact")).to(x)
+    for moment in (lambda y: y, lambda y: y.square()):
+        bound = 4.5 * moment(exact).std(0) / math.sqrt(len(x))
+        assert bool(((moment(x).mean(0) - moment(exact).mean(0)).abs() < bound).all())
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_a_move_keeps_the_tilted_law(strength):
+    """Exact samples of p_1 e^{λr} stay so over twelve moves."""
+    n = 4000
+    tilted = LAW.tilt(mfm.rewards.LinearGaussian(REWARD.A, REWARD.y, REWARD.noise_std, strength=strength))
+    method = mfm.Anneal(num_draws=3, n=1)
+    problem = SteeringProblem(EXACT, REWARD, Meter())
+    problem.begin(fresh_seeds(1), None)
+    method.open_posterior(problem)
+    x = tilted.sample(n, stream(0, "start")).to(torch.float32)
+    one = torch.ones(1, dtype=F64)
+    cloud = Cloud(x, REWARD(x).double(), strength * one, 0 * one, 0 * one)
+    for _ in range(12):
+        cloud, _ = method._moved(problem, cloud, n)
+    assert float((cloud.x != x).any(1).double().mean()) > 0.9  # they have moved
+    _like(tilted, cloud.x)
+    torch.testing.assert_close(cloud.rewards, REWARD(cloud.x).double())
+
+
+def test_one_is_chosen_among_a_particle_and_its_draws():
+    """By cumulated weights e^{λr}, the particle's own first: 1/6, 2/6, 3/6."""
+    rewards = torch.log(torch.tensor([[1.0], [2.0], [3.0]], dtype=F64)).expand(3, 6)
+    x = torch.arange(18, dtype=torch.float32).reshape(3, 6, 1)
+    cloud = Cloud(x[0], 2 * rewards[0], torch.ones(1), torch.zeros(1), torch.zeros(1))
+    uniform = torch.tensor([0.1, 0.17, 0.4, 0.51, 0.8, 0.99], dtype=F64)
+    half = torch.full((6,), 0.5, dtype=F64)
+    got, of, taken = chosen_among(cloud, Draws(x[1:], 2 * rewards[1:]), half, uniform)
+    assert got[:, 0].tolist() == [0.0, 7.0, 8.0, 15.0, 16.0, 17.0]
+    torch.testing.assert_close(of, 2 * torch.log(torch.tensor([1.0, 2.0, 2.0, 3.0, 3.0, 3.0], dtype=F64)))
+    assert taken.tolist() == [False, True, True, True, True, True]
+
+
+def test_strength_rises_as_far_as_the_weights_allow():
+    rewards = torch.randn(3, 500, generator=torch.Generator().manual_seed(0), dtype=F64)
+    rewards[1, :400] = -torch.inf  # of a hundred that live
+    rewards[2] *= 1e-3
+    now = torch.tensor([0.2, 0.1, 0.3], dtype=F64)
+    got = next_strength(20 * rewards, now, 0.5)
+    left = effective((got - now)[:, None] * 20 * rewards)
+    torch.testing.assert_close(left[:2], torch.tensor([250.0, 50.0], dtype=F64))
+    assert float(got[2]) == 1
+
+
+def test_what_is_left_of_a_quadratic_reward():
+    """r = −d/(2λ) z² has √Var r = √(d/2)/λ for d = 1: from λ to 1 it is √(1/2) log(1/λ), up to the 1/√(2·10⁵) of a
+    variance of heavy squares (4.5 of them)."""
+    strength = torch.tensor([0.1], dtype=F64)
+    z = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0), dtype=F64)
+    left = float(stretch(-z.square() / (2 * 0.1), strength))
+    assert left == pytest.approx(math.sqrt(0.5) * math.log(10), rel=4.5 * math.sqrt(14 / 4 / 100_000))
+
+
+def test_reaches_what_draws_do_not_meet_and_knows_how_rare_it_is():
+    """log E[e^r] is −12: 16 clouds of 256; their mean within 4.5 standard errors of it, and one pool's is not."""
+    method, steps = mfm.Anneal(num_draws=4, n=1, pool=8, particles=256), mfm.ODE(steps=40)
+    got = mfm.steer(EXACT, FAR, 16 * 256, method, steps, seed=0)
+    exact = float(LAW.log_evidence(FAR))
+    assert exact < -10
+    ratios = torch.exp(got.info["log_evidence"] - exact)
+    assert abs(float(ratios.mean()) - 1) < 4.5 * float(ratios.std()) / 4
+    assert bool((got.info["reached"] == 1).all())
+    assert not got.notes
+    assert got.cost["nfe"] == pytest.approx(2 * (8 + 40 * 4))  # a call and a reward each
+    of_clouds = got.rewards.reshape(256, 16).double().mean(0)
+    wanted = float(FAR(LAW.tilt(FAR).sample(10**5, stream(1, "exact"))).mean())
+    assert abs(float(of_clouds.mean()) - wanted) < 4.5 * float(of_clouds.std()) / 4
+
+
+def test_says_when_the_steps_were_too_few():
+    sharper = mfm.rewards.Tempered(FAR, 100.0)
+    with pytest.warns(UserWarning, match="came to λ = 0.* use more steps"):
+        got = mfm.steer(EXACT, sharper, 64, mfm.Anneal(num_draws=1, n=1), mfm.ODE(steps=2), seed=0)
+    assert float(got.info["reached"]) < 1
+    assert bool(got.samples.isfinite().all())
+
+
+def test_systems_do_not_look_at_each_other():
+    model, method, steps = random_map(PATHS["linear"]), mfm.Anneal(particles=32), mfm.ODE(steps=5)
+    both = mfm.steer(model, REWARD, 64, method, steps, seed=3)
+    alone = mfm.steer(model, REWARD, 32, method, steps, seed=both.seeds[1:2])
+    torch.testing.assert_close(alone.samples, both.samples[1::2])
