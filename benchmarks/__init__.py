@@ -11,6 +11,7 @@ BENCHMARKS = {
     "steering-seeds": "steering:gmm_inverse_seeds",
     "steering-16d": "steering:in_16d",
     "rivals": "rivals:main",
+    "defaults": "defaults:main",
     "value": "steering:value",
     "recycling": "steering:recycling",
     "finetune-mixture": "finetuning:mixture",

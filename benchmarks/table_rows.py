@@ -169,8 +169,7 @@ def _method(name: str, draws: str, cell: dict[str, Any]) -> list[str]:
 
 
 def _ratio(cell: dict[str, Any]) -> str:
-    ratio = cell["sw2"] / cell["floor_sw2"]
-    return "> 1,000" if ratio > OFF_SCALE else number(ratio)
+    return _off(cell["sw2"] / cell["floor_sw2"])
 
 
 def rivals(result: dict[str, Any]) -> Rows:
@@ -190,6 +189,41 @@ def rivals(result: dict[str, Any]) -> Rows:
             ]  # fmt: skip
         rows.append(row)
     return [head, *rows]
+
+
+def defaults(result: dict[str, Any]) -> Rows:
+    """Every default on the judged problems: cost, median and worst SW2 in floors, and who was far without a word."""
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for found in result["problems"].values():
+        for label, run in found["runs"].items() if found["set"] == "judged" else ():
+            by_label.setdefault(label, []).append(run)
+    rows = []
+    for label, runs in by_label.items():
+        ratios = [run["ratio"] for run in runs]
+        far = [run for run in runs if run["ratio"] > 2]
+        silent = sum(not run["notes"] for run in far)
+        said = sum(bool(run["notes"]) for run in runs) - len(far) + silent
+        nfe = statistics.median(run["nfe"] for run in runs)
+        rows.append(
+            [label, number(nfe, 0), number(statistics.median(ratios)), _off(max(ratios)), str(len(far)), str(silent),
+             str(said)]
+        )  # fmt: skip
+    problems = len(next(iter(by_label.values())))
+    head = ["default", "NFE", "median", "worst", f"over 2, of {problems}", "silent among them", "warned at 2 and below"]
+    return [head, *rows]
+
+
+def defaults_glass(result: dict[str, Any]) -> Rows:
+    """Errors of GLASS' draws in floors, the worst over the laws."""
+    laws = list(result["glass"].values())
+    rows = [
+        [label, *(number(max(law[label][t] for law in laws)) for t in laws[0][label])] for label in laws[0]
+    ]  # fmt: skip
+    return [["GLASS, 30 calls", *times(next(iter(laws[0].values())))], *rows]
+
+
+def _off(ratio: float) -> str:
+    return "> 1,000" if ratio > OFF_SCALE else number(ratio)
 
 
 def one_setting(result: dict[str, Any]) -> Rows:
@@ -308,6 +342,8 @@ TABLES = {
         for name in ("medium", "sharp", "broad")
     },
     "rivals": Table("rivals.json", rivals),
+    "defaults": Table("defaults.json", defaults),
+    "defaults-glass": Table("defaults.json", defaults_glass),
     "digits-one-setting": Table("digits-one-setting.json", one_setting),
     "steering-by-draws": Table(STEERING, by_draws),
     "recycling": Table("recycling.json", recycling),

@@ -8,6 +8,7 @@ import torch
 import metaflowmaps as mfm
 from conftest import F64, PATHS, normal, paper_law
 from metaflowmaps.random import stream
+from metaflowmaps.steering import diagnostics
 from metaflowmaps.steering.diagnostics import SteeredBatch, bias_of, findings
 
 MODEL = mfm.ExactModel(PATHS["linear"], paper_law())
@@ -69,6 +70,40 @@ def test_a_reward_that_no_draw_has_seen_is_said():
 
     blind = mfm.MFMGF(num_draws=1, recycle=1)  # one draw is its own mean: no shift at all
     assert "one-step samples has reward 50, above 90%" in notes(blind, reward)
+
+
+RARE = mfm.rewards.LinearGaussian(torch.tensor([1.2, -0.8], dtype=F64), -8.0, 0.7)  # log E[e^r] = -16.8
+
+
+@pytest.mark.parametrize("method", [mfm.DPS(), mfm.TDS(), mfm.Resampling()])
+def test_where_the_pool_sees_nothing_a_method_without_draws_is_unconfirmed(method):
+    """DPS has rewards as high as the law's there, and the pool an effective size of 1: nothing could contradict it."""
+    assert "nothing here confirms these samples" in notes(method, RARE)
+
+
+def test_methods_that_know_their_own_error_are_not_called_unconfirmed():
+    assert notes(mfm.Exact(), RARE) == ""
+    assert "confirms" not in notes(mfm.MFMGF(), RARE)  # its own draws tell: too few
+
+
+def left_behind(samples, reward=SHARP, size=1024):
+    seen = paper_law().sample(size, stream(0, "pool"))
+    pool = diagnostics._Pool(None, seen, reward(seen).double())
+    batch = SteeredBatch(None, mfm.MFMGF(), mfm.ODE(), samples, reward(samples), {}, None)
+    return list(diagnostics._left_behind(batch, pool))
+
+
+@pytest.mark.parametrize("reward", [SHARP, MILD, RARE])
+@pytest.mark.parametrize("n", [64, 4096])
+def test_samples_left_in_another_mode_are_counted_and_exact_ones_are_none(reward, n):
+    """Three in thousands move no mean of theirs by a standard error, and SW2 by several floors."""
+    exact = paper_law().tilt(reward).sample(n, stream(0, "exact", n))
+    assert left_behind(exact, reward) == []
+    lost = exact.clone()
+    lost[:2] = torch.tensor([40.0, -40.0])
+    assert left_behind(lost, reward) == []  # two may be chance
+    lost[2] = lost[0]
+    assert f"3 of {n} samples were left" in left_behind(lost, reward)[0]
 
 
 def test_evidence_that_particles_got_wrong_is_said():

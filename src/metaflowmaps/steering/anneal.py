@@ -35,6 +35,7 @@ SMALLEST_LOSS = 0.02  # of a reweighting: less is not worth a resampling
 TAKEN, GAIN = 0.5, 2.0  # the share of particles that should take a draw, and how fast t follows
 FIRST_TIME, SPREAD = -0.5, 1.0  # logits of t: of the first moves, and around the learned one
 LATEST = 0.999
+FEW_FAMILIES = 16.0  # of which a weight is known to a quarter
 
 
 class Cloud(NamedTuple):
@@ -45,6 +46,7 @@ class Cloud(NamedTuple):
     strength: Tensor  # (S,) λ
     look: Tensor  # (S,) logit of the time that moves look from
     log_evidence: Tensor  # (S,)
+    founders: Tensor  # (M·S,) which of the first samples of its system a particle descends from
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,11 @@ class Anneal(FromDraws):
         pool = OneStep(problem).samples(noise)
         rewards = problem.score_of(pool).double()
         of_systems = by_system(rewards, self.pool * size)
-        strength = next_strength(of_systems, torch.zeros_like(of_systems[:, 0]), self.share / self.pool)
-        return self._reweighted(
-            problem, Cloud(pool, rewards, 0 * strength, 0 * strength + FIRST_TIME, 0 * strength), strength, size
-        )
+        zero = torch.zeros_like(of_systems[:, 0])
+        strength = next_strength(of_systems, zero, self.share / self.pool)
+        founders = torch.arange(len(pool), device=pool.device) // len(zero)
+        cloud = Cloud(pool, rewards, zero, zero + FIRST_TIME, zero, founders)
+        return self._reweighted(problem, cloud, strength, size)
 
     def step(self, problem: SteeringProblem, process: Process, state: Cloud, t: float, u: float) -> tuple[Cloud, Info]:
         """Raise λ where it is below 1, then move every particle once."""
@@ -139,14 +142,20 @@ class Anneal(FromDraws):
         log_weights = torch.where(missing[:, None] > 0, missing[:, None] * by_system(state.rewards, size), 0.0)
         chosen = resample(self.resampler, log_weights, problem.stream("return"), size // self.n)
         log_evidence = state.log_evidence + torch.logsumexp(log_weights, 1) - math.log(size)
-        return state.x[rows_of_systems(chosen)], {"log_evidence": log_evidence, "reached": state.strength}
+        ending = {"log_evidence": log_evidence, "reached": state.strength, "founders": families(state.founders, size)}
+        return state.x[rows_of_systems(chosen)], ending
 
     def notes(self, info: Info) -> list[str]:
-        """Whether λ has come to 1."""
-        reached = float(info["reached"].min())
-        if reached >= 1:
-            return []
-        return [f"annealing came to λ = {reached:.2g} of 1 only: use more steps, more draws or particles (n)"]
+        """Whether λ has come to 1, and how many families are left to decide the weights of modes."""
+        reached, founders, found = float(info["reached"].min()), float(info["founders"].min()), []
+        if reached < 1:
+            found.append(f"annealing came to λ = {reached:.2g} of 1 only: use more steps, more draws or particles (n)")
+        if founders < FEW_FAMILIES:
+            found.append(
+                f"the cloud descends from {founders:.1f} of its first samples in effect: modes may be missing, their "
+                f"weights wrong by some {1 / math.sqrt(founders):.0%}; use more samples at once, a larger n or pool"
+            )
+        return found
 
     def _particles_of(self, x: Tensor) -> int:
         """Particles of one system, of which a batch of rows x is made."""
@@ -158,7 +167,9 @@ class Anneal(FromDraws):
         log_weights = (strength - state.strength)[:, None] * rewards
         gained = torch.logsumexp(log_weights, 1) - math.log(rewards.shape[1])
         rows = rows_of_systems(resample(self.resampler, log_weights, problem.stream("resample"), size))
-        return Cloud(state.x[rows], state.rewards[rows], strength, state.look, state.log_evidence + gained)
+        return Cloud(
+            state.x[rows], state.rewards[rows], strength, state.look, state.log_evidence + gained, state.founders[rows]
+        )
 
     def _moved(self, problem: SteeringProblem, state: Cloud, size: int) -> tuple[Cloud, Tensor]:
         """One move of every particle, and the share of each system that has taken a draw."""
@@ -182,6 +193,12 @@ def chosen_among(state: Cloud, made: Draws, strength: Tensor, uniform: Tensor) -
     index = (weights.cumsum(0)[:-1] <= uniform).sum(0)
     rows = torch.arange(len(uniform), device=uniform.device)
     return everything[index, rows], rewards[index, rows], index > 0
+
+
+def families(founders: Tensor, size: int) -> Tensor:
+    """The effective number of founders that the particles of each system descend from, (Σ share²)^−1: (S,)."""
+    shares = [torch.bincount(row).double() / size for row in by_system(founders, size)]
+    return torch.stack([1 / share.square().sum() for share in shares])
 
 
 def stretch(rewards: Tensor, strength: Tensor) -> Tensor:

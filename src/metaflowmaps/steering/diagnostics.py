@@ -6,8 +6,9 @@ r"""What a steered result can say against itself, without a known truth.
   of the samples. Noise of the mean over n samples is taken off.
 - **A pilot pool** of one-step samples, at most a fortieth of what the run has cost, knows what the base model holds.
   Weighed by e^r it estimates means of the tilted law and the evidence with known errors; where samples differ from it
-  by more than these and by more than a little, a mode was missed or the tilt was overdone. Where so few of the pool
-  carry the weight that it estimates nothing, its best may still beat nearly all samples.
+  by more than these and by more than a little, a mode was missed or the tilt was overdone. A few samples left behind
+  where e^r leaves next to nothing move no mean: they are counted. Where so few of the pool carry the weight that it
+  estimates nothing, its best may still beat nearly all samples; and a method that makes no draws is unconfirmed.
 - **Support.** Noised to t = .8 and denoised again, a sample that the model could have made comes back; one that
   steering has carried off does not: its squared change is held against that of the pool.
 
@@ -40,6 +41,7 @@ TELLING_ESS = 16  # of the pool: below it, it estimates nothing
 STANDARD_ERRORS, LARGEST_SHIFT = 5.0, 0.3  # errors beyond chance, and standard deviations beyond a little
 DIRECTIONS = 8
 BEATEN = 0.9  # of the samples
+RARE, LEFT_BEHIND = 0.1, 3  # samples expected by chance where that many are counted: three of a tenth are 1 in 6,000
 RENOISED_AT, CHANGED, LARGEST_SHARE = 0.8, 3.0, 0.25
 
 
@@ -177,6 +179,7 @@ def _against_pool(batch: SteeredBatch, pool: _Pool) -> Iterator[str]:
     pool_ess = float(effective(pool.rewards[None])[0])
     if not batch.method.targets_law or batch.process.renormalize != "none":
         return
+    yield from _left_behind(batch, pool)
     if pool_ess < TELLING_ESS:
         best = float(pool.rewards.max())
         if float((batch.rewards.double() < best).double().mean()) > BEATEN and len(batch.rewards) > 1:
@@ -184,6 +187,11 @@ def _against_pool(batch: SteeredBatch, pool: _Pool) -> Iterator[str]:
                 f"the best of {len(pool.rewards)} one-step samples has reward {best:.4g}, above {BEATEN:.0%} of the "
                 "steered ones: the draws have missed where the reward is high; use more draws, mfm.Rejection() or "
                 "mfm.BestOfN(source='map')"
+            )
+        elif not _vouched(batch):
+            yield (
+                f"nothing here confirms these samples: {pool_ess:.1f} of {len(pool.rewards)} one-step samples carry "
+                "the weight of e^r, and the method weighs no draws; hold them against mfm.Anneal(), lower the strength"
             )
         return
     yield from _evidence(batch, pool, pool_ess)
@@ -193,6 +201,29 @@ def _against_pool(batch: SteeredBatch, pool: _Pool) -> Iterator[str]:
             f"{len(pool.rewards)} one-step samples weighed by e^r disagree with the steered ones: {what} differs by "
             f"{shift:.2f} standard deviations ({errors:.0f} standard errors); a mode was missed or the tilt overdone: "
             "use more draws or steps, or mfm.Rejection()"
+        )
+
+
+def _vouched(batch: SteeredBatch) -> bool:
+    """Does the method know something of its own error: by draws, which the other checks look at, or by being exact?"""
+    own_pool = batch.info.get("pool_ess")
+    enough = own_pool is not None and float(own_pool.min()) >= TELLING_ESS
+    return batch.method.exact or enough or any(name in batch.info for name in ("ess", "proposals", "founders"))
+
+
+def _left_behind(batch: SteeredBatch, pool: _Pool) -> Iterator[str]:
+    """Samples where the tilted law has a tenth of one in all; the pool's low rewards tell that mass well."""
+    rewards = pool.rewards.sort().values
+    below = torch.cat([rewards.new_zeros(1), rewards.softmax(0).cumsum(0)])
+    own = batch.rewards.double()
+    # what the pool may have missed counts as one more of it at that reward
+    unseen = torch.exp(own - torch.logsumexp(rewards, 0))
+    mass = below[torch.searchsorted(rewards, own, right=True)] + unseen
+    count = int((mass * len(own) < RARE).sum())
+    if count >= LEFT_BEHIND:
+        yield (
+            f"{count} of {len(own)} samples were left where the reward is so low that the tilted law has {RARE:g} of "
+            "them: leave them out, use more draws or steps, or mfm.Rejection()"
         )
 
 
