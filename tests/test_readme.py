@@ -140,6 +140,7 @@ def typed(line):
     return words[1:]
 
 
+@pytest.mark.attack
 def test_every_command_does_what_it_says(world, command):
     said = {}
     for line in commands():

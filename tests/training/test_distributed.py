@@ -346,6 +346,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
 SETTINGS = ["--set", "batch_size=16", "--set", "threads=1", "--set", "model.network.width=8", "--device", "cpu"]
 
 
+@pytest.mark.attack
 def test_mfm_train_in_two_ranks(tmp_path):
     out = tmp_path / "run"
     command = [
