@@ -12,6 +12,7 @@ BENCHMARKS = {
     "steering-16d": "steering:in_16d",
     "rivals": "rivals:main",
     "defaults": "defaults:main",
+    "frontier": "frontier:main",
     "value": "steering:value",
     "recycling": "steering:recycling",
     "finetune-mixture": "finetuning:mixture",

@@ -1,7 +1,7 @@
 """Figures that a benchmark alone shows: reward against cost, sharper rewards, and when tuning pays."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaflowmaps.lab.figures.looks import style
 from metaflowmaps.lab.figures.plots import CONTEXT, GLASS, MAP, QUIET, Panels, exact_line
@@ -10,6 +10,7 @@ from metaflowmaps.lab.results import Metrics, Steering
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEAST_RATIO, MOST_RATIO = 0.7, 100.0  # of a method's error to the floor, as far as it is drawn
 LEAST_GAP, MOST_GAP = 1e-3, 1e3  # − mean reward, as far as it is drawn
 LOOKS = (
     (MAP, "o", "-"), (MAP, "s", "--"), (GLASS, "D", "-"), (CONTEXT, "^", "-"), ("#2e7d32", "v", "-"),
@@ -56,6 +57,21 @@ def sweep(strengths: Sequence[float], curves: Mapping[str, Sequence[float | None
     axis.set(xscale="log", yscale="log", xlabel="strength λ", ylabel="sliced W2 / floor")
     axis.set_ylim(0.8, min(axis.get_ylim()[1], 100.0))  # what explodes leaves the frame
     drawn.figure.legend(loc="outside right center", frameon=False, fontsize=10)
+    return drawn.figure
+
+
+def frontier(problems: Mapping[str, Any]) -> "Figure":
+    """Error of every method against its evaluations, a panel a problem."""
+    drawn = Panels.new(len(problems), (4.0, 3.4), "Error against evaluations where rejection dies", sharey=True)
+    for axis, (name, found) in zip(drawn.axes, problems.items(), strict=True):
+        for method, by in found["methods"].items():
+            points = sorted((cell["nfe"], min(max(cell["sw2"], LEAST_RATIO), MOST_RATIO)) for cell in by.values())
+            axis.plot(*zip(*points, strict=True), label=method, **style(method))
+        axis.axhline(1, color=QUIET, linestyle=":", linewidth=1.4)
+        axis.set(xscale="log", yscale="log", xlabel="NFE per sample", ylabel="sliced W2 / floor")
+        axis.set_title(name)
+    drawn.rim()
+    drawn.legend()
     return drawn.figure
 
 
