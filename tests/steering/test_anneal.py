@@ -1,6 +1,7 @@
 """MFM-Anneal: its moves keep p_1 e^{λr}, its weights count the evidence, and it reaches what draws do not meet."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import CASES, F64, PATHS
 from metaflowmaps.cost import Meter
 from metaflowmaps.draws import Draws
 from metaflowmaps.random import fresh_seeds, stream
-from metaflowmaps.steering.anneal import Cloud, chosen_among, next_strength, stretch
+from metaflowmaps.steering.anneal import Cloud, chosen_among, families, next_strength, stretch
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import effective
 
@@ -110,3 +111,19 @@ def test_systems_do_not_look_at_each_other():
     both = mfm.steer(model, REWARD, 64, method, steps, seed=3)
     alone = mfm.steer(model, REWARD, 32, method, steps, seed=both.seeds[1:2])
     torch.testing.assert_close(alone.samples, both.samples[1::2])
+
+
+@pytest.mark.parametrize(("rare", "said"), [(REWARD, False), (FAR, True)])
+def test_says_from_how_few_first_samples_a_cloud_descends(rare, said):
+    """Modes are weighed by their founders: exact samples would be √(1 + samples/founders) times nearer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = mfm.steer(EXACT, rare, 512, mfm.Anneal(), mfm.ODE(steps=30), seed=0)
+    founders = float(got.info["founders"])
+    assert (founders < 64) == said
+    assert any("the cloud descends from" in note for note in got.notes) == said
+
+
+def test_families_are_counted_by_their_shares():
+    founders = torch.tensor([0, 5, 0, 5, 1, 5, 1, 5])  # two systems of four, row m·2 + s
+    torch.testing.assert_close(families(founders, 4), torch.tensor([2.0, 1.0], dtype=F64))

@@ -35,7 +35,7 @@ SMALLEST_LOSS = 0.02  # of a reweighting: less is not worth a resampling
 TAKEN, GAIN = 0.5, 2.0  # the share of particles that should take a draw, and how fast t follows
 FIRST_TIME, SPREAD = -0.5, 1.0  # logits of t: of the first moves, and around the learned one
 LATEST = 0.999
-FEW_FAMILIES = 16.0  # of which a weight is known to a quarter
+FEW_FAMILIES = 1 / 8  # of the samples: their weights of modes are then up to √(1 + 8) times as far off as exact ones'
 
 
 class Cloud(NamedTuple):
@@ -143,6 +143,7 @@ class Anneal(FromDraws):
         chosen = resample(self.resampler, log_weights, problem.stream("return"), size // self.n)
         log_evidence = state.log_evidence + torch.logsumexp(log_weights, 1) - math.log(size)
         ending = {"log_evidence": log_evidence, "reached": state.strength, "founders": families(state.founders, size)}
+        ending["cloud"] = torch.full_like(state.strength, size // self.n)
         return state.x[rows_of_systems(chosen)], ending
 
     def notes(self, info: Info) -> list[str]:
@@ -150,9 +151,9 @@ class Anneal(FromDraws):
         reached, founders, found = float(info["reached"].min()), float(info["founders"].min()), []
         if reached < 1:
             found.append(f"annealing came to λ = {reached:.2g} of 1 only: use more steps, more draws or particles (n)")
-        if founders < FEW_FAMILIES:
+        if founders < FEW_FAMILIES * float(info["cloud"].max()):
             found.append(
-                f"the cloud descends from {founders:.1f} of its first samples in effect: modes may be missing, their "
+                f"the cloud descends from {founders:.0f} of its first samples in effect: modes may be missing, their "
                 f"weights wrong by some {1 / math.sqrt(founders):.0%}; use more samples at once, a larger n or pool"
             )
         return found
