@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on(capsys, tmp_path, monkeypatch):
 
 def test_missing_and_damaged_files_are_one_line(capsys, tmp_path):
     out = ["--out", tmp_path / "x"]
-    assert "there is no /no/such/place: --set data.path=FOLDER" in refused(
+    assert "there is no file /no/such/place: --set data.path=FOLDER" in refused(
         capsys, "train", "images", "--data", "/no/such/place", *out
     )
     assert "need to know where they are" in refused(capsys, "train", "images", *out)
