@@ -55,8 +55,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # -- long files first: the last ones to begin are then short -----------------------------------------------------------
 
 LONG = (
-    "test_finetune.py", "test_latent_images.py", "test_distributed.py", "test_readme.py", "test_sharding.py",
-    "test_image_commands.py", "test_exact_guidance.py", "test_resume.py", "test_main.py", "test_examples.py",
+    "test_finetune.py", "test_latent_images.py", "test_distributed.py", "test_docs.py", "test_main.py",
+    "test_sharding.py", "test_image_commands.py", "test_exact_guidance.py",
 )  # fmt: skip
 
 
