@@ -81,11 +81,13 @@ def main() -> None:
         for dim, kinds in KINDS.items():
             for kind in kinds:
                 name = f"{which}: {dim}-D {kind}"
-                if name not in found:
+                before = found.get(name, {}).get("runs", {})
+                if any(label not in before for label in settings):  # what is there is not measured again
                     say(name)
                     problem = _problem(which, dim, kind)
-                    runs = {label: _steered(problem, how) for label, how in settings.items()}
-                    found[name] = {**commit_now(), "set": which, "dimension": dim, "runs": runs}
+                    runs = {label: before.get(label) or _steered(problem, how) for label, how in settings.items()}
+                    commit = found.get(name, commit_now())["commit"]  # the oldest of the runs
+                    found[name] = {"commit": commit, "set": which, "dimension": dim, "runs": runs}
                     keep("defaults", "python -m benchmarks defaults", {"problems": found, "glass": glass})
     glass = glass or {f"{dim}-D": _glass(law_of("judged", dim)) for dim in KINDS}
     keep("defaults", "python -m benchmarks defaults", {"problems": found, "glass": glass})
