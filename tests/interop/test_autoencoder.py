@@ -336,3 +336,21 @@ def test_the_page_about_latents_runs(tmp_path):
     assert names["mean"].shape == names["std"].shape == names["z"].shape == (2, 4, 8, 8)
     assert names["again"].shape == (2, 3, 64, 64)
     assert torch.equal(names["reward"](names["z"]), names["again"].mean((1, 2, 3)))
+
+
+def test_the_hub_is_asked_once_where_it_does_not_answer(monkeypatch):
+    """Each file that is asked for is asked for five times, which took most of a minute."""
+    import diffusers
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(self, name, **options):
+        asked.append((name, options["timeout"]))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", None)
+    with pytest.raises(InputError, match="no route"):
+        AutoencoderCodec.from_pretrained("nobody/nothing-here")
+    assert asked == [("nobody/nothing-here", 10.0)]

@@ -27,6 +27,7 @@ from metaflowmaps.rewards.base import describe, is_differentiable, rows_of
 from metaflowmaps.rewards.checked import checked_reward
 
 SD_VAE = "stabilityai/sd-vae-ft-mse"
+HUB_SECONDS = 10.0  # that the hub has to answer
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -250,6 +251,14 @@ def _identity(vae: nn.Module) -> str:
     return hashed.hexdigest()
 
 
+def _ask_hub(place: str, revision: str | None) -> None:
+    """Ask once for what is not here yet: each file that the hub is asked for is asked for five times, half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(place, "config.json", revision=revision), str):
+        HfApi().model_info(place, revision=revision, timeout=HUB_SECONDS)
+
+
 def _load(path_or_hub_id: str | FilePath, revision: str | None) -> Any:
     """The autoencoder, all of its weights from the file and none of them pickled."""
     place = str(path_or_hub_id)
@@ -266,6 +275,8 @@ def _load(path_or_hub_id: str | FilePath, revision: str | None) -> Any:
     except ImportError:
         raise InputError("latents need diffusers: pip install 'metaflowmaps[latent]'") from None
     try:
+        if not folder.exists():
+            _ask_hub(place, revision)
         vae, info = AutoencoderKL.from_pretrained(
             str(folder) if folder.exists() else place,
             revision=revision,
