@@ -1,10 +1,16 @@
 """What the environment says of ranks, and what is said where they do not find or lose each other."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
 from torch import distributed as dist
 
+from conftest import TINY
 from metaflowmaps.errors import InputError
 from metaflowmaps.work import ranks
 from metaflowmaps.work.launch import Launch, launched
@@ -70,3 +76,32 @@ def test_a_rank_that_is_gone_is_told_from_other_errors(said, tell, monkeypatch):
     with pytest.raises(RuntimeError) as caught, ranks.session():
         raise RuntimeError(said)
     assert isinstance(caught.value, ranks.RankLost) == ("peer" in said)
+
+
+@pytest.mark.attack
+def test_a_killed_rank_ends_the_other_in_a_line(tmp_path):
+    """Without torchrun, which would see to it: at once, where a connection breaks; 10 s allow for a busy machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "metaflowmaps.cli", "train", "gmm", *TINY, "--set", "loss.diagonal_share=0.5"]
+    ranks_of = []
+    for rank in ("0", "1"):
+        told = {**TOLD, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        ranks_of.append(
+            subprocess.Popen(
+                [*command, "--out", "run"], cwd=tmp_path, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True
+            )
+        )
+    first, second = ranks_of
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.05)
+    second.send_signal(signal.SIGKILL)
+    err = first.communicate(timeout=10)[1]
+    second.communicate()
+    assert first.returncode == 1
+    assert "another rank is gone" in err.splitlines()[-1]
+    assert "Traceback" not in err
