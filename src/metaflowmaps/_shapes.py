@@ -96,10 +96,18 @@ def check_order(s: Time, u: Time) -> None:
         raise InputError(f"inner times must satisfy s <= u, got s = {_brief(s)}, u = {_brief(u)}")
 
 
-def check_plain(x: Tensor, name: str) -> None:
-    """Refuse a tensor without numbers of its own (on the meta device), sparse, nested or quantized."""
-    kind = "meta" if x.is_meta else "nested" if x.is_nested else "quantized" if x.is_quantized else "sparse"
-    if kind != "sparse" or x.layout != torch.strided:
+def check_plain(x: Tensor, name: str, shape_alone: bool = False) -> None:
+    """Refuse a tensor that is sparse, nested or quantized, or without numbers (on the meta device) if they are needed.
+
+    Args:
+        x: any tensor.
+        name: what it is called in a message.
+        shape_alone: whether its shape will do.
+    """
+    kinds = {"meta": x.is_meta and not shape_alone, "nested": x.is_nested, "quantized": x.is_quantized}
+    kinds["sparse"] = not x.is_nested and x.layout != torch.strided
+    kind = next((name for name, holds in kinds.items() if holds), None)
+    if kind is not None:
         raise InputError(
             f"{name} must be an ordinary, dense tensor, got a {kind} one: make it with .to_dense() or anew"
         )
@@ -110,8 +118,7 @@ def check_state(x: Tensor, name: str = "x", event_shape: tuple[int, ...] | None 
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"{name} must be a floating-point tensor, got {given}; convert it with .float()")
-    if not x.is_meta:  # of those the shapes alone are asked for
-        check_plain(x, name)
+    check_plain(x, name, shape_alone=True)
     if x.ndim < 2:
         raise InputError(f"{name} must have shape (B, *event), got {tuple(x.shape)}; add a batch dimension")
     if event_shape is not None and tuple(x.shape[1:]) != tuple(event_shape):
@@ -120,6 +127,7 @@ def check_state(x: Tensor, name: str = "x", event_shape: tuple[int, ...] | None 
 
 def check_finite(x: Tensor, name: str) -> None:
     """Refuse states that hold NaN or infinity: whatever is drawn from them would hold it too."""
+    check_plain(x, name)
     bad = ~x.detach().flatten(1).isfinite().all(1)
     if bool(bad.any()):
         raise InputError(f"{name} is not finite in {int(bad.sum())} of {len(x)} rows: look where it comes from")

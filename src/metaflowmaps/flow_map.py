@@ -24,6 +24,7 @@ from metaflowmaps._shapes import (
     check_count,
     check_finite,
     check_order,
+    check_plain,
     check_same,
     check_state,
     check_time,
@@ -257,6 +258,7 @@ class MetaFlowMap(Pretrained):
 
     def _check(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor) -> None:
         check_state(x_s, "x_s", self.event_shape)
+        check_plain(x_s, "x_s")
         check_same(x_s, x_t, "x_s and x_t")
         if x_s.dtype != self.dtype:
             raise InputError(f"states must have the model's dtype {self.dtype}, got {x_s.dtype}; convert one of them")
