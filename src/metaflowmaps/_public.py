@@ -21,8 +21,7 @@ from metaflowmaps.posterior import (
     Posterior,
     TweediePosterior,
 )
-from metaflowmaps.value import Gradient, GradientFree, ValueEstimate
-from metaflowmaps.value_check import value_gradient
+from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_gradient
 
 if TYPE_CHECKING:
     from metaflowmaps.interop import pretrained
