@@ -21,6 +21,7 @@ Both are ratio estimators with bias O(1/N); ``correction="jackknife"`` removes t
 ``D* − D`` is called the **shift**: finite at t = 0 where σ_t² is not, and what :mod:`metaflowmaps.steering` adds.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from metaflowmaps.errors import InputError, check_one_of, unknown
 from metaflowmaps.path import Path
 from metaflowmaps.random import NOISES, Source
 from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.unseen import missed
 from metaflowmaps.work.choices import Choice, built
 from metaflowmaps.work.memory import frozen
 
@@ -322,8 +324,9 @@ def value_gradient(
     check_state(x_t, "x_t")
     check_finite(x_t, "x_t")
     check_time(t)
+    looked = checked_reward(reward)
     with frozen(posterior, reward):
-        draws = make_draws(posterior, checked_reward(reward), t, x_t, estimator.options(num_draws), generator, cond)
+        draws = make_draws(posterior, looked, t, x_t, estimator.options(num_draws), generator, cond)
     log_base = equal_log_weights(draws.rewards)
     base, tilted = log_base.exp(), tilted_weights(draws.rewards, log_base)
     value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, estimator.correction)
@@ -331,6 +334,9 @@ def value_gradient(
     std_err = value_std_err(tilted, base, estimator.paired)
     if estimator.noise == "quasi":
         std_err, error = torch.full_like(std_err, torch.nan), torch.full_like(error, torch.nan)
+    note = missed(posterior, looked, t, x_t, draws, std_err, cond)
+    if note:
+        warnings.warn(note, UserWarning, stacklevel=2)
     return ValueEstimate(value, gradient, ess(tilted), std_err, error, draws.x_1, draws.rewards)
 
 
