@@ -74,6 +74,7 @@ def test_strength_multiplies_and_zero_is_no_steering(capsys, run, tmp_path):
     assert bool((one != none).any())
 
 
+@pytest.mark.filterwarnings("ignore:.* samples were left")  # by so few steps
 def test_a_reward_of_your_own(capsys, run, tmp_path):
     (tmp_path / "mine.py").write_text("def right(x):\n    return 3 * x[:, 0]\n\ndef broken(x):\n    return x\n")
     code, text, err = mfm(

@@ -62,7 +62,7 @@ def test_a_picture_that_becomes_a_pipe_or_too_large_is_a_bad_one(folder, monkeyp
     with pytest.raises(BadPicture, match="no regular file"):
         picture(source, 1, 8)
     monkeypatch.setattr(sources, "MAX_BYTES", 10)
-    with pytest.raises(BadPicture, match="at most 10 are read"):
+    with pytest.raises(BadPicture, match="bytes, and at most 10"):
         picture(source, 0, 8)
 
 

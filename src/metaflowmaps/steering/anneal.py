@@ -64,7 +64,7 @@ class Anneal(FromDraws):
 
     name = "mfm-anneal"
     title = "MFM-Anneal"
-    look = ("#d1495b", ">")
+    look = ("#5a0f4b", ">")
     moved_by = "draws"
     own_moves: ClassVar[str] = "moves by draws of the posterior"
 
