@@ -213,17 +213,6 @@ def defaults(result: dict[str, Any]) -> Rows:
     return [head, *rows]
 
 
-def frontier(result: dict[str, Any]) -> Rows:
-    """SW2 in floors by budget, a row a problem and method; in bold the nearest of each budget."""
-    rows, budgets = [], list(next(iter(next(iter(result["problems"].values()))["methods"].values())))
-    for problem, found in result["problems"].items():
-        best = {b: min(by[b]["sw2"] for by in found["methods"].values()) for b in budgets}
-        for name, by in found["methods"].items():
-            shown = (f"**{_off(by[b]['sw2'])}**" if by[b]["sw2"] == best[b] else _off(by[b]["sw2"]) for b in budgets)
-            rows.append([problem, f"`{name}`", *shown])
-    return [["problem", "method", *(f"{b} NFE" for b in budgets)], *rows]
-
-
 def defaults_glass(result: dict[str, Any]) -> Rows:
     """Errors of GLASS' draws in floors, the worst over the laws."""
     laws = list(result["glass"].values())

@@ -7,8 +7,9 @@ gradient and no small steps are needed.
 
 Each round raises λ as far as the weights e^{Δλ r} allow, resamples, and moves every particle once. λ is paced by what
 is left: Λ = ∫ √Var_λ(r) dλ is the number of standard deviations to go, read off the cloud as √Var λ log(1/λ), exact for
-a quadratic reward, and Λ divided by the rounds left is the next stretch; never more than ``share`` of the particles may
-be lost at once. How far a move looks back is learned: t rises where too few particles take a draw.
+a quadratic reward, and the next stretch ℓ is Λ divided by seven tenths of the rounds left: λ rises until the weights'
+ESS is e^{−ℓ²} of the particles, and never below ``share`` of them. How far a move looks back is learned: t rises where
+too few particles take a draw.
 
 The mean weights multiply to an unbiased estimate of E[e^r] for a given schedule; consistent as the cloud grows.
 """
@@ -110,7 +111,7 @@ class Anneal(FromDraws):
         return [k / process.steps for k in range(process.steps + 1)]
 
     def start(self, problem: SteeringProblem, x: Tensor) -> Cloud:
-        """The best of a pool of one-step samples, by weights that leave half of the cloud effective."""
+        """The best of a pool of one-step samples, by weights whose ESS is ``share`` of the cloud."""
         size = self._particles_of(x)
         check_one_condition(problem, len(x), size)
         self.open_posterior(problem)
