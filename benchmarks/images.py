@@ -14,7 +14,6 @@ from metaflowmaps.lab.evaluate.images import experiments
 from metaflowmaps.work.config import override
 
 RUNS = Path("runs/img")
-LONG = ["steps=250", "samples=4096", "budget=1e9"]
 EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
     "posterior": ("posterior", []),
     "generation": ("generation", []),
@@ -22,11 +21,8 @@ EXPERIMENTS: dict[str, tuple[str, list[str]]] = {
     "race": ("race", ["strengths=[1,4,16,64]", "rescales=[0.5,1.0,1.5,2.0]"]),
     "mixture": ("class-mixture", ["steps=100", "budget=2e6"]),
     "inverse": ("inverse", []),
-    # more samples and steps for the figures that come nearest to their targets
+    # more samples for the figures that come nearest to their targets
     "posterior-16k": ("posterior", ["samples=16384", "glass_steps=[8,30]", "seed=1"]),
-    "mixture-250-smc8": ("class-mixture", [*LONG, 'methods=["mfm-smc-8"]']),
-    "mixture-250-mfm-smc-4": ("class-mixture", [*LONG, 'methods=["mfm-smc-4"]']),
-    "mixture-250-mfm-gf-4": ("class-mixture", [*LONG, 'methods=["mfm-gf-4"]']),
 }
 PICTURED = ("posterior", "generation", "value", "race", "mixture", "inverse")
 
