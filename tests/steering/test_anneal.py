@@ -12,9 +12,9 @@ from conftest import CASES, F64, PATHS
 from metaflowmaps.cost import Meter
 from metaflowmaps.draws import Draws
 from metaflowmaps.random import fresh_seeds, stream
-from metaflowmaps.steering.anneal import Cloud, chosen_among, families, next_strength, stretch
+from metaflowmaps.steering.anneal import Cloud, chosen_among, next_strength, stretch
 from metaflowmaps.steering.problem import SteeringProblem
-from metaflowmaps.steering.resampling import effective
+from metaflowmaps.steering.resampling import effective, families, few_families
 
 LAW = CASES["per-component-full"].law
 EXACT = mfm.ExactModel(PATHS["linear"], LAW)
@@ -113,15 +113,22 @@ def test_systems_do_not_look_at_each_other():
     torch.testing.assert_close(alone.samples, both.samples[1::2])
 
 
-@pytest.mark.parametrize(("rare", "said"), [(REWARD, False), (FAR, True)])
-def test_says_from_how_few_first_samples_a_cloud_descends(rare, said):
+@pytest.mark.parametrize(("method", "process"), [(mfm.Anneal(), mfm.ODE(steps=30)), (mfm.SMC(), mfm.SDE(steps=30))])
+@pytest.mark.parametrize(("rare", "said"), [(REWARD, False), (FAR, True)], ids=["mild", "rare"])
+def test_says_from_how_few_first_samples_the_result_descends(rare, said, method, process):
     """Modes are weighed by their founders: exact samples would be √(1 + samples/founders) times nearer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = mfm.steer(EXACT, rare, 512, mfm.Anneal(), mfm.ODE(steps=30), seed=0)
+        got = mfm.steer(EXACT, rare, 512, method, process, seed=0)
     founders = float(got.info["founders"])
     assert (founders < 64) == said
-    assert any("the cloud descends from" in note for note in got.notes) == said
+    assert any("the samples descend from" in note for note in got.notes) == said
+
+
+def test_systems_that_know_little_each_know_much_together():
+    few, size = torch.full((16,), 2.0, dtype=F64), torch.full((16,), 8.0, dtype=F64)
+    assert few_families(few, size, "x") == []  # 32 of 128
+    assert "descend from 15 first ones" in few_families(few.index_fill(0, torch.tensor([0]), 0.1), size, "x")[0]
 
 
 def test_families_are_counted_by_their_shares():

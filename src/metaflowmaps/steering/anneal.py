@@ -28,7 +28,15 @@ from metaflowmaps.steering.from_draws import FromDraws
 from metaflowmaps.steering.method import Info, Process
 from metaflowmaps.steering.one_step import OneStep
 from metaflowmaps.steering.problem import SteeringProblem
-from metaflowmaps.steering.resampling import RESAMPLERS, by_system, effective, resample, rows_of_systems
+from metaflowmaps.steering.resampling import (
+    RESAMPLERS,
+    by_system,
+    effective,
+    families,
+    few_families,
+    resample,
+    rows_of_systems,
+)
 from metaflowmaps.steering.twisted import check_one_condition
 
 PACED = 0.7  # of the rounds raise λ; the others move at λ = 1
@@ -36,7 +44,6 @@ SMALLEST_LOSS = 0.02  # of a reweighting: less is not worth a resampling
 TAKEN, GAIN = 0.5, 2.0  # the share of particles that should take a draw, and how fast t follows
 FIRST_TIME, SPREAD = -0.5, 1.0  # logits of t: of the first moves, and around the learned one
 LATEST = 0.999
-FEW_FAMILIES = 1 / 8  # of the samples: their weights of modes are then up to √(1 + 8) times as far off as exact ones'
 
 
 class Cloud(NamedTuple):
@@ -149,15 +156,10 @@ class Anneal(FromDraws):
 
     def notes(self, info: Info) -> list[str]:
         """Whether λ has come to 1, and how many families are left to decide the weights of modes."""
-        reached, founders, found = float(info["reached"].min()), float(info["founders"].min()), []
+        reached, found = float(info["reached"].min()), []
         if reached < 1:
             found.append(f"annealing came to λ = {reached:.2g} of 1 only: use more steps, more draws or particles (n)")
-        if founders < FEW_FAMILIES * float(info["cloud"].max()):
-            found.append(
-                f"the cloud descends from {founders:.0f} of its first samples in effect: modes may be missing, their "
-                f"weights wrong by some {1 / math.sqrt(founders):.0%}; use more samples at once, a larger n or pool"
-            )
-        return found
+        return found + few_families(info["founders"], info["cloud"], "a larger n or pool")
 
     def _particles_of(self, x: Tensor) -> int:
         """Particles of one system, of which a batch of rows x is made."""
@@ -195,12 +197,6 @@ def chosen_among(state: Cloud, made: Draws, strength: Tensor, uniform: Tensor) -
     index = (weights.cumsum(0)[:-1] <= uniform).sum(0)
     rows = torch.arange(len(uniform), device=uniform.device)
     return everything[index, rows], rewards[index, rows], index > 0
-
-
-def families(founders: Tensor, size: int) -> Tensor:
-    """The effective number of founders that the particles of each system descend from, (Σ share²)^−1: (S,)."""
-    shares = [torch.bincount(row).double() / size for row in by_system(founders, size)]
-    return torch.stack([1 / share.square().sum() for share in shares])
 
 
 def stretch(rewards: Tensor, strength: Tensor) -> Tensor:

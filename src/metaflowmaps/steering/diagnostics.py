@@ -208,7 +208,7 @@ def _vouched(batch: SteeredBatch) -> bool:
     """Does the method know something of its own error: by draws, which the other checks look at, or by being exact?"""
     own_pool = batch.info.get("pool_ess")
     enough = own_pool is not None and float(own_pool.min()) >= TELLING_ESS
-    return batch.method.exact or enough or any(name in batch.info for name in ("ess", "proposals", "founders"))
+    return batch.method.exact or enough or any(name in batch.info for name in ("ess", "proposals", "taken"))
 
 
 def _left_behind(batch: SteeredBatch, pool: _Pool) -> Iterator[str]:

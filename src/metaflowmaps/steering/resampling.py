@@ -7,7 +7,12 @@ r"""Resampling: ancestors for S systems of M weighted particles, unbiased: parti
     residual      ⌊M w_m⌋ for certain, the rest multinomial
 
 A weight of zero (log-weight −inf) has no children. Systems whose weights are all zero keep their particles.
+
+Every resampling makes families: particles that descend from one ancestor decide as one. How many are left in effect
+bounds what a cloud knows of the weights of modes, whatever its number of particles.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,6 +20,7 @@ from torch import Tensor
 from metaflowmaps.errors import unknown
 from metaflowmaps.random import Source, rand
 
+FEW_FAMILIES = 1 / 8  # of the samples: their weights of modes are then up to √(1 + 8) times as far off as exact ones'
 RESAMPLERS = ("systematic", "stratified", "multinomial", "residual")
 
 
@@ -76,3 +82,20 @@ def effective(log_weights: Tensor) -> Tensor:
     """ESS (Σw)²/Σw² of each system: (S,); all particles where every weight is zero."""
     out = torch.exp(2 * torch.logsumexp(log_weights, 1) - torch.logsumexp(2 * log_weights, 1))
     return torch.where(out.isnan(), torch.full_like(out, log_weights.shape[1]), out)
+
+
+def families(founders: Tensor, size: int) -> Tensor:
+    """The effective number of founders that the particles of each system descend from, (Σ share²)^−1: (S,)."""
+    shares = [torch.bincount(row).double() / size for row in by_system(founders, size)]
+    return torch.stack([1 / share.square().sum() for share in shares])
+
+
+def few_families(founders: Tensor, samples: Tensor, instead: str) -> list[str]:
+    """A line where the families (S,) of systems that return so many samples (S,) are few."""
+    in_all = float(len(founders) ** 2 / (1 / founders).sum())
+    if in_all >= FEW_FAMILIES * float(samples.sum()):
+        return []
+    return [
+        f"the samples descend from {in_all:.0f} first ones in effect: modes may be missing, their weights wrong by "
+        f"some {1 / math.sqrt(in_all):.0%}; use more samples at once, {instead}"
+    ]

@@ -31,7 +31,15 @@ from metaflowmaps._shapes import check_count, event_sum, positive
 from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.method import SDE, Info, Method, Process
 from metaflowmaps.steering.problem import SteeringProblem
-from metaflowmaps.steering.resampling import RESAMPLERS, by_system, effective, resample, rows_of_systems
+from metaflowmaps.steering.resampling import (
+    RESAMPLERS,
+    by_system,
+    effective,
+    families,
+    few_families,
+    resample,
+    rows_of_systems,
+)
 from metaflowmaps.steering.result import SteerResult
 
 
@@ -52,6 +60,7 @@ class Particles(NamedTuple):
     log_twist: Tensor  # (B,)
     log_evidence: Tensor  # (S,)
     memory: Any
+    founders: Tensor  # (B,) which of the first particles of its system a particle descends from
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,8 @@ class TwistedSMC(Method):
         check_one_condition(problem, len(x), size)
         zeros = x.new_zeros(len(x))
         grouped = by_system(zeros, size)
-        return Particles(x, grouped, zeros, grouped[:, 0], self.remember(problem))
+        founders = torch.arange(len(x), device=x.device) // grouped.shape[0]
+        return Particles(x, grouped, zeros, grouped[:, 0], self.remember(problem), founders)
 
     def step(
         self, problem: SteeringProblem, process: Process, state: Particles, t: float, u: float
@@ -152,10 +162,12 @@ class TwistedSMC(Method):
         log_weights = _dead_if_nan(state.log_weights + by_system(log_twist - state.log_twist, size))
         particle_ess = effective(log_weights)
         x, evidence, drift, shift, raw = state.x, state.log_evidence, twisted.drift, twisted.shift, twisted.log_twist
+        founders = state.founders
         tired = particle_ess < self.threshold * size
         if bool(tired.any()):
             rows, log_weights, evidence = self._resample(problem, t, log_weights, evidence, tired)
             x, log_twist, drift, shift, raw = x[rows], log_twist[rows], drift[rows], shift[rows], raw[rows]
+            founders = founders[rows]
             self.select(state.memory, rows)
         info = {
             **twisted.info,
@@ -166,7 +178,7 @@ class TwistedSMC(Method):
             x, more = self.last(problem, state.memory, t, x, Twisted(drift, raw, shift, {}))
             more = more - log_twist
             log_weights = _dead_if_nan(log_weights + by_system(more, size))
-            return Particles(x, log_weights, log_twist, evidence, state.memory), info
+            return Particles(x, log_weights, log_twist, evidence, state.memory, founders), info
         bridge = problem.path.bridge(t, u)
         std, data = float(bridge.std), float(bridge.data)
         noise = problem.noise("sde", len(x))
@@ -175,7 +187,8 @@ class TwistedSMC(Method):
         x = bridge.keep.to(x) * x + bridge.data.to(x) * (denoise + shift) + std * noise
         # log p/q for x_u = m_p + moved + std ξ: −(moved/std)·ξ − ‖moved/std‖²/2
         ratio = -event_sum(moved * noise) / std - event_sum(moved.square()) / (2 * std**2)
-        return Particles(x, log_weights + by_system(ratio, size), log_twist, evidence, state.memory), info
+        weighed = log_weights + by_system(ratio, size)
+        return Particles(x, weighed, log_twist, evidence, state.memory, founders), info
 
     def finish(self, problem: SteeringProblem, state: Particles) -> tuple[Tensor, Info]:
         """Particles chosen by weight, and the log-evidence of each system."""
@@ -186,7 +199,14 @@ class TwistedSMC(Method):
             chosen = resample("multinomial", state.log_weights, generator)[:, :1]
         else:
             chosen = resample(self.resampler, state.log_weights, generator)
-        return state.x[rows_of_systems(chosen)], {"log_evidence": log_evidence}
+        rows = rows_of_systems(chosen)
+        count = families(state.founders[rows], chosen.shape[1])
+        ending = {"log_evidence": log_evidence, "founders": count, "cloud": torch.full_like(count, chosen.shape[1])}
+        return state.x[rows], ending
+
+    def notes(self, info: Info) -> list[str]:
+        """Whether enough families are left to decide the weights of modes."""
+        return few_families(info["founders"], info["cloud"], "more draws, or mfm.Anneal()")
 
     def _resample(
         self, problem: SteeringProblem, t: float, log_weights: Tensor, evidence: Tensor, tired: Tensor
