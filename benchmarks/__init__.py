@@ -13,6 +13,7 @@ BENCHMARKS = {
     "rivals": "rivals:main",
     "defaults": "defaults:main",
     "frontier": "frontier:main",
+    "low-dimensional": "low_dimensional:main",
     "value": "steering:value",
     "recycling": "steering:recycling",
     "finetune-mixture": "finetuning:mixture",

@@ -16,6 +16,8 @@ LOOKS = (
     (MAP, "o", "-"), (MAP, "s", "--"), (GLASS, "D", "-"), (CONTEXT, "^", "-"), ("#2e7d32", "v", "-"),
     ("#7b4fb5", "P", "-"), ("#b8860b", "X", "-"), (QUIET, "*", "--"),
 )  # fmt: skip
+SHADES = ("#8ec5ff", "#4d9ef0", MAP, "#1747a0", "#0a1f4f")  # of one quantity, as a parameter shrinks
+ESTIMATORS = ("gradient-free", "gradient, GLASS 4", "gradient, GLASS 16", "blend", "plug-in")
 COUNTS = [10 ** (k / 4) for k in range(4, 29)]  # of samples made
 
 
@@ -71,6 +73,42 @@ def frontier(problems: Mapping[str, Any]) -> "Figure":
         axis.set(xscale="log", yscale="log", xlabel="NFE per sample", ylabel="sliced W2 / floor")
         axis.set_title(name)
     drawn.rim()
+    drawn.legend()
+    return drawn.figure
+
+
+def low_dimensional(problems: Mapping[str, Any]) -> "Figure":
+    """∇V as the data thins, the errors of its estimators at the thinnest, and how far the steered laws are."""
+    kinds = list(dict.fromkeys(found["kind"] for found in problems.values()))
+    drawn = Panels.new(3 * len(kinds), (4.4, 3.5), "Data that loses its thickness: variances shrunk by s")
+    for row, kind in enumerate(kinds):
+        mine = [found for found in problems.values() if found["kind"] == kind]
+        sizes, errors, laws = drawn.axes[3 * row : 3 * row + 3]
+        for i, found in enumerate(mine):
+            gaps, colour = [float(gap) for gap in found["estimates"]], SHADES[i % len(SHADES)]
+            cells = found["estimates"].values()
+            label = f"s = {found['s']:g}"
+            sizes.plot(gaps, [cell["gradient"] for cell in cells], color=colour, label=label)
+            sizes.plot(gaps, [cell["steepest"] for cell in cells], color=colour, linestyle=":")
+        sizes.set(ylabel="size of $\\nabla V$", title=f"{kind}: at states of the steered law; dotted, at its steepest")
+        thin = mine[-1]
+        for name, (colour, marker, line) in zip(ESTIMATORS, LOOKS, strict=False):
+            cells = thin["estimates"].items()
+            points = [(float(gap), cell["errors"][name] / cell["gradient"]) for gap, cell in cells]
+            errors.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=f"∇V: {name}")
+        errors.axhline(1, color=QUIET, linestyle=":", linewidth=1.4)
+        errors.set(ylabel="error / size", ylim=(1e-5, 1e3), title=f"{kind}: ∇V from 16 draws, s = {thin['s']:g}")
+        for name in thin["methods"]:
+            ratios = [(found["s"], min(found["methods"][name]["ratio"], MOST_RATIO)) for found in mine]
+            laws.plot(*zip(*ratios, strict=True), label=name, **style(name))
+        laws.axhline(1, color=QUIET, linestyle=":", linewidth=1.4)
+        laws.set(ylabel="sliced W2 / floor", ylim=(LEAST_RATIO, 1.2 * MOST_RATIO), title=f"{kind}: steered laws")
+        laws.set(xlabel="s")
+        for axis in (sizes, errors):
+            axis.set(xlabel="1 − t")
+        for axis in (sizes, errors, laws):
+            axis.set(xscale="log", yscale="log")
+            axis.invert_xaxis()
     drawn.legend()
     return drawn.figure
 

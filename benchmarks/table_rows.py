@@ -226,6 +226,24 @@ def _off(ratio: float) -> str:
     return "> 1,000" if ratio > OFF_SCALE else number(ratio)
 
 
+def low_dimensional(result: dict[str, Any]) -> Rows:
+    """SW2 in floors and, in brackets, thickness over the law's own, of every method and schedule as s shrinks."""
+    shown = [found for found in result["problems"].values() if found["s"] in (1.0, 1e-2, 1e-4)]
+    head = [f"{found['kind']}, s = {number(found['s'], 4).rstrip('0').rstrip('.')}" for found in shown]
+    rows = []
+    for kind, title in (("methods", "`{}`"), ("schedules", "exact ∇V, {}")):
+        for name in shown[0][kind]:
+            cells = [found[kind][name] for found in shown]
+            rows.append(
+                [title.format(name), *(f"{_off(cell['ratio'])} ({_thickness(cell['thickness'])})" for cell in cells)]
+            )
+    return [["40 steps: SW2 / floor (thickness)", *head], *rows]
+
+
+def _thickness(share: float) -> str:
+    return "> 100" if share > DIVERGED**2 else number(share)
+
+
 def one_setting(result: dict[str, Any]) -> Rows:
     """Mean reward, and in brackets mean pairwise distance, of every method on every reward."""
     rewards = result["rewards"]
