@@ -14,6 +14,7 @@ BENCHMARKS = {
     "defaults": "defaults:main",
     "frontier": "frontier:main",
     "low-dimensional": "low_dimensional:main",
+    "error-propagation": "error_propagation:main",
     "value": "steering:value",
     "recycling": "steering:recycling",
     "finetune-mixture": "finetuning:mixture",

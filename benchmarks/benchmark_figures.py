@@ -113,6 +113,36 @@ def low_dimensional(problems: Mapping[str, Any]) -> "Figure":
     return drawn.figure
 
 
+def error_propagation(problems: Mapping[str, Any], slopes: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Errors of V and of D* − D, of steered laws by method, and of drift and draws alone, against δ."""
+    drawn = Panels.new(3, (4.9, 4.4), "Errors against a known relative error δ of the base model")
+    values, laws, alone = drawn.axes
+    by_delta = [cell for cell in problems.values() if cell.get("delta")]
+    for i, t in enumerate(by_delta[0]["values"]):
+        for what, line, title in (("value", "-", "V, nats"), ("shift", "--", "D* − D, relative")):
+            points = [(cell["delta"], cell["values"][t][what]) for cell in by_delta]
+            values.plot(*zip(*points, strict=True), color=SHADES[2 * i], linestyle=line, label=f"{title}, t = {t}")
+    for name, fit in slopes.items():
+        points = [(float(delta), value) for delta, value in fit.items() if delta != "slope" and value > 0]
+        axis, look = (alone, {"linestyle": ":"}) if name.endswith("alone") else (laws, {})
+        axis.plot(*zip(*points, strict=True), label=name, **style(name) | look)
+        if name in ("mfm-gf", "none"):
+            alone.plot(*zip(*points, strict=True), label=name, **style(name))
+    for name, mark in (("mfm-gf", "*"), ("none", "h")):
+        exact = problems["δ = 0"]["methods"][name]["sw2"]
+        trained = [cell for cell in problems.values() if "map_delta" in cell]
+        added = [max(cell["methods"][name]["sw2"] ** 2 - exact**2, 0) ** 0.5 for cell in trained]
+        points = [(cell["map_delta"], size) for cell, size in zip(trained, added, strict=True) if size > 0]
+        if points:
+            look = {**style(name), "linestyle": "", "marker": mark, "markersize": 11}
+            alone.plot(*zip(*points, strict=True), label=f"{name}, trained maps", **look)
+    for axis, title in zip(drawn.axes, ("value", "steered laws", "drift or draws; trained maps"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="δ", title=title)
+        axis.set_ylabel("error" if axis is values else "sliced W2 that δ adds")
+    drawn.legend()
+    return drawn.figure
+
+
 def crossover(bills: Mapping[str, tuple[float, float]]) -> "Figure":
     """Calls in all against the number of samples made: (calls before the first one, calls a sample) by name."""
     drawn = Panels.new(1, (7.4, 3.8), "Steer or tune: the bill, training included")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
-from benchmarks import common, frontier, low_dimensional
+from benchmarks import common, error_propagation, frontier, low_dimensional
 from conftest import F64
 from metaflowmaps.lab.figures import plots as figures
 
@@ -86,3 +86,87 @@ def test_low_dimensional_goes_through_small(results, monkeypatch):
     before = (results / "low-dimensional.json").stat().st_mtime_ns
     low_dimensional.main()  # what is there is not measured again
     assert (results / "low-dimensional.json").stat().st_mtime_ns == before
+
+
+# -- errors of the base model ------------------------------------------------------------------------------------------
+
+
+LAW = mfm.GaussianMixture(
+    torch.tensor([[-1.0, 0.5], [2.0, 1.0]], dtype=F64), [[[0.5, 0.2], [0.2, 0.3]], [[0.2, 0.0], [0.0, 0.6]]], [0.3, 0.7]
+)
+
+
+def test_the_field_has_unit_size_and_its_mean_under_a_mixture_is_that_of_its_draws():
+    field = error_propagation.Field(LAW, 0)
+    x_t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    posterior = LAW.posterior(PATH, 0.4, x_t)
+    values = field(posterior.draw(40_000, torch.Generator().manual_seed(1)))
+    # 40,000 draws of unit size: a mean to .005; the largest of six deviations
+    assert (values.mean(0) - field.mean(posterior)).abs().max() < 4 * 0.005
+    # its square, of 16,384 points, scatters by less than twice itself
+    size = field(LAW.sample(2**14, torch.Generator().manual_seed(2))).square().mean()
+    assert size == pytest.approx(1, abs=4 * 2 / 128)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 0.99, 1.0])
+def test_a_wrong_model_s_draws_and_drift_are_wrong_by_the_same_amount(t):
+    """D̃ read off the drift is the mean of the moved draws: D + δ τ E f; at t = 1 the drift is finite, D̃ the state."""
+    model = error_propagation.WrongModel(PATH, LAW, error_propagation.Field(LAW, 0), 0.2)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    drift = model.drift(t, x)
+    assert bool(drift.isfinite().all())
+    ahead = PATH.to_denoise(t, x, drift, "drift")
+    spread = float(error_propagation.spread_of(PATH, float(LAW.variance.mean()), t))
+    moved = 0.2 * spread * model.field.mean(LAW.posterior(PATH, t, x))
+    torch.testing.assert_close(ahead, LAW.denoise(PATH, t, x) + moved, rtol=0, atol=1e-9)
+    drawn, exact = (m.draw(t, x, 2000, torch.Generator().manual_seed(1)) for m in (model, _right(LAW)))
+    # the same draws, moved: what differs from the mean is the scatter of f, of unit size
+    assert ((drawn - exact).mean(0) - moved).abs().max() <= 0.2 * spread * 4 / 2000**0.5
+
+
+def _right(law):
+    return error_propagation.WrongModel(PATH, law, error_propagation.Field(law, 0), 0.0)
+
+
+def test_a_model_wrong_by_nothing_is_exact_and_each_part_may_be_wrong_alone():
+    field = error_propagation.Field(LAW, 0)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def made(*wrong):
+        model = error_propagation.WrongModel(PATH, LAW, field, *wrong)
+        return model.drift(0.4, x), model.draw(0.4, x, 5, torch.Generator().manual_seed(1))
+
+    drift, draws = LAW.drift(PATH, 0.4, x), made(0.0)[1]
+    assert torch.equal(made(0.0)[0], drift)
+    assert torch.equal(made(0.1, True, False)[1], draws)
+    assert torch.equal(made(0.1, False, True)[0], drift)
+    assert not torch.equal(made(0.1)[0], drift)
+    assert not torch.equal(made(0.1)[1], draws)
+
+
+def test_slopes_are_those_of_powers():
+    assert error_propagation.slope([(math.log(d), math.log(3 * d**1.7)) for d in (0.03, 0.1, 0.3)]) == pytest.approx(
+        1.7
+    )
+    cells = {
+        f"δ = {d:g}": {"delta": d, "methods": {"a": {"sw2": math.hypot(0.2, 5 * d)}}} for d in (0.0, 0.03, 0.1, 0.3)
+    }
+    found = error_propagation.slopes(cells)["a"]
+    assert found == pytest.approx({"0.03": 0.15, "0.1": 0.5, "0.3": 1.5, "slope": 1.0})
+
+
+def test_error_propagation_goes_through_small(results, monkeypatch):
+    small = {
+        "RESULTS": results, "RUNS": results, "DELTAS": (0.0, 0.1, 0.3), "SAMPLES": 32, "SEEDS": 1, "STATES": 4,
+        "DRAWS": 16,
+        "METHODS": {name: (error_propagation.METHODS[name][0], mfm.ODE(steps=3)) for name in ("none", "mfm-gf")},
+    }  # fmt: skip
+    for name, value in small.items():
+        monkeypatch.setattr(error_propagation, name, value)
+    error_propagation.main()
+    found = json.loads((results / "error-propagation.json").read_text())
+    assert list(found["problems"]) == ["δ = 0", "δ = 0.1", "δ = 0.3"]
+    assert found["problems"]["δ = 0"]["values"]["0.5"] == {"value": 0, "shift": 0}
+    assert found["problems"]["δ = 0.3"]["values"]["0.5"]["shift"] > 0.01
+    assert set(found["slopes"]) == {"none", "mfm-gf", *error_propagation.ALONE}
+    assert (results / "error-propagation.png").read_text() == "3"
