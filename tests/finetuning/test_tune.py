@@ -102,6 +102,8 @@ KINDS = {
     "direct": {"map": "direct", "baseline": {"kind": "learned", "width": 4}},
     "adjoint-matching": {"method": "adjoint-matching", "adjoint_steps": 4, "map": "none"},
     "draft": {"method": "draft", "map": "none"},
+    "tilt-matching": {"method": {"name": "tilt-matching", "levels": 2, "share": 0.9, "pool": 64, "pool_steps": 2}},
+    "ram": {"method": {"name": "ram", "pool": 64, "pool_steps": 2, "refresh_every": 2}, "map": "none"},
     "low rank": {"low_rank": 1},
     "with classes": {"guidance": SCALE},
     "adam and micro-batches": {"optimizer": {"name": "adam"}, "micro_batches": 2},
@@ -379,6 +381,8 @@ GUIDED = {
     "distilled by the Eulerian loss": {"loss": {"consistency": "eulerian"}},
     "adjoint-matching": {"method": "adjoint-matching", "adjoint_steps": 4},
     "draft": {"method": "draft", "map": "none"},
+    "tilt-matching": {"method": {"name": "tilt-matching", "levels": 2, "share": 0.9, "pool": 64, "pool_steps": 2}},
+    "ram": {"method": {"name": "ram", "pool": 64, "pool_steps": 2, "refresh_every": 2}, "map": "none"},
 }  # fmt: skip
 
 

@@ -99,7 +99,9 @@ def _calls(config: FinetuneConfig) -> float:
     A row of the first stage costs what its method says; a row of the second the map's two differentiated calls and one
     of the tuned drift.
     """
-    first = config.states.evaluations() + config.steps * config.batch_size * config.method.evaluations()
+    method, steps = config.method, config.steps
+    pools = method.pool_evaluations(steps) + (config.states.evaluations() if method.needs_states else 0)
+    first = pools + steps * config.batch_size * method.evaluations()
     second = config.distil.steps * config.distil.batch_size * (2 * PASSES + 1)
     second += config.distil.pool * config.distil.pool_steps
     return float(first + (second if config.map == "distil" else 0))

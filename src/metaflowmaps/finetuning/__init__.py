@@ -5,11 +5,14 @@ from metaflowmaps.finetuning.baseline import Baseline, DrawnBaseline, LearnedBas
 from metaflowmaps.finetuning.direct import Direct
 from metaflowmaps.finetuning.draft import DRaFT
 from metaflowmaps.finetuning.mfm_ft import MFMFT, SelfNormalised
+from metaflowmaps.finetuning.ram import RAM
 from metaflowmaps.finetuning.state_laws import StateLaw, StateMixture, StateSource
+from metaflowmaps.finetuning.tilt_matching import TiltMatching
 from metaflowmaps.finetuning.tuning_objective import Regression, TargetBatch, TuningObjective, TuningSetup
 
 __all__ = [
     "MFMFT",
+    "RAM",
     "AdjointMatching",
     "Baseline",
     "DRaFT",
@@ -24,6 +27,7 @@ __all__ = [
     "StateMixture",
     "StateSource",
     "TargetBatch",
+    "TiltMatching",
     "TuningObjective",
     "TuningSetup",
 ]

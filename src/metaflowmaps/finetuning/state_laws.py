@@ -18,7 +18,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.tuning_problem import Resumable, TuningProblem, evaluating, in_parts
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import randn, stream
-from metaflowmaps.sampling import integrate, uniform_grid
+from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
 from metaflowmaps.work.choices import Choice
 
 Share = Annotated[float, Field(ge=0)]
@@ -212,7 +212,12 @@ def samples_stream(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def student_samples(
-    problem: TuningProblem, model: MetaFlowMap, n: int, steps: int, generator: torch.Generator
+    problem: TuningProblem,
+    model: MetaFlowMap,
+    n: int,
+    steps: int,
+    generator: torch.Generator,
+    integrator: str = "euler",
 ) -> Samples:
     """n samples (n, *event) of the student's drift by its ODE, with their conditions."""
     cond = problem.conditions(n, generator)
@@ -220,6 +225,7 @@ def student_samples(
     parts = []
     for s in in_parts(n, problem.chunk):
         part = select_cond(cond, s)
-        parts.append(integrate(lambda t, x, c=part: model.drift(t, x, c), noise[s], uniform_grid(steps)))  # type: ignore[misc]
-    problem.count(forwards=n * steps)
+        drift = lambda t, x, c=part: model.drift(t, x, c)  # noqa: E731
+        parts.append(integrate(drift, noise[s], uniform_grid(steps), integrator))
+    problem.count(forwards=n * steps * INTEGRATORS[integrator].calls)
     return Samples(torch.cat(parts), cond)

@@ -100,7 +100,7 @@ def make_objective(config: FinetuneConfig, problem: TuningProblem, data: Data | 
 
 
 def _setup(config: FinetuneConfig, problem: TuningProblem, source: StateSource | None = None) -> TuningSetup:
-    return TuningSetup(problem, source, config.batch_size, config.seed, config.map_loss, config.times)
+    return TuningSetup(problem, source, config.batch_size, config.seed, config.map_loss, config.times, config.steps)
 
 
 def make_student(config: FinetuneConfig, base: MetaFlowMap) -> MetaFlowMap:

@@ -36,6 +36,7 @@ class TuningSetup:
     seed: int
     loss: LossConfig = field(default_factory=LossConfig)  # of a map; what tunes a drift does not look at it
     times: TimesConfig = field(default_factory=TimesConfig)
+    steps: int = 1  # of the stage; for what is scheduled over it
 
     def log_evidence(self) -> float:
         """Where a baseline starts: log E[e^r], as far as the source of states knows it."""
@@ -75,6 +76,10 @@ class TuningObjective(Choice):
     def evaluations(self) -> int:
         """Forward passes that a row of a step costs, a backward pass counted as two."""
         raise NotImplementedError
+
+    def pool_evaluations(self, steps: int) -> int:
+        """Forward passes that a run of so many steps costs beside its rows."""
+        return 0
 
     def start(self, setup: TuningSetup) -> TrainingObjective:
         """The objective at work, for the training loop."""
