@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metaflowmaps.lab.figures.looks import style
-from metaflowmaps.lab.figures.plots import CONTEXT, GLASS, MAP, QUIET, Panels, exact_line
+from metaflowmaps.lab.figures.looks import base_method, looks_of, style
+from metaflowmaps.lab.figures.plots import CONTEXT, GLASS, INK, MAP, QUIET, Panels, exact_line
 from metaflowmaps.lab.results import Metrics, Steering
 
 if TYPE_CHECKING:
@@ -18,6 +18,17 @@ LOOKS = (
 )  # fmt: skip
 SHADES = ("#8ec5ff", "#4d9ef0", MAP, "#1747a0", "#0a1f4f")  # of one quantity, as a parameter shrinks
 ESTIMATORS = ("gradient-free", "gradient, GLASS 4", "gradient, GLASS 16", "blend", "plug-in")
+TUNED_LOOKS = {
+    name: {"color": colour, "marker": marker, "linestyle": "-.", "markersize": 8, "markerfacecolor": "white"}
+    for name, colour, marker in (
+        ("MFM-FT", "#2e7d32", "o"), ("MFM-FT without reward gradients", "#2e7d32", "s"),
+        ("adjoint matching", "#7b4fb5", "P"), ("MFM-FT, one step", "#2e7d32", "^"), ("DRaFT, one step", "#b8860b", "X"),
+    )
+}  # fmt: skip
+POINTS = (
+    (INK, "*"), (QUIET, "h"), (MAP, "o"), ("#0fc3a0", "s"), ("#46107f", "D"), ("#5a0f4b", ">"), ("#8c4480", "X"),
+    (GLASS, "v"), (GLASS, "^"), ("#2e7d32", "P"),
+)  # fmt: skip
 COUNTS = [10 ** (k / 4) for k in range(4, 29)]  # of samples made
 
 
@@ -139,6 +150,50 @@ def error_propagation(problems: Mapping[str, Any], slopes: Mapping[str, Mapping[
     for axis, title in zip(drawn.axes, ("value", "steered laws", "drift or draws; trained maps"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="δ", title=title)
         axis.set_ylabel("error" if axis is values else "sliced W2 that δ adds")
+    drawn.legend()
+    return drawn.figure
+
+
+def diversity(problems: Mapping[str, Any]) -> "Figure":
+    """Effective modes, the smallest mode's share and mean distance, over those of exact samples, against λ."""
+    drawn = Panels.new(3, (4.4, 3.8), "Diversity as the reward sharpens, over that of exact samples")
+    names = list(dict.fromkeys(name for found in problems.values() for name in found["methods"]))[1:]
+    looks = {**looks_of(name for name in names if base_method(name)[0]), **TUNED_LOOKS}
+    for axis, what in zip(drawn.axes, ("effective modes", "smallest mode", "mean distance"), strict=True):
+        for name in names:
+            points = [
+                (found["strength"], min(max(_varied(found, name)[what], 0.05), 3.0))
+                for found in problems.values() if name in found["methods"]
+            ]  # fmt: skip
+            axis.plot(*zip(*points, strict=True), label=name, **looks[name])
+        axis.axhline(1, color=QUIET, linestyle=":", linewidth=1.4)
+        axis.set(xscale="log", yscale="log", xlabel="strength λ", ylim=(0.04, 3.5), title=what)
+    drawn.axes[0].set(ylabel="over exact samples")
+    drawn.legend()
+    return drawn.figure
+
+
+def _varied(found: Mapping[str, Any], name: str) -> dict[str, float]:
+    """A method's diversity over that of exact samples."""
+    mine, exact = found["methods"][name], found["methods"]["exact samples"]
+    smallest = found["weights"].index(min(found["weights"]))
+    return {
+        "effective modes": mine["modes"] / exact["modes"],
+        "smallest mode": mine["frequencies"][smallest] / found["weights"][smallest],
+        "mean distance": mine["distance"] / exact["distance"],
+    }
+
+
+def generalisation(problems: Mapping[str, Any]) -> "Figure":
+    """What the judging classifier says of samples against what the guide says, a panel a reward."""
+    drawn = Panels.new(len(problems), (4.4, 3.8), "A reward that is optimised, and the same of another classifier")
+    names = list(dict.fromkeys(name for found in problems.values() for name in found["methods"]))
+    looks = {name: (colour, marker) for name, (colour, marker) in zip(names, POINTS, strict=False)}
+    for axis, (reward, found) in zip(drawn.axes, problems.items(), strict=True):
+        for name, cell in found["methods"].items():
+            colour, marker = looks[name]
+            axis.plot(cell["guide"], cell["judge"], marker, color=colour, markersize=9, linestyle="", label=name)
+        axis.set(xlabel="guide, optimised", ylabel="judge", title=reward)
     drawn.legend()
     return drawn.figure
 

@@ -2,14 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import metaflowmaps as mfm
-from benchmarks import common, error_propagation, frontier, low_dimensional
+from benchmarks import common, error_propagation, frontier, low_dimensional, review
 from conftest import F64
+from metaflowmaps.finetuning.state_laws import StateMixture
 from metaflowmaps.lab.figures import plots as figures
+from metaflowmaps.networks import MLPConfig
 
 PATH = mfm.LinearPath()
 
@@ -170,3 +173,73 @@ def test_error_propagation_goes_through_small(results, monkeypatch):
     assert found["problems"]["δ = 0.3"]["values"]["0.5"]["shift"] > 0.01
     assert set(found["slopes"]) == {"none", "mfm-gf", *error_propagation.ALONE}
     assert (results / "error-propagation.png").read_text() == "3"
+
+
+# -- what a review asks for --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(results, monkeypatch):
+    """Any base will do for a rehearsal, and there are no tuned models."""
+    model = mfm.MetaFlowMap(MLPConfig(width=8, depth=1).build((2,)), PATH, "gaussian", 0.0, 2.5)
+    model.save_pretrained(results / "base")
+    monkeypatch.setattr(review, "RESULTS", results)
+    monkeypatch.setattr(review, "TUNED", results / "nothing")
+    monkeypatch.setattr(review, "trained", lambda config, name: SimpleNamespace(checkpoint=results / "base"))
+    return results
+
+
+def test_effective_modes_count_equal_ones_and_nothing_twice():
+    assert review.effective_modes(torch.tensor([0.25, 0.25, 0.5, 0.0])) == pytest.approx(2 * 2**0.5)  # e^{1.5 log 2}
+    assert review.effective_modes(torch.full((7,), 3.0)) == pytest.approx(7)
+
+
+def test_noise_over_signal_of_gradients_that_have_both():
+    """g = μ + σ n in P dimensions: P σ²/‖μ‖²; with no mean at all nothing is left over, or a signal of pure chance."""
+    g = torch.Generator().manual_seed(0)
+    noise, mean = torch.randn(400, 50, generator=g, dtype=F64), torch.randn(50, generator=g, dtype=F64)
+    found = review.noise_to_signal(mean + 2 * noise)
+    # 20,000 squares scatter by 1 %, the square of the mean by 2 · 2/(√400 ‖μ‖) = 3 %
+    assert found["ratio"] == pytest.approx(4 * 50 / float(mean.square().sum()), rel=4 * 0.03)
+    assert review.noise_to_signal(mean + 0 * noise) == pytest.approx({"ratio": 0, "cosine": 1}, abs=1e-9)
+    alone = review.noise_to_signal(noise - noise.mean(0))
+    assert math.isnan(alone["ratio"])  # the mean is 0, and what would scatter into it is taken off
+
+
+def test_diversity_stress_goes_through_small(untrained, monkeypatch):
+    steered = {name: (review.STEERED[name][0], mfm.ODE(steps=2)) for name in ("mfm-gf", "mfm-anneal")}
+    for name, value in {"STRENGTHS": (1, 30), "SAMPLES": 32, "SEEDS": 2, "STEERED": steered}.items():
+        monkeypatch.setattr(review, name, value)
+    review.diversity()
+    found = json.loads((untrained / "diversity-stress.json").read_text())["problems"]
+    assert list(found) == ["λ = 1", "λ = 30"]
+    for cell in found.values():
+        assert list(cell["methods"]) == ["exact samples", "mfm-gf", "mfm-anneal"]
+        assert cell["methods"]["exact samples"]["mode_l1"] < 0.4  # 64 samples of weights .57, .37, .06
+    assert (untrained / "diversity-stress.png").read_text() == "3"
+
+
+def test_reward_generalisation_goes_through_small(results, monkeypatch):
+    some = {"unsteered": review.GENERALISED["unsteered"], "best": (mfm.BestOfN(4, source="map"),)}
+    some["unsteered"] = (some["unsteered"][0], mfm.ODE(steps=2))
+    small = {"RESULTS": results, "TUNED": results, "REWARDS": ("margin:7",), "PICTURES": 4, "GENERALISED": some}
+    for name, value in small.items():
+        monkeypatch.setattr(review, name, value)
+    review.generalisation()
+    cells = json.loads((results / "reward-generalisation.json").read_text())["problems"]["margin:7"]["methods"]
+    assert cells["real digits"]["named"] == 1
+    assert cells["best"]["guide"] > cells["unsteered"]["guide"]
+    assert (results / "reward-generalisation.png").read_text() == "1"
+
+
+def test_tuning_variance_goes_through_small(untrained, monkeypatch):
+    names = ("MFM-FT, gradient-free, 4 draws", "adjoint matching", "DRaFT")
+    small = {"TUNING_STRENGTHS": (1,), "EVALUATIONS": 2**10, "BATCHES": 3, "WARM": 1, "STATES": StateMixture(pool=256)}
+    small["OBJECTIVES"] = {name: review.OBJECTIVES[name] for name in names}
+    for name, value in small.items():
+        monkeypatch.setattr(review, name, value)
+    review.variance()
+    cells = json.loads((untrained / "tuning-variance.json").read_text())["problems"]["λ = 1"]["methods"]
+    assert list(cells) == list(names)
+    for cell in cells.values():
+        assert cell["evaluations"] == pytest.approx(2**10, rel=0.3)  # whole 32 rows
