@@ -17,7 +17,11 @@ LOOKS = (
     ("#7b4fb5", "P", "-"), ("#b8860b", "X", "-"), (QUIET, "*", "--"),
 )  # fmt: skip
 SHADES = ("#8ec5ff", "#4d9ef0", MAP, "#1747a0", "#0a1f4f")  # of one quantity, as a parameter shrinks
-ESTIMATORS = ("gradient-free", "gradient, GLASS 4", "gradient, GLASS 16", "blend", "plug-in")
+ESTIMATORS = {
+    "gradient-free": ("#0fc3a0", "s", "-"),
+    "gradient, GLASS 4": (MAP, "o", "--"), "gradient, GLASS 16": (MAP, "o", "-"),
+    "blend": (GLASS, "^", "-"), "plug-in": ("#8c4480", "X", "-"),
+}  # fmt: skip
 TUNED_LOOKS = {
     name: {"color": colour, "marker": marker, "linestyle": "-.", "markersize": 8, "markerfacecolor": "white"}
     for name, colour, marker in (
@@ -101,9 +105,9 @@ def low_dimensional(problems: Mapping[str, Any]) -> "Figure":
             label = f"s = {found['s']:g}"
             sizes.plot(gaps, [cell["gradient"] for cell in cells], color=colour, label=label)
             sizes.plot(gaps, [cell["steepest"] for cell in cells], color=colour, linestyle=":")
-        sizes.set(ylabel="size of $\\nabla V$", title=f"{kind}: at states of the steered law; dotted, at its steepest")
+        sizes.set(ylabel="size of $\\nabla V$", title=f"{kind}: on the way (dotted: steepest)")
         thin = mine[-1]
-        for name, (colour, marker, line) in zip(ESTIMATORS, LOOKS, strict=False):
+        for name, (colour, marker, line) in ESTIMATORS.items():
             cells = thin["estimates"].items()
             points = [(float(gap), cell["errors"][name] / cell["gradient"]) for gap, cell in cells]
             errors.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=f"∇V: {name}")

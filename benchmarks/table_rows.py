@@ -362,6 +362,7 @@ TABLES = {
     "rivals": Table("rivals.json", rivals),
     "defaults": Table("defaults.json", defaults),
     "defaults-glass": Table("defaults.json", defaults_glass),
+    "low-dimensional": Table("low-dimensional.json", low_dimensional),
     "digits-one-setting": Table("digits-one-setting.json", one_setting),
     "steering-by-draws": Table(STEERING, by_draws),
     "recycling": Table("recycling.json", recycling),
