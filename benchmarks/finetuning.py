@@ -50,8 +50,11 @@ ON_MIXTURE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
                ["method.form=gradient", "steps=1200"]),
     "adjoint": ("adjoint matching", {"map": "none", "method": "adjoint-matching"}, ["steps=1500"]),
     "draft": ("DRaFT on the one-step map", {"method": "draft"}, ["steps=2000"]),
+    "tilt": ("tilt matching", {"map": "none", "method": "tilt-matching"}, []),
+    "tilt-explicit": ("tilt matching, explicit", {"map": "none", "method": "tilt-matching"}, ["method.form=explicit"]),
+    "ram": ("RAM", {"map": "none", "method": "ram"}, []),
 }  # fmt: skip
-SWEPT = ("ft", "direct", "free", "gradient", "snr", "adjoint", "draft")  # the others: at λ = 1
+SWEPT = ("ft", "direct", "free", "gradient", "snr", "adjoint", "draft", "tilt")  # the others: at λ = 1
 
 
 def mixture() -> None:

@@ -3,7 +3,16 @@
 import pytest
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.finetuning import MFMFT, Direct, DRaFT, LearnedBaseline, NoBaseline, RunningBaseline, SelfNormalised
+from metaflowmaps.finetuning import (
+    MFMFT,
+    Direct,
+    DRaFT,
+    LearnedBaseline,
+    NoBaseline,
+    RunningBaseline,
+    SelfNormalised,
+    TiltMatching,
+)
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved, tuned_parts
 from metaflowmaps.work.config import override, validated
 
@@ -34,6 +43,13 @@ def test_set_reaches_the_options_of_choices_by_either_name():
     assert override(config, ["method.baseline.rate=0.5"]).method == MFMFT(baseline=RunningBaseline(rate=0.5))
     with pytest.raises(InputError, match="unknown option of mfm-ft 'at_zero'"):
         override(config, ["draft_at_zero=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("event_shape", "method"), [((2,), TiltMatching()), ((1, 8, 8), TiltMatching(pool=4096))], ids=["vectors", "images"]
+)
+def test_images_have_smaller_pools(event_shape, method):
+    assert resolved(ABOUT, event_shape, {"method": "tilt-matching"}).method == method
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ FOR_IMAGES = {
     "meters": {"samples": 256},
     "log_every": 50,
 }
-METHOD_FOR_IMAGES = {"num_draws": 2}
+METHOD_FOR_IMAGES = {"num_draws": 2, "pool": 4096}  # where a method has them
 FOR_VECTORS = {"steps": 3000, "distil": {"steps": 4000}, "keep_best": False}
 
 
