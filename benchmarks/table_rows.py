@@ -244,6 +244,41 @@ def _thickness(share: float) -> str:
     return "> 100" if share > DIVERGED**2 else number(share)
 
 
+def error_propagation(result: dict[str, Any]) -> Rows:
+    """SW2 in floors of every method as δ grows, mode weights at δ = .1, and the slope of what δ adds."""
+    found = [cell for cell in result["problems"].values() if "delta" in cell]
+    rows = []
+    for name in found[0]["methods"]:
+        cells = {cell["delta"]: cell["methods"][name] for cell in found}
+        ratios = [_off(cell["sw2"] / cell["floor"]) for cell in cells.values()]
+        rows.append(
+            [f"`{name}`", *ratios, number(cells[0.1]["mode_l1"], 3), number(result["slopes"][name].get("slope"))]
+        )
+    heads = [f"δ = {cell['delta']:g}" for cell in found]
+    return [["SW2 / floor", *heads, "mode L1 at .1", "slope"], *rows]
+
+
+def error_propagation_value(result: dict[str, Any]) -> Rows:
+    """What δ does to V, in nats, and to D* − D, relative."""
+    found = [cell for cell in result["problems"].values() if cell.get("delta")]
+    rows = [
+        [f"{title}, t = {t}", *numbers((cell["values"][t][what] for cell in found), 3)]
+        for what, title in (("value", "V, nats"), ("shift", "D* − D, relative")) for t in found[0]["values"]
+    ]  # fmt: skip
+    return [["error of", *(f"δ = {cell['delta']:g}" for cell in found)], *rows]
+
+
+def error_propagation_maps(result: dict[str, Any]) -> Rows:
+    """Trained maps: their δ, and SW2 in floors."""
+    found = {name: cell for name, cell in result["problems"].items() if "map_delta" in cell}
+    methods = next(iter(found.values()))["methods"]
+    rows = [
+        [name, number(cell["map_delta"], 4), *(_off(c["sw2"] / c["floor"]) for c in cell["methods"].values())]
+        for name, cell in found.items()
+    ]  # fmt: skip
+    return [["map", "its δ", *(f"`{name}`" for name in methods)], *rows]
+
+
 def one_setting(result: dict[str, Any]) -> Rows:
     """Mean reward, and in brackets mean pairwise distance, of every method on every reward."""
     rewards = result["rewards"]
@@ -363,6 +398,9 @@ TABLES = {
     "defaults": Table("defaults.json", defaults),
     "defaults-glass": Table("defaults.json", defaults_glass),
     "low-dimensional": Table("low-dimensional.json", low_dimensional),
+    "error-propagation": Table("error-propagation.json", error_propagation),
+    "error-propagation-value": Table("error-propagation.json", error_propagation_value),
+    "error-propagation-maps": Table("error-propagation.json", error_propagation_maps),
     "digits-one-setting": Table("digits-one-setting.json", one_setting),
     "steering-by-draws": Table(STEERING, by_draws),
     "recycling": Table("recycling.json", recycling),
