@@ -68,7 +68,7 @@ def _in_parts(name: str, part: str, asked: tuple[Any, ...], measure: Callable[[A
 # -- diversity under stress --------------------------------------------------------------------------------------------
 
 STRENGTHS = (1, 30, 1000)
-SAMPLES, SEEDS = 512, 4
+SAMPLES, SEEDS = 512, 2
 ODE, SDE = mfm.ODE(steps=60), mfm.SDE(steps=60)
 STEERED: dict[str, tuple[Any, ...]] = {
     "mfm-gf": (mfm.MFMGF(), ODE),
