@@ -33,6 +33,18 @@ def test_the_steering_page_runs_and_is_right(capsys):
     assert "tensor" in capsys.readouterr().out
 
 
+def test_the_guide_to_methods_runs_and_is_right(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "which-method.md").read_text(), re.S)
+    names: dict = {}
+    exec(compile(block, "which-method.md", "exec"), names)
+    assert names["advice"].method.name == "rejection"  # one sample in nine is accepted
+    assert names["advice"].pilot.evaluations == 4640
+    exact, samples = names["law"].tilt(names["reward"]), names["result"].samples
+    # four standard errors of 256 samples
+    assert bool(((samples.mean(0) - exact.mean).abs() < 4 * exact.variance.sqrt() / 256**0.5).all())
+    assert "→ rejection" in capsys.readouterr().out
+
+
 def test_the_images_page_runs_and_is_right(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "images.md").read_text(), re.S)
     names: dict = {}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         SDE,
         SMC,
         TDS,
+        Advice,
         Anneal,
         BestOfN,
         Exact,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Search,
         SteerResult,
         Unsteered,
+        advise,
         steer,
     )
 
@@ -91,6 +93,7 @@ __all__ = [
     "SDE",
     "SMC",
     "TDS",
+    "Advice",
     "Anneal",
     "BestOfN",
     "Exact",
@@ -117,6 +120,7 @@ __all__ = [
     "TweediePosterior",
     "Unsteered",
     "ValueEstimate",
+    "advise",
     "finetune",
     "glass_drift",
     "pretrained",

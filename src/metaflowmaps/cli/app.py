@@ -31,6 +31,7 @@ COMMANDS = {  # as mfm --help lists them: name -> module
     "train": "train",
     "sample": "sample",
     "posterior": "posterior",
+    "advise": "advise",
     "steer": "steer",
     "finetune": "finetune",
     "eval": "evaluate",

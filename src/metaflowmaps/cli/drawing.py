@@ -37,15 +37,32 @@ SAMPLES = 1024  # where nobody says how many
 Tensors = dict[str, Tensor]
 
 
-class DrawingOptions(OnCheckpoint):
-    """What sample, posterior and steer have in common."""
-
-    shared = IN_SHARDS
+class ConditionOptions(OnCheckpoint):
+    """What samples are told, and what their networks compute in."""
 
     label: str | None = Field(None, description="Class, by number or name; all: the classes in turn.")
     guidance: float | None = Field(None, description="Scale w of class guidance, of maps that know it.")
     vae: str | None = Field(None, description="Autoencoder of latents: a folder or hub id, where not known.")
     precision: Literal["float32", "bf16"] = Field("float32", description="What the networks compute in.")
+
+    def pictures(self, opened: OpenedModel, num: int, each: bool = False) -> SamplePictures:
+        """What ``num`` samples of a map are told, and their pictures."""
+        half = self.precision == "bf16"
+        return SamplePictures(opened, PictureOptions(self.label, self.guidance, self.vae, half, each), num)
+
+    def identity(self, pictures: SamplePictures, **known: Any) -> Results:
+        """What tells a request from others: the options, with checkpoint and class as they are resolved."""
+        dumped = self.model_dump(mode="json")
+        if pictures.labels is not None and self.label != ALL_CLASSES:
+            dumped["label"] = int(pictures.labels[0])
+        return {**dumped, "checkpoint": pictures.opened.digest, **known}
+
+
+class DrawingOptions(ConditionOptions):
+    """What sample, posterior and steer have in common."""
+
+    shared = IN_SHARDS
+
     images: bool = Field(False, description="Write every sample as a PNG too.")
     only: tuple[int, ...] = Field((), description="Make the sample with this saved seed again (repeatable).")
 
@@ -59,16 +76,7 @@ class DrawingOptions(OnCheckpoint):
 
     def open(self, context: Context, num: int, needs_map: bool = True) -> SamplePictures:
         """The map, what ``num`` samples of it are told, and their pictures."""
-        opened = OpenedModel.open(self.checkpoint, context.device, needs_map)
-        half = self.precision == "bf16"
-        return SamplePictures(opened, PictureOptions(self.label, self.guidance, self.vae, half, self.images), num)
-
-    def identity(self, pictures: SamplePictures, **known: Any) -> Results:
-        """What tells a request from others: the options, with checkpoint and class as they are resolved."""
-        dumped = self.model_dump(mode="json")
-        if pictures.labels is not None and self.label != ALL_CLASSES:
-            dumped["label"] = int(pictures.labels[0])
-        return {**dumped, "checkpoint": pictures.opened.digest, **known}
+        return self.pictures(OpenedModel.open(self.checkpoint, context.device, needs_map), num, self.images)
 
     def by_seed(
         self, pictures: SamplePictures, name: str, points: Callable[[Tensor, Cond], Tensor], seed: int, role: str

@@ -1,5 +1,6 @@
 """Steering: inference-time alignment. ``steer`` is the entry; a method is one frozen dataclass in one file."""
 
+from metaflowmaps.steering.advise import Advice, advise
 from metaflowmaps.steering.anneal import Anneal
 from metaflowmaps.steering.best_of_n import BestOfN
 from metaflowmaps.steering.dps import DPS
@@ -31,6 +32,7 @@ __all__ = [
     "SMC",
     "TDS",
     "USUAL",
+    "Advice",
     "Anneal",
     "BestOfN",
     "Exact",
@@ -47,6 +49,7 @@ __all__ = [
     "SteeringFailed",
     "Step",
     "Unsteered",
+    "advise",
     "log_normaliser",
     "steer",
 ]

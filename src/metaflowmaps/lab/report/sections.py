@@ -321,6 +321,7 @@ SECTIONS = {
         {"posteriors.png": "Draws (dots) given one noisy state (cross), over the exact posterior where it is known."},
         summary=_draws_summary,
     ),
+    "advise": Section("Which method"),
     "steer": Section(
         "Steered samples",
         {"samples.png": "Steered samples, over the exact tilted law where it is known.", "trajectory.png": TRAJECTORY},
