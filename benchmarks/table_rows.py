@@ -279,6 +279,57 @@ def error_propagation_maps(result: dict[str, Any]) -> Rows:
     return [["map", "its δ", *(f"`{name}`" for name in methods)], *rows]
 
 
+def diversity_stress(result: dict[str, Any]) -> Rows:
+    """Effective modes, the smallest mode's share in per cent, and mean distance over that of exact samples."""
+    found = list(result["problems"].values())
+    names = list(dict.fromkeys(name for cell in found for name in cell["methods"]))
+    rows = []
+    for name in names:
+        row = [name if name in PLAIN or name.startswith("MFM-FT") else f"`{name}`"]
+        for cell in found:
+            mine, exact = cell["methods"].get(name), cell["methods"]["exact samples"]
+            smallest = cell["weights"].index(min(cell["weights"]))
+            apart = mine and mine["distance"] / exact["distance"]
+            far = "> 100" if mine and apart > DIVERGED**2 else number(apart)
+            shown = mine and f"{number(mine['modes'])}, {number(100 * mine['frequencies'][smallest], 1)} %, {far}"
+            row.append(shown or "–")
+        rows.append(row)
+    return [["modes, smallest, distance", *(f"λ = {cell['strength']}" for cell in found)], *rows]
+
+
+PLAIN = ("exact samples", "adjoint matching", "DRaFT, one step")
+
+
+def reward_generalisation(result: dict[str, Any]) -> Rows:
+    """Guide's and judge's reward, and the share that the judge names as wanted."""
+    problems = result["problems"]
+    names = list(dict.fromkeys(name for found in problems.values() for name in found["methods"]))
+    rows = []
+    for name in names:
+        cells = [found["methods"].get(name) for found in problems.values()]
+        shown = [
+            f"{number(cell['guide'])}, {number(cell['judge'])} ({number(cell['named'])})" if cell else "–"
+            for cell in cells
+        ]
+        rows.append([name, *shown])
+    return [["guide, judge (named)", *problems], *rows]
+
+
+def tuning_variance(result: dict[str, Any]) -> Rows:
+    """Noise over signal of a batch's gradient."""
+    found = list(result["problems"].values())
+    rows = [
+        [name, number(found[0]["methods"][name]["rows"], 0), *(_noise(cell["methods"][name]) for cell in found)]
+        for name in found[0]["methods"]
+    ]
+    return [["loss", "rows of a batch", *(f"λ = {cell['strength']}" for cell in found)], *rows]
+
+
+def _noise(cell: dict[str, Any]) -> str:
+    ratio = cell["ratio"]
+    return "no signal" if ratio != ratio else number(ratio, 4)
+
+
 def one_setting(result: dict[str, Any]) -> Rows:
     """Mean reward, and in brackets mean pairwise distance, of every method on every reward."""
     rewards = result["rewards"]
@@ -401,6 +452,8 @@ TABLES = {
     "error-propagation": Table("error-propagation.json", error_propagation),
     "error-propagation-value": Table("error-propagation.json", error_propagation_value),
     "error-propagation-maps": Table("error-propagation.json", error_propagation_maps),
+    "reward-generalisation": Table("reward-generalisation.json", reward_generalisation),
+    "tuning-variance": Table("tuning-variance.json", tuning_variance),
     "digits-one-setting": Table("digits-one-setting.json", one_setting),
     "steering-by-draws": Table(STEERING, by_draws),
     "recycling": Table("recycling.json", recycling),
