@@ -452,6 +452,7 @@ TABLES = {
     "error-propagation": Table("error-propagation.json", error_propagation),
     "error-propagation-value": Table("error-propagation.json", error_propagation_value),
     "error-propagation-maps": Table("error-propagation.json", error_propagation_maps),
+    "diversity-stress": Table("diversity-stress.json", diversity_stress),
     "reward-generalisation": Table("reward-generalisation.json", reward_generalisation),
     "tuning-variance": Table("tuning-variance.json", tuning_variance),
     "digits-one-setting": Table("digits-one-setting.json", one_setting),
