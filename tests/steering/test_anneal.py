@@ -10,11 +10,11 @@ from closed_forms import random_map
 import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS
 from metaflowmaps.cost import Meter
-from metaflowmaps.draws import Draws
 from metaflowmaps.random import fresh_seeds, stream
-from metaflowmaps.steering.anneal import Cloud, chosen_among, next_strength, stretch
+from metaflowmaps.steering.anneal import Cloud, beside, lean, shares_of, slope_of
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import effective, families, few_families
+from metaflowmaps.tempering import next_strength, stretch
 
 LAW = CASES["per-component-full"].law
 EXACT = mfm.ExactModel(PATHS["linear"], LAW)
@@ -30,36 +30,60 @@ def _like(tilted, x):
         assert bool(((moment(x).mean(0) - moment(exact).mean(0)).abs() < bound).all())
 
 
+@pytest.mark.parametrize("leaning", [False, True])
 @pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_a_move_keeps_the_tilted_law(strength):
-    """Exact samples of p_1 e^{λr} stay so over twelve moves."""
+def test_a_move_keeps_the_tilted_law(strength, leaning):
+    """Exact samples of p_1 e^{λr} stay so over twelve moves, whatever direction these lean to. What moves teach is
+    put aside: a system of one would lean by what its only particle has seen."""
     n = 4000
     tilted = LAW.tilt(mfm.rewards.LinearGaussian(REWARD.A, REWARD.y, REWARD.noise_std, strength=strength))
     method = mfm.Anneal(num_draws=3, n=1)
     problem = SteeringProblem(EXACT, REWARD, Meter())
-    problem.begin(fresh_seeds(1), None)
+    problem.begin(fresh_seeds(n), None)
     method.open_posterior(problem)
-    x = tilted.sample(n, stream(0, "start")).to(torch.float32)
-    one = torch.ones(1, dtype=F64)
-    cloud = Cloud(x, REWARD(x).double(), strength * one, 0 * one, 0 * one, torch.arange(n))
+    x = tilted.sample(n, stream(0, "start")).to(torch.float32)  # as many systems, which are independent
+    one, slope = torch.ones(n, dtype=F64), 3 * torch.tensor([[1.0, -0.6]]).expand(n, 2)
+    equal = torch.zeros(n, 1, dtype=F64)
+    cloud = Cloud(x, REWARD(x).double(), equal, strength * one, 0 * one, 0 * slope, 0 * one, torch.arange(n), 1)
     for _ in range(12):
-        cloud, _ = method._moved(problem, cloud, n)
+        moved, _ = method._moved(problem, cloud._replace(slope=slope if leaning else 0 * slope, look=0 * one))
+        cloud = method._resampled(problem, moved, moved.strength, 1)
     assert float((cloud.x != x).any(1).double().mean()) > 0.9  # they have moved
     _like(tilted, cloud.x)
     torch.testing.assert_close(cloud.rewards, REWARD(cloud.x).double())
 
 
-def test_one_is_chosen_among_a_particle_and_its_draws():
-    """By cumulated weights e^{λr}, the particle's own first: 1/6, 2/6, 3/6."""
-    rewards = torch.log(torch.tensor([[1.0], [2.0], [3.0]], dtype=F64)).expand(3, 6)
-    x = torch.arange(18, dtype=torch.float32).reshape(3, 6, 1)
-    cloud = Cloud(x[0], 2 * rewards[0], torch.ones(1), torch.zeros(1), torch.zeros(1), torch.arange(6))
-    uniform = torch.tensor([0.1, 0.17, 0.4, 0.51, 0.8, 0.99], dtype=F64)
-    half = torch.full((6,), 0.5, dtype=F64)
-    got, of, taken = chosen_among(cloud, Draws(x[1:], 2 * rewards[1:]), half, uniform)
-    assert got[:, 0].tolist() == [0.0, 7.0, 8.0, 15.0, 16.0, 17.0]
-    torch.testing.assert_close(of, 2 * torch.log(torch.tensor([1.0, 2.0, 2.0, 3.0, 3.0, 3.0], dtype=F64)))
-    assert taken.tolist() == [False, True, True, True, True, True]
+def test_a_lean_is_no_longer_than_the_noise_of_its_context():
+    """α²/β ‖g‖ ≤ α √d, and shorter ones stay: two systems of two particles."""
+    slope = torch.tensor([[30.0, 40.0, 0.0, 0.0], [0.3, 0.4, 0.0, 0.0]])
+    alpha, beta = torch.full((4, 1), 0.5), torch.full((4, 1), 0.25)
+    got = lean(alpha, beta, slope, 2)
+    torch.testing.assert_close(got[1::2], slope[1:].expand(2, 4))
+    torch.testing.assert_close(got[::2], slope[:1].expand(2, 4) / 50)  # √4 · .25/.5 = 1
+
+
+def test_the_slope_is_that_of_the_reward_along_moves():
+    """A linear reward's own where moves are alike in all directions, to the 1/√4000 of a covariance (4.5 of them)."""
+    g, x = torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.randn(3, 8000, 3, generator=stream(0, "x"), dtype=F64)
+    rewards = (x * g).sum(2)
+    rewards[0, ::2] = -torch.inf  # of weight zero
+    shares = (0 * rewards).where(rewards.isfinite(), -torch.inf).softmax(0)
+    got = slope_of(x, rewards, shares, 2)
+    assert got.shape == (2, 3)
+    assert float((got - g).norm() / g.norm()) < 4.5 * math.sqrt(3 / 4000)
+    assert not bool(slope_of(x, torch.zeros_like(rewards), shares, 2).any())
+
+
+def test_a_particle_and_its_draws_are_weighed_by_what_their_contexts_leave():
+    """e^{λr − g·x}, normalised over the particle and its draws: 1/6, 2/6, 3/6 without a lean; and then beside each
+    other, systems last."""
+    rewards = torch.log(torch.tensor([[1.0], [2.0], [3.0]], dtype=F64)).expand(3, 4)
+    x, half = torch.arange(12, dtype=F64).reshape(3, 4, 1), torch.full((4,), 0.5, dtype=F64)
+    got = shares_of(x, 2 * rewards, half, 0 * x[0])
+    torch.testing.assert_close(got, (torch.tensor([1.0, 2.0, 3.0], dtype=F64) / 6)[:, None].expand(3, 4))
+    leaned = shares_of(x, 2 * rewards + 2 * x[..., 0], half, torch.ones_like(x[0]))
+    torch.testing.assert_close(leaned, got)
+    assert beside(x, 2)[:, 0].tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
 
 
 def test_strength_rises_as_far_as_the_weights_allow():
@@ -67,7 +91,8 @@ def test_strength_rises_as_far_as_the_weights_allow():
     rewards[1, :400] = -torch.inf  # of a hundred that live
     rewards[2] *= 1e-3
     now = torch.tensor([0.2, 0.1, 0.3], dtype=F64)
-    got = next_strength(20 * rewards, now, 0.5)
+    equal = torch.zeros_like(rewards)
+    got = next_strength(20 * rewards, equal, now, 0.5)
     left = effective((got - now)[:, None] * 20 * rewards)
     torch.testing.assert_close(left[:2], torch.tensor([250.0, 50.0], dtype=F64))
     assert float(got[2]) == 1
@@ -78,7 +103,7 @@ def test_what_is_left_of_a_quadratic_reward():
     variance of heavy squares (4.5 of them)."""
     strength = torch.tensor([0.1], dtype=F64)
     z = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0), dtype=F64)
-    left = float(stretch(-z.square() / (2 * 0.1), strength))
+    left = float(stretch(-z.square() / (2 * 0.1), torch.zeros_like(z), strength))
     assert left == pytest.approx(math.sqrt(0.5) * math.log(10), rel=4.5 * math.sqrt(14 / 4 / 100_000))
 
 

@@ -38,7 +38,7 @@ from metaflowmaps.finetuning.endpoint_regression import CALLS, EndpointRegressio
 from metaflowmaps.finetuning.state_laws import Count, PoolSize, log_mean_exp
 from metaflowmaps.finetuning.tuning_objective import TuningObjective, TuningSetup
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.steering.anneal import SMALLEST_LOSS, next_strength, stretch
+from metaflowmaps.tempering import SMALLEST_LOSS, next_strength, stretch
 
 FORMS = ("implicit", "explicit")
 FEW = 0.05  # of the pool, as an ESS: a last level that leaves less was too large a step
@@ -137,10 +137,13 @@ class TiltRegression(EndpointRegression):
         left = self.options.levels - self.level
         if left > 1:
             rewards, now = self.rewards[None], torch.tensor([self.a], dtype=torch.float64)
+            equal = torch.zeros_like(rewards)
             share = torch.tensor([self.options.share], dtype=torch.float64)
             if self.a > 0:
-                share = torch.exp(-(stretch(rewards, now) / left).square()).clamp(float(share), 1 - SMALLEST_LOSS)
-            return float(next_strength(rewards, now, share))
+                share = torch.exp(-(stretch(rewards, equal, now) / left).square()).clamp(
+                    float(share), 1 - SMALLEST_LOSS
+                )
+            return float(next_strength(rewards, equal, now, share))
         kept = 1 / float(((1 - self.a) * self.rewards).softmax(0).square().sum()) / len(self.rewards)
         if kept < FEW:
             warnings.warn(

@@ -1,15 +1,20 @@
 r"""MFM-Anneal: a cloud of samples of p_1 carried to p_1 e^r through p_1 e^{λr}, moved by draws of the posterior.
 
 Noise a sample to time t and draw anew from p(x_1 | x_t): that leaves p_1 as it is, at one call of the map, because it
-is Gibbs sampling of the pair (x_1, x_t). Draw N times and choose among the draws and the old sample by e^{λr}, and it
-leaves **p_1 e^{λr}** as it is, for any N and any t: given x_t, all of them are draws of p(x_1 | x_t). No density, no
-gradient and no small steps are needed.
+is Gibbs sampling of the pair (x_1, x_t). Draw N times and weigh the draws and the old sample by e^{λr}, and it leaves
+**p_1 e^{λr}** as it is, for any N and any t: given x_t, all of them are draws of p(x_1 | x_t). No density, no gradient
+and no small steps are needed.
 
-Each round raises λ as far as the weights e^{Δλ r} allow, resamples, and moves every particle once. λ is paced by what
-is left: Λ = ∫ √Var_λ(r) dλ is the number of standard deviations to go, read off the cloud as √Var λ log(1/λ), exact for
-a quadratic reward, and the next stretch ℓ is Λ divided by seven tenths of the rounds left: λ rises until the weights'
-ESS is e^{−ℓ²} of the particles, and never below ``share`` of them. How far a move looks back is learned: t rises where
-too few particles take a draw.
+**Leaning.** Far out in p_1 such draws fall back towards its middle. But e^{g·x_1} tilts a posterior by moving its
+context, p(x_1 | x_t) e^{g·x_1} ∝ p(x_1 | x_t + (α²/β) g), so draws are made where λr leans to, g being λ times the
+slope of r along the cloud's last moves, and weighed by e^{λr − g·x_1}, the old sample too. Any g that does not look at
+the particle itself will do; that of a cloud does by one part in its size.
+
+Each round raises λ as far as the weights e^{Δλ r} allow, resamples from all that the last moves brought, and moves
+every particle once. λ is paced by what is left: Λ = ∫ √Var_λ(r) dλ is the number of standard deviations to go, read
+off the cloud as √Var λ log(1/λ), exact for a quadratic reward, and the next stretch ℓ is Λ divided by seven tenths of
+the rounds left: λ rises until the weights' ESS is e^{−ℓ²} of the particles, and never below ``share`` of them. How far
+a move looks back is learned: t rises where too few particles take a draw.
 
 The mean weights multiply to an unbiased estimate of E[e^r] for a given schedule; consistent as the cloud grows.
 """
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count, expand_time, positive
-from metaflowmaps.draws import Draws, tilted_weights
+from metaflowmaps.draws import tilted_weights
 from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.from_draws import FromDraws
 from metaflowmaps.steering.method import Info, Process
@@ -31,30 +36,33 @@ from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import (
     RESAMPLERS,
     by_system,
-    effective,
     families,
     few_families,
     resample,
     rows_of_systems,
 )
 from metaflowmaps.steering.twisted import check_one_condition
+from metaflowmaps.tempering import SMALLEST_LOSS, next_strength, stretch
 
 PACED = 0.7  # of the rounds raise λ; the others move at λ = 1
-SMALLEST_LOSS = 0.02  # of a reweighting: less is not worth a resampling
 TAKEN, GAIN = 0.5, 2.0  # the share of particles that should take a draw, and how fast t follows
-FIRST_TIME, SPREAD = -0.5, 1.0  # logits of t: of the first moves, and around the learned one
+FIRST_LOOK, EARLIEST_LOOK, SPREAD = -0.5, -2.0, 1.0  # logits of t: of the first moves, at least, and around it
 LATEST = 0.999
+LONGEST_LEAN = 1.0  # of the noise in a context, whose norm is α √d
 
 
 class Cloud(NamedTuple):
-    """S systems of M particles: row m·S + s is particle m of system s."""
+    """S systems of M weighted samples: row m·S + s is sample m of system s."""
 
     x: Tensor
     rewards: Tensor  # (M·S,)
+    log_weights: Tensor  # (S, M), of p_1 e^{λr}; their sum is 1
     strength: Tensor  # (S,) λ
     look: Tensor  # (S,) logit of the time that moves look from
+    slope: Tensor  # (S, *event) of r along the last moves
     log_evidence: Tensor  # (S,)
-    founders: Tensor  # (M·S,) which of the first samples of its system a particle descends from
+    founders: Tensor  # (M·S,) which of the first samples of its system a sample descends from
+    size: int  # particles a system, which M samples are resampled to
 
 
 @dataclass(frozen=True)
@@ -119,40 +127,38 @@ class Anneal(FromDraws):
 
     def start(self, problem: SteeringProblem, x: Tensor) -> Cloud:
         """The best of a pool of one-step samples, by weights whose ESS is ``share`` of the cloud."""
-        size = self._particles_of(x)
+        size = self.n * self.particles if self.particles else len(x)
         check_one_condition(problem, len(x), size)
         self.open_posterior(problem)
         noise = torch.cat([x, *(problem.noise("pool", len(x)) for _ in range(self.pool - 1))])
         pool = OneStep(problem).samples(noise)
         rewards = problem.score_of(pool).double()
-        of_systems = by_system(rewards, self.pool * size)
-        zero = torch.zeros_like(of_systems[:, 0])
-        strength = next_strength(of_systems, zero, self.share / self.pool)
-        founders = torch.arange(len(pool), device=pool.device) // len(zero)
-        cloud = Cloud(pool, rewards, zero, zero + FIRST_TIME, zero, founders)
-        return self._reweighted(problem, cloud, strength, size)
+        systems = len(x) // size
+        equal = rewards.new_full((systems, self.pool * size), -math.log(self.pool * size))
+        zero, slope = equal.new_zeros(systems), x.new_zeros(systems, *x.shape[1:])
+        founders = torch.arange(len(pool), device=pool.device) // systems
+        cloud = Cloud(pool, rewards, equal, zero, zero + FIRST_LOOK, slope, zero, founders, size)
+        strength = next_strength(by_system(rewards, self.pool * size), equal, zero, self.share / self.pool)
+        return self._resampled(problem, cloud, strength, size)
 
     def step(self, problem: SteeringProblem, process: Process, state: Cloud, t: float, u: float) -> tuple[Cloud, Info]:
-        """Raise λ where it is below 1, then move every particle once."""
-        size, left = self._particles_of(state.x), round((1 - t) * process.steps)
-        if bool((state.strength < 1).any()):
-            of_systems = by_system(state.rewards, size)
-            kept = torch.exp(-(stretch(of_systems, state.strength) / max(1.0, PACED * left)).square())
-            strength = next_strength(of_systems, state.strength, kept.clamp(self.share, 1 - SMALLEST_LOSS))
-            state = self._reweighted(problem, state, strength, size)
-        state, taken = self._moved(problem, state, size)
-        times = torch.sigmoid(state.look)
-        return state, {"strength": state.strength, "taken": taken, "look": times}
+        """Raise λ where it is below 1, resample, then move every particle once."""
+        size, left = state.size, round((1 - t) * process.steps)
+        strength = state.strength
+        if bool((strength < 1).any()):
+            rewards = by_system(state.rewards, state.log_weights.shape[1])
+            to_go = stretch(rewards, state.log_weights, strength)
+            kept = torch.exp(-(to_go / max(1.0, PACED * left)).square()).clamp(self.share, 1 - SMALLEST_LOSS)
+            strength = next_strength(rewards, state.log_weights, strength, kept)
+        state, taken = self._moved(problem, self._resampled(problem, state, strength, size))
+        return state, {"strength": state.strength, "taken": taken, "look": torch.sigmoid(state.look)}
 
     def finish(self, problem: SteeringProblem, state: Cloud) -> tuple[Tensor, Info]:
         """Particles for the samples, reweighted by what λ lacks, and the log-evidence of each system."""
-        size, missing = self._particles_of(state.x), 1 - state.strength
-        log_weights = torch.where(missing[:, None] > 0, missing[:, None] * by_system(state.rewards, size), 0.0)
-        chosen = resample(self.resampler, log_weights, problem.stream("return"), size // self.n)
-        log_evidence = state.log_evidence + torch.logsumexp(log_weights, 1) - math.log(size)
-        ending = {"log_evidence": log_evidence, "reached": state.strength, "founders": families(state.founders, size)}
-        ending["cloud"] = torch.full_like(state.strength, size // self.n)
-        return state.x[rows_of_systems(chosen)], ending
+        reached, count = state.strength, state.size // self.n
+        state = self._resampled(problem, state, torch.ones_like(reached), count)
+        ending = {"log_evidence": state.log_evidence, "reached": reached, "founders": families(state.founders, count)}
+        return state.x, {**ending, "cloud": torch.full_like(reached, count)}
 
     def notes(self, info: Info) -> list[str]:
         """Whether λ has come to 1, and how many families are left to decide the weights of modes."""
@@ -161,65 +167,84 @@ class Anneal(FromDraws):
             found.append(f"annealing came to λ = {reached:.2g} of 1 only: use more steps, more draws or particles (n)")
         return found + few_families(info["founders"], info["cloud"], "a larger n or pool")
 
-    def _particles_of(self, x: Tensor) -> int:
-        """Particles of one system, of which a batch of rows x is made."""
-        return self.n * self.particles if self.particles else len(x)
-
-    def _reweighted(self, problem: SteeringProblem, state: Cloud, strength: Tensor, size: int) -> Cloud:
-        """At a larger λ: particles resampled to ``size`` a system, and what their weights say of the evidence."""
-        rewards = by_system(state.rewards, len(state.rewards) // len(strength))
-        log_weights = (strength - state.strength)[:, None] * rewards
-        gained = torch.logsumexp(log_weights, 1) - math.log(rewards.shape[1])
+    def _resampled(self, problem: SteeringProblem, state: Cloud, strength: Tensor, size: int) -> Cloud:
+        """``size`` samples of equal weight a system, at a larger λ, and what the weights say of the evidence."""
+        missing = (strength - state.strength)[:, None]
+        raised = torch.where(missing > 0, missing * by_system(state.rewards, state.log_weights.shape[1]), 0.0)
+        log_weights = state.log_weights + raised
         rows = rows_of_systems(resample(self.resampler, log_weights, problem.stream("resample"), size))
-        return Cloud(
-            state.x[rows], state.rewards[rows], strength, state.look, state.log_evidence + gained, state.founders[rows]
+        return state._replace(
+            x=state.x[rows],
+            rewards=state.rewards[rows],
+            log_weights=log_weights.new_full((len(strength), size), -math.log(size)),
+            strength=strength,
+            log_evidence=state.log_evidence + torch.logsumexp(log_weights, 1),
+            founders=state.founders[rows],
         )
 
-    def _moved(self, problem: SteeringProblem, state: Cloud, size: int) -> tuple[Cloud, Tensor]:
-        """One move of every particle, and the share of each system that has taken a draw."""
-        rows = len(state.x)
+    def _moved(self, problem: SteeringProblem, state: Cloud) -> tuple[Cloud, Tensor]:
+        """One move of every particle: it and its draws, weighed; and the share of weight that the draws have."""
+        rows, systems, size = len(state.x), len(state.strength), state.size
         offset = SPREAD * (2 * problem.stream("look", rows=rows).uniform(dtype=torch.float64) - 1)
         times = torch.sigmoid(state.look.repeat(size) + offset).clamp_max(LATEST).to(state.x.dtype)
         path, noise = problem.path, problem.noise("renoise", rows)
         alpha, beta = (expand_time(f(times), state.x) for f in (path.alpha, path.beta))
-        made = problem.draws(times, alpha * noise + beta * state.x, self.options())
-        uniform = problem.stream("pick", rows=rows).uniform(dtype=torch.float64)
-        x, rewards, taken = chosen_among(state, made, state.strength.repeat(size), uniform)
-        share = by_system(taken.double(), size).mean(1)
-        return state._replace(x=x, rewards=rewards, look=state.look + GAIN * (TAKEN - share)), share
+        slope = lean(alpha, beta, expand_time(state.strength.to(state.slope), state.slope) * state.slope, size)
+        made = problem.draws(times, alpha * noise + beta * state.x + alpha.square() / beta * slope, self.options())
+        x, rewards = torch.cat([state.x[None], made.x_1]), torch.cat([state.rewards[None], made.rewards.double()])
+        shares = shares_of(x, rewards, state.strength.repeat(size), slope)
+        taken = by_system(1 - shares[0], size).mean(1)
+        weights = by_system(beside(shares, systems), len(x) * size)
+        moved = state._replace(
+            x=beside(x, systems),
+            rewards=beside(rewards, systems),
+            log_weights=(weights / size).log(),
+            look=(state.look + GAIN * (TAKEN - taken)).clamp_min(EARLIEST_LOOK),
+            slope=slope_of(x, rewards, shares, systems),
+            founders=beside(state.founders.expand(len(x), -1), systems),
+        )
+        return moved, taken
 
 
-def chosen_among(state: Cloud, made: Draws, strength: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each particle and its draws one, with probability ∝ e^{λr}: samples, rewards, and whether it is a draw."""
-    rewards = torch.cat([state.rewards[None], made.rewards.double()])
-    everything = torch.cat([state.x[None], made.x_1])
-    weights = tilted_weights(strength * rewards, torch.zeros_like(rewards).log_softmax(0))
-    index = (weights.cumsum(0)[:-1] <= uniform).sum(0)
-    rows = torch.arange(len(uniform), device=uniform.device)
-    return everything[index, rows], rewards[index, rows], index > 0
+def lean(alpha: Tensor, beta: Tensor, slope: Tensor, size: int) -> Tensor:
+    """λ times the slopes (S, *event) for ``size`` particles each, where they move a context too far shortened."""
+    slopes = slope.repeat(size, *[1] * (slope.ndim - 1))
+    longest = LONGEST_LEAN * math.sqrt(slope[0].numel()) * beta / alpha
+    norm = expand_time(slopes.flatten(1).norm(dim=1), slopes)
+    return slopes * (longest / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
 
 
-def stretch(rewards: Tensor, strength: Tensor) -> Tensor:
-    """Λ from λ to 1, by the variance of the rewards (S, M) at λ: (S,)."""
-    kept = rewards.isfinite()
-    count = kept.sum(1).clamp_min(1)
-    finite = rewards.masked_fill(~kept, 0.0)
-    mean = finite.sum(1) / count
-    variance = (finite - mean[:, None]).square().masked_fill(~kept, 0.0).sum(1) / count
-    return -variance.sqrt() * strength * strength.log()
+def shares_of(x: Tensor, rewards: Tensor, strength: Tensor, slope: Tensor) -> Tensor:
+    """Weights ∝ e^{λr − g·x} of a particle and its draws, (N + 1, M·S, *event): (N + 1, M·S)."""
+    leaned = (x * slope).flatten(2).sum(2).double()
+    return tilted_weights(strength * rewards - leaned, torch.zeros_like(rewards).log_softmax(0))
 
 
-def next_strength(rewards: Tensor, strength: Tensor, share: Tensor | float) -> Tensor:
-    """The largest λ ≤ 1 at which weights e^{(λ − now) r} leave this share of the particles that may live: (S,)."""
-    least = share * (rewards > -torch.inf).sum(1)
-    low, high = strength.clone(), torch.ones_like(strength)
+def slope_of(x: Tensor, rewards: Tensor, shares: Tensor, systems: int) -> Tensor:
+    """Of r along moves: the regression of its differences on the direction that x and r vary in together.
 
-    def leaves(at: Tensor) -> Tensor:
-        return effective((at - strength)[:, None].clamp_min(1e-300) * rewards) >= least
+    Args:
+        x: a particle and its draws, (N + 1, M·S, *event).
+        rewards: (N + 1, M·S).
+        shares: their weights, (N + 1, M·S); differences are taken to the weighted mean of a particle and its draws.
+        systems: S.
+    """
+    weights, flat = shares.double(), x.flatten(2).double()
+    values = rewards.masked_fill(weights == 0, 0.0)
+    of_x = (flat - (weights[..., None] * flat).sum(0)).reshape(-1, systems, flat.shape[2])
+    of_r = (values - (weights * values).sum(0)).reshape(-1, systems)
+    weights = weights.reshape(-1, systems)
+    together = torch.einsum("ms,ms,msd->sd", weights, of_r, of_x)
+    along = torch.einsum("msd,sd->ms", of_x, together)
+    spread = (weights * along.square()).sum(0)
+    rate = torch.where(spread > 0, (weights * along * of_r).sum(0) / spread.clamp_min(1e-300), 0.0)
+    return (rate[:, None] * together).reshape(systems, *x.shape[2:]).to(x.dtype)
 
-    done = leaves(high)
-    for _ in range(60):  # halvings: to a double's precision
-        middle = (low + high) / 2
-        enough = leaves(middle)
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return torch.where(done, torch.ones_like(low), low)
+
+def beside(values: Tensor, systems: int) -> Tensor:
+    """A particle's and its draws' beside each other: (N + 1, M·S, …), rows m·S + s, -> rows (m (N + 1) + i)·S + s.
+
+    Systematic resampling then takes from each particle's in proportion to their weight.
+    """
+    copies, rows, *event = values.shape
+    return values.reshape(copies, rows // systems, systems, *event).transpose(0, 1).flatten(0, 2)
