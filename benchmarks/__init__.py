@@ -13,6 +13,7 @@ BENCHMARKS = {
     "rivals": "rivals:main",
     "defaults": "defaults:main",
     "frontier": "frontier:main",
+    "advise": "advise:main",
     "low-dimensional": "low_dimensional:main",
     "error-propagation": "error_propagation:main",
     "diversity-stress": "review:diversity",

@@ -213,6 +213,24 @@ def defaults(result: dict[str, Any]) -> Rows:
     return [head, *rows]
 
 
+def advised(result: dict[str, Any]) -> Rows:
+    """Of each problem: how many intervals hold, what is recommended for each budget, and the best that was measured."""
+    head, rows = ["problem", "log E[e^r]", "intervals that hold", "of them \"below\" alone"], []
+    for name, found in result["problems"].items():
+        pilots = found["pilots"]
+        row = [name, number(found["log_evidence"], 1), f"{pilots['held']} of {pilots['pilots']}", str(pilots["below"])]
+        for budget, cell in found["advised"].items():
+            if len(rows) == 0:
+                head += [f"advised for {int(budget):,}", "NFE", "SW2 / floor", "best measured"]
+            best = cell["best"]
+            shown = "–"
+            if best is not None:
+                shown = f"{best['method'].strip('`')}, {number(best['nfe'], 0)}: {_off(best['sw2'])}"
+            row += [f"`{cell['method']}`", number(cell["nfe"], 0), _off(cell["sw2"]), shown]
+        rows.append(row)
+    return [head, *rows]
+
+
 def defaults_glass(result: dict[str, Any]) -> Rows:
     """Errors of GLASS' draws in floors, the worst over the laws."""
     laws = list(result["glass"].values())
