@@ -215,7 +215,7 @@ def defaults(result: dict[str, Any]) -> Rows:
 
 def advised(result: dict[str, Any]) -> Rows:
     """Of each problem: how many intervals hold, what is recommended for each budget, and the best that was measured."""
-    head, rows = ["problem", "log E[e^r]", "intervals that hold", "of them \"below\" alone"], []
+    head, rows = ["problem", "log E[e^r]", "intervals that hold", 'of them "below" alone'], []
     for name, found in result["problems"].items():
         pilots = found["pilots"]
         row = [name, number(found["log_evidence"], 1), f"{pilots['held']} of {pilots['pilots']}", str(pilots["below"])]

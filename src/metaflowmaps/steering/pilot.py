@@ -274,7 +274,9 @@ class Cloud:
     def see(self, step: Step) -> None:
         """A callback of ``steer``."""
         state = step.state
-        self.course.append((float(state.strength[0]), float(state.rewards.mean()), float(state.log_evidence[0])))
+        weights = state.log_weights[0].exp()
+        mean = weights @ state.rewards.masked_fill(weights == 0, 0.0)  # the forbidden have no weight and no mean
+        self.course.append((float(state.strength[0]), float(mean), float(state.log_evidence[0])))
 
     def estimate(self, highest: float) -> Estimate:
         """log Ẑ and its interval, of which the upper end is at most what the pool allows."""
