@@ -136,7 +136,9 @@ def free_shift(draws: Draws, log_weights: Tensor, correction: str = "none") -> T
     """Σ (w_i − ω_i) x_1^i, the gradient-free D* − D: (B, *event)."""
 
     def shift(log_base: Tensor) -> Tensor:
-        return weighted(tilted_weights(draws.rewards, log_base) - log_base.softmax(0), draws.x_1)
+        moved = tilted_weights(draws.rewards, log_base) - log_base.softmax(0)
+        # they sum to 0 up to rounding, which would count for x_1 itself and not for the spread of the draws
+        return weighted(moved, draws.x_1) - _per_draw(moved.sum(0, keepdim=True), draws.x_1[:1])[0].to(draws.x_1.dtype)
 
     return _corrected(shift, log_weights, correction)
 
