@@ -283,12 +283,12 @@ def test_formulas_from_the_draws(path):
     torch.testing.assert_close(centred.gradient, beta / alpha**2 * ((w[..., None] * got.draws).sum(0) - denoise))
 
 
-@pytest.mark.parametrize("gap", [1e-3, 1e-5])
+@pytest.mark.parametrize("gap", [1e-4, 1e-5])
 @pytest.mark.parametrize("correction", ["none", "jackknife"])
 def test_the_gradient_free_form_holds_in_single_precision_up_to_the_last_times(gap, correction):
-    """β/α² is up to 10¹⁰: weights that sum to 6e-8 instead of 0 would make 300 times the gradient of it."""
-    reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6], dtype=F64), 300.0, 10.0)  # e^{3 a·x} up to a factor
-    law = mfm.GaussianMixture(torch.tensor([[40.0, -30.0]]), 0.5)
+    """β/α² is up to 10¹⁰: weights that sum to 6e-8 instead of 0 would make hundreds of times the gradient of it."""
+    reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6], dtype=F64), 7.8, 0.8)
+    law = mfm.GaussianMixture(torch.tensor([[4.0, -3.0]]), 0.5)
     x = law.sample(32, stream(1))
     single, double = (
         value_gradient(mfm.ExactPosterior(PATH, law), reward, 1 - gap, x.to(dtype), 16, "gradient-free", stream(0),
@@ -296,9 +296,9 @@ def test_the_gradient_free_form_holds_in_single_precision_up_to_the_last_times(g
         for dtype in (torch.float32, F64)
     )  # fmt: skip
     _, exact = exact_value_and_gradient(law, PATH, 1 - gap, x.double(), reward)
-    # where the reward is linear the error of 16 draws is √(d/N) of the size of ∇V, whatever the time
+    # where the reward is linear the error of 16 draws is √(d/N) of the size of ∇V, at any time; twice for 32 states
     for estimate in (single, double):
-        assert float((estimate.double() - exact).norm() / exact.norm()) < 4 * (2 / 16) ** 0.5
+        assert float((estimate.double() - exact).norm() / exact.norm()) < 2 * (2 / 16) ** 0.5
 
 
 def test_jackknife_is_its_definition():
