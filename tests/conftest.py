@@ -26,6 +26,12 @@ TINY_RUN = [*TINY, "--max-steps", "40"]
 PATHS = {"linear": mfm.LinearPath(), "trigonometric": mfm.TrigonometricPath()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remembered(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the suite types is remembered in a folder of its own, not in the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of specifications and shared data (MFM_SHARED, or ../shared)."""

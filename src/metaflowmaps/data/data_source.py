@@ -15,6 +15,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.work.choices import Choice, built, spelled
 from metaflowmaps.work.config import Config
+from metaflowmaps.work.own_code import named_by_a_file
 
 Parts = tuple[Examples, Examples]
 
@@ -86,6 +87,7 @@ class DataSource(Config, Choice):
         )
 
 
+@named_by_a_file()
 def read_source(training: Mapping[str, Any]) -> DataSource | None:
     """The data source of a checkpoint's training configuration, None where it says none.
 

@@ -15,6 +15,7 @@ from torch import nn
 from metaflowmaps.errors import InputError
 from metaflowmaps.work.choices import Choice, build, dumped, kind_of, spelled
 from metaflowmaps.work.config import Config
+from metaflowmaps.work.own_code import named_by_a_file
 
 Family = TypeVar("Family", bound="NetworkConfig | ClassifierNetworkConfig")
 Described = dict[str, Any]  # a network, a map or a classifier, as JSON
@@ -113,6 +114,7 @@ def make_classifier(described: Mapping[str, Any]) -> nn.Module:
     return config.network(shape, classes)
 
 
+@named_by_a_file()
 def _separated(family: type[Family], described: Mapping[str, Any]) -> tuple[Family, tuple[int, ...]]:
     """The configuration and the shape of a sample; version 0.1 kept the shape among the options."""
     options = dict(described)

@@ -38,6 +38,7 @@ from metaflowmaps.training.train_config import (
 )
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import differences, validated
+from metaflowmaps.work.own_code import named_by_a_file
 
 
 def build_map(config: TrainConfig) -> MetaFlowMap:
@@ -333,6 +334,7 @@ def _source(config: RunConfig, resume: str) -> Checkpoint:
     return checkpoint
 
 
+@named_by_a_file()
 def _as_read(config: RunConfig, part: str, stored: Any) -> Any:
     """A part of a checkpoint's configuration with what versions before this one did not write."""
     try:

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.work.own_code import admit
 
 if TYPE_CHECKING:  # pydantic takes as long to load as this package: it comes with the first option that is read
     from pydantic import GetCoreSchemaHandler, ValidationError
@@ -195,16 +196,21 @@ def _read(file: Path) -> ModuleType:
     path = file.expanduser().resolve()
     if not path.is_file():
         raise InputError(f"there is no file {file}: give file.py:Name, with the path of the file")
+    running = sys.modules["__main__"]
+    if getattr(running, "__file__", None) and Path(str(running.__file__)).resolve() == path:
+        return running  # a script that loads what it has saved: not run anew
     name = _OUTSIDE + sha256(str(path).encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
+    content = path.read_bytes()
+    admit(str(path), content)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while they are made
     try:
-        spec.loader.exec_module(module)
+        # what was admitted, and no bytecode that lies beside it
+        exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:  # a script may end itself
         del sys.modules[name]
         text = " ".join(str(error).split())
@@ -213,6 +219,8 @@ def _read(file: Path) -> ModuleType:
 
 
 def _imported(place: str, text: str) -> ModuleType:
+    if place not in sys.modules:
+        admit(place, f"module {place}".encode())
     try:
         return importlib.import_module(place)
     except (ImportError, SystemExit) as error:
