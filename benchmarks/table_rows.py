@@ -225,7 +225,7 @@ def advised(result: dict[str, Any]) -> Rows:
             best = cell["best"]
             shown = "–"
             if best is not None:
-                shown = f"{best['method'].strip('`')}, {number(best['nfe'], 0)}: {_off(best['sw2'])}"
+                shown = f"{best['method'].replace('`', '')}, {number(best['nfe'], 0)}: {_off(best['sw2'])}"
             row += [f"`{cell['method']}`", number(cell["nfe"], 0), _off(cell["sw2"]), shown]
         rows.append(row)
     return [head, *rows]
@@ -465,6 +465,7 @@ TABLES = {
     },
     "rivals": Table("rivals.json", rivals),
     "defaults": Table("defaults.json", defaults),
+    "advise": Table("advise.json", advised),
     "defaults-glass": Table("defaults.json", defaults_glass),
     "low-dimensional": Table("low-dimensional.json", low_dimensional),
     "error-propagation": Table("error-propagation.json", error_propagation),
