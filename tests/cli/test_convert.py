@@ -41,6 +41,19 @@ def test_what_it_writes_loads_as_the_same_map(command, files, tmp_path, family):
     assert "holds this conversion already" in err
 
 
+def test_a_file_as_published_is_converted_and_its_surplus_named(command, interop_files, tmp_path):
+    """Averaged weights in a training script's dictionary, beside the layer that weighed times."""
+    weights = load_file(interop_files / "dmf_logvar_weights.safetensors")
+    torch.save({"ema": {f"module.{k}": v for k, v in weights.items()}, "steps": 7}, tmp_path / "dmf_xl_2_256.pt")
+    options = ("--set", "heads=4", "--set", "encoder_depth=3", "--json")
+    code, text, err = command("convert", tmp_path / "dmf_xl_2_256.pt", "--out", tmp_path / "map", *options)
+    assert code == 0, err
+    line = "dmf_xl_2_256.pt: left out what the map does not use: logvar_linear.bias, logvar_linear.weight"
+    assert err.splitlines().count(line) == 1
+    assert json.loads(text)["metrics"]["left_out"] == ["logvar_linear.bias", "logvar_linear.weight"]
+    assert mfm.MetaFlowMap.from_pretrained(tmp_path / "map").network.num_classes == 1000
+
+
 def test_bad_input_is_one_line_that_names_the_fix(command, files, tmp_path):
     weights = load_file(files["dmf"])
     save_file({**weights, "odd": torch.zeros(1)}, tmp_path / "odd.safetensors")

@@ -88,13 +88,13 @@ def test_every_wrapping_of_a_file_is_the_same_model(files, tmp_path, family):
         "half.safetensors": {key: value.half() for key, value in weights.items()},
     }
     for name, content in wrapped.items():
-        path = tmp_path / name
+        path = tmp_path / f"{family}-{name}"
         save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
         # halves are rounded to 11 bits, and turned times and signs after that
         bound = 2e-3 if name.startswith("half") else 0
         for key, value in load(path).state_dict().items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=bound, msg=f"{name}: {key}")
-    folder = tmp_path / "folder"
+    folder = tmp_path / f"{family}-folder"
     folder.mkdir()
     save_file(weights, folder / "weights.safetensors")
     assert all(torch.equal(v, expected[k]) for k, v in load(folder).state_dict().items())
@@ -144,7 +144,7 @@ def test_corrupted_copies_are_refused(files, tmp_path, family):
 def test_a_wrong_family_names_the_right_one(files):
     for family in FAMILIES:
         for asked in FAMILIES:
-            if asked != family:
+            if asked != family and (family, asked) != ("dmf", "sit"):  # a SiT without doubled outputs looks the same
                 with pytest.raises(InputError, match=rf"is no {asked} file .*it is a {family} file: family='{family}'"):
                     load(files[family], asked)
         assert load(files[family], family).state_dict().keys() == load(files[family]).state_dict().keys()

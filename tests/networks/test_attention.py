@@ -132,3 +132,20 @@ def test_bad_arguments():
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="heads must be at least 1"):
         SelfAttention(8, 0)
+
+
+def test_head_norms_make_attention_blind_to_the_length_of_queries_and_keys_and_keep_its_derivative():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = SelfAttention(8, 2, head_norms=True).double()
+    module.qkv.bias.data.zero_()
+    x = normal(2, 5, 8)
+    out = module(x)
+    module.qkv.weight.data[:16] *= 1e3  # of queries and keys: below it the 1e-6 under the root is 1e-6 of them
+    assert (module(x) - out).abs().max() < 1e-4 * out.abs().max()
+    module.qkv.weight.data[:16] /= 1e3
+    along, h = normal(2, 5, 8, seed="along"), 1e-5
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, along))).tangent
+    difference = (module(x + h * along) - module(x - h * along)) / (2 * h)  # h² of rounding 1e-16/h: 1e-10
+    torch.testing.assert_close(tangent, difference, rtol=0, atol=1e-8)

@@ -20,9 +20,9 @@ class Convert(Options):
     shared = ("out", "as_json")
 
     file: Annotated[str, Argument("FILE")] = Field(
-        description="A published SiT, DMF or MFM file, owner/name[/file][@revision], or a run of your own."
+        description="A published SiT, REPA, DMF or MFM file, owner/name[/file][@revision], or a run of your own."
     )
-    family: str = Field("auto", description="auto, mfm, dmf or sit.")
+    family: str = Field("auto", description="auto, mfm, dmf or sit, or a layout: dmf-512, sit-512, repa.")
     settings: Annotated[tuple[str, ...], Name(("--set",), "KEY=VALUE")] = Field(
         (), description="What shapes cannot tell: heads=N, encoder_depth=N, guidance=true (repeatable)."
     )
@@ -46,6 +46,8 @@ def run(config: Convert, context: Context) -> Results:
     else:
         published = pretrained.load_with_source(config.file, config.family, given, config.revision, config.check)
         made = of_file(published, given, wanted)
+        if published.source.note:
+            context.say(published.source.note)
         usual = Path("runs") / Path(made.origin.file).stem
     out, direction, network = context.out or usual, made.direction, made.model.network
     if not made.write(out):
@@ -57,6 +59,7 @@ def run(config: Convert, context: Context) -> Results:
         )
     metrics = {
         "family": made.origin.family,
+        "left_out": made.notes.get("left_out", []),
         "parameters": sum(p.numel() for p in made.model.parameters()),
         "direction": "unchecked" if direction is None else direction.verdict,
     }

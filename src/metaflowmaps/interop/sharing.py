@@ -31,6 +31,10 @@ FAMILIES = {  # what the map is, and under whose licence
         "The meta flow map that a SiT initialises: its drift is SiT's, to be distilled.",
         "that of the published weights (nyu-visionx/SiT-collections)",
     ),
+    "repa": (
+        "The meta flow map that a REPA initialises: its drift is REPA's, to be distilled.",
+        "that of the published weights",
+    ),
 }
 
 
@@ -94,11 +98,11 @@ def of_file(published: pretrained.Published, config: Mapping[str, Any], wanted: 
     _check_guidance(wanted.guidance, scales)
     usual = max(scales) if wanted.guidance is None and kind.guidance else wanted.guidance
     folder, vae = _autoencoder(wanted.vae)
-    what, licence = FAMILIES[kind.name]
+    what, licence = FAMILIES["repa" if kind.layout == "repa" else kind.name]
     place = f"`{source.name}`" + (f" at revision {source.revision}" if source.revision else "")
     story = (
-        f"{what}\n\nConverted on {date.today().isoformat()} from {place} (layout: {kind.name}); the tensors are those "
-        f"of the\nfile, with time direction and sign folded into them. Licence: {licence}."
+        f"{what}\n\nConverted on {date.today().isoformat()} from {place} (layout: {kind.layout}); the tensors are "
+        f"those of the\nfile, with time direction and sign folded into them. Licence: {licence}."
     )
     return Shareable(
         model,
@@ -107,7 +111,7 @@ def of_file(published: pretrained.Published, config: Mapping[str, Any], wanted: 
         Path(source.name).stem,
         story,
         folder,
-        {"direction": None if direction is None else finite(direction._asdict())},
+        {"direction": None if direction is None else finite(direction._asdict()), "left_out": list(source.left_out)},
         direction,
     )
 

@@ -29,21 +29,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fused_tangents: bool = False) -> Ten
     return out
 
 
+class HeadNorm(nn.Module):
+    """x / √(mean x² + 1e-6) over the numbers of a head, each then scaled; exact under forward-mode AD."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, size) -> (…, size)."""
+        out = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.scale
+        return out.to(x.dtype)  # autocast has queries in fewer bits than parameters
+
+
 class SelfAttention(nn.Module):
-    """Self-attention with one projection to queries, keys and values, in this order, and one out."""
+    """Self-attention with one projection to queries, keys and values, in this order, and one out.
+
+    ``head_norms``: queries and keys are normalised, each head by itself.
+    """
 
     fused_tangents = False
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, head_norms: bool = False) -> None:
         super().__init__()
         check_count(heads, "heads")
         check_divides(heads, width, ("heads", "width"))
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.q_norm, self.k_norm = (HeadNorm(width // heads) if head_norms else nn.Identity() for _ in "qk")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, width) -> (B, N, width)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = self.out(attend(q, k, v, self.fused_tangents).transpose(1, 2).flatten(2))
+        mixed = attend(self.q_norm(q), self.k_norm(k), v, self.fused_tangents)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out

@@ -58,6 +58,7 @@ class DiTConfig(NetworkConfig):
     heads: int = Field(6, ge=1, le=MAX_WIDTH)
     encoder_depth: int | None = Field(None, ge=1, le=MAX_DEPTH)  # None: two thirds of the depth
     mlp_ratio: float = Field(4.0, gt=0, le=64)  # hidden width of the perceptrons over the width
+    head_norms: bool = False  # queries and keys normalised, each head by itself (RMS)
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """A :class:`DiT` on square images or latents of this shape."""
@@ -162,7 +163,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width, hidden = config.width, round(config.mlp_ratio * config.width)
-        self.attention = SelfAttention(width, config.heads)
+        self.attention = SelfAttention(width, config.heads, config.head_norms)
         first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.mlp = nn.Sequential(first, nn.GELU(approximate="tanh"), last)
         self.modulation = _modulation(width, 6)

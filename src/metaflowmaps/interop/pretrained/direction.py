@@ -33,6 +33,11 @@ class Direction(NamedTuple):
     given: float
     reversed: float
 
+    def turned(self) -> "Direction":
+        """What the probe would say of the reversed drift."""
+        verdict = {"forward": "backward", "backward": "forward"}.get(self.verdict, self.verdict)
+        return Direction(verdict, self.reversed, self.given)
+
 
 @torch.no_grad()
 def time_direction(

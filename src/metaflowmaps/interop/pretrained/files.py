@@ -2,7 +2,7 @@
 
 ``.safetensors`` files are read as they are, ``.pt`` and its kin by torch's restricted unpickler, which knows tensors
 and plain containers and runs no code: a pickle that needs more is refused. What training scripts wrap around the
-weights (an ``ema`` or ``model`` dictionary, ``module.`` or ``model.`` before every key) is taken off.
+weights (an ``ema`` or ``model`` dictionary, ``module.`` or ``model.`` before a key) is taken off.
 """
 
 import re
@@ -28,11 +28,17 @@ PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.", "net.", "di
 
 
 class WeightsOrigin(NamedTuple):
-    """Where weights were read from, as a model card says it; of a local file, what it holds."""
+    """Where weights were read from, as a model card says it; of a local file, its hash; what of it is not used."""
 
     name: str
     revision: str | None
     sha256: str | None = None
+    left_out: tuple[str, ...] = ()  # harmless tensors that the map has no use for
+
+    @property
+    def note(self) -> str:
+        """What was left out, in one line; empty where nothing was."""
+        return f"{self.name}: left out what the map does not use: {', '.join(self.left_out)}" if self.left_out else ""
 
 
 def read_weights(path: str | Path, revision: str | None = None) -> tuple[dict[str, Tensor], WeightsOrigin]:
@@ -68,13 +74,25 @@ def _sha256(path: Path) -> str:
 
 
 def bare(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Keys without what stands before every one of them."""
-    named = dict(weights)
-    while prefix := next((p for p in PREFIXES if named and all(key.startswith(p) for key in named)), None):
-        named = {key.removeprefix(prefix): value for key, value in named.items()}
+    """Each key without what stands before it: a training module may hold tensors of its own beside the network."""
+    named: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for key, value in weights.items():
+        short = _without_prefixes(key)
+        if short in named:
+            raise InputError(
+                f"{path} holds two tensors {short} ({first[short]} and {key}): save the weights that are meant alone"
+            )
+        named[short], first[short] = value, key
     if not named:
         raise InputError(f"{path} holds no tensors: give a file of weights")
     return named
+
+
+def _without_prefixes(key: str) -> str:
+    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
+        key = key.removeprefix(prefix)
+    return key
 
 
 def _tensors(path: Path) -> Any:

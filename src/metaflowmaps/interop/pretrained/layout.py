@@ -1,7 +1,9 @@
-r"""The layout that SiT, DMF and MFM share, and the way from it to :class:`~metaflowmaps.networks.dit.DiT`.
+r"""The layout that SiT, REPA, DMF and MFM share, and the way from it to :class:`~metaflowmaps.networks.dit.DiT`.
 
-All three are the same transformer under the same names; they differ in the times they know, in the direction these
-run, and in the sign and the number of the outputs. Nothing of that is left at run time: it is folded into the weights.
+All are the same transformer under the same names; they differ in the times they know, in the direction these run, in
+the sign and the number of the outputs, and in whether queries and keys are normalised. Nothing of that is left at run
+time: it is folded into the weights, or an option of the network. What training leaves in a file and the map does not
+use is declared by its layout, and left out; anything else that is surplus is refused.
 
 **Time reversed.** The first layer after the sinusoid sees ``f(t) = (cos ω_i t, sin ω_i t)``. Since
 ``cos ω(1−t) = cos ω cos ωt + sin ω sin ωt`` and ``sin ω(1−t) = sin ω cos ωt − cos ω sin ωt``, f(1−t) = R f(t) with a
@@ -32,23 +34,34 @@ COMMON = {  # theirs -> ours, as beginnings of keys
 }
 BLOCK = {  # inside blocks.N
     "attn.qkv": "attention.qkv",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
     "attn.proj": "attention.out",
     "mlp.fc1": "mlp.0",
     "mlp.fc2": "mlp.2",
     "adaLN_modulation": "modulation",
 }
 OVERRIDES = ("heads", "encoder_depth", "guidance")
+COUNTERS = ("n_averaged",)  # what torch's averaged models count, in a file of any layout
 
 
 class Family(NamedTuple):
     """A published layout: what its file holds beside the common part, and how that becomes ours."""
 
-    name: str
+    name: str  # of the family, "dmf", which may have published several layouts
+    layout: str  # "dmf-512"
     own: dict[str, tuple[str, ...]]  # their embedders -> those of ours that become it
     reversed_times: tuple[str, ...]  # of ours, those that were fed 1 − time
     negated: bool
     doubled: bool
     guidance: bool = False
+    head_norms: bool = False
+    harmless: tuple[str, ...] = ()  # beginnings of keys that training leaves in the file and the map does not use
+    marks: str = ""  # the beginning of keys by which the layout is told from one with the same network
+
+    def leaves_out(self, key: str) -> bool:
+        """Is this key of a file harmless surplus?"""
+        return key.startswith((*self.harmless, *COUNTERS))
 
 
 def expected(family: Family, shape: "Shape") -> dict[str, tuple[int, ...]]:
@@ -76,6 +89,8 @@ def expected(family: Family, shape: "Shape") -> dict[str, tuple[int, ...]]:
         keys |= _layer(f"{block}.attn.qkv", (3 * w, w)) | _layer(f"{block}.attn.proj", (w, w))
         keys |= _layer(f"{block}.mlp.fc1", (shape.hidden, w)) | _layer(f"{block}.mlp.fc2", (w, shape.hidden))
         keys |= _layer(f"{block}.adaLN_modulation.1", (6 * w, w))
+        if family.head_norms:
+            keys |= {f"{block}.attn.{part}_norm.scale": (shape.head_dim,) for part in "qk"}
     return keys
 
 
@@ -95,6 +110,7 @@ class Shape(NamedTuple):
     hidden: int
     features: int
     scales: int
+    head_dim: int = 0  # 0: the file does not say
 
 
 def shape_of(weights: Weights) -> Shape:
@@ -107,6 +123,7 @@ def shape_of(weights: Weights) -> Shape:
     if side * side != tokens[1]:
         raise InputError(f"pos_embed has {tokens[1]} positions, which make no square image")
     scales = weights.get("guidance_embedder.embedding_table.weight")
+    norm = weights.get("blocks.0.attn.q_norm.scale")
     return Shape(
         width=patches[0],
         depth=len(blocks),
@@ -117,6 +134,7 @@ def shape_of(weights: Weights) -> Shape:
         hidden=hidden[0],
         features=features[1],
         scales=0 if scales is None else scales.shape[0],
+        head_dim=0 if norm is None else norm.numel(),
     )
 
 
@@ -131,7 +149,7 @@ def _of(weights: Weights, key: str, ndim: int) -> tuple[int, ...]:
 def network_config(family: Family, shape: Shape, given: Mapping[str, Any]) -> dict[str, Any]:
     """What ``DiT`` is made with; ``given`` says what shapes cannot tell, and the released sizes say it themselves."""
     known = next((s for s in SIZES.values() if (s["width"], s["depth"]) == (shape.width, shape.depth)), {})
-    heads = given.get("heads", known.get("heads"))
+    heads = given.get("heads", shape.width // shape.head_dim if shape.head_dim else known.get("heads"))
     early = given.get("encoder_depth", known.get("encoder_depth"))
     if heads is None or (early is None and family.name != "sit"):
         missing = [name for name, value in (("heads", heads), ("encoder_depth", early)) if value is None]
@@ -161,6 +179,7 @@ def network_config(family: Family, shape: Shape, given: Mapping[str, Any]) -> di
         "num_classes": shape.classes,
         "guidance": list(guidance) if isinstance(guidance, list | tuple) else guidance,
         "mlp_ratio": shape.hidden / shape.width,
+        "head_norms": family.head_norms,
     }
 
 
@@ -168,6 +187,8 @@ def fill(network: DiT, family: Family, weights: Weights) -> None:
     """Put a file's tensors, which fit, into ``network``; what the family does not have stays as it began."""
     ours = network.state_dict()
     for key, value in weights.items():
+        if family.leaves_out(key):
+            continue
         if key.startswith("final_layer.linear"):
             value = _first_half(value, network.config.patch) if family.doubled else value
             value = -value if family.negated else value
@@ -224,7 +245,7 @@ def misfit(family: Family, weights: Weights) -> list[str]:
     )
     parts = {
         "missing": sorted(needed.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - needed.keys()),
+        "unexpected": sorted(key for key in weights.keys() - needed.keys() if not family.leaves_out(key)),
         "wrong shape": shapes,
         "not numbers": floats,
         "not finite": broken,

@@ -7,6 +7,7 @@ from metaflowmaps.interop.pretrained.layout import Family
 
 MFM = Family(
     "mfm",
+    "mfm",
     {
         "x_cond_embedder": ("context_patches",),
         "x_cond_adaLN": ("context_gate",),
@@ -21,4 +22,5 @@ MFM = Family(
     negated=True,
     doubled=False,
     guidance=True,
+    harmless=("latents_scale", "latents_bias"),  # of its autoencoder, registered beside the network
 )
