@@ -12,7 +12,7 @@ the particle itself will do; that of a cloud does by one part in its size.
 
 Each round raises λ as far as the weights e^{Δλ r} allow, resamples from all that the last moves brought, and moves
 every particle once. λ is paced by what is left: Λ = ∫ √Var_λ(r) dλ is the number of standard deviations to go, read
-off the cloud as √Var λ log(1/λ), exact for a quadratic reward, and the next stretch ℓ is Λ divided by seven tenths of
+off the cloud as √Var λ log(1/λ), exact for a quadratic reward, and the next stretch ℓ is Λ divided by nine tenths of
 the rounds left: λ rises until the weights' ESS is e^{−ℓ²} of the particles, and never below ``share`` of them. How far
 a move looks back is learned: t rises where too few particles take a draw.
 
@@ -28,13 +28,12 @@ from torch import Tensor
 
 from metaflowmaps._shapes import check_count, expand_time, positive
 from metaflowmaps.draws import tilted_weights
-from metaflowmaps.errors import InputError, check_one_of
+from metaflowmaps.errors import InputError
 from metaflowmaps.steering.from_draws import FromDraws
 from metaflowmaps.steering.method import Info, Process
 from metaflowmaps.steering.one_step import OneStep
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import (
-    RESAMPLERS,
     by_system,
     families,
     few_families,
@@ -44,7 +43,7 @@ from metaflowmaps.steering.resampling import (
 from metaflowmaps.steering.twisted import check_one_condition
 from metaflowmaps.tempering import SMALLEST_LOSS, next_strength, stretch
 
-PACED = 0.7  # of the rounds raise λ; the others move at λ = 1
+PACED = 0.9  # of the rounds raise λ; the others move at λ = 1
 TAKEN, GAIN = 0.5, 2.0  # the share of particles that should take a draw, and how fast t follows
 FIRST_LOOK, EARLIEST_LOOK, SPREAD = -0.5, -2.0, 1.0  # logits of t: of the first moves, at least, and around it
 LATEST = 0.999
@@ -75,7 +74,6 @@ class Anneal(FromDraws):
         pool: one-step samples a particle to begin with.
         particles: samples that share a cloud; None: all of a batch.
         share: of the particles' weight that a reweighting must leave, as an ESS.
-        resampler: systematic, stratified, multinomial or residual.
     """
 
     name = "mfm-anneal"
@@ -89,7 +87,6 @@ class Anneal(FromDraws):
     pool: int = 4
     particles: int | None = None
     share: float = 0.5
-    resampler: str = "systematic"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +96,6 @@ class Anneal(FromDraws):
             check_count(self.particles, "particles")
         if not positive(self.share, "share") < 1:
             raise InputError(f"share is a fraction of the particles, between 0 and 1, got {self.share}")
-        check_one_of("resampler", self.resampler, RESAMPLERS)
 
     @property
     def copies(self) -> int:
@@ -172,7 +168,7 @@ class Anneal(FromDraws):
         missing = (strength - state.strength)[:, None]
         raised = torch.where(missing > 0, missing * by_system(state.rewards, state.log_weights.shape[1]), 0.0)
         log_weights = state.log_weights + raised
-        rows = rows_of_systems(resample(self.resampler, log_weights, problem.stream("resample"), size))
+        rows = rows_of_systems(resample("stratified", log_weights, problem.stream("resample"), size))
         return state._replace(
             x=state.x[rows],
             rewards=state.rewards[rows],
@@ -244,7 +240,8 @@ def slope_of(x: Tensor, rewards: Tensor, shares: Tensor, systems: int) -> Tensor
 def beside(values: Tensor, systems: int) -> Tensor:
     """A particle's and its draws' beside each other: (N + 1, M·S, …), rows m·S + s, -> rows (m (N + 1) + i)·S + s.
 
-    Systematic resampling then takes from each particle's in proportion to their weight.
+    Stratified resampling then takes from each particle's, in proportion to their weight and one apart from the other;
+    systematic would take the same place of everyone's.
     """
     copies, rows, *event = values.shape
     return values.reshape(copies, rows // systems, systems, *event).transpose(0, 1).flatten(0, 2)
