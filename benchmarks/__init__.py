@@ -25,6 +25,7 @@ BENCHMARKS = {
     "finetune-digits": "finetuning:digits",
     "images": "images:main",
     "digits-one-setting": "one_setting:main",
+    "few-evaluations": "few_evaluations:main",
     "memory": "memory:main",
     "memory-pipeline": "memory:pipeline",
     "world-size": "world_size:main",

@@ -92,6 +92,22 @@ def frontier(problems: Mapping[str, Any]) -> "Figure":
     return drawn.figure
 
 
+def few_evaluations(rewards: Mapping[str, Any]) -> "Figure":
+    """Reward against diversity of best-of-N in one step and of an annealed cloud, a panel a reward."""
+    drawn = Panels.new(len(rewards), (4.0, 3.4), "Reward at a diversity, on digits")
+    for axis, (name, found) in zip(drawn.axes, rewards.items(), strict=True):
+        for kind, method in (("best of", "best-of-n"), ("annealed", "mfm-anneal")):
+            cells = list(found[kind].values())
+            label = "best of 1, 10, 100 and 1,000" if kind == "best of" else f"MFM-Anneal, {cells[0]['nfe']:.0f} NFE"
+            points = [(cell["distance"], cell["reward"]) for cell in cells]
+            axis.plot(*zip(*points, strict=True), label=label, **style(method))
+        axis.set(xlabel="mean distance between samples", ylabel="mean reward")
+        axis.set_title(name)
+    drawn.rim()
+    drawn.legend()
+    return drawn.figure
+
+
 def low_dimensional(problems: Mapping[str, Any]) -> "Figure":
     """∇V as the data thins, the errors of its estimators at the thinnest, and how far the steered laws are."""
     kinds = list(dict.fromkeys(found["kind"] for found in problems.values()))

@@ -25,7 +25,7 @@ from metaflowmaps.random import stream
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.steering.diagnostics import without_pilot_pool
 
-SAMPLES, SEEDS, NOISE, DIRECTIONS = 1024, 4, 0.2, 16
+SAMPLES, SEEDS, NOISE, DIRECTIONS = 512, 4, 0.2, 16
 PROBLEMS = {"16-D, −5": (16, -5), "16-D, −10": (16, -10), "16-D, −20": (16, -20), "16-D, −40": (16, -40),
             "64-D, −20": (64, -20), "16-D, linear": (16, None)}  # fmt: skip
 BUDGETS = (50, 150, 450, 1000, 2000)

@@ -422,6 +422,31 @@ def inverse(result: dict[str, Any]) -> Rows:
     return [["accuracy, spread, p; PSNR of the mean", *problems], *rows.values()]
 
 
+def frontier(result: dict[str, Any]) -> Rows:
+    """SW2 in floors by budget, a row a problem and method; in bold the nearest of each budget."""
+    rows, budgets = [], list(next(iter(next(iter(result["problems"].values()))["methods"].values())))
+    for problem, found in result["problems"].items():
+        best = {b: min(by[b]["sw2"] for by in found["methods"].values()) for b in budgets}
+        for name, by in found["methods"].items():
+            shown = (f"**{_off(by[b]['sw2'])}**" if by[b]["sw2"] == best[b] else _off(by[b]["sw2"]) for b in budgets)
+            rows.append([problem, f"`{name}`", *shown])
+    return [["problem", "method", *(f"{b} NFE" for b in budgets)], *rows]
+
+
+def few_evaluations(result: dict[str, Any]) -> Rows:
+    """Reward and mean distance, a column a reward."""
+    rewards = result["rewards"]
+    first = next(iter(rewards.values()))
+    titles = [("best of", name, f"{name} in one step") for name in first["best of"]]
+    titles += [("annealed", name, f"MFM-Anneal, strength {name}") for name in first["annealed"]]
+    rows = [
+        [title, number(first[kind][name]["nfe"], 0)]
+        + [f"{number(of[kind][name]['reward'])} ({number(of[kind][name]['distance'], 1)})" for of in rewards.values()]
+        for kind, name, title in titles
+    ]
+    return [["method", "NFE", *rewards], *rows]
+
+
 def tuned_digits(result: dict[str, Any]) -> Rows:
     """Fréchet distances to the target, of tuned and of steered samples."""
     head, rows = ["reward", "λ"], []
@@ -451,9 +476,7 @@ TABLES = {
     "step-cost-transformer": Table("step-cost-transformer.json", lambda result: step_cost(result, 0)),
     "glass": Table("glass.json", glass),
     "steering-seeds": Table(SEEDS, methods("ode, 250 steps", "ode, 50 steps")),
-    "steering-particles": Table(
-        SEEDS, methods("particles, 250 steps", "particles, 50 steps", "particles, one returned, 50 steps")
-    ),
+    "steering-particles": Table(SEEDS, methods("particles, 250 steps", "particles, 50 steps")),
     "steering-variants": Table(STEERING, methods("ode, 50 steps, variants")),
     **{
         f"steering-{process}-{steps}": Table(STEERING, methods(f"{process}, {steps} steps"))
