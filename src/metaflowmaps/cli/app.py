@@ -50,7 +50,7 @@ class Commands(click.Group):
     """Commands that are made when they are asked for."""
 
     def __init__(self, name: str, text: str, members: Mapping[str, str | Run], **more: Any) -> None:
-        super().__init__(name, help=text, no_args_is_help=False, invoke_without_command=True, **more)
+        super().__init__(name, help=text, no_args_is_help=False, invoke_without_command=True, callback=_asked, **more)
         self.members = members
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -74,13 +74,6 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, self._first_line(member)) for name, member in self.members.items()])
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run what was asked for; where nothing was, that is bad usage and the help is the answer."""
-        if not ctx._protected_args and not ctx.args:
-            click.echo(ctx.get_help())
-            ctx.exit(2)
-        return super().invoke(ctx)
-
     @staticmethod
     def _first_line(member: str | Run) -> str:
         if not isinstance(member, str):
@@ -88,6 +81,14 @@ class Commands(click.Group):
         spec = find_spec(f"{__package__}.{member}")
         text = ast.get_docstring(ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))) or ""
         return text.splitlines()[0]
+
+
+@click.pass_context
+def _asked(ctx: click.Context) -> None:
+    """Where no command was named, that is bad usage and the help is the answer."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(2)
 
 
 def main() -> click.Group:

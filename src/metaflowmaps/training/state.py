@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from metaflowmaps.checkpoint import (
     Checkpoint,
@@ -50,7 +51,7 @@ class TrainState:
     def average(self) -> None:
         """ema ← k ema + (1 − k) weights, k = min(decay, (step + 1)/(step + 10)), on what this rank holds of them."""
         keep = min(self.decay, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(self._averaged, [ranks.local(p) for p in self._live], 1 - keep)
+        get_ema_multi_avg_fn(keep)(self._averaged, [ranks.local(p) for p in self._live], self.step)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

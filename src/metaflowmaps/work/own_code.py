@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
 
-from metaflowmaps._files import write_whole
 from metaflowmaps.errors import InputError
 
 ALLOWED = "MFM_CODE"  # files and modules that may be imported, apart as in PATH
@@ -45,6 +44,8 @@ def admit(place: str, content: bytes) -> None:
             f"names {place}, code that you have not run as it is now: read it, and where you trust it put "
             f"{ALLOWED}={place} before the command"
         )
+    from metaflowmaps._files import write_whole  # brings torch, which help does without
+
     with suppress(OSError):  # where nothing can be remembered, it is typed each time
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_whole(mark, f"{place}\n".encode(), durable=False)
