@@ -4,6 +4,8 @@ Every message says what was given, what is allowed and what to type. The command
 stderr and exit code 2; from Python it is a ``ValueError``.
 """
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -25,3 +27,12 @@ def check_one_of(kind: str, given: object, allowed: Iterable[str]) -> None:
     names = tuple(allowed)
     if given not in names:
         raise unknown(kind, given, names)
+
+
+def warn_caller(message: str) -> None:
+    """A warning at the first line outside of the package (and of torch, which calls it), however deep it is given."""
+    frame, level = sys._getframe(1), 2
+    inside = {__package__, "torch"}
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -32,9 +32,11 @@ from metaflowmaps._shapes import (
     positive,
     repeat_cond,
     repeat_rows,
+    select_cond,
 )
 from metaflowmaps.checkpoint import Pretrained
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.errors import InputError, unknown, warn_caller
+from metaflowmaps.guidance import GuidanceLaw, read_law
 from metaflowmaps.parameterization import Chart, chart_class
 from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.random import RowNoise, Source, check_seeds, randn
@@ -79,10 +81,15 @@ class MetaFlowMap(Pretrained):
         parameterization: gaussian, plain or residual.
         data_mean: of the data, for the gaussian parameterisation: a number or (*event).
         data_std: of a coordinate of the data about that mean.
+
+    ``guidance_law`` is what a published network gives for a label, and how a scale is made of it where the network
+    reads none: None for a map whose scales mean what they say. It may be replaced by another one.
     """
 
     kind = "meta-flow-map"
     data_mean: Tensor
+    guidance_law: GuidanceLaw | None = None
+    _told = False  # that a label was asked for at a scale that was never trained
 
     def __init__(
         self,
@@ -141,10 +148,32 @@ class MetaFlowMap(Pretrained):
         self._check(s, u, x_s, t, x_t)
         self._check_cond(cond, x_s)
         s, u, t = batch_time(s, x_s), batch_time(u, x_s), batch_time(t, x_t)
+        at = (s, u, x_s, t, x_t)
+        if self.guidance_law is None or self.guidance_law.asked or "guidance" not in (cond or {}):
+            return self._velocity(at, cond)
+        return self._guided(self.guidance_law, at, dict(cond or {}))
+
+    def _velocity(self, at: tuple[Tensor, ...], cond: Cond) -> Tensor:
+        """What the network itself gives at (s, u, x_s, t, x_t); times are (B,)."""
+        s, u, x_s, t, x_t = at
         flow = self.anchor(t, x_t, cond)
         chart = flow.chart
         f = flow(chart.time_in(s), chart.time_in(u), chart.state_in(s, x_s))
         return chart.velocity_out(s, u, x_s, f)
+
+    def _guided(self, law: GuidanceLaw, at: tuple[Tensor, ...], cond: dict[str, Tensor]) -> Tensor:
+        """The velocity at a scale that the network does not read; rows that guidance moves are evaluated twice."""
+        w, label = cond.pop("guidance"), cond.get("label")
+        given = self._velocity(at, cond)
+        if label is None:  # no class to guide towards
+            return given
+        factor, null_class = law.factor(at[0], w), int(self.network.num_classes)  # type: ignore[arg-type]
+        rows = ((factor != 1) & (label != null_class)).nonzero().squeeze(1)
+        if not len(rows):
+            return given
+        without = {**(select_cond(cond, rows) or {}), "label": torch.full_like(label[rows], null_class)}
+        null = self._velocity(tuple(value[rows] for value in at), without)
+        return given.index_copy(0, rows, law.guide(given[rows], null, factor[rows]).to(given))
 
     def forward(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
         """X_{s,u}(x_s; t, x_t) = x_s + (u − s) v_{s,u}."""
@@ -240,6 +269,7 @@ class MetaFlowMap(Pretrained):
             "parameterization": self.parameterization,
             "data_std": self.data_std,
             "network": describe_network(self.network),
+            **({} if self.guidance_law is None else {"guidance_law": self.guidance_law.described()}),
             **({"low_rank": rank} if rank else {}),
         }
 
@@ -254,6 +284,7 @@ class MetaFlowMap(Pretrained):
             add_low_rank(network, described["low_rank"])
         model = cls(network, path, described["parameterization"], data_std=described["data_std"])
         model.data_mean = torch.zeros(shapes.get("data_mean", ()))  # a number or a tensor
+        model.guidance_law = read_law(described)
         return model
 
     def _check(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor) -> None:
@@ -283,6 +314,20 @@ class MetaFlowMap(Pretrained):
                 raise InputError("this map knows no classes: leave the label out, or train one with data.labels=true")
             if classes is not None and not bool(((label >= 0) & (label <= classes)).all()):
                 raise InputError(f"labels must lie in 0..{classes} ({classes} is the null class)")
+            self._warn_of_untrained(label, (cond or {}).get("guidance"))
+
+    def _warn_of_untrained(self, label: Tensor, w: Tensor | None) -> None:
+        """Once, where a label is asked for at a scale at which the network has learned none."""
+        law = self.guidance_law
+        if law is None or not law.asked or self._told:
+            return
+        named = label != getattr(self.network, "num_classes", -1)
+        if bool((named if w is None else named & ((w - law.scale).abs() > 1e-6)).any()):
+            self._told = True
+            warn_caller(
+                f"this map has learned labels at guidance {law.scale:g} alone, the null class at 1: a label without "
+                f"guidance={law.scale:g} asks for what was never trained"
+            )
 
 
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -348,7 +348,7 @@ class Pipeline:
 
     def condition(self, labels: Tensor | None, guidance: float | None, n: int) -> Cond:
         """``cond`` of n samples: the null class where no label is given, the usual guidance where no scale is."""
-        guided = getattr(self.model.network, "guidance", None) is not None
+        guided = (getattr(self.model.network, "guidance", None) or self.model.guidance_law) is not None
         scale = self.guidance if guidance is None else guidance
         if scale is not None and not guided:
             if guidance is None or guidance == 1:

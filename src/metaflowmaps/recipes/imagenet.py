@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 -m metaflowmaps.cli train imagenet-xl2 --data data/imagenet-latents
     mfm run imagenet-fid runs/imagenet-xl2 --set statistics=VIRTUAL_imagenet256_labeled.npz
 
-Teacher and starting point is the parent: SiT or DMF as ``mfm convert`` writes it, guided where a row asks for it, then
-GLASS on its drift. Nothing here was trained for its full length by this project: the settings are the paper's, the
-losses those that docs/scale.md measures.
+Teacher and starting point is the parent: SiT or DMF as ``mfm convert`` writes it, guided where a row asks for it by its
+family's law, then GLASS on its drift. Nothing here was trained for its full length by this project: the settings are
+the paper's, the losses those that docs/scale.md measures.
 """
 
 from metaflowmaps.data import Latents

@@ -2,7 +2,8 @@
 
 ``teacher.at(chart, t, x_t, cond)`` is a velocity ``(a, z) -> dz/da`` at a batch of contexts. With labels y and guidance
 scales w it is the guided one: the marginal drift is guided first, ``b = b_∅ + w (b_y − b_∅)``, and the auxiliary drift,
-linear in it, follows (§4).
+linear in it, follows (§4). A parent whose labelled drift is guided already says so by its
+:class:`~metaflowmaps.guidance.GuidanceLaw`.
 """
 
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import Cond, expand_time
 from metaflowmaps.errors import InputError
+from metaflowmaps.guidance import PLAIN, GuidanceLaw, guided_drift
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.losses import Velocity
 from metaflowmaps.parameterization import Chart
@@ -63,11 +65,12 @@ class ExactTeacher:
 class GlassTeacher:
     """GLASS on any drift (t, x) -> b, or (t, x, cond) -> b where there are conditions, carried into the chart.
 
-    ``null_class`` None: the drift knows guidance itself and is given the whole condition.
+    ``null_class`` None: the drift knows guidance itself and is given the whole condition. ``law`` is what it gives for
+    a label.
     """
 
-    def __init__(self, path: Path, drift: Any, null_class: int | None = 0) -> None:
-        self.path, self.drift, self.null_class = path, drift, null_class
+    def __init__(self, path: Path, drift: Any, null_class: int | None = 0, law: GuidanceLaw = PLAIN) -> None:
+        self.path, self.drift, self.null_class, self.law = path, drift, null_class, law
 
     def at(self, chart: Chart, t: Tensor, x_t: Tensor, cond: Cond = None) -> Velocity:
         drift = self._conditioned(cond)
@@ -85,23 +88,4 @@ class GlassTeacher:
             return drift
         if self.null_class is None:
             return lambda t, x: self.drift(t, x, cond)
-        return guided_drift(self.drift, cond, self.null_class)
-
-
-def guided_drift(drift: Any, cond: Cond, null_class: int) -> Drift:
-    """b_∅ + w (b_y − b_∅) at each row's label and scale; one call, in which only rows with w ≠ 1 come twice."""
-    label = (cond or {})["label"]
-    scale = (cond or {}).get("guidance")
-    twice = None if scale is None else (scale != 1).nonzero().squeeze(1)
-    if scale is None or twice is None or not len(twice):
-        return lambda t, x: drift(t, x, {"label": label})
-    labels = torch.cat([label, torch.full_like(label[twice], null_class)])
-
-    def guided(t: Any, x: Tensor) -> Tensor:
-        times = torch.cat([t, t[twice]]) if isinstance(t, Tensor) and t.ndim else t
-        both = drift(times, torch.cat([x, x[twice]]), {"label": labels})
-        own, null = both[: len(x)], both[len(x) :]
-        out: Tensor = own.index_copy(0, twice, null + expand_time(scale[twice], null) * (own[twice] - null))
-        return out
-
-    return guided
+        return guided_drift(self.drift, cond, self.null_class, self.law)

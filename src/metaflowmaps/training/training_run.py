@@ -20,6 +20,7 @@ from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, resolve_checkpo
 from metaflowmaps.data import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.guidance import PLAIN
 from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.losses import NoConsistency
 from metaflowmaps.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, read_network
@@ -239,18 +240,23 @@ def _learned_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.devi
 
 
 def taught_by(parent: Any, config: TrainConfig) -> GlassTeacher:
-    """GLASS on a parent's drift, on the map's path; guided by the parent itself where it has learned to."""
+    """GLASS on a parent's drift, on the map's path.
+
+    Guided by the parent itself where it has learned to read scales; else by its law, from what it gives for a label.
+    """
     path = make_path(config.model.path)
     if parent.path != path:
         raise InputError(
             f"{config.parent} runs on the {parent.path.name} path, the map on the {path.name} one: "
             f"--set model.path={parent.path.name}"
         )
-    own = getattr(getattr(parent, "network", None), "guidance", None) is not None
+    law = getattr(parent, "guidance_law", None)
+    reads = getattr(getattr(parent, "network", None), "guidance", None) is not None
+    own = reads if law is None else law.asked
     classes = int(getattr(parent, "num_classes", getattr(getattr(parent, "network", None), "num_classes", 0)))
     if config.num_classes not in (0, classes):
         raise InputError(f"{config.parent} knows {classes} classes and the data have {config.num_classes}")
-    return GlassTeacher(path, parent.drift, None if own else classes)
+    return GlassTeacher(path, parent.drift, None if own else classes, law or PLAIN)
 
 
 def inherit(model: MetaFlowMap, parent: Any) -> None:

@@ -12,6 +12,7 @@ neither does, the family is asked for.
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,11 @@ def _filled(path: str | Path, kind: Family, weights: Weights, given: Mapping[str
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     fill(network, kind, weights)
-    return MetaFlowMap(network, LinearPath(), "plain").eval()
+    model = MetaFlowMap(network, LinearPath(), "plain").eval()
+    model.guidance_law = kind.law
+    if kind.law.asked:  # released for other scales than ours it has learned labels at the largest of them
+        model.guidance_law = replace(kind.law, scale=max(options["guidance"]))
+    return model
 
 
 def _fitting(path: str | Path, asked: str, weights: Weights) -> list[Family]:
@@ -225,4 +230,7 @@ def _differences(family: Family, weights: Weights) -> int:
 def _direction(model: MetaFlowMap) -> Direction:
     classes = int(model.network.num_classes)  # type: ignore[arg-type]
     label = torch.arange(4) * max(classes // 4, 1) % max(classes, 1)  # four classes, spread over all
-    return time_direction(lambda t, x: model.drift(t, x, {"label": label}), model.event_shape)
+    cond = {"label": label}
+    if model.guidance_law is not None and model.guidance_law.asked:
+        cond["guidance"] = torch.full((4,), model.guidance_law.scale)  # the one that it was trained at
+    return time_direction(lambda t, x: model.drift(t, x, cond), model.event_shape)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
+from metaflowmaps.guidance import PLAIN, GuidanceLaw
 from metaflowmaps.networks.dit import SIZES, DiT
 
 Weights = Mapping[str, Tensor]
@@ -57,6 +58,7 @@ class Family(NamedTuple):
     guidance: bool = False
     head_norms: bool = False
     harmless: tuple[str, ...] = ()  # beginnings of keys that training leaves in the file and the map does not use
+    law: GuidanceLaw = PLAIN  # what it gives for a label
     marks: str = ""  # the beginning of keys by which the layout is told from one with the same network
 
     def leaves_out(self, key: str) -> bool:
