@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from metaflowmaps.data import DataSource
 from metaflowmaps.data.sources import open_source
 from metaflowmaps.lab.report.html import write_report
 from metaflowmaps.networks.mlp import MLPConfig
+from metaflowmaps.training import loop
+from metaflowmaps.training.train_config import RunConfig
 from metaflowmaps.work.choices import build
 
 pytestmark = [pytest.mark.attack, pytest.mark.filterwarnings("ignore")]
@@ -118,3 +121,23 @@ def test_a_report_of_fifty_runs(tmp_path):
     few = seconds(lambda: write_report(five, tmp_path / "five.html"))
     assert seconds(lambda: write_report(fifty, tmp_path / "fifty.html")) < 10 * FASTER * few + 0.1
     assert (tmp_path / "fifty.html").read_text().count("<section") == 50
+
+
+def test_the_log_of_a_million_steps_is_small_and_readable(tmp_path):
+    """A record every ``log_every`` steps, at its default: 10⁴ lines of eight figures, and as many of seconds."""
+    config = RunConfig(recipe="any", steps=10**6)
+    figures = {f"a_long_name_of_{i}": 1 / 3 for i in range(7)}
+    state = SimpleNamespace(step=0, metrics_bytes=0, flush=lambda: figures)
+    log = loop._Log(tmp_path, state)
+    run = SimpleNamespace(state=state, config=config, ended=False, rate=1e-3, began=0.0, log=log, watch=loop.Watch())
+    run.tracker = loop._Tracker(tmp_path, "none")
+    for state.step in range(1, config.steps + 1):
+        loop._TrainingRun.record(run)
+    sizes = {}
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [*range(100, 10**6 + 1, 100)]
+        sizes[name] = (tmp_path / name).stat().st_size
+    assert sizes["metrics.jsonl"] < 4 * 2**20  # a figure takes its name and up to 24 characters
+    assert sizes["timings.jsonl"] < 2 * 2**20
+    assert seconds(lambda: loop._Log(tmp_path, state)) < 2  # a run that goes on reads them once

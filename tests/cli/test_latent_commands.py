@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tests.tiny_codec import tiny_codec, tiny_vae
 
 import metaflowmaps as mfm
+from metaflowmaps.errors import InputError
 from metaflowmaps.networks.dit import DiTConfig
 
 NAMES = ("disc", "square", "ring", "stripes")
@@ -134,6 +135,25 @@ def test_an_autoencoder_that_is_missing_costs_the_picture_and_not_the_samples(ru
     )
     assert code == 2
     assert "nobody/nothing-here" in err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("always:the samples are kept")
+def test_an_autoencoder_that_is_missing_is_said_before_the_work(run, monkeypatch, tmp_path):
+    """And where pictures were asked for, nothing is drawn that could not be shown."""
+
+    def begun(*_, **__):
+        raise InputError("the work has begun")
+
+    monkeypatch.setattr(mfm.MetaFlowMap, "generate", begun)
+    for more, says in (
+        ([], ["warning: the samples are kept, and shown as latents", "error: the work has begun"]),
+        (["--images"], ["error: the autoencoder nobody/nothing-here cannot be loaded"]),
+    ):
+        code, _, err = run("sample", "bare", "--num", 2, *more, "--out", tmp_path / f"s{len(more)}")
+        assert code == 2
+        lines = err.splitlines()
+        assert len(lines) == len(says)
+        assert all(line.startswith(words) for line, words in zip(lines, says, strict=True))
 
 
 @pytest.mark.attack

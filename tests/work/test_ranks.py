@@ -78,8 +78,25 @@ def test_a_rank_that_is_gone_is_told_from_other_errors(said, tell, monkeypatch):
     assert isinstance(caught.value, ranks.RankLost) == ("peer" in said)
 
 
+def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_was_said(tell, monkeypatch):
+    waited = []
+    tell()
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout: waited.append(timeout.total_seconds()))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for given in ("", "45"):
+        monkeypatch.setenv(ranks.PATIENCE, given)
+        with ranks.session():
+            pass
+    assert waited == [600, 45]
+    for wrong in ("0", "-1", "1.5", "soon", "10000000"):
+        monkeypatch.setenv(ranks.PATIENCE, wrong)
+        with pytest.raises(InputError, match=f"MFM_RANK_SECONDS={wrong}: give whole seconds"), ranks.session():
+            pass
+
+
 @pytest.mark.attack
-def test_a_killed_rank_ends_the_other_in_a_line(tmp_path):
+@pytest.mark.parametrize(("sign", "seconds"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 40)], ids=["killed", "stopped"])
+def test_a_rank_that_is_lost_ends_the_other_in_a_line(tmp_path, sign, seconds):
     """Without torchrun, which would see to it: at once, where a connection breaks; 10 s allow for a busy machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,7 +104,7 @@ def test_a_killed_rank_ends_the_other_in_a_line(tmp_path):
     command = [sys.executable, "-m", "metaflowmaps.cli", "train", "gmm", *TINY, "--set", "loss.diagonal_share=0.5"]
     ranks_of = []
     for rank in ("0", "1"):
-        told = {**TOLD, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        told = {**TOLD, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port, ranks.PATIENCE: "40"}
         ranks_of.append(
             subprocess.Popen(
                 [*command, "--out", "run"], cwd=tmp_path, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True
@@ -99,9 +116,12 @@ def test_a_killed_rank_ends_the_other_in_a_line(tmp_path):
         assert time.monotonic() < deadline
         assert first.poll() is None
         time.sleep(0.05)
-    second.send_signal(signal.SIGKILL)
-    err = first.communicate(timeout=10)[1]
-    second.communicate()
+    second.send_signal(sign)
+    try:
+        err = first.communicate(timeout=seconds + 10)[1]
+    finally:
+        second.kill()
+        second.communicate()
     assert first.returncode == 1
     assert "another rank is gone" in err.splitlines()[-1]
     assert "Traceback" not in err

@@ -136,6 +136,7 @@ def draw(pictures: SamplePictures, drawing: Drawing, context: Context, folder: s
     with shared_claim(request, "shards", shared=not alone) as (done, shards):
         if done is not None:
             return done
+        pictures.settle()  # what is missing is said before the work
         size = shards.size(share, drawing.size)
         parts = ranges(pictures.num, size)
         shards.begin(list(parts), size)

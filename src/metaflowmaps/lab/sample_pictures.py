@@ -55,6 +55,7 @@ class SamplePictures:
         asked = self.labels is not None or options.guidance is not None
         self.cond = self.pipe.condition(self.labels, options.guidance, num) if asked else None
         self.latent = opened.latent or options.vae is not None
+        self.decodes = True  # until settle() finds otherwise
 
     def _labels(self) -> Tensor | None:
         label, classes, device = self.options.label, self.pipe.num_classes, self.opened.device
@@ -76,6 +77,18 @@ class SamplePictures:
     def codec(self) -> Any:
         """The autoencoder; None for pixels."""
         return self.opened.codec(self.options.vae) if self.latent else None
+
+    def settle(self) -> None:
+        """Before the work: read the autoencoder; where the checkpoint's is not to be had, samples stay latents."""
+        if not self.opened.is_pictorial:
+            return
+        try:
+            self.decodes = not self.latent or self.codec is not None
+        except InputError as error:
+            if self.options.vae is not None or self.options.each:
+                raise
+            self.decodes = False
+            warnings.warn(f"the samples are kept, and shown as latents: {error}", stacklevel=2)
 
     def on_samples(self, reward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A reward of pictures as one of samples."""
@@ -114,13 +127,7 @@ class SamplePictures:
 
     def shown(self, x: Tensor) -> Tensor:
         """What a grid shows of samples: their pictures, or themselves where the autoencoder is not to be had."""
-        try:
-            return self.decode(x)
-        except InputError as error:
-            if self.options.vae is not None:
-                raise
-            warnings.warn(f"the samples are kept, and shown as latents: {error}", stacklevel=2)
-            return x
+        return self.decode(x) if self.decodes else x
 
     def write(self, x: Tensor, out: Path) -> None:
         """Where they are asked for, every sample as ``images/000000.png``."""

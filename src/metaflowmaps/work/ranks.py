@@ -23,7 +23,8 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.work.launch import launched
 from metaflowmaps.work.progress import ForgivingStream
 
-PATIENCE = timedelta(minutes=30)  # for the slowest thing that one rank does alone: drawing, writing, hashing
+PATIENCE = "MFM_RANK_SECONDS"  # for the slowest thing that one rank does alone: drawing, writing, hashing
+PATIENCE_SECONDS = 600
 SILENT_SECONDS = 5.0  # after which a rank that waits for others says so
 LOST = ("connection closed by peer", "connection reset", "gloo/transport", "timed out waiting")  # what backends say
 Result = TypeVar("Result")
@@ -58,13 +59,24 @@ def session() -> Iterator[None]:
 
 
 class RankLost(RuntimeError):
-    """A rank died, or did not answer within ``PATIENCE``."""
+    """A rank died, or did not answer in time."""
+
+
+def patience() -> timedelta:
+    """How long ranks wait for one that does not answer."""
+    given = os.environ.get(PATIENCE) or str(PATIENCE_SECONDS)
+    if not given.isdecimal() or not 1 <= int(given) <= 10**6:
+        raise InputError(
+            f"{PATIENCE}={given}: give whole seconds from 1 to 1000000, or leave it out for {PATIENCE_SECONDS}"
+        )
+    return timedelta(seconds=int(given))
 
 
 def _join(where: str) -> None:
     both = torch.cuda.is_available() and dist.is_nccl_available()
+    timeout = patience()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         line = next((part for part in str(error).splitlines() if part), type(error).__name__)
         raise InputError(
