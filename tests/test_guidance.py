@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import metaflowmaps as mfm
 from conftest import F64, normal
 from metaflowmaps.errors import InputError
+from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.guidance import DMF, DMF_512, PLAIN, GuidanceLaw, guided_drift
 from metaflowmaps.parameterization import chart_class
 from metaflowmaps.recipes import recipe
@@ -154,6 +155,31 @@ def test_a_checkpoint_keeps_its_law_and_one_of_old_has_its_familys(load, tmp_pat
     old = json.loads(json.dumps({**described, "origin": {"family": "dmf"}}))
     assert mfm.MetaFlowMap.from_description(old, {}).guidance_law == DMF
     assert mfm.MetaFlowMap.from_description(described, {}).guidance_law is None
+
+
+def test_a_plain_family_is_converted_with_the_times_and_channels_of_its_guidance(interop_files):
+    path = {name: interop_files / f"{name}_weights.safetensors" for name in ("sit", "dmf")}
+    given = {"guidance_since": 0.3, "guidance_channels": 3}
+    model = mfm.pretrained.load(path["sit"], config={**CONFIG, **given})
+    assert model.guidance_law == GuidanceLaw(since=0.3, channels=3)
+    with pytest.raises(InputError, match="a dmf is guided by its training: guidance_since, guidance_channels cannot"):
+        mfm.pretrained.load(path["dmf"], config={**CONFIG, **given})
+    for wrong in ({"guidance_since": 2}, {"guidance_until": "late"}, {"guidance_channels": 1.5}):
+        with pytest.raises(InputError, match="guid"):
+            mfm.pretrained.load(path["sit"], config={**CONFIG, **wrong})
+
+
+def test_a_dmf_is_tuned_at_the_scale_that_it_gives(load):
+    def problem(model, **options):
+        return TuningProblem(model, lambda x: x.mean((1, 2, 3)), **options)
+
+    dmf = load("dmf_logvar", "dmf")
+    assert problem(dmf, guidance=2.5).guided(LABEL).keys() == {"label"}
+    with pytest.raises(InputError, match=r"gives labels at guidance 2\.5.*tune it at guidance=2\.5"):
+        problem(dmf)
+    assert problem(load("sit512", "sit")).guided(LABEL).keys() == {"label"}
+    with pytest.raises(InputError, match="tune it at guidance=1,"):
+        problem(load("sit512", "sit"), guidance=2.5)
 
 
 def test_laws_that_cannot_be_are_refused():

@@ -24,7 +24,9 @@ class Convert(Options):
     )
     family: str = Field("auto", description="auto, mfm, dmf or sit, or a layout: dmf-512, sit-512, repa.")
     settings: Annotated[tuple[str, ...], Name(("--set",), "KEY=VALUE")] = Field(
-        (), description="What shapes cannot tell: heads=N, encoder_depth=N, guidance=true (repeatable)."
+        (),
+        description="What shapes cannot tell: heads=N, encoder_depth=N, guidance=true; where guidance acts: "
+        "guidance_since=T, guidance_until=T, guidance_channels=N (repeatable).",
     )
     vae: str | None = Field(None, description="The autoencoder of its latents: a hub id or folder (sd-vae-ft-mse).")
     guidance: float | None = Field(None, description="The scale that is meant where nobody says one.")

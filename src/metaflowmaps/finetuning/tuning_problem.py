@@ -105,6 +105,13 @@ class TuningProblem(Resumable):
         self.calls = dict.fromkeys(COUNTS, 0)
         if guidance != 1 and not self.classes:
             raise InputError(f"guidance={guidance:g} needs a base with classes, and this one has none: leave it out")
+        law = base.guidance_law
+        self.unasked = 1.0 if law is None or law.asked else law.scale  # the scale of what the base gives for a label
+        if guidance != self.unasked and law is not None and getattr(base.network, "guidance", None) is None:
+            raise InputError(
+                f"this base gives labels at guidance {self.unasked:g}, and its network takes no other: tune it at "
+                f"guidance={self.unasked:g}, or convert it with --set guidance=true"
+            )
 
     def conditions(self, n: int, generator: torch.Generator, label: Tensor | None = None) -> dict[str, Tensor]:
         """Labels, all classes alike and the null class in its share, at the one guidance scale; {} without classes."""
@@ -117,8 +124,8 @@ class TuningProblem(Resumable):
         return {name: value.to(self.base.device) for name, value in self.guided(label).items()}
 
     def guided(self, label: Tensor) -> dict[str, Tensor]:
-        """Labels with the one guidance scale, if it is not 1; the null class has nothing to guide."""
-        if self.guidance == 1:
+        """Labels with the one guidance scale, if the base needs to be told; the null class has nothing to guide."""
+        if self.guidance == self.unasked:
             return {"label": label}
         scale = torch.where(label == self.classes, torch.ones(()), torch.tensor(float(self.guidance)))
         return {"label": label, "guidance": scale}

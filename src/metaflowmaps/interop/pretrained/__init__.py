@@ -12,7 +12,6 @@ neither does, the family is asked for.
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from metaflowmaps.interop.pretrained.layout import (
     Weights,
     expected,
     fill,
+    law_of,
     misfit,
     network_config,
     shape_of,
@@ -79,7 +79,8 @@ def load(
         family: "mfm", "dmf", "sit", or "auto" to tell by its tensors; or one layout of a family (:data:`FAMILIES`),
             such as "repa".
         config: What shapes cannot tell: "heads", "encoder_depth", "guidance" (the scales of a released MFM's table;
-            for the others True or a list, to begin an embedding with).
+            for the others True or a list, to begin an embedding with); and where guidance of a plain family acts:
+            "guidance_since" and "guidance_until" (times), "guidance_channels" (the first few).
         revision: Of a file on the hub.
         check: Whether to probe which way time runs; a drift that runs backwards is refused.
 
@@ -142,6 +143,7 @@ def _filled(path: str | Path, kind: Family, weights: Weights, given: Mapping[str
     """The map of a file's tensors, which fit."""
     try:
         options = network_config(kind, shape_of(weights), given)
+        law = law_of(kind, options, given)
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what the file does not fill is the same each time
             network = make_network({"name": "dit", **options})
@@ -150,9 +152,7 @@ def _filled(path: str | Path, kind: Family, weights: Weights, given: Mapping[str
         raise InputError(f"{path}: {error}") from None
     fill(network, kind, weights)
     model = MetaFlowMap(network, LinearPath(), "plain").eval()
-    model.guidance_law = kind.law
-    if kind.law.asked:  # released for other scales than ours it has learned labels at the largest of them
-        model.guidance_law = replace(kind.law, scale=max(options["guidance"]))
+    model.guidance_law = law
     return model
 
 

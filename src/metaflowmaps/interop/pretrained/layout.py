@@ -15,6 +15,7 @@ numbers of each pixel of a patch are kept.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ BLOCK = {  # inside blocks.N
     "mlp.fc2": "mlp.2",
     "adaLN_modulation": "modulation",
 }
-OVERRIDES = ("heads", "encoder_depth", "guidance")
+LAW = {"guidance_since": "since", "guidance_until": "until", "guidance_channels": "channels"}  # where guidance acts
+OVERRIDES = ("heads", "encoder_depth", "guidance", *LAW)
 COUNTERS = ("n_averaged",)  # what torch's averaged models count, in a file of any layout
 
 
@@ -183,6 +185,21 @@ def network_config(family: Family, shape: Shape, given: Mapping[str, Any]) -> di
         "mlp_ratio": shape.hidden / shape.width,
         "head_norms": family.head_norms,
     }
+
+
+def law_of(family: Family, config: Mapping[str, Any], given: Mapping[str, Any]) -> GuidanceLaw:
+    """What the family gives for a label, and where guidance acts: of a plain one as ``given`` says it."""
+    asked = {LAW[key]: value for key, value in given.items() if key in LAW}
+    law = family.law
+    if law.asked:  # released for other scales than ours it has learned labels at the largest of them
+        law = replace(law, scale=max(config["guidance"]))
+    if asked and law != PLAIN:
+        names = ", ".join(key for key in given if key in LAW)
+        raise InputError(f"a {family.layout} is guided by its training: {names} cannot change where, leave it out")
+    try:
+        return replace(law, **asked)
+    except TypeError:
+        raise InputError(f"guidance_since and guidance_until are times in [0, 1], got {asked}") from None
 
 
 def fill(network: DiT, family: Family, weights: Weights) -> None:
