@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, RUNS, machine, say, trained
 from metaflowmaps.cli.context import Context, typed_settings
 from metaflowmaps.cli.finetune import Finetune, choose_subject, resolve, tune
 from metaflowmaps.cli.results import environment
+from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.images.setup import cost_of, table
 from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.evaluate.images.steered import run as steered
@@ -231,7 +232,11 @@ def _steered(reward: str, strength: float) -> dict[str, Any]:
             g = stream(0, "benchmark", reward, repr(strength), name)
             assert setup is not None
             process = ODE(steps=STEERED_STEPS)
-            x, result = steered(setup, image_variant(name), subject.reward, STEERED_SAMPLES, process, g)
+            try:
+                x, result = steered(setup, image_variant(name), subject.reward, STEERED_SAMPLES, process, g)
+            except InputError as refused:  # rejection, of a reward that next to no sample meets: no row
+                say(str(refused))
+                continue
             kept.write_text(json.dumps({**judge([Drawn(x, {})]).to_json(), "cost": cost_of(result)}))
         out[name] = json.loads(kept.read_text())
     return out
