@@ -24,7 +24,7 @@ from metaflowmaps.steering import ODE, Anneal, BestOfN, Preset, steer
 
 REWARDS = ("margin:7", "margin:2", "slant")
 SAMPLES, SEEDS = 512, 2
-ANNEAL = Preset(Anneal(num_draws=1, n=1, pool=2), ODE(steps=8))
+ANNEAL = Preset(Anneal(num_draws=1, n=1, pool=1), ODE(steps=9))
 STRENGTHS = (2, 4, 8, 16, 32, 64)  # per standard deviation of the reward
 BEST_OF = {n: 64 if n == 1000 else SAMPLES for n in (1, 10, 100, 1000)}  # of how many: samples that are made
 
