@@ -448,17 +448,18 @@ def few_evaluations(result: dict[str, Any]) -> Rows:
 
 
 def tuned_digits(result: dict[str, Any]) -> Rows:
-    """Fréchet distances to the target, of tuned and of steered samples."""
-    head, rows = ["reward", "λ"], []
-    for reward in result["metrics"]["rewards"]:
-        table = result["metrics"]["tables"][f"{reward}: tuned and steered"]
-        far, cells = table["head"].index("Fréchet to target"), {}
+    """Fréchet distances to the target, of tuned and of steered samples; – where a method refused the reward."""
+    rewards = result["metrics"]["rewards"]
+    tables = {name: result["metrics"]["tables"][f"{name}: tuned and steered"] for name in rewards}
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, table in tables.items():
+        far = table["head"].index("Fréchet to target")
         for row in table["rows"]:
-            cells.setdefault(row[0], {})[row[1]] = row[far]
-        columns = [name for name in cells["10"] if not name.startswith("what")]
-        head = ["reward", "λ", *columns]
-        rows += [[reward, strength, *numbers(map(by.get, columns))] for strength, by in cells.items()]
-    return [head, *rows]
+            cells.setdefault((name, row[0]), {})[row[1]] = row[far]
+    main = dict.fromkeys(title for (_, strength), by in cells.items() if strength != "1" for title in by)
+    columns = [title for title in main if not title.startswith("what")]
+    rows = [[name, strength, *numbers(map(by.get, columns))] for (name, strength), by in cells.items()]
+    return [["reward", "λ", *columns], *rows]
 
 
 DRIFTS = "Drifts after 15 s a run"

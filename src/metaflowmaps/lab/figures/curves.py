@@ -82,7 +82,7 @@ def calls_axis(axes: "Sequence[Axes]", calls: set[float]) -> None:
     """Ticks of a log axis at the calls themselves."""
     ticks = thinned(sorted(calls))
     for axis in axes:
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axis.xaxis.minorticks_off()
 
 
