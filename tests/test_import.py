@@ -1,7 +1,9 @@
 """``import metaflowmaps`` is light and needs none of the optional packages."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = ["torchvision", "diffusers", "transformers", "open_clip", "torch_fidelity", "gradio", "tensorboard", "ot"]
 
@@ -74,3 +76,11 @@ except AttributeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'stear'" in done.stdout
+
+
+def test_no_private_name_of_torch_is_used():
+    """They change without notice: none, and so no upper bound on torch."""
+    private = re.compile(r"\btorch(\.\w+)*\._[a-z]|from torch\S* import _")
+    sources = sorted((Path(__file__).parents[1] / "src").rglob("*.py"))
+    assert len(sources) > 100
+    assert [str(file) for file in sources if private.search(file.read_text(encoding="utf-8"))] == []
