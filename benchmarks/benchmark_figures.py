@@ -103,7 +103,7 @@ def few_evaluations(rewards: Mapping[str, Any]) -> "Figure":
             axis.plot(*zip(*points, strict=True), label=label, **style(method))
         axis.set(xlabel="mean distance between samples", ylabel="mean reward")
         axis.set_title(name)
-    drawn.rim()
+    drawn.rim(own_ticks=True)
     drawn.legend()
     return drawn.figure
 

@@ -490,6 +490,8 @@ TABLES = {
     "rivals": Table("rivals.json", rivals),
     "defaults": Table("defaults.json", defaults),
     "advise": Table("advise.json", advised),
+    "few-evaluations": Table("few-evaluations.json", few_evaluations),
+    "frontier": Table("frontier.json", frontier),
     "defaults-glass": Table("defaults.json", defaults_glass),
     "low-dimensional": Table("low-dimensional.json", low_dimensional),
     "error-propagation": Table("error-propagation.json", error_propagation),
