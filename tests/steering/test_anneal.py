@@ -11,7 +11,7 @@ import metaflowmaps as mfm
 from conftest import CASES, F64, PATHS
 from metaflowmaps.cost import Meter
 from metaflowmaps.random import fresh_seeds, stream
-from metaflowmaps.steering.anneal import Cloud, beside, lean, shares_of, slope_of
+from metaflowmaps.steering.anneal import EARLIEST_LOOK, Cloud, beside, lean, shares_of, slope_of
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import effective, families, few_families
 from metaflowmaps.tempering import next_strength, stretch
@@ -162,3 +162,36 @@ def test_systems_that_know_little_each_know_much_together():
 def test_families_are_counted_by_their_shares():
     founders = torch.tensor([0, 5, 0, 5, 1, 5, 1, 5])  # two systems of four, row m·2 + s
     torch.testing.assert_close(families(founders, 4), torch.tensor([2.0, 1.0], dtype=F64))
+
+
+def _opened(method, systems, rows, reward=REWARD):
+    problem = SteeringProblem(EXACT, reward, Meter())
+    problem.begin(fresh_seeds(systems), None)
+    return problem, method.start(problem, problem.noise("start", rows))
+
+
+def test_the_first_cloud_has_the_effective_size_that_is_asked_for():
+    """Half of 512 by weight, of a pool of 2,048: a good part of what is drawn is drawn twice."""
+    _, cloud = _opened(mfm.Anneal(n=1, pool=4, share=0.5), 1, 512, FAR)
+    assert 0.5 < len(cloud.founders.unique()) / 512 < 0.9
+    assert 0 < float(cloud.strength) < 1
+
+
+def test_each_system_moves_at_its_own_strength():
+    """At λ = 0 a particle and its draws weigh the same; at λ = 5 they do not."""
+    method = mfm.Anneal(n=1, pool=1, particles=32, num_draws=2)
+    problem, cloud = _opened(method, 2, 64)
+    moved, _ = method._moved(problem, cloud._replace(strength=torch.tensor([0.0, 5.0], dtype=F64)))
+    weights = moved.log_weights.exp()
+    torch.testing.assert_close(weights[0], torch.full((96,), 1 / 96, dtype=F64))
+    assert float(weights[1].std()) > 0.1 / 96
+
+
+def test_moves_look_no_further_back_than_contexts_can_lean():
+    """Of two draws of a linear reward one is taken two times of three, which would send t to 0."""
+    reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6], dtype=F64), 40.0, 20.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = mfm.steer(EXACT, reward, 256, mfm.Anneal(num_draws=2), mfm.ODE(steps=40), seed=0)
+    earliest = 1 / (1 + math.exp(-EARLIEST_LOOK))
+    assert float(got.info["look"].min()) == pytest.approx(earliest)
