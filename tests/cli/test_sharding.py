@@ -30,6 +30,8 @@ CASES = {
     "best-of-n": ["steer", *WEAK, "--num", "27", "--steps", "3", "--method", "best-of-n"],
     "mfm-smc, systems": ["steer", *WEAK, "--num", "28", "--steps", "4", "--method", "mfm-smc",
                          "--set", "method.particles=4"],
+    "mfm-anneal, systems": ["steer", *WEAK, "--num", "28", "--steps", "2", "--method", "mfm-anneal",
+                            "--set", "method.particles=4"],
 }  # fmt: skip
 BY = ["--shard-size", "8"]  # 4 shards, the last one smaller
 # another batch size rounds otherwise, and steering multiplies it: 2.1e-4 at most here; another seed differs by 0.1 to 1

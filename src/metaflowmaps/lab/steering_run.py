@@ -158,6 +158,9 @@ class SteeringRun:
             plots.save(steering_figures.trajectory({name: course}), out / "trajectory.png")
 
 
+OF_SYSTEMS = ("log_evidence", "pool_ess", "founders", "cloud", "reached")  # what is reported once a system
+
+
 def as_result(made: Shard) -> SteerResult:
     """The run that shards, put together, are of."""
     rows = made.tensors
@@ -172,6 +175,6 @@ def _as_shard(result: SteerResult) -> Shard:
     tensors = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
     for name, value in result.info.items():
         if name not in ("nonfinite", "bias"):  # of the whole batch, not of its rows
-            tensors[f"each.{name}" if name in ("log_evidence", "pool_ess") else f"mean.{name}"] = value
+            tensors[f"each.{name}" if name in OF_SYSTEMS else f"mean.{name}"] = value
     cost = {name: value for name, value in result.cost.items() if name != "nfe"}
     return Shard(tensors, {"cost": cost, "rows": len(result.samples)})
