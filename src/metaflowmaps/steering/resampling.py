@@ -86,8 +86,12 @@ def effective(log_weights: Tensor) -> Tensor:
 
 def families(founders: Tensor, size: int) -> Tensor:
     """The effective number of founders that the particles of each system descend from, (Σ share²)^−1: (S,)."""
-    shares = [torch.bincount(row).double() / size for row in by_system(founders, size)]
-    return torch.stack([1 / share.square().sum() for share in shares])
+    of_systems = by_system(founders, size)
+    apart = int(founders.max()) + 1
+    systems = torch.arange(len(of_systems), device=founders.device)
+    seen, counts = (of_systems + apart * systems[:, None]).unique(return_counts=True)
+    squares = torch.zeros(len(of_systems), dtype=torch.float64, device=founders.device)
+    return size**2 / squares.index_add(0, seen // apart, counts.double().square())
 
 
 def few_families(founders: Tensor, samples: Tensor, instead: str) -> list[str]:
