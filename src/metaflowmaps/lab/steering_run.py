@@ -22,6 +22,7 @@ from metaflowmaps.work.shards import Shard, ShardInterrupted, Share
 
 DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
 CALLS = ("forwards", "backwards", "reward_calls", "reward_backwards")
+OF_SYSTEMS = ("log_evidence", "pool_ess", "founders", "cloud", "reached")  # what is reported once a system
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,6 @@ class SteeringRun:
             shown = [k for k in ("time", "ess", "gradient_norm") if k in result.info]
             course = Course.of({k: result.info[k].tolist() for k in shown})
             plots.save(steering_figures.trajectory({name: course}), out / "trajectory.png")
-
-
-OF_SYSTEMS = ("log_evidence", "pool_ess", "founders", "cloud", "reached")  # what is reported once a system
 
 
 def as_result(made: Shard) -> SteerResult:
