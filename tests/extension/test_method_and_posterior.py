@@ -62,6 +62,18 @@ def test_a_method_that_moves_in_its_own_way_is_counted_and_its_samples_are_their
         mfm.steer(model, mild, 8, Hold(), mfm.ODE(steps=4, renormalize="clip"))
 
 
+class Told(Hold):
+    """Reports a figure of its systems without saying so."""
+
+    def finish(self, problem, state):
+        return state.best, {"best": state.reward.max()[None]}
+
+
+def test_a_figure_of_systems_that_the_method_does_not_list_is_refused():
+    with pytest.raises(mfm.InputError, match="'best': name it in of_systems"):
+        mfm.steer(random_map(PATHS["linear"]), mild, 8, Told(), mfm.ODE(steps=4), seed=0)
+
+
 def test_a_posterior_gives_values_and_steers():
     exact = mfm.ExactModel(PATHS["linear"], CASES["per-component-full"].law)
     x = exact.law.sample(5, stream(0))

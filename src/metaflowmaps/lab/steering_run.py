@@ -22,7 +22,6 @@ from metaflowmaps.work.shards import Shard, ShardInterrupted, Share
 
 DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
 CALLS = ("forwards", "backwards", "reward_calls", "reward_backwards")
-OF_SYSTEMS = ("log_evidence", "pool_ess", "founders", "cloud", "reached")  # what is reported once a system
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,19 @@ class SteeringRun:
                     progress=n == self.pictures.num and sys.stderr.isatty(),
                 )
         except SteeringFailed as failed:
-            raise ShardInterrupted(_as_shard(failed.result), failed) from None
+            raise ShardInterrupted(self._as_shard(failed.result), failed) from None
         if result.interrupted:
-            raise ShardInterrupted(_as_shard(result), KeyboardInterrupt())
-        return _as_shard(result)
+            raise ShardInterrupted(self._as_shard(result), KeyboardInterrupt())
+        return self._as_shard(result)
+
+    def _as_shard(self, result: SteerResult) -> Shard:
+        """A shard of steered samples: rows, means over rows, and what there is one of for each system."""
+        tensors = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
+        for name, value in result.info.items():
+            if name not in ("nonfinite", "bias"):  # of the whole batch, not of its rows
+                tensors[f"each.{name}" if name in self.method.of_systems else f"mean.{name}"] = value
+        cost = {name: value for name, value in result.cost.items() if name != "nfe"}
+        return Shard(tensors, {"cost": cost, "rows": len(result.samples)})
 
     def metrics(self, result: SteerResult) -> dict[str, Any]:
         """What results say of the samples."""
@@ -166,13 +174,3 @@ def as_result(made: Shard) -> SteerResult:
     cost = dict(made.facts["cost"])
     nfe = sum(cost[name] for name in CALLS) / max(1, len(rows["samples"]))
     return SteerResult(rows["samples"], rows["rewards"], rows["seeds"], {**cost, "nfe": nfe}, info)
-
-
-def _as_shard(result: SteerResult) -> Shard:
-    """A shard of steered samples: rows, means over rows, and what there is one of for each system."""
-    tensors = {"samples": result.samples, "rewards": result.rewards, "seeds": result.seeds}
-    for name, value in result.info.items():
-        if name not in ("nonfinite", "bias"):  # of the whole batch, not of its rows
-            tensors[f"each.{name}" if name in OF_SYSTEMS else f"mean.{name}"] = value
-    cost = {name: value for name, value in result.cost.items() if name != "nfe"}
-    return Shard(tensors, {"cost": cost, "rows": len(result.samples)})

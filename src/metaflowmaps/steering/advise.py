@@ -29,6 +29,7 @@ from metaflowmaps._shapes import Cond, check_count
 from metaflowmaps.errors import InputError
 from metaflowmaps.steering.anneal import Anneal
 from metaflowmaps.steering.best_of_n import BestOfN
+from metaflowmaps.steering.diagnostics import TELLING_ESS
 from metaflowmaps.steering.method import Method
 from metaflowmaps.steering.mfm_g import MFMG
 from metaflowmaps.steering.mfm_gf import MFMGF
@@ -41,7 +42,7 @@ from metaflowmaps.steering.steer import ROWS
 
 BUDGET = 2000  # evaluations a sample where nobody says: what ``steer`` without a method costs
 PILOT = 1024
-ACCEPTED, LEARNED = 10, 1024  # accepted samples in the pool that a bound is learned from; and its usual size
+ACCEPTED = 10  # samples in the pool that a bound is learned from
 PROPOSALS = 25  # times 1/acceptance: of a thousand samples none is refused
 CLOUD = 128  # samples that a cloud is for: fewer were nearer to the law one by one
 LEAST_ROUNDS, MOST_ROUNDS, MOVES = 4, 60, 2
@@ -49,7 +50,6 @@ FULL_CLOUD = 150  # evaluations from which a cloud arrives
 RARE = -10.0  # log-acceptance down to which it was near the law
 SEEN = 1.0  # effective draws in the middle of the path: the default of 16 was near the law from there on
 MOST_STEPS, LEAST_STEPS = 60, 20
-TELLING = 16  # effective samples of a pool below which its normaliser is off too
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class _Offers:
             return None
         needed = 1 / math.exp(self.pilot.acceptance.value)
         method = Rejection()
-        if needed * ACCEPTED > LEARNED:
+        if needed * ACCEPTED > method.pilot:
             method = replace(method, pilot=math.ceil(needed * ACCEPTED))
         if needed * PROPOSALS > method.max_proposals:
             method = replace(method, max_proposals=math.ceil(needed * PROPOSALS))
@@ -303,7 +303,7 @@ class _Offers:
         ess = max(1.0, n * shared * self.pilot.share)
         effective = self.num / (1 + shared / ess)
         method = Resampling(n=n) if self.pilot.one_law else Resampling(n=n, particles=1)
-        enough = effective >= self.num / 2 and ess >= TELLING
+        enough = effective >= self.num / 2 and ess >= TELLING_ESS
         remark = "repeats samples where few carry the weight"
         return self.option(method, ODE(), 2 * n, "near" if enough else "rough", remark, effective)
 

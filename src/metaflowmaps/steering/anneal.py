@@ -35,6 +35,7 @@ from metaflowmaps.steering.one_step import OneStep
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import (
     by_system,
+    check_particles,
     families,
     few_families,
     resample,
@@ -81,6 +82,7 @@ class Anneal(FromDraws):
     look = ("#5a0f4b", ">")
     moved_by = "draws"
     own_moves: ClassVar[str] = "moves by draws of the posterior"
+    of_systems: ClassVar[tuple[str, ...]] = ("log_evidence", "reached", "founders", "cloud")
 
     num_draws: int = 1
     n: int = 2
@@ -92,8 +94,7 @@ class Anneal(FromDraws):
         super().__post_init__()
         for name in ("n", "pool"):
             check_count(getattr(self, name), name)
-        if self.particles is not None:
-            check_count(self.particles, "particles")
+        check_particles(self.particles)
         if not positive(self.share, "share") < 1:
             raise InputError(f"share is a fraction of the particles, between 0 and 1, got {self.share}")
 

@@ -31,6 +31,7 @@ class Method(Choice, ABC):
     published: ClassVar[dict[str, Any]] = {}  # options that undo what this package adds to the published method
     moved_by: ClassVar[str] = ""  # what tables call the process of a method that moves in its own way
     own_moves: ClassVar[str] = ""  # how it moves where that is not the process's to say
+    of_systems: ClassVar[tuple[str, ...]] = ()  # what ``finish`` reports, once a system
 
     @property
     def copies(self) -> int:
@@ -88,7 +89,7 @@ class Method(Choice, ABC):
 
     @abstractmethod
     def finish(self, problem: SteeringProblem, state: Any) -> tuple[Tensor, Info]:
-        """The samples and what to report of them."""
+        """The samples, and what to report of each system, under the names in ``of_systems``."""
 
 
 class Guidance(NamedTuple):

@@ -12,12 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.method import Guided, Info, Process
 from metaflowmaps.steering.one_step import OfCandidates, OneStep
 from metaflowmaps.steering.problem import SteeringProblem
-from metaflowmaps.steering.resampling import RESAMPLERS, by_system, effective, resample, rows_of_systems
+from metaflowmaps.steering.resampling import (
+    RESAMPLERS,
+    by_system,
+    check_particles,
+    effective,
+    resample,
+    rows_of_systems,
+)
 from metaflowmaps.steering.twisted import check_one_condition
 
 
@@ -35,14 +41,14 @@ class Resampling(OfCandidates):
     look = ("#88ccff", "<")
     moved_by = "one step"
     own_moves = "makes its samples in one step"
+    of_systems = ("log_evidence", "pool_ess")
 
     particles: int | None = None
     resampler: str = "systematic"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.particles is not None:
-            check_count(self.particles, "particles")
+        check_particles(self.particles)
         check_one_of("resampler", self.resampler, RESAMPLERS)
 
     @property

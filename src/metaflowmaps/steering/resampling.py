@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import unknown
 from metaflowmaps.random import Source, rand
 
@@ -65,6 +66,12 @@ def _at(weights: Tensor, points: Tensor) -> Tensor:
     index = torch.searchsorted(edges, points.contiguous(), right=True)
     last = (weights > 0).long() * torch.arange(weights.shape[1], device=weights.device)
     return torch.minimum(index, last.amax(1, keepdim=True))
+
+
+def check_particles(particles: int | None) -> None:
+    """Refuse a system of no particles; None is all rows of a batch."""
+    if particles is not None:
+        check_count(particles, "particles")
 
 
 def by_system(values: Tensor, size: int) -> Tensor:

@@ -29,7 +29,7 @@ from metaflowmaps.steering.presets import settled
 from metaflowmaps.steering.problem import Info, SteeringProblem, device_of
 from metaflowmaps.steering.process import Process
 from metaflowmaps.steering.result import SteerResult
-from metaflowmaps.work.choices import options_of
+from metaflowmaps.work.choices import options_of, spelled
 from metaflowmaps.work.memory import frozen, halving
 from metaflowmaps.work.progress import Bar
 
@@ -220,6 +220,8 @@ class _SteeringRun:
                 if self.callback is not None and _is_true(self.callback(step)):
                     raise _Stopped
             samples, ending = method.finish(problem, state)
+        if unsaid := ending.keys() - {*method.of_systems, "moves"}:
+            raise InputError(f"finish of {spelled(type(method))} reports {min(unsaid)!r}: name it in of_systems")
         # particle m of system s is row m·S + s: each row with the seed of its system
         seeds = problem.seeds.repeat(len(samples) // len(problem.seeds))
         steps = {name: torch.stack(values) for name, values in sums.items()}

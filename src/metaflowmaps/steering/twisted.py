@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count, event_sum, positive
+from metaflowmaps._shapes import event_sum, positive
 from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.method import SDE, Info, Method, Process
 from metaflowmaps.steering.problem import SteeringProblem
 from metaflowmaps.steering.resampling import (
     RESAMPLERS,
     by_system,
+    check_particles,
     effective,
     families,
     few_families,
@@ -78,6 +79,7 @@ class TwistedSMC(Method):
     usual = SDE
     moved_by = "sde"
     own_moves = "moves by the SDE"
+    of_systems = ("log_evidence", "founders", "cloud")
 
     particles: int | None = None
     returns: str = "all"
@@ -86,8 +88,7 @@ class TwistedSMC(Method):
     temper: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.particles is not None:
-            check_count(self.particles, "particles")
+        check_particles(self.particles)
         check_one_of("returns", self.returns, ("all", "one"))
         check_one_of("resampler", self.resampler, RESAMPLERS)
         if positive(self.threshold, "threshold", or_zero=True) > 1:
