@@ -17,7 +17,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.draws import posteriors
 from metaflowmaps.lab.evaluate.images import class_mixture as mixture
 from metaflowmaps.lab.evaluate.images import inverse_problems as inverse
-from metaflowmaps.lab.evaluate.images import race, recovery, steered
+from metaflowmaps.lab.evaluate.images import race, race_cells, recovery, steered
 from metaflowmaps.lab.evaluate.images import rollout_value as value
 from metaflowmaps.lab.evaluate.images.generation import Generation, GenerationConfig, nearest
 from metaflowmaps.lab.evaluate.images.image_rewards import image_reward, scored, weights
@@ -487,11 +487,11 @@ def test_a_race_that_cannot_be_run_is_refused():
 
 def cell(
     method: str, number: float, reward: float, nfe: float = 100.0, seconds: float = 1.0, **more: float | None
-) -> race.RaceCell:
+) -> race_cells.RaceCell:
     spread = {"distance": 1.0, "vendi": 1.0, "frechet": 2.0, **more}
     cost = {"nfe": nfe, "seconds": seconds}
     known = {"reward": reward, "reward_se": 0.1, "others": {}, "samples": 64, "cost": cost}
-    return race.RaceCell(method=method, number=number, **known, **spread)
+    return race_cells.RaceCell(method=method, number=number, **known, **spread)
 
 
 def test_the_headline_takes_the_most_diverse_that_is_enough():
@@ -501,7 +501,7 @@ def test_the_headline_takes_the_most_diverse_that_is_enough():
         cell("mfm-g-rescale-1", 0.5, 5.0, 400, 0.1, distance=2.0), cell("mfm-g-plain-1", 4.0, 6.0, distance=1.9),
         cell("mfm-g-4", 0.5, 99.0, distance=9.0), cell("dps", 0.5, 99.0, distance=9.0),
     ]  # fmt: skip
-    found = race.headline(cells)
+    found = race_cells.headline(cells)
     assert found.keys() == {"ode"}  # pools that were not run are not there
     ode = found["ode"]
     assert (ode.n, ode.reached, ode.method, ode.strength) == (1000, True, "mfm-g-rescale-1", 0.5)
@@ -509,11 +509,11 @@ def test_the_headline_takes_the_most_diverse_that_is_enough():
     assert ode.nfe_ratio == pytest.approx(251_000 / 400)
     assert ode.seconds_ratio == pytest.approx(40 / 0.1)
     assert (ode.distance, ode.rival_distance) == (2.0, 3.0)
-    none = race.headline([cell("ode", 1000, 50.0), *cells[2:]])["ode"]
+    none = race_cells.headline([cell("ode", 1000, 50.0), *cells[2:]])["ode"]
     assert (none.reached, none.method, none.strength, none.reward) == (False, "mfm-g-1", 8.0, 9.0)
-    assert race.headline(cells[:2]) == {}  # nobody to compare
-    assert race.headline(cells[2:]) == {}  # no rival
-    assert race.headline([]) == {}
+    assert race_cells.headline(cells[:2]) == {}  # nobody to compare
+    assert race_cells.headline(cells[2:]) == {}  # no rival
+    assert race_cells.headline([]) == {}
 
 
 def test_the_frontier_is_what_none_beats_in_both():
@@ -522,9 +522,9 @@ def test_the_frontier_is_what_none_beats_in_both():
         cell("mfm-g-1", 2.0, 4.0, distance=1.9, frechet=7.0), cell("ode", 1, 1.0, distance=3.0, frechet=7.0),
         cell("tds-64", 1.0, 0.9, distance=2.9, frechet=None), cell("mfm-gf-4", 1.0, 4.0, distance=2.0, frechet=8.0),
     ]  # fmt: skip
-    assert [cells.index(c) for c in race.frontier(cells, "distance")] == [0, 1, 3, 5]  # equal ones stay, both
-    assert [cells.index(c) for c in race.frontier(cells, "frechet")] == [0, 2]
-    assert race.frontier([], "distance") == []
+    assert [cells.index(c) for c in race_cells.frontier(cells, "distance")] == [0, 1, 3, 5]  # equal ones stay, both
+    assert [cells.index(c) for c in race_cells.frontier(cells, "frechet")] == [0, 2]
+    assert race_cells.frontier([], "distance") == []
 
 
 def test_a_whole_race(monkeypatch):

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
-from metaflowmaps.lab.evaluate.images.race import COLUMNS, Race, RaceCell, RaceConfig, Raced, title
+from metaflowmaps.lab.evaluate.images.race import Race, RaceConfig, Raced
+from metaflowmaps.lab.evaluate.images.race_cells import COLUMNS, RaceCell, title
 from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
 from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import plots as figures

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from metaflowmaps.data import Examples
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.lab.evaluate.images import race as races
+from metaflowmaps.lab.evaluate.images import race_cells
 from metaflowmaps.lab.evaluate.images.class_mixture import Mixed
 from metaflowmaps.lab.evaluate.images.generation import Generated
 from metaflowmaps.lab.evaluate.images.image_rewards import short
 from metaflowmaps.lab.evaluate.images.inverse_problems import PROBLEMS, Solved
-from metaflowmaps.lab.evaluate.images.race import Raced, RewardResult
+from metaflowmaps.lab.evaluate.images.race import Raced
+from metaflowmaps.lab.evaluate.images.race_cells import RewardResult
 from metaflowmaps.lab.evaluate.images.recovery import Recovered
 from metaflowmaps.lab.evaluate.images.rollout_value import Estimated
 from metaflowmaps.lab.evaluate.images.setup import ImageSetup
@@ -227,7 +228,7 @@ def _frontier(one: RewardResult, what: Literal["distance", "frechet"], title: st
     for cell in one.scored:
         x = getattr(cell, what)
         if x is not None:
-            methods.setdefault(races.title(cell.method), []).append((cell.number, x, cell.reward))
+            methods.setdefault(race_cells.title(cell.method), []).append((cell.number, x, cell.reward))
     best = getattr(one.data, what)
     target = None if best is None else (best, one.data.target_reward)
     return Frontier(title, AGAINST[what], "mean reward", methods, target)
@@ -237,7 +238,7 @@ def _shown_cells(one: RewardResult) -> list[str]:
     """The cells whose samples are worth a look: the data, the pool's, MFM-G that is as good, the strongest steering."""
     head, strongest = (
         one.headline.get("ode"),
-        max((c.number for c in one.scored if c.method not in races.POOLS), default=0),
+        max((c.number for c in one.scored if c.method not in race_cells.POOLS), default=0),
     )
     best = [] if head is None else [f"ode {head.n:g}", f"{head.method} {head.strength:g}"]
     wanted = ["target data", "ode 1", *best, f"dps {strongest:g}", f"mfm-gf-16 {strongest:g}"]
@@ -248,10 +249,10 @@ def _shown_title(key: str) -> str:
     method, _, number = key.rpartition(" ")
     if key == "target data":
         return "images of highest reward"
-    if method in races.POOLS:
-        return f"best of {number}, {races.POOLS[method].removeprefix('best-of-N of ')}"
+    if method in race_cells.POOLS:
+        return f"best of {number}, {race_cells.POOLS[method].removeprefix('best-of-N of ')}"
     sign = "γ" if image_variant(method).rescaled else "λσ"
-    return f"{races.title(method)}, {sign} = {number}"
+    return f"{race_cells.title(method)}, {sign} = {number}"
 
 
 def inverse(found: Solved, draws: int, out: Path) -> dict[str, str]:
