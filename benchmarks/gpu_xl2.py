@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metaflowmaps import MFMG, ODE, LinearPath, MetaFlowMap, steer
+from metaflowmaps.networks.compiling import use_compiled
 from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.training.derivative import prepare
@@ -214,7 +215,7 @@ class Bench:
         )  # fmt: skip
         told = prepare(self.model, config, self.device, made)
         self.notes = list(dict.fromkeys([str(made.differentiation), *told]))
-        self.frozen.configure(compiled=self.args.compile)
+        use_compiled(self.frozen, self.args.compile, self.device, "bf16")
         return made, made.batch(self.model, 0).to(self.device)
 
     def draws(self) -> None:

@@ -35,6 +35,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, pipeline_document, stored
+from metaflowmaps.networks.compiling import Compile, Precision, use_compiled
 from metaflowmaps.random import Seed, as_seeds, randn
 from metaflowmaps.steering import Method, Process, steer
 from metaflowmaps.steering.presets import settled
@@ -75,6 +76,7 @@ class Pipeline:
         guidance: the scale that is meant where a call does not say one.
         batch_size: pictures made at a time; None: 64, of steered ones 8.
         progress: whether calls show a bar.
+        compile: the network by torch.compile: auto (on CUDA, where it computes what is written), true or false.
     """
 
     def __init__(
@@ -86,11 +88,13 @@ class Pipeline:
         *,
         batch_size: int | None = None,
         progress: bool = True,
+        compile: Compile = "auto",
     ) -> None:
         self.model, self.codec = model.eval().requires_grad_(False), codec
         self.class_names = tuple(class_names)
         self.guidance, self.batch_size, self.progress = guidance, batch_size, progress
-        self.precision = torch.float32
+        self.precision, self.compile = torch.float32, compile
+        self._told: tuple[Any, str | None] = (None, None)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise InputError(f"{len(self.class_names)} names for {self.num_classes} classes: give one a class")
         if codec is not None:
@@ -109,17 +113,20 @@ class Pipeline:
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        compile: Compile = "auto",
         **codec_options: Any,
     ) -> "Pipeline":
         """A checkpoint or run, a shipped model's name, a published SiT, DMF or MFM file, or any of them on the hub.
 
         ``vae`` is the autoencoder of latent models, where the checkpoint does not name one: ``sd-vae-ft-mse`` if left
-        out. ``dtype``: float32, or bfloat16 for the networks alone (states stay float32). ``codec_options`` are
-        micro_batch, tiling, slicing, checkpointing. ``family``, ``config``: as in ``mfm.pretrained.load``.
+        out. ``dtype``: float32, or bfloat16 for the networks alone (states stay float32). ``compile``: see the class.
+        ``codec_options`` are micro_batch, tiling, slicing, checkpointing. ``family``, ``config``: as in
+        ``mfm.pretrained.load``.
         """
         model, found = open_map(path_or_hub_id, family, config, revision)
         codec = codec_of(model, found, vae, **codec_options)
-        return cls(model, codec, names_of(model, found), stored(found).get("guidance")).to(device, dtype)
+        guidance = stored(found).get("guidance")
+        return cls(model, codec, names_of(model, found), guidance, compile=compile).to(device, dtype)
 
     def save_pretrained(self, path: str | FilePath, vae: str | None = None) -> None:
         """A checkpoint with ``pipeline.json``; ``vae`` names the autoencoder, None writes it beside the map."""
@@ -368,10 +375,19 @@ class Pipeline:
         return cond or None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What the networks compute in, while it lasts."""
+        """What the networks compute in, while it lasts; where they are to be compiled, they are from here on."""
+        self.use_compiled()
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision)
+
+    def use_compiled(self) -> str | None:
+        """Compile the network where that is asked for, on this device and in this precision; what is worth telling."""
+        wanted = (self.compile, self.device, self.precision)
+        if self._told[0] != wanted:
+            precision: Precision = "float32" if self.precision == torch.float32 else "bf16"
+            self._told = (wanted, use_compiled(self.model.network, self.compile, self.device, precision))
+        return self._told[1]
 
     def _metered(self) -> Meter:
         meter = Meter(self.model.network, self.device)

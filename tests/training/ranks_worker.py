@@ -178,7 +178,7 @@ def go(
     if event is not None:
         objective = At(objective, *event)
     if isinstance(model.network, DiT):
-        model.network.configure(settings.checkpoint_activations, settings.compile)
+        model.network.configure(settings.checkpoint_activations)
     start = starting_point(settings, Path(out), "auto")
     train(model, objective, settings, Path(out), start=start, watch=Watch(on_sample=looks))
     if settings.shard == 1:  # copies are copies, to the bit

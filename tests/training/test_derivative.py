@@ -9,8 +9,7 @@ import metaflowmaps as mfm
 from conftest import F64, normal, uniform
 from metaflowmaps.errors import InputError
 from metaflowmaps.losses import Consistency, Eulerian, Lagrangian, MeanFlow
-from metaflowmaps.networks import dit
-from metaflowmaps.networks.dit import SIZES, Block, DiTConfig
+from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.training import derivative
 from metaflowmaps.training.derivative import Differentiation, choose, prepare
@@ -255,49 +254,27 @@ def test_preparing_sets_the_objective_and_the_network_up():
     assert model.network.recompute
 
 
-@pytest.mark.parametrize("wanted", ["compile", "checkpoint_activations"])
-def test_other_networks_have_no_blocks(wanted):
-    made = config(**{wanted: True})
+def test_other_networks_have_no_blocks_to_compute_again():
+    made = config(checkpoint_activations=True)
     model = mfm.MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), mfm.LinearPath())
-    with pytest.raises(InputError, match=f"{wanted}=true is for model.network.name=dit: set {wanted}=false"):
+    says = "checkpoint_activations=true is for model.network.name=dit: set checkpoint_activations=false"
+    with pytest.raises(InputError, match=says):
         prepare(model, made, "cpu", Objective(None, made.loss, made.times, None, 8, 0))
 
 
-def no_compiler(block, x, modulation):
-    raise RuntimeError("No working C++ compiler\nwas found")
-
-
-@pytest.mark.parametrize(
-    ("compiled", "says"),
-    [
-        (Block.mix, None),
-        (
-            lambda block, x, m: block.mix(1.3 * x - 0.3 * x.detach(), m),
-            r"off by 0\.\d+ \(at most 0.001\): set compile=false",
-        ),
-        (lambda block, x, m: 1.01 * block.mix(x, m), r"off by 0\.02"),
-        (lambda block, x, m: torch.nan * block.mix(x, m), "off by nan"),
-        (no_compiler, r"RuntimeError: No working C\+\+ compiler was found\): install g\+\+, or set compile=false"),
-    ],
-    ids=["agrees", "gradient", "value", "nan", "fails"],
-)
-def test_compiling_is_refused_where_it_fails_or_differs(compiled, says, monkeypatch):
-    """On any torch: what counts is whether a compiled block computes what is written, tried once a process."""
-    calls = []
-    monkeypatch.setattr(dit, "_compiled_mix", lambda: calls.append(1) or compiled)
-    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # nothing was compiled, and it takes seconds to import
-    derivative.check_compiler.cache_clear()
-    before = torch.get_rng_state()
-    for _ in range(2):
-        if says is None:
-            derivative.check_compiler(torch.device("cpu"))
-        else:
-            with pytest.raises(InputError, match=says) as caught:
-                derivative.check_compiler(torch.device("cpu"))
-            assert "\n" not in str(caught.value)
-    assert len(calls) == (1 if says is None else 2)
-    assert torch.equal(torch.get_rng_state(), before)
-    derivative.check_compiler.cache_clear()
+@pytest.mark.parametrize(("ranks", "shard", "name"), [(1, 0, "adam"), (2, 1, "adam"), (2, 0, "soap"), (2, 0, "adam")])
+def test_a_network_is_compiled_whole_unless_its_weights_are_spread(ranks, shard, name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(derivative, "use_compiled", lambda network, choice, device, precision: asked.append(choice))
+    made = config(compile=True, shard=shard, optimizer={"name": name})
+    model = mfm.MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), mfm.LinearPath())
+    objective = Objective(None, made.loss, made.times, None, 8, 0)
+    if (ranks, shard, name) == (2, 0, "adam"):
+        with pytest.raises(InputError, match="must not be spread: set shard=1"):
+            prepare(model, made, "cpu", objective, ranks)
+        made = made.model_copy(update={"compile": "auto"})
+    prepare(model, made, "cpu", objective, ranks)
+    assert asked == [made.compile is True]
 
 
 # -- the teacher's calls ---------------------------------------------------------------------------------------------

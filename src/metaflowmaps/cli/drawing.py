@@ -19,6 +19,7 @@ from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.lab.sample_pictures import ALL_CLASSES, PictureOptions, SamplePictures
+from metaflowmaps.networks.compiling import Compile
 from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.work.claims import read_json, release
 from metaflowmaps.work.shards import (
@@ -34,6 +35,7 @@ from metaflowmaps.work.shards import (
 )
 
 SAMPLES = 1024  # where nobody says how many
+COMPILE: dict[str, Compile] = {"auto": "auto", "true": True, "false": False}
 Tensors = dict[str, Tensor]
 
 
@@ -44,11 +46,15 @@ class ConditionOptions(OnCheckpoint):
     guidance: float | None = Field(None, description="Scale w of class guidance, of maps that know it.")
     vae: str | None = Field(None, description="Autoencoder of latents: a folder or hub id, where not known.")
     precision: Literal["float32", "bf16"] = Field("float32", description="What the networks compute in.")
+    compile: Literal["auto", "true", "false"] = Field(
+        "auto", description="Networks by torch.compile; auto: on CUDA, where that computes what is written."
+    )
 
     def pictures(self, opened: OpenedModel, num: int, each: bool = False) -> SamplePictures:
         """What ``num`` samples of a map are told, and their pictures."""
-        half = self.precision == "bf16"
-        return SamplePictures(opened, PictureOptions(self.label, self.guidance, self.vae, half, each), num)
+        half, compiled = self.precision == "bf16", COMPILE[self.compile]
+        options = PictureOptions(self.label, self.guidance, self.vae, half, compiled, each)
+        return SamplePictures(opened, options, num)
 
     def identity(self, pictures: SamplePictures, **known: Any) -> Results:
         """What tells a request from others: the options, with checkpoint and class as they are resolved."""
@@ -137,6 +143,9 @@ def draw(pictures: SamplePictures, drawing: Drawing, context: Context, folder: s
         if done is not None:
             return done
         pictures.settle()  # what is missing is said before the work
+        told = pictures.pipe.use_compiled()
+        if told is not None:
+            context.say(f"network: {told}")
         size = shards.size(share, drawing.size)
         parts = ranges(pictures.num, size)
         shards.begin(list(parts), size)

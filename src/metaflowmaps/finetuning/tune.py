@@ -25,6 +25,7 @@ from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved
 from metaflowmaps.finetuning.tuning_objective import TuningSetup
 from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.networks.compiling import use_compiled
 from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.base import describe
@@ -164,6 +165,8 @@ class Stage:
         self.out.mkdir(parents=True, exist_ok=True)
         start = starting_point(config, self.out, context.resume)
         student = make_student(config, problem.base)
+        for model in (problem.base, student):
+            use_compiled(model.network, config.compile, context.device, config.precision)
         step = 0 if start is None else int(start.document("position.json")["step"])
         records = kept_records(self.out, step)
         if not records and config.meters.every:

@@ -19,6 +19,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.networks.compiling import Compile
 from metaflowmaps.pipeline import Pipeline
 
 ALL_CLASSES = "all"  # as a label: the classes in turn
@@ -34,6 +35,7 @@ class PictureOptions:
         guidance: its scale; None for the usual one.
         vae: the autoencoder of latents; None where the checkpoint names it.
         half: whether the networks compute in bfloat16.
+        compile: whether they are compiled: auto, true or false.
         each: whether every sample is written as a picture of its own.
     """
 
@@ -41,6 +43,7 @@ class PictureOptions:
     guidance: float | None = None
     vae: str | None = None
     half: bool = False
+    compile: Compile = "auto"
     each: bool = False
 
 
@@ -49,7 +52,8 @@ class SamplePictures:
 
     def __init__(self, opened: OpenedModel, options: PictureOptions, num: int) -> None:
         self.opened, self.options, self.num = opened, options, num
-        self.pipe = Pipeline(opened.model, None, opened.class_names, opened.stored.get("guidance"))
+        guidance = opened.stored.get("guidance")
+        self.pipe = Pipeline(opened.model, None, opened.class_names, guidance, compile=options.compile)
         self.pipe.precision = torch.bfloat16 if options.half else torch.float32
         self.labels = self._labels()
         asked = self.labels is not None or options.guidance is not None

@@ -16,12 +16,11 @@ At initialisation E_u, E_t, E'_s, E_w and P' are 0: of the times the first part 
 context nothing. It is then the decoupled flow map whose first part encodes the state at a and whose second part reads
 off where it is at b; what b and the context mean to the first part is learned from there.
 
-For large networks, :meth:`DiT.configure` has blocks computed again in the backward pass instead of remembered,
-compiled, or their attention fused under forward-mode AD. None of these changes what is computed or how weights are
-named.
+For large networks, :meth:`DiT.configure` has blocks computed again in the backward pass instead of remembered, or
+their attention fused under forward-mode AD; :mod:`metaflowmaps.networks.compiling` has them compiled, once for all.
+None of these changes what is computed or how weights are named.
 """
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import check_divides, image_shape
+from metaflowmaps.networks.compiling import Compilable
 from metaflowmaps.networks.embed import TimeEmbedding, embed_guidance, make_guidance, make_labels, positions, silenced
 from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
 from metaflowmaps.networks.forward_mode import forward_mode, layer_norm
@@ -63,6 +63,10 @@ class DiTConfig(NetworkConfig):
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """A :class:`DiT` on square images or latents of this shape."""
         return DiT(self, event_shape)
+
+    def shallow(self) -> "DiTConfig":
+        """Two blocks compile what all of them do."""
+        return self.model_copy(update={"depth": 2, "encoder_depth": 1})
 
 
 class DiT(nn.Module):
@@ -133,12 +137,11 @@ class DiT(nn.Module):
         """Numbers in a block's attention maps for one sample, heads · N²."""
         return self.config.heads * self.positions.shape[1] ** 2
 
-    def configure(self, recompute: bool = False, compiled: bool = False, fused_tangents: bool = False) -> "DiT":
-        """How blocks are computed: see the module. ``compiled`` and ``fused_tangents`` have needs of their own."""
+    def configure(self, recompute: bool = False, fused_tangents: bool = False) -> "DiT":
+        """How blocks are computed: see the module. ``fused_tangents`` has needs of its own."""
         self.recompute = recompute
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.compiled = compiled
             block.attention.fused_tangents = fused_tangents
         return self
 
@@ -155,10 +158,8 @@ class DiT(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class Block(Compilable):
     """x + gate · attention(modulated norm), then the same with a perceptron."""
-
-    compiled = False
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -175,24 +176,15 @@ class Block(nn.Module):
         """(B, N, width), (B, width) -> (B, N, width)."""
         with unrounded(c) as (c,):
             modulation = self.modulation(c)
-        if not self.compiled or forward_mode():  # compilers do not know dual numbers
-            return self.mix(x, modulation)
-        # of a state that is not contiguous (patches are not) the compiler of torch 2.13 gets the gradient wrong
-        out: Tensor = _compiled_mix()(self, x.contiguous(), modulation)
-        return out
+        return self.run(x, modulation)
 
-    def mix(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def core(self, *inputs: Tensor) -> Tensor:
         """(B, N, width), (B, 6·width) -> (B, N, width)."""
+        x, modulation = inputs
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, 1)
         x = x + gate_1[:, None] * self.attention(modulate(layer_norm(x), shift_1, scale_1))
-        x = x + gate_2[:, None] * self.mlp(modulate(layer_norm(x), shift_2, scale_2))
-        return x
-
-
-@cache
-def _compiled_mix() -> Any:
-    # one function with the block as its argument: compiled once, not once a block, and no part of the module's state
-    return torch.compile(Block.mix)
+        out: Tensor = x + gate_2[:, None] * self.mlp(modulate(layer_norm(x), shift_2, scale_2))
+        return out
 
 
 class FinalLayer(nn.Module):

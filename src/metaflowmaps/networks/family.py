@@ -45,6 +45,10 @@ class NetworkConfig(Config, Choice):
         """
         raise NotImplementedError
 
+    def shallow(self) -> "NetworkConfig":
+        """The smallest network of which the compiler sees all that it sees of this one."""
+        return self
+
     def network(self, event_shape: tuple[int, ...]) -> nn.Module:
         """:meth:`build`, and what maps and checkpoints ask of a network."""
         made = self.build(tuple(event_shape))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
+from metaflowmaps.networks.compiling import Compilable
 from metaflowmaps.networks.embed import TimeFeatures, refuse_scales, silenced
 from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
 
@@ -31,7 +32,7 @@ class MLPConfig(NetworkConfig):
         return MLP(self, event_shape)
 
 
-class MLP(nn.Module):
+class MLP(Compilable):
     """``depth`` hidden layers of ``width``, output layer zero at initialisation.
 
     With ``num_classes`` the optional condition ``{"label": (B,)}`` enters as a learned vector on the first hidden
@@ -76,16 +77,24 @@ class MLP(nn.Module):
     ) -> Tensor:
         """(B, *event) -> (B, *event), times (B,) in [0, 1]."""
         times = self.time_features(torch.stack([a, b, context_time], 1))
-        h = self.input(torch.cat([z.flatten(1), context.flatten(1), times], 1))
+        rows: list[Tensor] = []
         if self.labels is not None:
-            h = h + (self.labels(label) if label is not None else self.labels.weight[-1])
+            rows.append(self.labels(label) if label is not None else self.labels.weight[-1])
         if guidance is not None:
             if self.guidance is None:
                 raise InputError("this network takes no guidance scale: it was made with guidance=False")
             refuse_scales(~(guidance >= 0), guidance, "be numbers >= 0")
-            h = h + ((guidance - 1) / (guidance + 1)).to(h)[:, None] * self.guidance
+            rows.append(((guidance - 1) / (guidance + 1)).to(self.guidance)[:, None] * self.guidance)
+        return self.run(z.flatten(1), context.flatten(1), times, *rows).reshape(z.shape)
+
+    def core(self, *inputs: Tensor) -> Tensor:
+        """z and context (B, dim), features of the times, and what else is added at first: (B, dim)."""
+        *states, times = inputs[:3]
+        h = self.input(torch.cat([*states, times], 1))
+        for row in inputs[3:]:
+            h = h + row
         out: Tensor = self.output(self.hidden(h) if self.modulation is None else self._modulated(h, times))
-        return out.reshape(z.shape)
+        return out
 
     def _modulated(self, h: Tensor, times: Tensor) -> Tensor:
         """h ← h + act((W h + c)(1 + scale) + shift), scale and shift linear in the features of the times."""

@@ -25,6 +25,7 @@ from torch.nn import functional
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
 from metaflowmaps.networks.checks import image_shape
+from metaflowmaps.networks.compiling import Compilable
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
 from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
 
@@ -51,7 +52,7 @@ class UNetConfig(NetworkConfig):
         return UNet(self, event_shape)
 
 
-class UNet(nn.Module):
+class UNet(Compilable):
     """``blocks`` residual blocks each way at each level, of ``width · multipliers[i]`` channels; levels halve the size.
 
     Self-attention at the sizes in ``attention``, the smallest if not said. Zero output at initialisation. Label
@@ -105,7 +106,12 @@ class UNet(nn.Module):
         if self.labels is not None:
             e = e + self.labels(label)
         e = self.embed(e)
-        x = self.enter(torch.cat([z, context, torch.ones_like(z[:, :1])], 1))
+        return self.run(torch.cat([z, context, torch.ones_like(z[:, :1])], 1), e)
+
+    def core(self, *inputs: Tensor) -> Tensor:
+        """(B, 2·C + 1, H, W), (B, embedding) -> (B, C, H, W)."""
+        x, e = inputs
+        x = self.enter(x)
         states = []
         for i, level in enumerate(self.down):
             x = functional.avg_pool2d(x, 2) if i else x

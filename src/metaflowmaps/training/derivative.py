@@ -13,7 +13,6 @@ cannot go with activation checkpointing.
 
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -22,16 +21,15 @@ from torch import Tensor, nn
 from metaflowmaps.errors import InputError
 from metaflowmaps.losses import Consistency, Derivative
 from metaflowmaps.networks.attention import attend
-from metaflowmaps.networks.dit import Block, DiT, DiTConfig
+from metaflowmaps.networks.compiling import Compile, Precision, use_compiled
+from metaflowmaps.networks.dit import DiT
 from metaflowmaps.training.train_config import RunConfig, TrainConfig
 
 Form = Literal["none", "forward", "fused", "difference"]
-Precision = Literal["float32", "bf16"]
 
 ROOM = 8 * 2**30  # bytes that N × N maps may take
 MAPS = 6  # of them at a time: scores, their softmax, their tangents, what becomes of them
 STEPS = {"float32": 5e-3, "bf16": 5e-2}  # of differences: measured, docs/scale.md
-COMPILED_ERROR = 1e-3  # of a compiled block: sums in another order give 1e-6, TF32 5e-4, a wrong gradient tenths
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,8 @@ def prepare(
 ) -> list[str]:
     """Set a map (or a classifier) and its objective up as configured; a line for each thing worth telling."""
     network, lines = getattr(model, "network", model), []
-    wanted = [name for name in ("compile", "checkpoint_activations") if getattr(config, name)]
-    if wanted and not isinstance(network, DiT):
-        raise InputError(f"{wanted[0]}=true is for model.network.name=dit: set {wanted[0]}=false")
+    if config.checkpoint_activations and not isinstance(network, DiT):
+        raise InputError("checkpoint_activations=true is for model.network.name=dit: set checkpoint_activations=false")
     fused = False
     if isinstance(config, TrainConfig):
         on_diagonal = round(config.loss.diagonal_share * config.batch_size)
@@ -147,53 +144,21 @@ def prepare(
         objective.differentiation, fused = way, way.form == "fused"
         if loss.differentiates in ("detached", "through"):  # there was a choice
             lines.append(str(way))
+    compiled = use_compiled(network, _compile(network, config, ranks), device, config.precision)
+    if compiled is not None:
+        lines.append(f"network: {compiled}")
     if isinstance(network, DiT):
-        if config.compile:
-            check_compiler(torch.device(device))
-            lines.append(f"blocks: compiled by torch {torch.__version__}, except under forward-mode AD")
         if config.checkpoint_activations:
             lines.append("blocks: computed again in the backward pass instead of remembered")
-        network.configure(config.checkpoint_activations, config.compile, fused)
+        network.configure(config.checkpoint_activations, fused)
     return lines
 
 
-@cache
-def check_compiler(device: torch.device) -> None:
-    """Refuse torch.compile where it fails, or computes something else than what is written; tried once a process."""
-    here = f"torch {torch.__version__} on {device.type}"
-    try:
-        error = compiled_error(device)
-    except Exception as failure:  # compilers have many kinds
-        needed = "g++" if device.type == "cpu" else "Triton (pip install triton)"
-        reason = " ".join(str(failure).split())[:160]
-        raise InputError(
-            f"compile=true fails with {here} ({type(failure).__name__}: {reason}): install {needed}, or set "
-            "compile=false"
-        ) from failure
-    if not error < COMPILED_ERROR:
-        raise InputError(
-            f"compile=true is wrong with {here}: a compiled block and its gradients are off by {error:.2g} (at most "
-            f"{COMPILED_ERROR:g}): set compile=false"
-        )
-
-
-def compiled_error(device: torch.device) -> float:
-    """Largest error of a small compiled block's value and of its gradients, relative to the largest of each."""
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    with torch.device("meta"):  # nothing is drawn from the global generator
-        block = Block(DiTConfig(width=32, heads=2))
-    block.to_empty(device=device)
-    for weight in block.parameters():
-        weight.data = 0.2 * numbers(*weight.shape)
-    x, c = numbers(2, 32, 16).mT.requires_grad_(), numbers(2, 32)  # not contiguous, as tokens of patches are
-    sides = []
-    for block.compiled in (False, True):
-        out = block(x, c)
-        sides.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
-    torch.compiler.reset()  # the run's own shapes are then the first that are compiled
-    errors = [(one - other).abs().max() / one.abs().max() for one, other in zip(*sides, strict=True)]
-    return float(torch.stack(errors).max())
+def _compile(network: nn.Module, config: RunConfig, ranks: int) -> Compile:
+    """What is compiled; of a network whose weights are spread, blocks that gather their own, and no more."""
+    spread = ranks > 1 and config.shard != 1 and config.optimizer.name != "soap"
+    if not spread or isinstance(network, DiT):
+        return config.compile
+    if config.compile is True:
+        raise InputError("compile=true compiles this network whole, which must not be spread: set shard=1")
+    return False

@@ -26,9 +26,10 @@ from metaflowmaps._shapes import expand_time
 from metaflowmaps.data import SampleSource
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
+from metaflowmaps.networks.compiling import Precision
 from metaflowmaps.networks.precision import autocasting
 from metaflowmaps.random import rand, randn, stream
-from metaflowmaps.training.derivative import Differentiation, Precision, choose
+from metaflowmaps.training.derivative import Differentiation, choose
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
 from metaflowmaps.training.train_config import ConditionConfig, LossConfig, TimesConfig

@@ -104,7 +104,7 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int = Field(2, ge=1, le=1024)
     precision: Literal["float32", "bf16"] = "float32"
-    compile: bool = False  # the network's blocks, by torch.compile
+    compile: Literal["auto"] | bool = "auto"  # by torch.compile; auto: on CUDA, where it computes what is written
     checkpoint_activations: bool = False  # blocks are computed again in the backward pass instead of remembered
     shard: int = Field(0, ge=0)  # ranks that share one copy of the weights; 0: all there are, 1: a copy each
     log_every: int = Field(100, ge=1)

@@ -24,7 +24,7 @@ from metaflowmaps.guidance import PLAIN
 from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.losses import NoConsistency
 from metaflowmaps.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, read_network
-from metaflowmaps.networks.dit import DiT
+from metaflowmaps.networks.compiling import compilable, use_compiled
 from metaflowmaps.path import make_path
 from metaflowmaps.training.classifier_objective import ClassifierObjective
 from metaflowmaps.training.derivative import prepare
@@ -224,8 +224,7 @@ def _pretrained_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.d
     if parent is None:
         parent = ranks.together(lambda: MetaFlowMap.from_pretrained(name)).to(device).requires_grad_(False)
     teacher = ranks.together(lambda: taught_by(parent, config))
-    if config.compile and isinstance(getattr(parent, "network", None), DiT):
-        parent.network.configure(compiled=True)
+    compile_teacher(parent, config, device)
     if config.start_from_drift:
         ranks.together(lambda: inherit(model, parent))
     return teacher
@@ -234,9 +233,17 @@ def _pretrained_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.d
 def _learned_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.device | str, drift: Path) -> Teacher:
     """GLASS on the drift of a checkpoint; the map begins with its weights where it is to."""
     learned = MetaFlowMap.from_pretrained(drift).to(device).requires_grad_(False)
+    compile_teacher(learned, config, device)
     if config.start_from_drift:
         model.load_state_dict(learned.state_dict())
     return GlassTeacher(model.path, learned.drift, config.num_classes)
+
+
+def compile_teacher(parent: Any, config: TrainConfig, device: torch.device | str) -> None:
+    """A teacher runs compiled where its student does, if it can be."""
+    network = getattr(parent, "network", None)
+    if compilable(network):
+        use_compiled(network, config.compile, device, config.precision)
 
 
 def taught_by(parent: Any, config: TrainConfig) -> GlassTeacher:
