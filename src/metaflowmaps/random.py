@@ -84,6 +84,11 @@ class RowNoise:
         unit = (words >> (64 - bits)).bitwise_and_(2**bits - 1).to(wide).mul_(2.0**-bits)
         return self._shaped(unit, event_shape, draws).to(dtype)
 
+    def integers(self, high: int) -> Tensor:
+        """One of 0 … high − 1 a row, each as often as the others but for a share of high/2³²: (B,) int64."""
+        words = self.words(1)[0, :, 0]
+        return (words >> 32).bitwise_and_(2**32 - 1).mul_(high).bitwise_right_shift_(32)
+
     def generator(self) -> torch.Generator:
         """For what cannot draw row by row: a generator for all rows, which depends on the first one's seed."""
         made = stream(int(self.seeds[0]), *self.name, self.asked)
@@ -175,9 +180,9 @@ def randn(
     shape: tuple[int, ...],
     generator: Source | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise, drawn where the generator lives and moved to the device."""
+    """Standard normal noise, drawn where the generator lives and moved to the device; None: left there."""
     if isinstance(generator, RowNoise):
         return _of_rows(generator, shape[0]).normal(shape[1:], None, dtype).to(device)
     return torch.randn(shape, generator=generator, dtype=dtype, device=_home(generator, device)).to(device)
@@ -187,17 +192,17 @@ def rand(
     shape: tuple[int, ...],
     generator: Source | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform noise on [0, 1), drawn where the generator lives and moved to the device."""
+    """Uniform noise on [0, 1), drawn where the generator lives and moved to the device; None: left there."""
     if isinstance(generator, RowNoise):
         return _of_rows(generator, shape[0]).uniform(shape[1:], None, dtype).to(device)
     return torch.rand(shape, generator=generator, dtype=dtype, device=_home(generator, device)).to(device)
 
 
-def _home(generator: torch.Generator | None, device: torch.device | str) -> torch.device:
+def _home(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
     """Where numbers are drawn: where the generator lives, or else where they are wanted."""
-    return generator.device if generator is not None else torch.device(device)
+    return generator.device if generator is not None else torch.device(device or "cpu")
 
 
 def _of_rows(noise: RowNoise, rows: int) -> RowNoise:
@@ -236,7 +241,7 @@ def noise(
         if dim > torch.quasirandom.SobolEngine.MAXDIM:
             raise InputError(f"quasi-random noise has at most {torch.quasirandom.SobolEngine.MAXDIM} dimensions")
         points = torch.quasirandom.SobolEngine(dim).draw(num_draws, dtype=torch.float64)
-        shift = rand((len(like), dim), generator, torch.float64)
+        shift = rand((len(like), dim), generator, torch.float64, "cpu")
         uniform = (points[:, None] + shift).remainder(1.0).clamp(1e-12, 1 - 1e-12)
         normal: Tensor = torch.special.ndtri(uniform)
         return normal.reshape(shape).to(like)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
-from test_resume import small
+from test_resume import fingerprint, small
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
@@ -14,7 +16,8 @@ from metaflowmaps.losses import Consistency
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture
-from metaflowmaps.training.loop import NonFiniteLoss, Watch, train
+from metaflowmaps.training import loop, training_run
+from metaflowmaps.training.loop import Interrupted, NonFiniteLoss, Watch, _TrainingRun, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.state import learning_rate, make_optimizer
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
@@ -231,6 +234,58 @@ def test_the_guard_looks_at_no_more_rows_at_a_time_than_a_step(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"of 64 rows, with context times in \[0.9"):
         train(model, objective, config, tmp_path)
     assert set(sizes) == {8}
+
+
+@pytest.mark.parametrize("stops", [(), (11, 30)])
+def test_a_device_is_asked_where_it_is_logged_and_no_earlier(stops, tmp_path, monkeypatch):
+    """Read late, the files are those of a run that is read at every step, also where it is stopped in between."""
+    torch.set_num_threads(1)
+    asked, read = [], _TrainingRun.read
+
+    def counted(run, batch=None):
+        asked.append(run.state.step)
+        read(run, batch)
+
+    monkeypatch.setattr(_TrainingRun, "read", counted)
+    config = small(steps=40, micro_batches=2)
+    run_training(config, tmp_path / "eager")
+    every = len(asked)
+    monkeypatch.setattr(loop, "READ_AT_EVERY_STEP", ())
+    for stop in stops:
+        flags = [0]
+        monkeypatch.setattr(loop, "_stop_signals", lambda flags=flags: nullcontext(flags))
+
+        class Stopping(Objective):
+            def batch(self, model, step):
+                if step == stop:  # noqa: B023  # it is run before the next one
+                    flags[:] = [signal.SIGINT]  # noqa: B023
+                return super().batch(model, step)
+
+        monkeypatch.setattr(training_run, "Objective", Stopping)
+        with pytest.raises(Interrupted, match=f"at step {stop + 1} of"):
+            run_training(config, tmp_path / "late")
+    monkeypatch.setattr(loop, "_stop_signals", lambda: nullcontext([]))
+    monkeypatch.setattr(training_run, "Objective", Objective)
+    asked.clear()
+    run_training(config, tmp_path / "late")
+    assert fingerprint(tmp_path / "late") == fingerprint(tmp_path / "eager")
+    if not stops:
+        due = {step for step in range(1, 41) if step % 5 == 0 or step % 7 == 0}  # logged, or kept
+        assert set(asked) == due | {step - 1 for step in due}  # before the weights move, and with nothing left to read
+        assert every > 40
+
+
+def test_a_loss_that_is_read_late_is_still_dated(tmp_path, monkeypatch):
+    """Its weights are gone by then; the checkpoint before it is not."""
+    monkeypatch.setattr(loop, "READ_AT_EVERY_STEP", ())
+    config = small(batch_size=64, log_every=6)
+    model = build_map(config)
+    law = config.data.law()
+    objective = Poisoned(law, config.loss, config.times, ExactTeacher(model.path, law), 64, 0)
+    says = "step 9 .* in rows that --set log_every=1 names; the checkpoint of step 7 is untouched"
+    with pytest.raises(NonFiniteLoss, match=says):
+        train(model, objective, config, tmp_path)
+    assert all(p.isfinite().all() for p in load_map(tmp_path).parameters())
 
 
 def test_mixed_precision_trains_where_asked(tmp_path):

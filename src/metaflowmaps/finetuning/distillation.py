@@ -14,6 +14,7 @@ from metaflowmaps.finetuning.state_laws import samples_stream, student_samples
 from metaflowmaps.finetuning.tuning_objective import TuningSetup
 from metaflowmaps.finetuning.tuning_problem import Resumable
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
+from metaflowmaps.random import Source
 from metaflowmaps.training.objective import Batch, Objective
 from metaflowmaps.training.teachers import GlassTeacher, Teacher
 from metaflowmaps.training.train_config import ConditionConfig
@@ -50,7 +51,7 @@ class MapObjective(Objective, Resumable):
         self._counting = False
         self._watched: list[nn.Module] = []
 
-    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: torch.Generator) -> dict[str, Tensor]:
+    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: Source) -> dict[str, Tensor]:
         return {} if label is None or not self.problem.classes else self.problem.guided(label)
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:

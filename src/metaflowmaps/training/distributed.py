@@ -141,10 +141,10 @@ def _sum(gradients: list[Tensor]) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def clip(parameters: Sequence[Tensor], limit: float) -> float:
-    """Scale the gradient of all ranks to at most ``limit``; its norm before."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def clip(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """Scale the gradient of all ranks to at most ``limit``; its norm before, left where it is."""
+    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
+        norm = norm.full_tensor()  # type: ignore[operator]
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    return norm

@@ -9,6 +9,9 @@ ends with the bytes of one that never stopped. Several ranks run the same loop o
 
     run.json            the resolved configuration        checkpoints/step-…   see metaflowmaps.checkpoint
     metrics.jsonl       one record every log_every steps  timings.jsonl        seconds, the only file that may differ
+
+An accelerator works through what it was told while the loop tells it more, until the loop asks for a number. So there
+losses and gradient norms are read where they are logged, and before every checkpoint; on a processor at every step.
 """
 
 import copy
@@ -23,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,8 @@ from metaflowmaps.training.distributed import check_division, clip, share, sprea
 from metaflowmaps.training.state import TrainState, learning_rate, truncate
 from metaflowmaps.training.train_config import RunConfig
 from metaflowmaps.work import ranks
+
+READ_AT_EVERY_STEP = ("cpu",)  # devices that nobody waits for
 
 
 class Interrupted(Exception):
@@ -127,13 +132,24 @@ def train(
     with _stop_signals() as stopped:
         while not run.ended:
             batch = objective.batch(model, run.state.step)
-            loss = run.backward(batch)  # in pieces: neither its inputs nor its sum depend on how many
+            losses = run.backward(batch)  # in pieces: neither its inputs nor its sum depend on how many
             norm = clip(run.parameters, config.optimizer.clip)
-            run.guard(loss, norm, batch)
-            run.move({"loss": loss, "grad_norm": norm, **getattr(batch, "figures", {})})
+            run.readings.append(Reading(run.state.step, losses, norm, getattr(batch, "figures", {})))
+            if run.looks:
+                run.read(batch)
+            run.move()
             run.record()
             run.save(ranks.largest(stopped[0] if stopped else 0))  # whichever rank was told, all stop here
     return run.result()
+
+
+class Reading(NamedTuple):
+    """A step's losses (of the pieces of this rank's rows) and gradient norm, on the device, and what is known of it."""
+
+    step: int
+    losses: Tensor
+    norm: Tensor
+    figures: dict[str, float]
 
 
 class _TrainingRun:
@@ -161,6 +177,7 @@ class _TrainingRun:
         self.store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
         self.tracker = ranks.together(lambda: _Tracker(out, config.track if ranks.rank() == 0 else "none"))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.readings: list[Reading] = []
         self.enough = False
 
     def resume(self, start: Checkpoint | None) -> None:
@@ -182,49 +199,75 @@ class _TrainingRun:
         """The learning rate of the update that the optimizer makes next, or has made last."""
         return float(self.state.optimizer.param_groups[0]["lr"])
 
-    def backward(self, batch: Rows) -> float:
-        """The gradient of a whole batch, summed over its pieces and over the ranks; its loss."""
+    @property
+    def looks(self) -> bool:
+        """Whether the step that is being made is read before it moves the weights."""
+        after, config = self.state.step + 1, self.config
+        due = after % config.log_every == 0 or after % config.checkpoint_every == 0 or after >= config.steps
+        return due or self.device.type in READ_AT_EVERY_STEP
+
+    def backward(self, batch: Rows) -> Tensor:
+        """The gradient of a whole batch, summed over its pieces and over the ranks; the pieces' losses."""
         rate = learning_rate(self.config.optimizer, self.state.step, self.config.steps)
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
         self.state.optimizer.zero_grad()
-        total = 0.0
+        found = []
         for losses in losses_of(self.model, self.objective, share(batch), self.config, self.device):
             loss = losses.float().sum() / len(batch)
             loss.backward()
-            total += float(loss.detach())
-        if ranks.size() > 1:
-            (total,) = ranks.total(total)
-            if self.ranks_a_copy == 1:
-                sum_gradients(self.parameters)
-        return total
+            found.append(loss.detach())
+        if self.ranks_a_copy == 1 and ranks.size() > 1:
+            sum_gradients(self.parameters)
+        return torch.stack(found)
 
-    def guard(self, loss: float, norm: float, batch: Rows) -> None:
-        """Stop at a non-finite loss or gradient, saying where in time it arose."""
-        if math.isfinite(loss) and math.isfinite(norm):
+    def read(self, batch: Rows | None = None) -> None:
+        """Wait for the device, count what it has found since it was last asked, and stop where that is not finite.
+
+        Args:
+            batch: of the last step, if it has not moved the weights yet.
+        """
+        if not self.readings:
             return
+        sizes = [len(r.losses) + 1 for r in self.readings]
+        numbers = torch.cat([torch.cat([r.losses, r.norm[None]]) for r in self.readings]).cpu()  # one answer for all
+        parts = [part.tolist() for part in numbers.split(sizes)]
+        losses = ranks.total(*(sum(part[:-1]) for part in parts))
+        for reading, loss, norm in zip(self.readings, losses, (part[-1] for part in parts), strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.stop(reading, loss, norm, batch)
+            self.state.add({"loss": loss, "grad_norm": norm, **reading.figures})
+        self.readings = []
+
+    def stop(self, reading: Reading, loss: float, norm: float, batch: Rows | None) -> None:
+        """Raise at a non-finite loss or gradient, saying where in time it arose if the weights have not moved since."""
+        where = "rows that --set log_every=1 names"
+        if batch is not None and reading is self.readings[-1]:
+            where = self.bad_rows(batch)
+        steps = self.store.steps()
+        kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
+        raise NonFiniteLoss(
+            f"non-finite loss at step {reading.step} (loss {loss:g}, gradient norm {norm:g}) in {where}; {kept}. "
+            "Lower optimizer.lr or optimizer.clip, or keep times.last further from 1"
+        )
+
+    def bad_rows(self, batch: Rows) -> str:
+        """The rows of a batch whose loss is not finite, in words."""
         with torch.no_grad():  # in pieces, as in the step: in one it might not fit
             each = losses_of(self.model, self.objective, share(batch), self.config, self.device)
             mine = torch.cat([~losses.isfinite().cpu() for losses in each])
         bad, size = torch.zeros(len(batch), dtype=torch.bool), ranks.size()
         for number, part in enumerate(ranks.collected(lambda: mine)):
             bad[number::size] = part
-        where = "the gradient alone"
-        if bad.any():
-            where = f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad)}"
-        steps = self.store.steps()
-        kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "no checkpoint was written yet"
-        raise NonFiniteLoss(
-            f"non-finite loss at step {self.state.step} (loss {loss:g}, gradient norm {norm:g}) in {where}; {kept}. "
-            "Lower optimizer.lr or optimizer.clip, or keep times.last further from 1"
-        )
+        if not bad.any():
+            return "the gradient alone"
+        return f"{int(bad.sum())} of {len(batch)} rows, with {batch.about(bad)}"
 
-    def move(self, figures: dict[str, float]) -> None:
+    def move(self) -> None:
         """Move the weights and their average; a step is done then."""
         self.state.optimizer.step()
         self.state.average()
         self.state.step += 1
-        self.state.add(figures)
         if self.watch.on_sample is not None and self.config.sample_every:
             self.enough = self.state.step % self.config.sample_every == 0 and self.look(self.watch.on_sample)
 
@@ -250,6 +293,7 @@ class _TrainingRun:
         state, config = self.state, self.config
         if state.step % config.log_every and not self.ended:
             return
+        self.read()
         record = Record(state.step, config.steps, {**state.flush(), "lr": self.rate}, time.perf_counter() - self.began)
 
         def publish() -> None:
@@ -265,6 +309,7 @@ class _TrainingRun:
         state, config = self.state, self.config
         scheduled = state.step % config.checkpoint_every == 0 or self.ended
         if scheduled or stop:
+            self.read()
             ranks.together(self.log.sync)
             state.save(self.store, config, scheduled)
         if stop:  # at the last step too: another stage may follow

@@ -1,7 +1,9 @@
 r"""The objective of a run: ``L = L_diag + L_cons`` on batches that are functions of (seed, step).
 
 A batch is drawn whole from ``stream(seed, "train", step)``: data x_1, a context (t, x_t) made with one noise, an inner
-state z_a made with another, inner times. The first rows train the diagonal, the others the consistency loss; each row's
+state z_a made with another, inner times. On an accelerator only x_1 comes from there (its rows are where the data are);
+noise, times and conditions are made on the device by a stream a row, ``RowNoise(rows, "train", seed, step)``, whose
+integers are the same on every device. The first rows train the diagonal, the others the consistency loss; each row's
 loss depends on its own row alone, so the sum does not depend on how the batch is split into micro-batches.
 
 With classes, each row has its label, replaced by the null class with a probability, and a guidance scale w. A data
@@ -28,7 +30,7 @@ from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.flow_map import Anchored, MetaFlowMap
 from metaflowmaps.networks.compiling import Precision
 from metaflowmaps.networks.precision import autocasting
-from metaflowmaps.random import rand, randn, stream
+from metaflowmaps.random import RowNoise, Source, rand, randn, stream
 from metaflowmaps.training.derivative import Differentiation, choose
 from metaflowmaps.training.teachers import Teacher
 from metaflowmaps.training.times import context_times, diagonal_times, inner_times, late_rows
@@ -64,7 +66,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return self._each(lambda v: v.to(device), self.diagonal_rows)
+        # not blocking: of memory that is not pinned, CUDA has a copy of its own before it returns
+        return self._each(lambda v: v.to(device, non_blocking=device.type == "cuda"), self.diagonal_rows)
 
     def _each(self, change: Callable[[Tensor], Tensor], diagonal_rows: int) -> "Batch":
         """The batch with every tensor changed."""
@@ -104,16 +107,23 @@ class Objective:
         self.data, self.loss, self.times, self.teacher = data, loss, times, teacher
         self.batch_size, self.seed, self.condition = batch_size, seed, condition
         self.differentiation: Differentiation | None = None  # where a run has chosen one; else each call's own
+        self.on_device = False  # whether batches are made where the model is
 
     def batch(self, model: MetaFlowMap, step: int) -> Batch:
         """The inputs of a step, the same whoever asks and whenever."""
-        g, n = stream(self.seed, "train", step), self.batch_size
-        x_1, label = self._data(n, g)
+        host, n = stream(self.seed, "train", step), self.batch_size
+        g: Source = host
+        x_1, label = self._data(n, host)
+        if self.on_device:
+            device = model.device
+            g = RowNoise(torch.arange(n, device=device), "train", self.seed, step)
+            x_1 = x_1.to(device, non_blocking=True)
+            label = None if label is None else label.to(device, non_blocking=True)
         t = context_times(self.times, n, g)
         x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
         return self._inner(model, step, g, Given(x_1, t, x_t, label))
 
-    def _inner(self, model: MetaFlowMap, step: int, g: torch.Generator, given: "Given") -> Batch:
+    def _inner(self, model: MetaFlowMap, step: int, g: Source, given: "Given") -> Batch:
         """Inner noise, times and conditions around x_1 and its context."""
         x_1, t, x_t, label = given
         n = len(t)
@@ -151,7 +161,7 @@ class Objective:
         x_1, label = self.data.sample_labelled(n, g)  # type: ignore[attr-defined]
         return x_1, label
 
-    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: torch.Generator) -> dict[str, Tensor]:
+    def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: Source) -> dict[str, Tensor]:
         if self.condition is None or label is None:
             return {}
         null = rand((n,), g) < self.condition.dropout
@@ -159,8 +169,11 @@ class Objective:
         if not self.condition.guided:
             return {"label": label}
         scales = torch.tensor(self.condition.guidance)
-        w = scales[torch.randint(len(scales), (n,), generator=g)]
-        return {"label": label, "guidance": torch.where(null, torch.ones(()), w)}  # the null class has nothing to guide
+        if isinstance(g, RowNoise):
+            w = scales.to(label.device)[g.integers(len(scales))]
+        else:
+            w = scales[torch.randint(len(scales), (n,), generator=g)]
+        return {"label": label, "guidance": torch.where(null, w.new_ones(()), w)}  # the null class has nothing to guide
 
     # -- schedules ---------------------------------------------------------------------------------------------------
 

@@ -133,6 +133,8 @@ class TrainConfig(RunConfig):
     parent: str | None = None  # the checkpoint of teacher=pretrained: a flow model as mfm convert writes it
     drift_steps: int = Field(0, ge=0)  # steps of flow matching that make the learned teacher
     start_from_drift: bool = False  # the map begins with the learned teacher's weights: its diagonal is right at t = 0
+    # noise, times and conditions of batches: made here, or where the model is; auto: the latter on CUDA
+    stream: Literal["auto", "host", "device"] = "auto"
     drift_batch_size: int = Field(2048, ge=1, le=2**24)  # larger: its targets are noisy, the map's are not
 
     @model_validator(mode="after")

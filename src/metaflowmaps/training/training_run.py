@@ -163,9 +163,11 @@ def _seeded(seed: int) -> Iterator[None]:
 def build_objective(config: TrainConfig, teacher: Teacher | None) -> Objective:
     """The objective of the configuration."""
     condition = config.condition if config.num_classes else None
-    return Objective(
+    made = Objective(
         config.data.samples(), config.loss, config.times, teacher, config.batch_size, config.seed, condition
     )
+    made.on_device = config.stream == "device"
+    return made
 
 
 def exact_teacher(config: TrainConfig) -> ExactTeacher:
@@ -209,12 +211,23 @@ def run_training(
         drift = run_training(drift_config(config), out / "drift", device=device, watch=told)
         seconds_before = drift.seconds
         teacher = _learned_teacher(config, model, device, drift.checkpoint)
+    start = starting_point(config, out, resume)
+    config = config.model_copy(update={"stream": stream_of(config, device, start)})
     objective = build_objective(config, teacher)
     for line in ranks.together(lambda: prepare(model, config, device, objective, ranks.size())):
         watch.note(line)
-    start = starting_point(config, out, resume)
     result = train(model, objective, config, out, device=device, start=start, watch=watch)
     return replace(result, seconds=result.seconds + seconds_before)
+
+
+def stream_of(config: TrainConfig, device: torch.device | str, start: Checkpoint | None) -> str:
+    """Where the batches of a run are made: it goes on as it has begun, wherever it goes on."""
+    if config.stream != "auto":
+        return config.stream
+    if start is not None:
+        begun = start.config.get("training", {}).get("stream", "host")
+        return "host" if begun == "auto" else str(begun)
+    return "device" if torch.device(device).type == "cuda" else "host"
 
 
 def _pretrained_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.device | str, parent: Any) -> Teacher:
