@@ -7,6 +7,7 @@ changed where its statements have: comments, docstrings and line breaks move no 
 
 import ast
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def benchmark_of(result: dict[str, Any]) -> str:
     return words[3] if words[:3] == ["python", "-m", "benchmarks"] else "images"
 
 
+@cache
 def measured_files(benchmark: str) -> frozenset[str]:
     """The source files that the figures of a benchmark depend on, relative to the checkout."""
     waiting, seen = [ROOT / "benchmarks" / f"{BENCHMARKS[benchmark].split(':')[0]}.py"], set()
@@ -75,7 +77,7 @@ def _name(file: Path) -> str:
 def _imported(file: Path) -> list[Path]:
     """The files of this project that a file imports, anywhere in it."""
     found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in _nested(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [name.name for name in node.names if name.name != "__version__"]  # which is no code to measure
             found += [_file(f"{node.module}.{name}") or _file(node.module) for name in names]
@@ -91,27 +93,45 @@ def _file(module: str) -> Path | None:
 
 
 @cache
-def _changed_since(commit: str) -> frozenset[str] | None:
-    """The files that differ between a commit and the working tree; None where the commit is not known here."""
-    names = git("diff", "--name-only", "--no-renames", commit, "--")
-    return None if names is None else frozenset(names.splitlines())
+def _changed_since(commit: str) -> dict[str, str] | None:
+    """Each file that differs from a commit, with what git calls its contents there; None where that is not known."""
+    lines = git("diff", "--raw", "--no-abbrev", "--no-renames", commit, "--")
+    return None if lines is None else {line.split("\t")[1]: line.split()[2] for line in lines.splitlines()}
 
 
 @cache
-def _says_other(commit: str, file: str) -> bool:
-    """Whether the statements of a file differ from those at a commit; so they do where it was not there."""
-    before, now = git("show", f"{commit}:{file}"), ROOT / file
-    return before is None or not now.is_file() or _statements(before) != _statements(now.read_text(encoding="utf-8"))
+def _says_other(contents: str, file: str) -> bool:
+    """Whether the statements of a file differ from those of its earlier contents; so they do where it was not there.
+
+    Most commits share the contents of most files, which are then compared once.
+    """
+    before, now = git("cat-file", "blob", contents), _statements_now(file)
+    return before is None or now is None or _statements(before) != now
+
+
+@cache
+def _statements_now(file: str) -> str | None:
+    path = ROOT / file
+    return _statements(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _statements(source: str) -> str:
     """A file's code without docstrings and layout."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):  # a lambda's body is an expression
-            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    for node in _nested(tree):
+        if hasattr(node, "body"):
+            node.body = [line for line in node.body if not _is_text(line)]
     return ast.dump(tree)
+
+
+def _nested(tree: ast.Module) -> Iterator[ast.AST]:
+    """A module and its statements at any depth, without their expressions: most of a tree, and slow to walk."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting.extend(getattr(node, block, ()))
 
 
 def _is_text(line: ast.stmt) -> bool:
@@ -125,7 +145,7 @@ def stale(name: str, result: dict[str, Any]) -> list[str]:
         changed = _changed_since(commit)
         if changed is None:
             lines.append(f"{name}: made at {commit}, which this checkout does not hold")
-        elif since := sorted(f for f in changed & measured_files(benchmark) if _says_other(commit, f)):
+        elif since := sorted(f for f in changed.keys() & measured_files(benchmark) if _says_other(changed[f], f)):
             what = f"older than its code: {len(since)} files differ from {commit} ({since[-1]} …)"
             lines.append(f"{name}: {what}; python -m benchmarks {benchmark}")
     return lines if commits_of(result) else [f"{name}: names no commit"]
