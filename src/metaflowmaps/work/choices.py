@@ -16,18 +16,19 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.work.own_code import admit
 
 if TYPE_CHECKING:  # pydantic takes as long to load as this package: it comes with the first option that is read
-    from pydantic import GetCoreSchemaHandler, ValidationError
+    from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
     from pydantic_core import CoreSchema
 
 T = TypeVar("T")
 PACKAGE = __name__.partition(".")[0]
 _OUTSIDE = "metaflowmaps_outside_"  # modules read from files, by the hash of their path
+_adapters: "dict[type[Any], TypeAdapter[Any]]" = {}
 
 
 class Choice:
@@ -95,12 +96,21 @@ def with_options(member: type[T], options: Mapping[str, Any]) -> T:
     for option in options:
         if option not in fields:
             raise unknown(f"option of {spelled(member)}", option, fields)
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(member).validate_python(dict(options))
+        return cast(T, _adapter(member).validate_python(dict(options)))
     except ValidationError as error:
         raise InputError(one_line(error, spelled(member))) from None
+
+
+def _adapter(member: type[Any]) -> "TypeAdapter[Any]":
+    """What reads and writes the options of a class: milliseconds to make, and so made once."""
+    from pydantic import TypeAdapter
+
+    if member not in _adapters:
+        _adapters[member] = TypeAdapter(member)
+    return _adapters[member]
 
 
 def options_of(member: type[Any]) -> list[str]:
@@ -112,9 +122,7 @@ def options_of(member: type[Any]) -> list[str]:
 
 def dumped(choice: Any) -> dict[str, Any]:
     """A choice as JSON can hold it: its name and its options. :func:`built` makes it again."""
-    from pydantic import TypeAdapter
-
-    options = TypeAdapter(type(choice)).dump_python(choice, mode="json", warnings=False)
+    options = _adapter(type(choice)).dump_python(choice, mode="json", warnings=False)
     return {"name": spelled(type(choice)), **{k: v for k, v in options.items() if k != "name"}}
 
 
