@@ -35,8 +35,9 @@ $(DEV): $(CORE)
 demo: $(CORE)
 	$(BIN)/mfm demo
 
+# whoever wants no bytecode would have the assertions of all tests rewritten by each worker, each time
 test: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,22 @@ def shared() -> Path:
 def interop_files() -> Path:
     """Tiny files in the layouts of published weights: ``FAMILY_weights.safetensors`` and ``FAMILY_io.safetensors``."""
     return Path(__file__).parent / "interop" / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def quick_judgement() -> Iterator[None]:
+    """The last word on a tuned model takes seconds: here it takes few. And fsync guards against power cuts alone."""
+    from metaflowmaps.lab.evaluate.steering_error import ExactJudge
+    from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
+    from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
+
+    with pytest.MonkeyPatch.context() as patched:
+        few = TunedEvalConfig(samples=64, seeds=1, ode_steps=3)
+        patched.setattr(TuningSubject, "usual_judgement", lambda subject: few)
+        patched.setattr(ExactJudge, "REFERENCE", 2**12)
+        patched.setattr(ExactJudge, "EXACT_SETS", 2)
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def mfm_in_process(*arguments: object) -> int:

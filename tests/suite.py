@@ -40,8 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Show the GPU to tests marked ``gpu`` alone: elsewhere ``--device auto`` is the processor, as in a subprocess."""
-    global _file
-    _file = item.path.name
     shown = item.get_closest_marker("gpu") is not None
     torch.cuda.is_available = _has_gpu if shown else (lambda: False)
     if not shown:
@@ -67,20 +65,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
-_pictures: dict[tuple[str, str], bytes] = {}  # by test file and name
-_file = ""  # of the test that runs
+_pictures: dict[tuple[str, float, float], bytes] = {}  # by name, width and height
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _each_picture_is_drawn_once() -> Iterator[None]:
-    """What commands save under one name is drawn once a test file, and copied: drawing was most of their time.
+    """What commands save under one name and in one size is drawn once a worker, and copied: it took most of their time.
 
-    What is on pictures is tested on figures, in tests/report.
+    The figures themselves are made every time, and what is on pictures is tested on them, in tests/report.
     """
     from metaflowmaps.lab.figures import plots
 
     def save(figure: Any, path: Path) -> Path:
-        kept = (_file, path.name)
+        kept = (path.name, *figure.get_size_inches())
         if kept not in _pictures:
             _pictures[kept] = draw(figure, path).read_bytes()
             return path

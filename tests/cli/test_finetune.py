@@ -22,8 +22,6 @@ from metaflowmaps.data import Mixture
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.evaluate import on_mixtures
 from metaflowmaps.lab.evaluate.steering_error import ExactJudge
-from metaflowmaps.lab.evaluate.tuning_error import TunedEvalConfig
-from metaflowmaps.lab.evaluate.tuning_subject import TuningSubject
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.laws.mixture import GaussianMixture
@@ -38,7 +36,8 @@ from metaflowmaps.work.config import validated
 # a map that is hardly trained, steered in a few steps: a single draw may well carry all the weight
 # and warnings are seen on stderr, as at a terminal
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:one draw carries all the weight"), pytest.mark.filterwarnings("always:λ =")
+    pytest.mark.filterwarnings("ignore:one draw carries all the weight"), pytest.mark.filterwarnings("always:λ ="),
+    pytest.mark.usefixtures("quick_judgement"),
 ]  # fmt: skip
 
 
@@ -99,18 +98,6 @@ def of_the_class(x, cond):
 black = mfm.rewards.BlackBox(lambda x: x[:, 0].numpy())
 number = 3
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_judgement():
-    """The last word on a model takes seconds: here it takes few samples. And fsync guards against power cuts alone."""
-    with pytest.MonkeyPatch.context() as patched:
-        few = TunedEvalConfig(samples=64, seeds=1, ode_steps=3)
-        patched.setattr(TuningSubject, "usual_judgement", lambda subject: few)
-        patched.setattr(ExactJudge, "REFERENCE", 2**12)
-        patched.setattr(ExactJudge, "EXACT_SETS", 2)
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")

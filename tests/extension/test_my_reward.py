@@ -57,6 +57,7 @@ def test_finetune_uses_a_reward_from_outside(model, reward, tmp_path):
     assert any(not torch.equal(p, q) for p, q in zip(tuned.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("quick_judgement")
 @pytest.mark.parametrize(
     "reward", [pytest.param(NAMES[0], marks=pytest.mark.attack, id="function"), pytest.param(NAMES[1], id="class")]
 )
