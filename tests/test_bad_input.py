@@ -237,7 +237,7 @@ def inside(t):
     return bool(((t >= 0) & (t <= 1)).all())
 
 
-@settings(tried, max_examples=300)
+@settings(tried, max_examples=100)
 @given(TIMES, TIMES, TIMES)
 @example(0.2, 0.7, 0.5)
 @example(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.3, 0.4]), 0.5)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -56,19 +57,35 @@ def test_the_images_page_runs_and_is_right(capsys):
     assert "tensor" in capsys.readouterr().out
 
 
-def test_the_fine_tuning_page_runs_and_is_right(capsys, monkeypatch, tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "finetuning.md").read_text(), re.S)
-    monkeypatch.chdir(tmp_path)
+def tuned_by_the_page(block):
+    """The samples that a fine-tuning page's code ends with."""
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(block, "finetuning.md", "exec"), names)
-    x = names["x"]
+    return names["x"]
+
+
+def test_the_fine_tuning_page_runs(capsys, monkeypatch, tmp_path):
+    """A quarter of its steps: on the way from the base, whose mean is 0, to the tilted law's .735."""
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "finetuning.md").read_text(), re.S)
+    shorter, count = re.subn(r'"steps": (\d+)', lambda steps: f'"steps": {int(steps[1]) // 4}', block)
+    assert count == 2
+    monkeypatch.chdir(tmp_path)
+    x = tuned_by_the_page(shorter)
+    assert float(x[:, 0].mean()) > 5 * 0.5 / 4096**0.5  # five standard errors of the base's
+    assert "tensor" in capsys.readouterr().out
+
+
+@pytest.mark.attack
+def test_the_fine_tuning_page_is_right(monkeypatch, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "finetuning.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    x = tuned_by_the_page(block)
     # exact: mean 1 · .25/(.25 + .09), variance 1/(1/.25 + 1/.09); four standard errors of 4096 samples, and .03 for so
     # short a training
     assert abs(float(x[:, 0].mean()) - 0.25 / 0.34) < 4 * 0.26 / 4096**0.5 + 0.03
     assert abs(float(x[:, 1].mean())) < 4 * 0.5 / 4096**0.5 + 0.03
     assert abs(float(x[:, 0].std()) - (0.25 * 0.09 / 0.34) ** 0.5) < 0.03
-    assert "tensor" in capsys.readouterr().out
 
 
 def test_every_file_that_the_guides_name_is_there():

@@ -36,7 +36,7 @@ def test_a_rehearsal(tmp_path):
     assert len(figures["kernels"]) == 10
 
 
-def test_no_device_is_said_in_a_line():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_xl2"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "no CUDA device here: --size nano --device cpu --quick rehearses without one"
+def test_no_device_is_said_in_a_line(gpu_xl2):
+    with pytest.raises(SystemExit) as ended:
+        gpu_xl2.main([])
+    assert ended.value.code == "no CUDA device here: --size nano --device cpu --quick rehearses without one"

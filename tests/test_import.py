@@ -47,35 +47,33 @@ print(mfm.__version__)
 
 
 def test_import_brings_nothing_else():
-    """Beside torch, numpy and safetensors no package is loaded: pydantic is for options and networks that are read."""
-    code = """
-import sys
-import numpy, safetensors.torch, torch
-before = set(sys.modules)
-import metaflowmaps
-metaflowmaps.MetaFlowMap, metaflowmaps.steer
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(*sorted(name for name in new - set(sys.stdlib_module_names) if not name.startswith("_")))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["metaflowmaps"]
+    """Beside torch, numpy and safetensors no package is loaded: pydantic is for options and networks that are read.
 
-
-def test_nothing_is_loaded_before_a_name_is_asked_for():
-    """So ``mfm --help`` is there at once, and Ctrl-C in its first seconds meets nobody's import."""
+    Nothing at all before a name is asked for: so ``mfm --help`` is there at once, and Ctrl-C in its first seconds meets
+    nobody's import. And data bring no Pillow, which is for those that are pictures.
+    """
     code = """
 import sys
 import metaflowmaps as mfm
 assert "torch" not in sys.modules, "torch"
-assert mfm.MetaFlowMap.__module__ == "metaflowmaps.flow_map"
 assert {"steer", "finetune", "Pipeline"} <= set(dir(mfm))
+import numpy, safetensors.torch, torch
+before = set(sys.modules)
+assert mfm.MetaFlowMap.__module__ == "metaflowmaps.flow_map"
+mfm.steer
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(name for name in new - set(sys.stdlib_module_names) if not name.startswith("_")))
+import metaflowmaps.data
+print("PIL" in sys.modules)
 try:
     mfm.stear
 except AttributeError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "'stear'" in done.stdout
+    new, pillow, error = done.stdout.splitlines()
+    assert (new, pillow) == ("metaflowmaps", "False")
+    assert "'stear'" in error
 
 
 def test_no_private_name_of_torch_is_used():

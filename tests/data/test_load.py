@@ -5,8 +5,6 @@ import hashlib
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -141,12 +139,6 @@ def test_what_version_0_1_kept_of_its_data_is_read():
     assert read_source({"law": law, "data": None}) == Mixture(means=[[0.0], [1.0]], covariances=0.5, labels=[0, 1])
     assert read_source({"law": law, "data": old}).name == "mixture"
     assert read_source({}) is None
-
-
-def test_importing_needs_no_pillow():
-    code = "import sys, metaflowmaps, metaflowmaps.data; print('PIL' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
 
 
 # -- MNIST -----------------------------------------------------------------------------------------------------------

@@ -272,17 +272,17 @@ def test_a_drift_trained_alone_is_judged_beside():
 
 def test_rollouts_agree_with_the_value_in_closed_form():
     setup, reward = made(), image_reward(made(), "slant", 20.0)
-    model, n = setup.model, 400
+    model, n = setup.model, 200
     r = reward(model.images).double()
-    for t in (0.0, 0.1, 0.3):
+    for t in (0.0, 0.3):
         x_1, _ = setup.images(6, "value", 0)
         x_t = model.path.interpolate(normal(6, *SHAPE, dtype=torch.float32), x_1, t)
         p = model.posterior(t, x_t).double()
         moments = [(p * (i * r).exp()).sum(1) for i in (1, 2)]
         deviation = ((moments[1] / moments[0] ** 2 - 1) / n).sqrt()  # of log mean e^r, by the delta method
         states = value.NoisyStates(t, x_t)
-        found = value.estimate(RolloutPosterior(model.path, model.drift, 100), reward, states, n, stream(0, "roll", t))
-        # 18 comparisons: P(|normal| > 4.5) is 7e-6 each; 1e-3 for steps and for states that are decided
+        found = value.estimate(RolloutPosterior(model.path, model.drift, 50), reward, states, n, stream(0, "roll", t))
+        # 24 comparisons: P(|normal| > 4.5) is 7e-6 each; 1e-3 for steps and for states that are decided
         assert bool(((found - moments[0].log()).abs() <= 4.5 * deviation + 1e-3).all()), t
         drawn = value.estimate(model, reward, states, n, stream(0, "draw", t))
         assert bool(((drawn - moments[0].log()).abs() <= 4.5 * deviation + 1e-3).all()), t
@@ -290,7 +290,7 @@ def test_rollouts_agree_with_the_value_in_closed_form():
 
 def test_value_of_exact_draws_and_of_broken_ones():
     config = value.ImageValueConfig(
-        states=48, times=(0.1,), num_draws=(1, 200), map_steps=(1,), glass_steps=(), rollout_steps=40, reward="slant",
+        states=32, times=(0.1,), num_draws=(1, 200), map_steps=(1,), glass_steps=(), rollout_steps=20, reward="slant",
         strength=20.0,
     )  # fmt: skip
     metrics = value.ImageValue(made(), config).run().metrics
@@ -299,8 +299,8 @@ def test_value_of_exact_draws_and_of_broken_ones():
     exact = cells["map-1"]["200"]["0.1"]
     assert exact["pearson"] > 0.95
     assert exact["pearson"] > cells["map-1"]["1"]["0.1"]["pearson"] + 0.1  # one draw says less
-    # map and rollouts both have 200 draws: their difference is that of two sets of rollouts, within 4 × √(1/(2·48))
-    assert exact["rmse"] == pytest.approx(cells["rollout"]["200"]["0.1"]["rmse"], rel=0.4)
+    # map and rollouts both have 200 draws: their difference is that of two sets of rollouts, within 4 × √(1/(2·32))
+    assert exact["rmse"] == pytest.approx(cells["rollout"]["200"]["0.1"]["rmse"], rel=0.5)
     assert metrics["value_std"]["0.1"] > 3 * exact["rmse"]
     setup = made()
     setup.model.dropped = 1.0  # the posterior mean in place of draws: Jensen's gap
@@ -343,20 +343,20 @@ def test_steering_to_a_mixture_of_classes_meets_its_target():
     """Exact draws under MFM-GF bring the frequencies to the target; unsteered they stay those of the data."""
     x = images(10)
     setup = made(10, judge=Nearest(x), guide=Nearest(x))
-    config = mixture.MixtureConfig(methods=("none", "mfm-gf-16", "tds-64"), samples=400, steps=25)
+    config = mixture.MixtureConfig(methods=("none", "mfm-gf-16", "tds-64"), samples=250, steps=12)
     lines: list[str] = []
     found = mixture.ClassMixture(setup, config, lines.append).run()
     cells = found.metrics["methods"]
     target = torch.tensor(found.metrics["target"], dtype=torch.float64)
     torch.testing.assert_close(target, torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10)
     uniform = math.sqrt(float((target - 0.1).square().sum()))
-    # four standard deviations of 400 samples at most
+    # four standard deviations of 250 samples at most
     assert cells["none"]["l2"] == pytest.approx(uniform, abs=4 * cells["none"]["chance"])
     assert cells["mfm-gf-16"]["l2"] < 3 * cells["mfm-gf-16"]["chance"] < 0.5 * uniform
-    assert cells["none"]["chance"] == pytest.approx(math.sqrt(float(1 - target.square().sum()) / 400))
+    assert cells["none"]["chance"] == pytest.approx(math.sqrt(float(1 - target.square().sum()) / 250))
     assert cells["mfm-gf-16"]["reward"] > cells["none"]["reward"] + 1
     assert [len(c["frequencies"]) for c in cells.values()] == [10, 10, 10]
-    assert {c["samples"] for c in cells.values()} == {400}  # whole systems of 64, cut
+    assert {c["samples"] for c in cells.values()} == {250}  # whole systems of 64, cut
     assert {c["lost"] for c in cells.values()} == {0}
     assert [x.shape for x in found.samples.values()] == [(20, *SHAPE)] * 3
     assert "MFM-GF" in found.metrics["summary"] or "TDS" in found.metrics["summary"]

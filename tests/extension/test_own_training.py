@@ -15,6 +15,7 @@ from metaflowmaps.recipes import recipe
 from metaflowmaps.training.loop import Watch
 from metaflowmaps.training.training_run import fitted, run_training
 from metaflowmaps.work.choices import outside
+from metaflowmaps.work.config import override
 
 HERE = Path(__file__).parent
 RING, SPIRAL = f"{HERE / 'my_recipe.py'}:ring", f"{HERE / 'my_recipe.py'}:spiral"
@@ -110,7 +111,8 @@ def test_each_goes_into_a_recipe_of_the_package(capsys, tmp_path, loss):
 
 def test_a_loss_of_ones_own_reaches_what_the_packages_does(tmp_path):
     """Halfway at its half is the semigroup loss at γ = 1/2: from the same seed the loss falls as far."""
-    config = recipe("gmm").model_copy(update={"steps": 150, "batch_size": 128, "threads": 1, "log_every": 50})
+    config = override(recipe("gmm"), ["model.network.width=32", "model.network.depth=2"])
+    config = config.model_copy(update={"steps": 100, "batch_size": 128, "threads": 1, "log_every": 50})
     reached = {}
     for name in ("semigroup", f"{LOSS}:Halfway"):
         loss = config.loss.model_validate({**config.loss.model_dump(), "consistency": name})

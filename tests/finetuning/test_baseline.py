@@ -122,9 +122,9 @@ def test_the_learned_baseline_comes_back_from_far_away(off):
     baseline = made("learned", problem, 0.0, lr=0.03)
     with torch.no_grad():
         baseline.network.head.bias.fill_(off)
-    place = places(case, problem, 256)
+    place = places(case, problem, 32)
     for _ in range(300):
-        baseline.update(place, torch.zeros(256))
+        baseline.update(place, torch.zeros(32))
     assert baseline(place, stream(0)).abs().max() < 15
 
 

@@ -113,7 +113,7 @@ def test_evidence_that_particles_got_wrong_is_said():
 
 def test_samples_off_the_support_are_said():
     """A steering term a hundred times as long as the drift carries samples where no data are."""
-    found = notes(mfm.MFMGF(), MILD, mfm.ODE(steps=25, renormalize="rescale", renormalize_to=100.0))
+    found = notes(mfm.MFMGF(recycle=1), MILD, mfm.ODE(steps=25, renormalize="rescale", renormalize_to=100.0))
     assert "nothing that the model would make" in found
 
 

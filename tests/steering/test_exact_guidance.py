@@ -43,8 +43,8 @@ def test_reaches_the_tilted_law(name, process):
     # the paths take turns: each law meets both
     n, path = 1000, list(PATHS.values())[(list(ALL).index(name) + (process == "sde")) % 2]
     target = draw(tilted(ALL[name], *random_reward(name)), n, stream(0, "target", name))
-    got = steered(name, path, n, steps=40, process=process, integrator="heun")
-    # discretisation at 40 second-order steps is below 1e-2 standard deviations (orders below), sampling error is 3e-2.
+    got = steered(name, path, n, steps=24, process=process, integrator="heun")
+    # discretisation at 24 second-order steps is below 2e-2 standard deviations (orders below), sampling error is 3e-2.
     # p is uniform on multiples of 1/500 under the null: 10 tests that fail at 1/500 are all passed by 98 % of seeds,
     # & the seed is fixed. (Power: against the base law, or a shift of .9 or 1.1 times the exact one, p = 1/500 in most)
     assert two_sample_test(got, target, permutations=499, generator=stream(0)).p_value > 0.002
@@ -53,16 +53,16 @@ def test_reaches_the_tilted_law(name, process):
 @pytest.mark.parametrize("process", ["ode", "sde"])
 def test_moments_of_the_tilted_law(process):
     """The same for one case at a larger sample, by moments: means and covariances within 4.5 standard errors."""
-    n, name, path = 4_000, "per-component-full", PATHS["linear" if process == "ode" else "trigonometric"]
+    n, name, path = 2_000, "per-component-full", PATHS["linear" if process == "ode" else "trigonometric"]
     target = tilted(CASES[name], *random_reward(name))
     mean = (target.weights[:, None] * target.means).sum(0)
     centred = target.means - mean
     cov = torch.einsum("k,kde->de", target.weights, target.covariances + centred[:, :, None] * centred[:, None])
-    got = steered(name, path, n, seed=1, steps=40, process=process, integrator="heun", batch_size=n)
+    got = steered(name, path, n, seed=1, steps=24, process=process, integrator="heun", batch_size=n)
     for value, expected in ((got, mean), ((got - mean)[:, :, None] * (got - mean)[:, None], cov)):
         error = value.std(0) / math.sqrt(n)
-        # 2e-3: the discretisation (its order is proved below)
-        assert bool(((value.mean(0) - expected).abs() < 4.5 * error + 2e-3).all())
+        # 6e-3: the discretisation (its order is proved below)
+        assert bool(((value.mean(0) - expected).abs() < 4.5 * error + 6e-3).all())
 
 
 # -- the ODE: order against the closed form's own drift --------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_weak_order_of_the_sde(path, integrator, monkeypatch):
     """
     _, mean = gaussian_moment(GAUSSIAN.means[0], GAUSSIAN.covariances[0], A, Y, NOISE_STD)
     target = tilted(GAUSSIAN, A, Y, NOISE_STD)
-    steps = [64, 256] if integrator == "euler" else [64, 128, 256]
+    steps = [32, 128] if integrator == "euler" else [32, 64, 128]
     errors = []
     for n in steps:
         m, c = chain_law(path, n, integrator, monkeypatch)

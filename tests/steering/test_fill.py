@@ -41,7 +41,7 @@ def test_the_early_choice_of_a_mode_improves():
 
     def error(fill):
         x = steer(
-            MODEL, REWARD, 2048, "mfm-gf", 1, 50, generator=stream(0, "mode"), fill=fill
+            MODEL, REWARD, 2048, "mfm-gf", 1, 25, generator=stream(0, "mode"), fill=fill
         ).samples.double()  # fmt: skip
         shares = torch.bincount(torch.cdist(x, exact.means).argmin(1), minlength=3) / len(x)
         return float((shares - exact.weights).abs().sum())

@@ -28,7 +28,7 @@ def sharp(x):
     return -50 * (x[:, 0] - 1).square()
 
 
-def steered(model, reward, method, seed=0, n=12, steps=5, **options):
+def steered(model, reward, method, seed=0, n=12, steps=3, **options):
     return steer(model, reward, n, method, steps=steps, generator=stream(seed), **options).samples
 
 
@@ -48,14 +48,14 @@ def base_of(kind, process, integrator, path):
 def same_as_base(kind, reward, method, process, integrator, path, **options):
     for renormalize in RENORMALIZATIONS:
         got = steer(
-            model_of(kind, path), reward, 12, method, steps=5, process=process, integrator=integrator,
+            model_of(kind, path), reward, 12, method, steps=3, process=process, integrator=integrator,
             renormalize=renormalize, generator=stream(0), **options,
         )  # fmt: skip
         base = base_of(kind, process, integrator, path)
         off = float((got.samples - base).abs().max())
         assert torch.equal(got.samples, base), f"{renormalize}: off by {off:.1e}"
         # a zero is not stretched to the length of the drift, not even by a factor that happens not to overflow
-        assert torch.equal(got.info["scale"], torch.ones(5, dtype=F64))
+        assert torch.equal(got.info["scale"], torch.ones(3, dtype=F64))
 
 
 # -- no reward -------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_every_row_keeps_its_label(name, batch_size, process):
     method, options = CALLS[name]
     path = PATHS["linear" if process == "ode" else "trigonometric"]
     got = steer(
-        Labelled(path), of_label, N, method, steps=12, process=process, cond={"label": LABELS}, batch_size=batch_size,
+        Labelled(path), of_label, N, method, steps=6, process=process, cond={"label": LABELS}, batch_size=batch_size,
         generator=stream(0), **options,
     )  # fmt: skip
     off = got.samples[:, 0] - 4 * LABELS

@@ -31,10 +31,11 @@ PAIR_LAW = mfm.GaussianMixture(PAIR[0][None], PAIR[1][None])
 PAIR_A, PAIR_Y = torch.tensor([[0.8, -0.5]], dtype=F64), torch.tensor([1.0], dtype=F64)
 
 
-def check(got, log_truth, tilted_mean, particles, returns="all", worst=0.02):
+def check(got, log_truth, tilted_mean, particles, returns="all", worst=0.03):
     """Means over systems within 4 standard errors (6e-5 each), which must be small enough to tell.
 
-    Evidences have a long tail: their standard error is .008 for half of the seeds and above .012 for one in seven.
+    Evidences have a long tail: of 8,000 systems their standard error is .008 for half of the seeds and above .012 for
+    one in seven; of 4,000 it is √2 times that, which suffices but for the worst of the settings below.
     """
     z = torch.exp(got.info["log_evidence"] - log_truth)
     systems = len(z)
@@ -78,7 +79,7 @@ def test_evidence_of_mfm_smc(recycle, guide, temper, threshold):
         LAW, REWARD, path, "mfm-smc", 8000, 4, num_draws=2, recycle=recycle, guide=guide, temper=temper,
         threshold=threshold,
     )  # fmt: skip
-    check(got, *truth(path, 5, "draw"), 4)
+    check(got, *truth(path, 5, "draw"), 4, worst=0.02)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_evidence_of_mfm_smc_guided_by_gradients(recycle, temper, path_name):
     """Draws of a map that is exact for this law, differentiated; the twist looks at t = .01 where t = 0."""
     path = PATHS[path_name]
     model = gaussian_map(path, MEAN, math.sqrt(0.5))
-    got = smc(model, REWARD, path, "mfm-smc", 8000, 4, num_draws=2, guide="mfm-g", recycle=recycle, temper=temper)
+    got = smc(model, REWARD, path, "mfm-smc", 4000, 4, num_draws=2, guide="mfm-g", recycle=recycle, temper=temper)
     check(got, *truth(path, 5, "draw"), 4)
 
 
@@ -98,8 +99,8 @@ def test_evidence_of_mfm_smc_guided_by_gradients(recycle, temper, path_name):
 )
 def test_evidence_with_every_resampler(resampler, returns):
     path = PATHS["linear"]
-    got = smc(LAW, REWARD, path, "mfm-smc", 8000, 5, num_draws=1, threshold=0.9, resampler=resampler, returns=returns)
-    check(got, *truth(path, 5, "draw"), 5, returns, worst=0.025)
+    got = smc(LAW, REWARD, path, "mfm-smc", 4000, 5, num_draws=1, threshold=0.9, resampler=resampler, returns=returns)
+    check(got, *truth(path, 5, "draw"), 5, returns, worst=0.035)
 
 
 @pytest.mark.parametrize("particles", [3, 5])
@@ -107,14 +108,14 @@ def test_the_one_that_returns_is_chosen_by_weight(particles):
     """Never resampled, unguided: the weights are uneven, and the particle that returns must follow them."""
     path = PATHS["linear"]
     got = smc(
-        LAW, REWARD, path, "mfm-smc", 12_000, particles, num_draws=2, threshold=0.0, guide="none", returns="one"
+        LAW, REWARD, path, "mfm-smc", 6000, particles, num_draws=2, threshold=0.0, guide="none", returns="one"
     )  # fmt: skip
-    check(got, *truth(path, 5, "draw"), particles, "one", worst=0.02)
+    check(got, *truth(path, 5, "draw"), particles, "one")
 
 
 def test_evidence_in_two_dimensions(path):
     reward = mfm.rewards.LinearGaussian(PAIR_A, PAIR_Y, NOISE_STD)
-    got = smc(PAIR_LAW, reward, path, "mfm-smc", 8000, 4, num_draws=3)
+    got = smc(PAIR_LAW, reward, path, "mfm-smc", 4000, 4, num_draws=3)
     check(got, *truth(path, 5, "draw", *PAIR, PAIR_A, PAIR_Y), 4)
 
 
@@ -125,7 +126,7 @@ def test_evidence_of_a_hard_constraint(guide, threshold):
     mean, cov = base_chain(path, MEAN - 0.6, COV, [i / 5 for i in range(6)], "draw")
     law = mfm.GaussianMixture((MEAN - 0.6)[None], COV[None])
     got = smc(
-        law, lambda x: torch.where(x[:, 0] > 0, 0 * x[:, 0], -torch.inf), path, "mfm-smc", 8000, 4, num_draws=1,
+        law, lambda x: torch.where(x[:, 0] > 0, 0 * x[:, 0], -torch.inf), path, "mfm-smc", 4000, 4, num_draws=1,
         recycle=1, guide=guide, threshold=threshold,
     )  # fmt: skip
     evidence = got.info["log_evidence"]
@@ -147,7 +148,7 @@ WIDE = 1.2  # DPS overstates ∇V by 1 + τ²/σ²: at σ = .7 its proposals giv
 def test_evidence_of_tds(threshold, path_name):
     path = PATHS[path_name]
     reward = mfm.rewards.LinearGaussian(A, Y, WIDE)
-    got = smc(LAW, reward, path, "tds", 8000, 4, threshold=threshold)
+    got = smc(LAW, reward, path, "tds", 4000, 4, threshold=threshold)
     check(got, *truth(path, 5, "mean", noise_std=WIDE), 4)
 
 
@@ -155,7 +156,7 @@ def test_evidence_of_tds(threshold, path_name):
 def test_evidence_of_tds_in_two_dimensions(returns, path_name):
     path = PATHS[path_name]
     reward = mfm.rewards.LinearGaussian(PAIR_A, PAIR_Y, WIDE)
-    got = smc(PAIR_LAW, reward, path, "tds", 8000, 4, returns=returns, threshold=0.8)
+    got = smc(PAIR_LAW, reward, path, "tds", 4000, 4, returns=returns, threshold=0.8)
     check(got, *truth(path, 5, "mean", *PAIR, PAIR_A, PAIR_Y, WIDE), 4, returns)
 
 
@@ -272,12 +273,12 @@ def test_more_particles_reach_the_tilted_law():
     path, case = PATHS["linear"], CASES["isotropic"]
     reward = mfm.rewards.LinearGaussian(torch.tensor([[1.0, -0.6]]), 0.8, 0.7)
     target = case.law.tilt(reward)
-    n = 4000
-    got = steer(mfm.ExactModel(path, case.law), reward, n, "mfm-smc", num_draws=2, steps=48, generator=stream(0))
+    n = 2000
+    got = steer(mfm.ExactModel(path, case.law), reward, n, "mfm-smc", num_draws=2, steps=24, generator=stream(0))
     assert got.info["log_evidence"].shape == (1,)
-    # weights of ESS n_e between n/2 and n: as good as n/2 samples; 4.5 of their standard errors, and .02 for 48 steps
+    # weights of ESS n_e between n/2 and n: as good as n/2 samples; 4.5 of their standard errors, and .04 for 24 steps
     error = (target.variance / (n / 2)).sqrt()
-    assert bool(((got.samples.mean(0) - target.mean).abs() < 4.5 * error + 0.02).all())
+    assert bool(((got.samples.mean(0) - target.mean).abs() < 4.5 * error + 0.04).all())
     assert abs(float(got.info["log_evidence"]) - float(case.law.log_evidence(reward))) < 0.08
 
 

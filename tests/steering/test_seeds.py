@@ -16,7 +16,7 @@ PATH = PATHS["linear"]
 MODELS = {dtype: random_map(PATH, dtype) for dtype in (torch.float32, F64)}
 EXACT = mfm.ExactModel(PATH, CASES["per-component-full"].law)
 LINEAR = mfm.rewards.LinearGaussian(torch.tensor([1.0, -0.6]), 0.8, 1.0)
-# matrix products of another batch size round otherwise, and 6 steps of a map with random weights stretch that a little
+# matrix products of another batch size round otherwise, and 4 steps of a map with random weights stretch that a little
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, F64: {"rtol": 1e-9, "atol": 1e-11}}
 
 CALLS = {
@@ -54,7 +54,7 @@ def steered(method, n, dtype=F64, **options):
     model, reward = (EXACT, LINEAR) if method == "exact" else (MODELS[dtype], mild)
     if "seeds" not in options:
         options["generator"] = stream(0)
-    return steer(model, reward, n, method, **{"num_draws": 3, "steps": 6, **options})
+    return steer(model, reward, n, method, **{"num_draws": 3, "steps": 4, **options})
 
 
 def test_every_method_is_covered():
@@ -70,7 +70,7 @@ def test_one_sample_of_a_batch_is_made_again_alone(name, dtype):
     assert batch.seeds.shape == (12,)
     assert batch.seeds.dtype == torch.int64
     assert len(batch.seeds.unique()) == 12
-    for i in (0, 4, 11):
+    for i in (4, 11):
         alone = steered(method, 1, dtype, **options, seeds=batch.seeds[i : i + 1])
         torch.testing.assert_close(alone.samples[0], batch.samples[i], **CLOSE[batch.samples.dtype])
         torch.testing.assert_close(alone.rewards[0], batch.rewards[i], **CLOSE[batch.samples.dtype])

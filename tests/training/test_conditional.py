@@ -375,7 +375,7 @@ class Field(torch.nn.Module):
 MEAN_FLOW = LossConfig(diagonal="data", consistency="mean-flow", diagonal_share=0.0)
 
 
-def worst_gradient(path, loss, obeys_guidance, n=12_000):
+def worst_gradient(path, loss, obeys_guidance, n=8000):
     """The largest |z| of E[∂L/∂F · f], over label, scale, coordinate and test functions f of what F may depend on."""
     model = mfm.MetaFlowMap(Field(path, obeys_guidance), path, "plain")
     made = objective(n, loss, ConditionConfig(dropout=0.3, guidance=SCALES))
