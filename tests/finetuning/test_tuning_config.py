@@ -1,6 +1,7 @@
 """What a fine-tuning run is made of: methods and their options, settings of version 0.1, what a checkpoint holds."""
 
 import pytest
+import torch
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning import (
@@ -13,6 +14,7 @@ from metaflowmaps.finetuning import (
     SelfNormalised,
     TiltMatching,
 )
+from metaflowmaps.finetuning.reward_probe import LARGEST, _check_strength
 from metaflowmaps.finetuning.tuning_config import FinetuneConfig, resolved, tuned_parts
 from metaflowmaps.work.config import override, validated
 
@@ -50,6 +52,19 @@ def test_set_reaches_the_options_of_choices_by_either_name():
 )
 def test_images_have_smaller_pools(event_shape, method):
     assert resolved(ABOUT, event_shape, {"method": "tilt-matching"}).method == method
+
+
+@pytest.mark.parametrize(("event_shape", "kept"), [((2,), False), ((1, 8, 8), True)], ids=["vectors", "images"])
+def test_the_best_checkpoint_is_kept_of_images_alone(event_shape, kept):
+    """In the plane the last one is judged: its meters are too coarse to choose by."""
+    assert resolved(ABOUT, event_shape, {}).keep_best is kept
+
+
+def test_the_strength_that_is_named_resolves_rewards_that_are_large_and_alike():
+    """λr of the strength that is named is at .9 of the largest, though its weights would be equal at any."""
+    config = resolved(ABOUT, (2,), {"strength": 10.0})
+    with pytest.raises(InputError, match=r"--strength 0\.9 fits"):
+        _check_strength(config, torch.full((8,), 10 * LARGEST, dtype=torch.float64), fitting=10.0, evidence=0.0)
 
 
 @pytest.mark.parametrize(
