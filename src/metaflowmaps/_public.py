@@ -26,6 +26,7 @@ from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_grad
 if TYPE_CHECKING:
     from metaflowmaps.interop import pretrained
     from metaflowmaps.pipeline import Pipeline
+    from metaflowmaps.prompted import from_diffusers
     from metaflowmaps.steering import (
         DPS,
         IMAGES,
@@ -54,6 +55,8 @@ def __getattr__(name: str) -> Any:
     """What takes long to load or brings pydantic, loaded when asked for: the pipeline, published weights, steering."""
     if name == "Pipeline":
         return import_module("metaflowmaps.pipeline").Pipeline
+    if name == "from_diffusers":
+        return import_module("metaflowmaps.prompted").from_diffusers
     if name == "pretrained":
         return import_module("metaflowmaps.interop.pretrained")
     if name in __all__:
@@ -122,6 +125,7 @@ __all__ = [
     "ValueEstimate",
     "advise",
     "finetune",
+    "from_diffusers",
     "glass_drift",
     "pretrained",
     "rewards",

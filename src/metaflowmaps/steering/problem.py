@@ -79,6 +79,14 @@ class SteeringProblem:
         """Standard normals for ``rows`` states: (rows, *event)."""
         return randn((rows, *self.event_shape), self.stream(name, rows=rows), self.dtype, self.device)
 
+    def start(self, t: float, rows: int) -> Tensor:
+        """States to start from at t: noise, or what a model with ``start(t, noise, seeds)`` makes of it."""
+        noise = self.noise("start", rows)
+        if not hasattr(self.model, "start"):
+            return noise
+        begun: Tensor = self.model.start(t, noise, copy_seeds(self.seeds, rows // len(self.seeds)))
+        return begun
+
     def cond_for(self, rows: int) -> Cond:
         """The condition of a state of so many rows."""
         if self.cond is None:
@@ -141,7 +149,7 @@ class MeteredModel:
             meter.watch(watched)
         self._drift = drift if self._watched else meter.counted(drift, "forwards", "backwards")
         if not isinstance(model, MetaFlowMap) and hasattr(model, "push"):
-            self.push = meter.counted(model.push, "forwards", "backwards")
+            self.push = model.push if self._watched else meter.counted(model.push, "forwards", "backwards")
 
     def posterior(self, map_steps: int = 1) -> Any:
         """What the model itself draws from; refused by name where it does not draw."""
@@ -179,7 +187,7 @@ class MeteredModel:
                 )
             return out.flatten(0, 1)
 
-        counted = rows if isinstance(self.model, MetaFlowMap) else self._meter.counted(rows, "forwards", "backwards")
+        counted = rows if self._watched else self._meter.counted(rows, "forwards", "backwards")
         return counted().reshape(num_draws, *x_t.shape)
 
 

@@ -98,7 +98,8 @@ def steer(
     problem = SteeringProblem(model, reward, meter)
     _check_cond(cond, num_samples)
     times = made.times(problem, moves)
-    _check_start(times[0])
+    if not hasattr(model, "start"):
+        _check_start(times[0])
     batches = _batches(problem, made, num_samples, ROWS if batch_size is None else batch_size)
     count = batches[-1].seeds.stop
     seeds = as_seeds(seed, count, "steer", "a sample" if count == num_samples else "a system of particles")
@@ -209,7 +210,7 @@ class _SteeringRun:
         problem, method = self.problem, self.method
         sums: dict[str, list[Tensor]] = {}
         with torch.no_grad():
-            state = method.start(problem, problem.noise("start", rows * method.copies))
+            state = method.start(problem, problem.start(self.times[0], rows * method.copies))
             for i, (t, u) in enumerate(pairwise(self.times)):
                 state, info = method.step(problem, self.process, state, t, u)
                 for name, value in info.items():

@@ -1,0 +1,412 @@
+r"""A text-to-image (or video) pipeline of diffusers that steers.
+
+    pipe = mfm.from_diffusers(StableDiffusion3Pipeline.from_pretrained(…), dtype=torch.bfloat16, device="cuda")
+    pipe(["a red fox", "a lighthouse"]).images                          # what the pipeline itself would make
+    pipe.steer("a red fox", reward, mfm.DPS()).images                   # towards a reward on pictures in [−1, 1]
+    pipe.steer("a red fox", reward, mfm.Glass(num_draws=4), mfm.ODE(steps=28), num_images_per_prompt=4)
+
+How a value walks, for ``steer(prompts, …)``:
+
+    prompts       → Family.encode → Request: tensors with a row a prompt, size, options       (no gradient, once)
+    Request       → Family.set_timesteps → FollowedSchedule: our times, the scheduler's clocks
+    both          → PromptedModel, which mfm.steer takes: drift(t, x, {"prompt": number of each row's prompt})
+    drift(t, x)   → FollowedSchedule.see: y, clock → Family.evaluate (network) → Family.guide → FollowedSchedule.drift
+    reward        → Decoded(reward, LatentDecoder): Family.unpack, the autoencoder's scaling, its decoder
+    samples       → LatentDecoder → the pipeline's image processor → .images
+
+A state is what the pipeline itself calls ``latents``, packed where it packs. Without a process the pipeline's own
+scheduler makes the steps (:class:`.scheduler_steps.SchedulerSteps`), so an unsteered sample is the pipeline's own;
+``mfm.ODE(steps=28)`` takes the scheduler's times and Euler's steps, and any ``grid`` that is given goes first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaflowmaps._shapes import check_count
+from metaflowmaps.errors import InputError, warn_caller
+from metaflowmaps.interop.autoencoder import Decoded
+from metaflowmaps.interop.diffusers import Family, family_of
+from metaflowmaps.interop.diffusers.family import Request, Size, check_rows
+from metaflowmaps.interop.diffusers.latent_decoder import LatentDecoder
+from metaflowmaps.interop.diffusers.prompted_model import GLASS_STEPS, PromptedModel
+from metaflowmaps.interop.diffusers.schedule import FollowedSchedule, follow, steps_alone
+from metaflowmaps.prompted.prompted_output import PromptedOutput
+from metaflowmaps.prompted.scheduler_steps import SchedulerSteps
+from metaflowmaps.random import Seed, as_seeds, fresh_seeds
+from metaflowmaps.rewards.base import no_reward
+from metaflowmaps.steering import ODE, Method, Process, SteerResult, Unsteered, steer
+from metaflowmaps.steering.diagnostics import without_pilot_pool
+from metaflowmaps.steering.presets import USUAL
+from metaflowmaps.work.choices import built
+
+AT_A_TIME = 4  # samples, where nobody says
+OUTPUTS = ("pil", "np", "pt", "latent")
+Texts = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call, made ready: the model, which prompt each sample has, and the scheduler's times."""
+
+    model: PromptedModel
+    schedule: FollowedSchedule
+    prompts: Tensor  # (n,)
+    each: int  # samples a prompt
+
+
+class PromptedPipeline:
+    """A diffusers pipeline with steering; :func:`from_diffusers` makes it.
+
+    Args:
+        family: of the pipeline, holding it.
+        quick_vae: another autoencoder for the same latents, such as ``AutoencoderTiny``: rewards on the way are judged
+            by its pictures, the finished samples by the pipeline's own.
+        batch_size: samples at a time.
+        micro_batch: rows that the network is given at a time; None: all of them.
+        decoded_at_a_time: rows that are decoded at a time.
+        glass_steps: of draws, for methods that draw from the model.
+        checkpointing: whether gradients recompute blocks of the network and the decoder instead of remembering them.
+        progress: whether calls show a bar.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        quick_vae: Any = None,
+        *,
+        batch_size: int = AT_A_TIME,
+        micro_batch: int | None = None,
+        decoded_at_a_time: int = 1,
+        glass_steps: int = GLASS_STEPS,
+        checkpointing: bool = True,
+        progress: bool = True,
+    ) -> None:
+        check_count(batch_size, "batch_size")
+        self.family, self.quick_vae = family, quick_vae
+        self.batch_size, self.micro_batch, self.decoded_at_a_time = batch_size, micro_batch, decoded_at_a_time
+        self.glass_steps, self.checkpointing, self.progress = glass_steps, checkpointing, progress
+        for network in family.networks:
+            network.eval()
+            if checkpointing and getattr(network, "_supports_gradient_checkpointing", False):
+                network.enable_gradient_checkpointing()
+        self.followed = steps_alone(self.pipe.scheduler, self._setting(3, self._event_shape(self._size(None, None))))
+        if not self.followed:
+            warn_caller(
+                f"{type(self.pipe.scheduler).__name__} draws noise of its own: its times are taken, and Euler's steps"
+            )
+
+    @property
+    def pipe(self) -> Any:
+        """The diffusers pipeline."""
+        return self.family.pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> "PromptedPipeline":
+        """As of the pipeline: a device, a dtype."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
+    # -- what it does ------------------------------------------------------------------------------------------------
+
+    def __call__(self, prompt: Texts = None, **call: Any) -> PromptedOutput:
+        """Samples of the pipeline, unsteered; all of :meth:`steer`'s arguments but the reward and the method."""
+        return self.steer(prompt, None, Unsteered(), **call)
+
+    def steer(
+        self,
+        prompt: Texts = None,
+        reward: Callable[..., Tensor] | None = None,
+        method: Method | str | None = None,
+        process: Process | str | None = None,
+        *,
+        seed: Seed = None,
+        output_type: str = "pil",
+        **call: Any,
+    ) -> PromptedOutput:
+        """Sample towards e^r for each prompt, r a reward on pictures (B, 3, H, W), or videos (B, 3, F, H, W).
+
+        Args:
+            prompt: one text, several, or None where embeddings are given in ``call``.
+            reward: of pictures in [−1, 1].
+            method: as for ``mfm.steer``.
+            process: as for ``mfm.steer``; None: the scheduler's own steps, or what the method needs.
+            seed: as for ``mfm.steer``.
+            output_type: "pil", "np", "pt" or "latent".
+            call: as diffusers has them: ``negative_prompt``, embeddings by their names, ``num_inference_steps``,
+                ``num_images_per_prompt``, ``height``, ``width``, ``num_frames``, ``generator``, ``latents``,
+                ``callback_on_step_end``, and the family's own options such as ``guidance_scale``; and
+                ``guidance_until``, the last time (data at 1) at which guidance acts.
+
+        Returns:
+            What was made, a sample a row, the images of a prompt side by side.
+        """
+        if output_type not in OUTPUTS:
+            raise InputError(f"output_type is one of {', '.join(OUTPUTS)}, got {output_type!r}")
+        chosen = built(Method, USUAL.method if method is None else method)
+        if reward is None and not isinstance(chosen, Unsteered):
+            raise InputError("steer needs a reward: a function of pictures, or one of mfm.rewards, such as PickScore")
+        hooks = {name: call.pop(name, None) for name in ("generator", "latents", "callback_on_step_end")}
+        asked_for = None if process is None or isinstance(process, str) else process.steps
+        asked = self._asked(prompt, call.pop("num_inference_steps", asked_for), call)
+        moves = self._process(chosen, process, asked.schedule)
+        result = self._steered(asked, reward, chosen, moves, self._seeds(asked, chosen, seed, hooks), hooks)
+        return self._output(asked, reward, result, output_type)
+
+    # -- from prompts to a model -------------------------------------------------------------------------------------
+
+    def _asked(self, prompt: Texts, steps: int | None, call: dict[str, Any]) -> Asked:
+        """The call, encoded."""
+        family = self.family
+        steps = int(family.defaults["num_inference_steps"]) if steps is None else steps
+        check_count(steps, "num_inference_steps")
+        each = call.pop("num_images_per_prompt", 1)
+        check_count(each, "num_images_per_prompt")
+        size = self._size(call.pop("height", None), call.pop("width", None), call.pop("num_frames", None))
+        until = float(call.pop("guidance_until", 1.0))
+        negative = call.pop("negative_prompt", None)
+        given = {name: call.pop(name) for name in list(call) if name.removeprefix("negative_") in family.embeddings}
+        options = family.settle(call)
+        texts = _texts(prompt, "prompt")
+        if (texts is None) == (not given):
+            raise InputError("give either prompts or embeddings (prompt_embeds=…), one of the two")
+        shape = self._event_shape(size)
+        schedule = follow(self.pipe.scheduler, self._setting(steps, shape))
+        positive, other = self._encoded(texts, _texts(negative, "negative_prompt"), given, options)
+        request = Request(positive, other, size, options, schedule.grid.times[:-1], until)
+        model = PromptedModel(family, request, schedule, shape, self.micro_batch, self.glass_steps)
+        return Asked(model, schedule, torch.arange(request.prompts).repeat_interleave(each), each)
+
+    def _encoded(
+        self,
+        texts: list[str] | None,
+        negative: list[str] | None,
+        given: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> tuple[Any, Any]:
+        family = self.family
+        count = len(texts) if texts is not None else len(next(iter(given.values())))
+        if negative is not None and len(negative) == 1:
+            negative = negative * count
+        if negative is not None and len(negative) != count:
+            raise InputError(f"{len(negative)} negative prompts for {count} prompts: give one, or one a prompt")
+        guided = family.needs_negative(options, negative is not None or family.negatives(given))
+        if texts is None and guided and not family.negatives(given):
+            name = f"negative_{next(iter(given))}"
+            raise InputError(f"guidance compares with a negative prompt: give {name}=…, or a scale without guidance")
+        given = {name: _moved(value, family.device) for name, value in given.items()}
+        positive, other = family.encode(texts, negative, given, options)
+        rows = check_rows(positive, "embeddings of prompts")
+        if other is not None and check_rows(other, "embeddings of negative prompts") != rows:
+            raise InputError(f"{rows} prompts and {check_rows(other, '')} negative ones: give one a prompt")
+        return positive, other
+
+    def _size(self, height: int | None, width: int | None, frames: int | None = None) -> Size:
+        usual, multiple = self.family.usual_size(), self.family.multiple()
+        size = Size(height or usual.height, width or usual.width, (frames or usual.frames) if self.family.video else 0)
+        if frames and not self.family.video:
+            raise InputError(f"{type(self.pipe).__name__} makes pictures: leave num_frames out")
+        for name, pixels in (("height", size.height), ("width", size.width)):
+            if pixels % multiple:
+                raise InputError(f"{name} must be a multiple of {multiple} for this pipeline, got {pixels}")
+        return size
+
+    def _event_shape(self, size: Size) -> tuple[int, ...]:
+        return tuple(self.family.noise(1, size, torch.Generator(self.family.device).manual_seed(0)).shape[1:])
+
+    def _setting(self, steps: int, shape: tuple[int, ...]) -> Callable[[Any], None]:
+        return lambda scheduler: self.family.set_timesteps(scheduler, steps, shape)
+
+    # -- steering ----------------------------------------------------------------------------------------------------
+
+    def _process(self, method: Method, process: Process | str | None, schedule: FollowedSchedule) -> Process:
+        """On the scheduler's times, unless a grid is asked for."""
+        times = schedule.grid.times
+        if process is None:
+            usual = method.usual(steps=len(times) - 1, grid=times)
+            if self.followed and type(usual) is ODE:
+                return SchedulerSteps(steps=len(times) - 1, grid=times, schedule=schedule)
+            return usual
+        moves = built(Process, process)
+        return replace(moves, steps=len(times) - 1, grid=times) if moves.grid is None else moves
+
+    def _seeds(self, asked: Asked, method: Method, seed: Seed, hooks: Mapping[str, Any]) -> Seed:
+        """Seeds of the samples; noise that is given, or drawn as the pipeline draws it, is remembered by its seed."""
+        generator, latents, count = hooks["generator"], hooks["latents"], len(asked.prompts)
+        if generator is not None and seed is not None:
+            raise InputError("give seed= (of this package) or generator= (for the noise of diffusers), not both")
+        first = generator[0] if isinstance(generator, list | tuple) else generator
+        if generator is None and latents is None:
+            return seed
+        if method.system != 1:
+            if latents is not None:
+                raise InputError(f"{method.name} returns systems of particles, which share a seed: leave latents out")
+            return int(fresh_seeds(1, first))
+        if latents is None:
+            latents = self.family.noise(count, asked.model.request.size, generator)
+        noise = self.family.state(latents)
+        if tuple(noise.shape) != (count, *asked.model.event_shape):
+            raise InputError(
+                f"latents must be {(count, *asked.model.event_shape)} for these prompts, got {tuple(noise.shape)}"
+            )
+        seeds = fresh_seeds(count, first) if seed is None else as_seeds(seed, count, "steer")
+        asked.model.given = (seeds.cpu(), noise.detach().to(torch.float32))
+        return seeds
+
+    def _decoder(self, size: Size, vae: Any = None) -> LatentDecoder:
+        many, again = self.decoded_at_a_time, self.checkpointing
+        return LatentDecoder(self.family, size, vae, micro_batch=many, checkpointing=again)
+
+    def _reward(self, asked: Asked, reward: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+        """Of states, through the quick decoder where there is one."""
+        if reward is None:
+            return no_reward
+        if getattr(self.pipe, "vae", None) is None:
+            raise InputError("without its vae this pipeline would give the reward latents, not pictures: load it too")
+        return Decoded(reward, self._decoder(asked.model.request.size, self.quick_vae))  # type: ignore[arg-type]
+
+    def _steered(
+        self,
+        asked: Asked,
+        reward: Callable[..., Tensor] | None,
+        method: Method,
+        process: Process,
+        seed: Seed,
+        hooks: Mapping[str, Any],
+    ) -> SteerResult:
+        system, size = method.system, self.batch_size
+        if system != 1 and len(asked.prompts.unique()) > 1:  # particles of a system have one prompt: one system a batch
+            size = system or asked.each
+        prompts = asked.prompts.to(self.family.device)
+        callback = self._callback(hooks["callback_on_step_end"], asked)
+        try:
+            with without_pilot_pool():
+                return steer(
+                    asked.model,
+                    self._reward(asked, reward),
+                    len(prompts),
+                    method,
+                    process,
+                    cond={"prompt": prompts},
+                    seed=seed,
+                    batch_size=size,
+                    callback=callback,
+                    progress=self.progress,
+                )
+        finally:
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
+
+    def _callback(self, given: Any, asked: Asked) -> Callable[[Any], bool] | None:
+        """diffusers' callback(pipe, step, timestep, {"latents": …}); latents that it returns replace the states."""
+        if given is None:
+            return None
+        clocks = asked.schedule.grid.clocks
+
+        def told(step: Any) -> bool:
+            latents = step.state.x
+            timestep = clocks[min(step.step, len(clocks) - 1)]
+            answer = given(self.pipe, step.step, timestep, {"latents": latents}) or {}
+            if answer.get("latents", latents) is not latents:
+                latents.copy_(answer["latents"])
+            return bool(getattr(self.pipe, "_interrupt", False))
+
+        self.pipe._interrupt = False
+        return told
+
+    # -- from states to pictures -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _output(
+        self, asked: Asked, reward: Callable[..., Tensor] | None, result: SteerResult, output_type: str
+    ) -> PromptedOutput:
+        size, latents = asked.model.request.size, result.samples
+        prompts = asked.prompts[: len(latents)]
+        rewards, images = None if reward is None else result.rewards, latents
+        full = None
+        if output_type != "latent" or (reward is not None and self.quick_vae is not None):
+            full = self._decoder(size)
+        pictures = None if full is None else full.decode(latents)
+        if reward is not None and self.quick_vae is not None and pictures is not None:
+            from metaflowmaps.rewards.checked import checked_reward
+
+            rewards = checked_reward(reward)(pictures, {"prompt": prompts.to(latents.device)})
+        if output_type != "latent" and pictures is not None:
+            images = self._processed(pictures, output_type)
+        rest = (rewards, result.info, result.interrupted)
+        return PromptedOutput(images, latents, prompts, result.seeds, result.cost, *rest)
+
+    def _processed(self, pictures: Tensor, output_type: str) -> Any:
+        if self.family.video:
+            return self.pipe.video_processor.postprocess_video(pictures, output_type=output_type)
+        return self.pipe.image_processor.postprocess(pictures, output_type=output_type)
+
+
+def from_diffusers(
+    pipeline: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    family: type[Family] | None = None,
+    quick_vae: Any = None,
+    **options: Any,
+) -> PromptedPipeline:
+    """A diffusers pipeline that steers.
+
+    Args:
+        pipeline: a pipeline of diffusers, or the folder or hub id of one.
+        dtype: what it computes in; states are float32 at any.
+        device: where; leave it out for a pipeline that is offloaded.
+        family: a class of your own, for a kind of pipeline that this package does not know.
+        quick_vae: another autoencoder for the same latents, for rewards on the way.
+        options: ``batch_size``, ``micro_batch``, ``decoded_at_a_time``, ``glass_steps``, ``checkpointing`` and
+            ``progress`` of :class:`PromptedPipeline`.
+
+    Returns:
+        The pipeline, in evaluation mode.
+    """
+    pipe = _opened(pipeline, dtype)
+    if dtype is not None or device is not None:
+        pipe.to(*(given for given in (device, dtype) if given is not None))
+    return PromptedPipeline(family_of(pipe, family), quick_vae, **options)
+
+
+def _opened(pipeline: Any, dtype: torch.dtype | None) -> Any:
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise InputError("pipelines need diffusers: pip install 'metaflowmaps[latent]'") from None
+    if isinstance(pipeline, DiffusionPipeline):
+        return pipeline
+    if not isinstance(pipeline, str) and not hasattr(pipeline, "__fspath__"):
+        raise InputError(
+            f"give a pipeline of diffusers, or its folder or hub id, got {type(pipeline).__name__}; a network alone is "
+            "wrapped by mfm.wrap"
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(pipeline, torch_dtype=dtype)
+    except Exception as error:  # the hub, the disk and the parsers have many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"the pipeline {pipeline} cannot be loaded ({type(error).__name__}: {reason}): give a folder in diffusers' "
+            "layout or a hub id"
+        ) from error
+
+
+def _texts(given: Texts, name: str) -> list[str] | None:
+    if given is None:
+        return None
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} is a text or a list of texts, got {given!r}")
+    return texts
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | tuple):
+        return [_moved(row, device) for row in value]
+    if not isinstance(value, Tensor):
+        raise InputError(f"embeddings are tensors, one row a prompt, got {type(value).__name__}")
+    return value.to(device)
