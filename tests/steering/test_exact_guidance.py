@@ -44,7 +44,7 @@ def test_reaches_the_tilted_law(name, process):
     n, path = 1000, list(PATHS.values())[(list(ALL).index(name) + (process == "sde")) % 2]
     target = draw(tilted(ALL[name], *random_reward(name)), n, stream(0, "target", name))
     got = steered(name, path, n, steps=24, process=process, integrator="heun")
-    # discretisation at 24 second-order steps is below 2e-2 standard deviations (orders below), sampling error is 3e-2.
+    # discretisation at 24 second-order steps is below 3e-2 standard deviations (orders below), as is sampling error.
     # p is uniform on multiples of 1/500 under the null: 10 tests that fail at 1/500 are all passed by 98 % of seeds,
     # & the seed is fixed. (Power: against the base law, or a shift of .9 or 1.1 times the exact one, p = 1/500 in most)
     assert two_sample_test(got, target, permutations=499, generator=stream(0)).p_value > 0.002
