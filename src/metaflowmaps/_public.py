@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from metaflowmaps import rewards
+from metaflowmaps.context import Context
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.foreign import ForeignModel, wrap
@@ -99,6 +100,7 @@ __all__ = [
     "Advice",
     "Anneal",
     "BestOfN",
+    "Context",
     "Exact",
     "ExactModel",
     "ExactPosterior",

@@ -6,12 +6,15 @@ differentiable in x. By construction ``X_{s,s} = id``. Free by-products:
 
     b_t(x) = v_{t,t}(x; 0, ·)        D_t(x) = (v_{0,0}(x̄; t, x) − α̇_0 x̄)/β̇_0        generator X_{0,1}(ε; 0, ·)
 
+A network that reads observations makes the same map of every law ``p(X_r | C)``, C a general context
+(:mod:`metaflowmaps.context`): all of the above holds given C, and the generator draws from the posterior of C itself.
+
 What the network predicts, and in which coordinates, is its parameterisation: see :mod:`metaflowmaps.parameterization`.
 """
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,7 @@ from metaflowmaps._shapes import (
     select_cond,
 )
 from metaflowmaps.checkpoint import Pretrained
+from metaflowmaps.context import Context
 from metaflowmaps.errors import InputError, unknown, warn_caller
 from metaflowmaps.guidance import GuidanceLaw, read_law
 from metaflowmaps.parameterization import Chart, chart_class
@@ -42,6 +46,7 @@ from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.random import RowNoise, Source, check_seeds, randn
 
 CONDITIONS = ("guidance", "label")
+PRIOR_MEAN, PRIOR_STD = "prior_mean", "prior_std"  # of X_r given what was observed, as a network that reads it says
 
 
 class Anchored:
@@ -140,8 +145,16 @@ class MetaFlowMap(Pretrained):
 
     def anchor(self, t: Tensor, x_t: Tensor, cond: Cond = None) -> Anchored:
         """The map at contexts (t, x_t), in its chart: what losses train. t is (B,); nothing is checked."""
-        chart = self._chart(self.path, t, x_t, self.data_mean.to(x_t.dtype), self.data_std)  # type: ignore[call-arg]
-        return Anchored(self.network, chart, cond)
+        known = dict(self.encode(cond) or {})
+        mean, std = known.pop(PRIOR_MEAN, self.data_mean), known.pop(PRIOR_STD, self.data_std)
+        spread = expand_time(std, x_t) if isinstance(std, Tensor) else std
+        chart = self._chart(self.path, t, x_t, mean.to(x_t.dtype), spread)  # type: ignore[call-arg]
+        return Anchored(self.network, chart, known)
+
+    def encode(self, cond: Cond) -> Cond:
+        """Conditions with their observations read, once for many calls; of a map that reads none as they are."""
+        read = getattr(self.network, "encode", None)
+        return cond if read is None else read(cond or {})
 
     def velocity(self, s: Time, u: Time, x_s: Tensor, t: Time, x_t: Tensor, cond: Cond = None) -> Tensor:
         """v_{s,u}(x_s; t, x_t): (B, *event)."""
@@ -196,14 +209,23 @@ class MetaFlowMap(Pretrained):
         check_count(steps, "steps")
         check_time(t)
         x = noise
-        t = batch_time(t, x_t)
-        chart = self.anchor(t, x_t).chart
+        t, cond = batch_time(t, x_t), self.encode(cond)
+        chart = self.anchor(t, x_t, cond).chart
         grid = [chart.time_out(torch.full_like(t, i / steps)) for i in range(steps + 1)]
         grid[0], grid[-1] = torch.zeros_like(t), torch.ones_like(t)
         for s, u in pairwise(grid):
             x = self(s, u, x, t, x_t, cond)
         return x
 
+    @overload
+    def draw(self, t: Context, x_t: int, *, steps: int = 1, generator: torch.Generator | None = None) -> Tensor: ...
+
+    @overload
+    def draw(
+        self, t: Context, *, num_draws: int, steps: int = 1, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+    @overload
     def draw(
         self,
         t: Time,
@@ -212,8 +234,23 @@ class MetaFlowMap(Pretrained):
         steps: int = 1,
         generator: torch.Generator | None = None,
         cond: Cond = None,
+    ) -> Tensor: ...
+
+    def draw(
+        self,
+        t: Any,
+        x_t: Any = None,
+        num_draws: Any = None,
+        steps: int = 1,
+        generator: torch.Generator | None = None,
+        cond: Cond = None,
     ) -> Tensor:
-        """num_draws independent draws from p_{1|t}(· | x_t): (num_draws, B, *event), differentiable in x_t."""
+        """Independent draws, ``draw(t, x_t, num_draws)`` or ``draw(context, num_draws)``: (num_draws, B, *event).
+
+        From p_{1|t}(· | x_t), differentiable in x_t; or from p(X_r | C), differentiable in the observed values.
+        """
+        if isinstance(t, Context):
+            return self._draw_given(t, num_draws if x_t is None else x_t, steps, generator)
         check_state(x_t, "x_t", self.event_shape)
         check_finite(x_t, "x_t")
         check_count(num_draws, "num_draws")
@@ -223,6 +260,28 @@ class MetaFlowMap(Pretrained):
         contexts = repeat_rows(x_t, num_draws)
         times = batch_time(t, x_t).repeat(num_draws)
         return self.push(noise.flatten(0, 1), times, contexts, steps, repeat_cond(cond, num_draws)).reshape(noise.shape)
+
+    def _draw_given(self, context: Context, num_draws: int, steps: int, generator: torch.Generator | None) -> Tensor:
+        """Draws from p(X_r | C): the map's draws at t = 0, given C, which is read once for all of them."""
+        check_count(num_draws, "num_draws")
+        known = self.encode(self._given(context))
+        noise = randn((num_draws, len(context), *self.event_shape), generator, self.dtype, self.device)
+        flat = noise.flatten(0, 1)
+        return self.push(flat, 0.0, torch.zeros_like(flat), steps, repeat_cond(known, num_draws)).reshape(noise.shape)
+
+    def _given(self, context: Context) -> Cond:
+        """A context's conditions, checked against what was trained."""
+        check = getattr(self.network, "check", None)
+        if check is None:
+            raise InputError("this map reads no observations: train one with mfm train sequences")
+        cond = context.conditions()
+        check(context)
+        if context.values.dtype != self.dtype or context.values.device != self.device:
+            raise InputError(
+                f"values must be {self.dtype} on {self.device}, as the map is, got {context.values.dtype} on "
+                f"{context.values.device}: convert one of them"
+            )
+        return cond
 
     @torch.no_grad()
     def generate(
@@ -299,10 +358,12 @@ class MetaFlowMap(Pretrained):
         check_order(s, u)
 
     def _check_cond(self, cond: Cond, x: Tensor) -> None:
+        reads = getattr(self.network, "reads", ())  # of any shape, a row a sample
         for key, value in (cond or {}).items():
-            if key not in CONDITIONS:
+            if key not in (*CONDITIONS, *reads):
                 raise unknown("condition", key, CONDITIONS)
-            if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            shape = value.shape[:1] if key in reads and isinstance(value, Tensor) else getattr(value, "shape", None)
+            if not isinstance(value, Tensor) or shape != x.shape[:1]:
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(f"condition {key!r} must be a tensor of shape ({x.shape[0]},), got {given}")
         label = None if cond is None else cond.get("label")

@@ -87,7 +87,7 @@ class Chart(ABC):
 class PlainChart(Chart):
     """a = s, z = x̄, F = v = net."""
 
-    def __init__(self, path: Path, t: Tensor, x_t: Tensor, data_mean: Tensor | float, data_std: float) -> None:
+    def __init__(self, path: Path, t: Tensor, x_t: Tensor, data_mean: Tensor | float, data_std: Tensor | float) -> None:
         self.inner_path = path
         self.context, self.context_time = x_t, t
 
@@ -116,7 +116,7 @@ class PlainChart(Chart):
 class GaussianChart(Chart):
     """Whitened by the posterior that N(μ, δ²) data would have."""
 
-    def __init__(self, path: Path, t: Tensor, x_t: Tensor, data_mean: Tensor | float, data_std: float) -> None:
+    def __init__(self, path: Path, t: Tensor, x_t: Tensor, data_mean: Tensor | float, data_std: Tensor | float) -> None:
         self.path, self.inner_path = path, TrigonometricPath()
         self.batch_shape = (-1, *([1] * (x_t.ndim - 1)))
         time = expand_time(t, x_t)
@@ -188,7 +188,7 @@ class GaussianChart(Chart):
 class ResidualChart(PlainChart):
     """Plain coordinates; the Gaussian answer plus a residual scaled by τ."""
 
-    def __init__(self, path: Path, t: Tensor, x_t: Tensor, data_mean: Tensor | float, data_std: float) -> None:
+    def __init__(self, path: Path, t: Tensor, x_t: Tensor, data_mean: Tensor | float, data_std: Tensor | float) -> None:
         super().__init__(path, t, x_t, data_mean, data_std)
         self.white = GaussianChart(path, t, x_t, data_mean, data_std)
         self.context, self.weight = self.white.context, self.white.tau.flatten().clamp_min(1e-3) ** -2

@@ -4,8 +4,11 @@ from metaflowmaps.data.data_source import DataSource, SampleSource, read_example
 from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.law_source import Mixture
 from metaflowmaps.data.load import Digits, Images, Latents, Mnist
+from metaflowmaps.data.sequences import ContextLaw, ContextSource, Process, Sequences, Simulator
 
 __all__ = [
+    "ContextLaw",
+    "ContextSource",
     "DataSource",
     "Digits",
     "Examples",
@@ -14,7 +17,10 @@ __all__ = [
     "Latents",
     "Mixture",
     "Mnist",
+    "Process",
     "SampleSource",
+    "Sequences",
+    "Simulator",
     "read_examples",
     "read_source",
 ]

@@ -31,6 +31,7 @@ class DataSource(Config, Choice):
 
     kind: ClassVar[str] = "data source"
     latent: ClassVar[bool] = False  # examples are of an autoencoder's latent space
+    observed: ClassVar[bool] = False  # samples come with a general context
 
     def law(self) -> GaussianMixture | None:
         """The law itself, where it is known; of means in float32, as samples are."""

@@ -1,6 +1,7 @@
 """Networks of maps and classifiers of images: modules, and the configurations that build them."""
 
 from metaflowmaps.networks.classifiers import Classifier, ConvClassifierConfig, PatchClassifierConfig
+from metaflowmaps.networks.context_encoder import Observed, ObservedConfig
 from metaflowmaps.networks.dit import DiT, DiTConfig
 from metaflowmaps.networks.family import (
     ClassifierNetworkConfig,
@@ -22,6 +23,8 @@ __all__ = [
     "DiTConfig",
     "MLPConfig",
     "NetworkConfig",
+    "Observed",
+    "ObservedConfig",
     "PatchClassifierConfig",
     "UNet",
     "UNetConfig",

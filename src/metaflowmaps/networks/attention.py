@@ -16,12 +16,18 @@ from metaflowmaps.networks.checks import check_divides
 from metaflowmaps.networks.forward_mode import forward_mode
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, fused_tangents: bool = False) -> Tensor:
-    """softmax(q kᵀ/√d) v over tokens: (B, heads, N, d), three times -> (B, heads, N, d)."""
-    if fused_tangents and forward_mode() and not torch.is_grad_enabled():
+def attend(q: Tensor, k: Tensor, v: Tensor, fused_tangents: bool = False, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ/√d) v over tokens: (B, heads, N, d), three times -> (B, heads, N, d).
+
+    Tokens where ``mask`` (B, N) is False are seen by nobody.
+    """
+    if mask is not None:
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask[:, None, None], -torch.inf)
+        out = scores.softmax(-1) @ v
+    elif fused_tangents and forward_mode() and not torch.is_grad_enabled():
         from metaflowmaps.networks.tangents import attend_with_tangents
 
-        out: Tensor = attend_with_tangents(q, k, v)
+        out = attend_with_tangents(q, k, v)
     elif forward_mode():
         out = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     else:

@@ -49,6 +49,16 @@ class NetworkConfig(Config, Choice):
         """The smallest network of which the compiler sees all that it sees of this one."""
         return self
 
+    def reader(self, event_shape: tuple[int, ...], summary: int, frames: int) -> nn.Module:
+        """The module as the body of an ``observed`` network, which reads what was observed too.
+
+        Args:
+            event_shape: of one sample.
+            summary: width of the vector ``summary`` (B, width), a condition of its forward.
+            frames: channels of the condition ``frames`` (B, channels, H, W), 0 where there are none.
+        """
+        raise InputError(f"{spelled(type(self))} reads no observations: set model.network.body=mlp, unet or dit")
+
     def network(self, event_shape: tuple[int, ...]) -> nn.Module:
         """:meth:`build`, and what maps and checkpoints ask of a network."""
         made = self.build(tuple(event_shape))

@@ -31,6 +31,10 @@ class MLPConfig(NetworkConfig):
         """An :class:`MLP` on samples of this shape."""
         return MLP(self, event_shape)
 
+    def reader(self, event_shape: tuple[int, ...], summary: int, frames: int) -> nn.Module:
+        """An :class:`MLP` that reads a summary too, and frames laid flat."""
+        return MLP(self, event_shape, summary + frames * math.prod(event_shape[1:]))
+
 
 class MLP(Compilable):
     """``depth`` hidden layers of ``width``, output layer zero at initialisation.
@@ -42,7 +46,7 @@ class MLP(Compilable):
     one network must serve every time, as for images.
     """
 
-    def __init__(self, config: MLPConfig, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, config: MLPConfig, event_shape: tuple[int, ...], observed: int = 0) -> None:
         super().__init__()
         for n in event_shape:
             check_count(n, "event_shape")
@@ -50,7 +54,7 @@ class MLP(Compilable):
         self.config, self.event_shape, self.num_classes = config, event_shape, config.num_classes
         self.time_features = TimeFeatures()
         times = self.time_features.features
-        self.input = nn.Linear(2 * dim + times, width)
+        self.input = nn.Linear(2 * dim + times + observed, width)
         self.labels = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.guidance = nn.Parameter(torch.zeros(width)) if config.guidance else None
         activation = ACTIVATIONS[config.activation]
@@ -74,9 +78,12 @@ class MLP(Compilable):
         context_time: Tensor,
         label: Tensor | None = None,
         guidance: Tensor | None = None,
+        summary: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> Tensor:
-        """(B, *event) -> (B, *event), times (B,) in [0, 1]."""
+        """(B, *event) -> (B, *event), times (B,) in [0, 1]; summary and frames where it was made to read them."""
         times = self.time_features(torch.stack([a, b, context_time], 1))
+        observed = [part.flatten(1) for part in (summary, frames) if part is not None]
         rows: list[Tensor] = []
         if self.labels is not None:
             rows.append(self.labels(label) if label is not None else self.labels.weight[-1])
@@ -85,10 +92,11 @@ class MLP(Compilable):
                 raise InputError("this network takes no guidance scale: it was made with guidance=False")
             refuse_scales(~(guidance >= 0), guidance, "be numbers >= 0")
             rows.append(((guidance - 1) / (guidance + 1)).to(self.guidance)[:, None] * self.guidance)
-        return self.run(z.flatten(1), context.flatten(1), times, *rows).reshape(z.shape)
+        given = torch.cat([context.flatten(1), *observed], 1) if observed else context.flatten(1)
+        return self.run(z.flatten(1), given, times, *rows).reshape(z.shape)
 
     def core(self, *inputs: Tensor) -> Tensor:
-        """z and context (B, dim), features of the times, and what else is added at first: (B, dim)."""
+        """z (B, dim), context and what was observed, features of the times, and what is added at first: (B, dim)."""
         *states, times = inputs[:3]
         h = self.input(torch.cat([*states, times], 1))
         for row in inputs[3:]:

@@ -14,6 +14,7 @@ from metaflowmaps.recipes.imagenet import (
 from metaflowmaps.recipes.images import images, images_guide, images_judge
 from metaflowmaps.recipes.mixture16 import mixture_16d
 from metaflowmaps.recipes.mnist import mnist, mnist_guide, mnist_judge
+from metaflowmaps.recipes.sequences import process, sequences
 from metaflowmaps.training.train_config import ClassifierConfig, TrainConfig
 from metaflowmaps.work.choices import outside
 
@@ -31,6 +32,8 @@ RECIPES: dict[str, Callable[..., TrainConfig | ClassifierConfig]] = {
     "images-guide": images_guide,
     "images-judge": images_judge,
     "latents": latents,
+    "sequences": sequences,
+    "process": process,
     "imagenet-b2": imagenet_b2,
     "imagenet-xl2": imagenet_xl2,
 }

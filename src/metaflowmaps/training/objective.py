@@ -16,7 +16,7 @@ rows on the diagonal every form stays near twice a flow-matching step (docs/scal
 depend on the data, so each sample is trained by both terms in turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
@@ -82,12 +82,13 @@ class Batch:
 
 
 class Given(NamedTuple):
-    """A context (t, x_t) and an x_1 of its posterior, with its label."""
+    """A context (t, x_t) and an x_1 of its posterior, with its label and with what else was observed."""
 
     x_1: Tensor
     t: Tensor
     x_t: Tensor
     label: Tensor | None = None
+    observed: Mapping[str, Tensor] | None = None  # the conditions of a general context
 
 
 class Objective:
@@ -113,29 +114,32 @@ class Objective:
         """The inputs of a step, the same whoever asks and whenever."""
         host, n = stream(self.seed, "train", step), self.batch_size
         g: Source = host
-        x_1, label = self._data(n, host)
+        x_1, label, observed = self._data(n, host)
         if self.on_device:
             device = model.device
             g = RowNoise(torch.arange(n, device=device), "train", self.seed, step)
             x_1 = x_1.to(device, non_blocking=True)
             label = None if label is None else label.to(device, non_blocking=True)
+            observed = {name: value.to(device) for name, value in (observed or {}).items()}
         t = context_times(self.times, n, g)
         x_t = model.path.interpolate(randn(tuple(x_1.shape), g), x_1, t)
-        return self._inner(model, step, g, Given(x_1, t, x_t, label))
+        return self._inner(model, step, g, Given(x_1, t, x_t, label, observed))
 
     def _inner(self, model: MetaFlowMap, step: int, g: Source, given: "Given") -> Batch:
         """Inner noise, times and conditions around x_1 and its context."""
-        x_1, t, x_t, label = given
+        x_1, t, x_t, label, observed = given
         n = len(t)
         eps = randn(tuple(x_1.shape), g)
         a, b = inner_times(self.times, n, g)
         rows = diagonal_rows(self.loss, self.batch_size, step)
         a[:rows] = b[:rows] = diagonal_times(self.times, n, g)[:rows]
         if self.times.late_share:
-            chart, flags = model.anchor(t.to(model.device), x_t.to(model.device)).chart, late_rows(self.times, n, g)
+            at = {name: value.to(model.device) for name, value in (observed or {}).items()}
+            chart, flags = model.anchor(t.to(model.device), x_t.to(model.device), at).chart, late_rows(self.times, n, g)
             a, b = (torch.where(flags, chart.time_in((1 - (1 - u) ** 2).to(model.device)).to(u), u) for u in (a, b))
         b = a + torch.clamp_max(b - a, self._longest_jump(step))
-        return Batch(x_1, t, x_t, eps, a, b, rand((n,), g), rows, self._cond(model, label, n, g))
+        gamma = rand((n,), g)
+        return Batch(x_1, t, x_t, eps, a, b, gamma, rows, {**(observed or {}), **self._cond(model, label, n, g)})
 
     def __call__(self, model: MetaFlowMap, batch: Batch) -> Tensor:
         """Per-row losses, (B,)."""
@@ -155,11 +159,15 @@ class Objective:
 
     # -- conditions --------------------------------------------------------------------------------------------------
 
-    def _data(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def _data(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor] | None]:
+        """x_1, with its label where they are trained with, and its context where the data have one."""
+        if hasattr(self.data, "sample_given"):
+            x_1, context = self.data.sample_given(n, g)
+            return x_1, None, context.conditions()
         if self.condition is None:
-            return self.data.sample(n, g), None
+            return self.data.sample(n, g), None, None
         x_1, label = self.data.sample_labelled(n, g)  # type: ignore[attr-defined]
-        return x_1, label
+        return x_1, label, None
 
     def _cond(self, model: MetaFlowMap, label: Tensor | None, n: int, g: Source) -> dict[str, Tensor]:
         if self.condition is None or label is None:

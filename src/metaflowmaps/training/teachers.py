@@ -15,6 +15,7 @@ from metaflowmaps._shapes import Cond, expand_time
 from metaflowmaps.errors import InputError
 from metaflowmaps.guidance import PLAIN, GuidanceLaw, guided_drift
 from metaflowmaps.laws.mixture import GaussianMixture
+from metaflowmaps.laws.processes import GaussianProcess, ProcessMixture
 from metaflowmaps.losses import Velocity
 from metaflowmaps.parameterization import Chart
 from metaflowmaps.path import Drift, Path, glass_drift
@@ -56,10 +57,24 @@ class ExactTeacher:
         return guided
 
     def _of(self, law: GaussianMixture, chart: Chart, t: Tensor, x_t: Tensor) -> Velocity:
-        posterior = law.posterior(self.path, t, x_t)
-        if isinstance(chart.shift, Tensor) and isinstance(chart.scale, Tensor):
-            posterior = posterior.rescaled(chart.shift, chart.scale)
-        return lambda a, z: posterior.drift(chart.inner_path, a, z)
+        return in_chart(law.posterior(self.path, t, x_t), chart)
+
+
+def in_chart(posterior: GaussianMixture, chart: Chart) -> Velocity:
+    """The drift of a posterior, one mixture a row, on the chart's inner path."""
+    if isinstance(chart.shift, Tensor) and isinstance(chart.scale, Tensor):
+        posterior = posterior.rescaled(chart.shift, chart.scale)
+    return lambda a, z: posterior.drift(chart.inner_path, a, z)
+
+
+class ProcessTeacher:
+    """A process's own posteriors given general contexts, moved into the chart."""
+
+    def __init__(self, path: Path, process: GaussianProcess | ProcessMixture) -> None:
+        self.path, self.process = path, process
+
+    def at(self, chart: Chart, t: Tensor, x_t: Tensor, cond: Cond = None) -> Velocity:
+        return in_chart(self.process.given(cond or {}).posterior(self.path, t, x_t), chart)
 
 
 class GlassTeacher:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metaflowmaps.data import DataSource
+from metaflowmaps.data import DataSource, Process
 from metaflowmaps.losses import Consistency, LagrangianDifference
 from metaflowmaps.networks import ClassifierNetworkConfig, ConvClassifierConfig, MLPConfig, NetworkConfig
 from metaflowmaps.work.choices import Pick
@@ -142,7 +142,7 @@ class TrainConfig(RunConfig):
         law = self.data.law()
         if self.loss.taught and self.teacher == "none":
             raise ValueError("the loss asks for a teacher: set teacher=exact or teacher=learned")
-        if law is None and self.teacher == "exact":
+        if law is None and self.teacher == "exact" and not isinstance(self.data, Process):
             raise ValueError("nobody knows the exact drift of examples: set teacher=learned, pretrained or none")
         if (self.teacher == "pretrained") != (self.parent is not None):
             raise ValueError("teacher=pretrained and parent=CHECKPOINT go together: give both or neither")

@@ -17,20 +17,28 @@ import torch
 from torch import Tensor, nn
 
 from metaflowmaps.checkpoint import Checkpoint, CheckpointStore, resolve_checkpoint
-from metaflowmaps.data import Examples
+from metaflowmaps.data import ContextSource, Examples, Process
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.guidance import PLAIN
 from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.losses import NoConsistency
-from metaflowmaps.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig, read_network
+from metaflowmaps.networks import (
+    DiTConfig,
+    MLPConfig,
+    NetworkConfig,
+    Observed,
+    ObservedConfig,
+    UNetConfig,
+    read_network,
+)
 from metaflowmaps.networks.compiling import compilable, use_compiled
 from metaflowmaps.path import make_path
 from metaflowmaps.training.classifier_objective import ClassifierObjective
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import TrainResult, Watch, train
 from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
+from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, ProcessTeacher, Teacher
 from metaflowmaps.training.train_config import (
     ClassifierConfig,
     RunConfig,
@@ -48,19 +56,26 @@ def build_map(config: TrainConfig) -> MetaFlowMap:
     mean: Tensor | float
     mean = mean_image(config.data.load()[0]) if config.model.data_mean == "image" else config.model.data_mean
     with _seeded(config.seed):
-        return MetaFlowMap(
+        model = MetaFlowMap(
             network_of(config),
             make_path(config.model.path),
             config.model.parameterization,
             mean,
             config.model.data_std,
         )
+    if isinstance(config.data, ContextSource):
+        if not isinstance(model.network, Observed):
+            raise InputError("general contexts need a network that reads them: set model.network=observed")
+        model.network.fit(*config.data.fit(model.network.config.nodes))
+    return model
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
     """The configuration with what it leaves open measured on its images: shape, spread, network, classes."""
     if config.parent is not None and config.model.network is None:
         config = _like_parent(config)
+    if isinstance(config.data, ContextSource):
+        return _reading(config, config.data)
     counted = bool(config.num_classes) or config.data.classes is not None
     if not config.data.open and None not in (config.model.data_std, config.model.network) and counted:
         return config  # a full recipe
@@ -80,6 +95,15 @@ def fitted(config: TrainConfig) -> TrainConfig:
         network = network.model_copy(update={"num_classes": images.num_classes})
     model = model.model_copy(update={"network": network})
     return validated(TrainConfig, {**config.model_dump(), "data": data, "model": model.model_dump()})
+
+
+def _reading(config: TrainConfig, data: ContextSource) -> TrainConfig:
+    """The configuration with what the data decide of a network that reads observations."""
+    network = config.model.network
+    if not isinstance(network, ObservedConfig):
+        raise InputError("general contexts need a network that reads them: set model.network=observed")
+    network = network.model_copy(update=data.network_options())
+    return config.model_copy(update={"model": config.model.model_copy(update={"network": network})})
 
 
 def _like_parent(config: TrainConfig) -> TrainConfig:
@@ -170,8 +194,10 @@ def build_objective(config: TrainConfig, teacher: Teacher | None) -> Objective:
     return made
 
 
-def exact_teacher(config: TrainConfig) -> ExactTeacher:
-    """The mixture as its own teacher."""
+def exact_teacher(config: TrainConfig) -> Teacher:
+    """The mixture, or the process, as its own teacher."""
+    if isinstance(config.data, Process):
+        return ProcessTeacher(make_path(config.model.path), config.data.exact())
     law, samples, path = config.data.law(), config.data.samples(), make_path(config.model.path)
     assert law is not None, "TrainConfig refuses an exact teacher without a law"
     classes = samples.classes if config.num_classes and isinstance(samples, LabelledLaw) else ()
@@ -249,7 +275,7 @@ def _learned_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.devi
     compile_teacher(learned, config, device)
     if config.start_from_drift:
         model.load_state_dict(learned.state_dict())
-    return GlassTeacher(model.path, learned.drift, config.num_classes)
+    return GlassTeacher(model.path, learned.drift, config.num_classes or None)
 
 
 def compile_teacher(parent: Any, config: TrainConfig, device: torch.device | str) -> None:
