@@ -11,6 +11,7 @@ from metaflowmaps import rewards
 from metaflowmaps.context import Context
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.forecast import observation_gradient, roll
 from metaflowmaps.interop.foreign import ForeignModel, wrap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath, Path, TrigonometricPath, glass_drift
@@ -129,8 +130,10 @@ __all__ = [
     "finetune",
     "from_diffusers",
     "glass_drift",
+    "observation_gradient",
     "pretrained",
     "rewards",
+    "roll",
     "steer",
     "value_gradient",
     "wrap",

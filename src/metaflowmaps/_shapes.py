@@ -162,6 +162,11 @@ def select_cond(cond: Cond, rows: slice | Tensor) -> Cond:
     return None if cond is None else {name: value[rows] for name, value in cond.items()}
 
 
+def first_cond(cond: Cond, rows: int) -> Cond:
+    """The first row's condition for ``rows`` rows."""
+    return None if not cond else {name: value[:1].expand(rows, *value.shape[1:]) for name, value in cond.items()}
+
+
 def repeat_cond(cond: Cond, copies: int) -> Cond:
     """The condition of ``copies`` copies of a batch, stacked block by block."""
     return None if cond is None else {name: value.repeat(copies, *_ones(value)) for name, value in cond.items()}

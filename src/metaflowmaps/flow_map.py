@@ -264,13 +264,13 @@ class MetaFlowMap(Pretrained):
     def _draw_given(self, context: Context, num_draws: int, steps: int, generator: torch.Generator | None) -> Tensor:
         """Draws from p(X_r | C): the map's draws at t = 0, given C, which is read once for all of them."""
         check_count(num_draws, "num_draws")
-        known = self.encode(self._given(context))
+        known = self.encode(self.conditions_of(context))
         noise = randn((num_draws, len(context), *self.event_shape), generator, self.dtype, self.device)
         flat = noise.flatten(0, 1)
         return self.push(flat, 0.0, torch.zeros_like(flat), steps, repeat_cond(known, num_draws)).reshape(noise.shape)
 
-    def _given(self, context: Context) -> Cond:
-        """A context's conditions, checked against what was trained."""
+    def conditions_of(self, context: Context) -> Cond:
+        """A context as ``cond``, checked against what was trained."""
         check = getattr(self.network, "check", None)
         if check is None:
             raise InputError("this map reads no observations: train one with mfm train sequences")

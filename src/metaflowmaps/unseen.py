@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Cond, Time, batch_time, event_sum, expand_time
+from metaflowmaps._shapes import Cond, Time, batch_time, event_sum, expand_time, first_cond
 from metaflowmaps.draws import Draws
 from metaflowmaps.path import Path
 from metaflowmaps.random import stream
@@ -72,7 +72,7 @@ def _pool(posterior: Any, reward: Any, x_t: Tensor, size: int, cond: Cond) -> Dr
     generator, made = stream(0, "unseen"), []
     for part in torch.arange(size).split(max(len(x_t), 8)):
         context = x_t.new_zeros(len(part), *x_t.shape[1:])
-        own = None if not cond else {name: value[:1].expand(len(part)) for name, value in cond.items()}
+        own = first_cond(cond, len(part))
         x_1 = posterior.draw(context.new_zeros(len(part)), context, 1, generator=generator, cond=own)[0]
         made.append((x_1, reward(x_1, own)))
     return Draws(*(torch.cat(parts)[:, None] for parts in zip(*made, strict=True)))

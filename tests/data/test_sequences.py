@@ -126,7 +126,7 @@ def test_sequences_without_a_file_and_impossible_laws_are_refused():
         Sequences().paths()
     with pytest.raises(ValueError, match="more than most"):
         ContextLaw(least=5, most=4)
-    with pytest.raises(InputError, match="data.options"):
+    with pytest.raises(InputError, match=r"data\.options"):
         Process(process="ou", options={"speed": 1.0}).paths()
     with pytest.raises(InputError, match=r"data\.simulate"):
         Simulator().pairs()

@@ -10,8 +10,11 @@ from metaflowmaps.cli.context import IN_SHARDS, Context, Name, OnCheckpoint, Res
 from metaflowmaps.cli.drawing import left_to_others, shared_claim
 from metaflowmaps.cli.results import Request
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.lab.evaluate.context_error import ContextEvalConfig
+from metaflowmaps.lab.evaluate.forecast_error import ForecastEvalConfig
 from metaflowmaps.lab.evaluate.images.experiments import EXPERIMENTS, STEERING, on_images, prepare, usual_steering
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
+from metaflowmaps.lab.evaluate.on_contexts import forecasts_on_data, posterior_on_process, source_of
 from metaflowmaps.lab.evaluate.on_mixtures import (
     EXACT,
     Measurement,
@@ -54,6 +57,12 @@ class PosteriorEvaluation(Evaluation):
         return law
 
 
+class ForecastEvaluation(Evaluation):
+    """Of forecasts."""
+
+    samples: int | None = Field(None, ge=2, description="Draws a forecast (128).")
+
+
 class SteeringEvaluation(Evaluation):
     """Of steering methods."""
 
@@ -78,11 +87,16 @@ class GenerationEvaluation(Evaluation):
 def posterior(config: PosteriorEvaluation, context: Context) -> Results:
     """Posterior draws, map and GLASS by calls.
 
-    Mixtures: relative sliced W2. Images: Fréchet distance in classifier features, over noised held-out images. Latents:
-    that of their pictures, posterior FID with --set statistics=FILE.
+    Mixtures, and processes by number of observations: relative sliced W2. Images: Fréchet distance in classifier
+    features, over noised held-out images. Latents: that of their pictures, posterior FID with --set statistics=FILE.
     """
     if _of_images(config):
         return _experiment("posterior", config, context, config.samples)
+    opened = OpenedModel.open(config.checkpoint, context.device)
+    if source_of(opened) is not None:
+        return measure(
+            posterior_on_process(opened, _settings(ContextEvalConfig, config, context, config.samples)), context
+        )
     settings = _settings(PosteriorEvalConfig, config, context, config.samples)
     return measure(posterior_on_mixture(config.checkpoint, config.law, settings, context.device), context)
 
@@ -118,7 +132,19 @@ def generation(config: GenerationEvaluation, context: Context) -> Results:
     return _experiment("generation", config, context, config.samples)
 
 
-COMMANDS = {"posterior": posterior, "steering": steering, "value": value, "generation": generation}
+def forecast(config: ForecastEvaluation, context: Context) -> Results:
+    """Forecasts of held-out sequences: CRPS, energy score and coverage by calls, beside rivals without a network."""
+    settings = _settings(ForecastEvalConfig, config, context, config.samples)
+    return measure(forecasts_on_data(config.checkpoint, settings, context.device), context)
+
+
+COMMANDS = {
+    "posterior": posterior,
+    "forecast": forecast,
+    "steering": steering,
+    "value": value,
+    "generation": generation,
+}
 
 
 def measure(measurement: Measurement, context: Context) -> Results:

@@ -7,13 +7,17 @@ from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps._files import write_tensors
-from metaflowmaps._shapes import Cond
+from metaflowmaps._shapes import Cond, first_cond
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, DrawingOptions, draw
+from metaflowmaps.cli.observations import read_observations, span_of
 from metaflowmaps.cli.results import Request
+from metaflowmaps.data import Process
+from metaflowmaps.data.sequences import PathSource
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.lab.figures import plots, result_figures
+from metaflowmaps.lab.evaluate.on_contexts import source_of
+from metaflowmaps.lab.figures import context_figures, plots, result_figures
 from metaflowmaps.lab.sample_pictures import SamplePictures
 from metaflowmaps.random import RowNoise, randn, stream
 from metaflowmaps.work.shards import Shard
@@ -25,17 +29,25 @@ class PosteriorDraws(DrawingOptions):
     t: float = Field(0.4, description="Time of the noisy state, in [0, 1].")
     x: str | None = Field(None, description="The noisy state, as numbers: 1.0,-0.5. Drawn if absent.")
     image: str | None = Field(None, description="A clean picture to noise, in place of --x.")
+    observe: tuple[str, ...] = Field(
+        (), description="What was seen: time=value (vectors: time=1:2:3), or an .npz of values and times (repeatable)."
+    )
+    query: float | None = Field(None, description="The time asked for, of a map of general contexts.")
     num_draws: int | None = Field(None, ge=1, description="How many draws (1024).")
     steps: int = Field(1, ge=1, description="Network calls a draw.")
 
 
 def run(config: PosteriorDraws, context: Context) -> Results:
-    """Draws given one noisy state: ``x``, or ``image`` noised, or a sample of the map noised."""
+    """Draws given one noisy state: ``x``, or ``image`` noised, or a sample of the map noised; or given observations."""
     if not 0 <= config.t <= 1:
         raise InputError(f"--t must lie in [0, 1] (0 is noise, 1 is data), got {config.t}")
     if config.x is not None and config.image is not None:
         raise InputError("--x and --image both say what to draw for: give one of them")
     pictures = config.open(context, config.count(config.num_draws))
+    if hasattr(pictures.opened.model.network, "encode"):
+        return _given_observations(config, context, pictures)
+    if config.observe or config.query is not None:
+        raise InputError(f"{config.checkpoint} reads no observations: give --t and --x, or train mfm train sequences")
     opened, num, seed, t = pictures.opened, pictures.num, context.seed or 0, config.t
     model, x_t = opened.model, _state(config, pictures, stream(seed, "posterior"))
 
@@ -61,6 +73,44 @@ def run(config: PosteriorDraws, context: Context) -> Results:
 
     make = config.by_seed(pictures, "draws", points, seed, "posterior-draws")
     identity = config.identity(pictures, num_draws=num, seed=seed, x=x_t.flatten().tolist())
+    drawing = Drawing("posterior", identity, num * config.steps, context.share.usual_size(), make, finish)
+    return draw(pictures, drawing, context)
+
+
+def _given_observations(config: PosteriorDraws, context: Context, pictures: SamplePictures) -> Results:
+    """Draws of X_r given what was observed, of a map of general contexts."""
+    opened, num, seed = pictures.opened, pictures.num, context.seed or 0
+    model, given = opened.model, read_observations(config.observe, config.query, opened.model)
+    known = model.encode(model.conditions_of(given))
+
+    def points(seeds: Tensor, cond: Cond) -> Tensor:
+        noise = RowNoise(seeds.to(opened.device), "posterior").normal(model.event_shape, dtype=model.dtype)
+        return model.push(noise, 0.0, torch.zeros_like(noise), config.steps, first_cond(known, len(noise)))
+
+    def finish(request: Request, made: Shard) -> Results:
+        draws = made.tensors["draws"]
+        seen = {name: value[0] for name, value in given.conditions().items()}
+        write_tensors(request.out / "draws.safetensors", {**made.tensors, **seen})
+        spread = draws.std(0) if num > 1 else torch.zeros_like(draws[0])
+        metrics: Results = {
+            "num_draws": num,
+            "mean": draws.mean(0).flatten().tolist(),
+            "std": spread.flatten().tolist(),
+            "captions": {},
+            "summary": f"{num:,} draws at time {config.query:g} given {int(given.mask.sum())} observations.",
+        }
+        source = source_of(opened)
+        if isinstance(source, Process):
+            exact = source.exact().given(given)
+            metrics |= {"exact_mean": exact.mean[0].tolist(), "exact_std": exact.variance[0].sqrt().tolist()}
+        if isinstance(source, PathSource) and len(model.event_shape) == 1:
+            times = torch.linspace(*span_of(given, model), 60)
+            plots.save(context_figures.fan(model, given, times), request.out / "fan.png")
+            metrics["captions"] = {"fan.png": "Half and nine tenths of the map's draws at every time, given the dots."}
+        return request.write(metrics, made.facts["cost"], opened.device)
+
+    make = config.by_seed(pictures, "draws", points, seed, "posterior-draws")
+    identity = config.identity(pictures, num_draws=num, seed=seed)
     drawing = Drawing("posterior", identity, num * config.steps, context.share.usual_size(), make, finish)
     return draw(pictures, drawing, context)
 

@@ -43,7 +43,7 @@ class Train(Options):
 
     recipe: Annotated[str, Argument("RECIPE")] = Field(description="Which recipe: see mfm recipes.")
     data: Annotated[str | None, Name(("--data", "--data-dir"), "DIR")] = Field(
-        None, description="Images: a folder, .npy or .npz; MNIST's files."
+        None, description="Images: a folder, .npy or .npz; MNIST's files; sequences: .npy or .npz."
     )
     fast: bool = Field(False, description="A fraction of the time, less exact.")
     settings: Annotated[tuple[str, ...], Name(("--set",), "KEY=VALUE")] = Field(
@@ -156,6 +156,8 @@ def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], obj
 def _picture(config: TrainConfig, seed: int) -> Callable[[MetaFlowMap, Path], object] | None:
     """What draws a picture of the map; vectors have none, but for laws in the plane."""
     law = config.data.law()
+    if config.data.observed:
+        return None
     if law is None:
         held_out = config.data.load()[1]
         if len(held_out.event_shape) != 3:

@@ -287,8 +287,8 @@ class Process(PathSource):
         key = self.model_dump_json()
         if key not in _DRAWN:
             _DRAWN.clear()
-            drawn = [law.sample(times, n, stream(0, "paths", part)) for part, n in enumerate((self.num, 2_000))]
-            _DRAWN[key] = tuple(Paths(values, times, self.contexts) for values in drawn)
+            train, held = (law.sample(times, n, stream(0, "paths", part)) for part, n in enumerate((self.num, 2_000)))
+            _DRAWN[key] = Paths(train, times, self.contexts), Paths(held, times, self.contexts)
         return _DRAWN[key]
 
     def describe(self) -> str:
@@ -320,22 +320,18 @@ def _read(path: str, hold_out: float, missing: str, law: ContextLaw) -> tuple[Pa
 
 def read_sequences(path: Path) -> tuple[Tensor, Tensor]:
     """Values (n, T, *event) and times (T,) or (n, T), float32; times are sorted, paths of plain numbers get an axis."""
-    try:
-        with np.load(path) if path.suffix == ".npz" else open(path, "rb") as file:
-            held = file if path.suffix == ".npz" else {"values": np.load(file)}
-            if "values" not in held:
-                raise InputError(f"{path} holds {', '.join(held) or 'nothing'}: call the array (n, time, …) values")
-            values = torch.from_numpy(np.asarray(held["values"], dtype=np.float32))
-            given = torch.from_numpy(np.asarray(held["times"], dtype=np.float64)) if "times" in held else None
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give an .npy or .npz of numbers (n, time, …)") from None
+    held = _arrays(path)
+    if "values" not in held:
+        raise InputError(f"{path} holds {', '.join(held) or 'nothing'}: call the array (n, time, …) values")
+    values, given = torch.from_numpy(held["values"]).float(), held.get("times")
     if values.ndim == 1:
         values = values[None]
     if values.ndim == 2:
         values = values[..., None]
     if min(values.shape) < 1 or values.shape[1] < 2:
         raise InputError(f"{path} holds {tuple(values.shape)}: an array (n, time, …) of two times or more is needed")
-    times = torch.arange(values.shape[1], dtype=torch.float64) if given is None else given
+    times = torch.arange(float(values.shape[1])) if given is None else torch.from_numpy(given)
+    times = times.double()
     if tuple(times.shape) not in (tuple(values.shape[:2]), tuple(values.shape[1:2])) or not bool(
         times.isfinite().all()
     ):
@@ -349,7 +345,18 @@ def read_sequences(path: Path) -> tuple[Tensor, Tensor]:
     return values, times.float()
 
 
-_DRAWN: dict[str, Any] = {}  # the last process whose paths were drawn
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by name, float64."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                return {name: np.asarray(file[name], dtype=np.float64) for name in file.files}
+        return {"values": np.asarray(np.load(path), dtype=np.float64)}
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give an .npy or .npz of numbers (n, time, …)") from None
+
+
+_DRAWN: dict[str, tuple[Paths, Paths]] = {}  # the last process whose paths were drawn
 
 
 class Simulator(ContextSource):

@@ -125,4 +125,5 @@ def images_of(checkpoint: Checkpoint) -> DataSource | None:
     """The images or latents that a checkpoint was trained on by this package; None for vectors."""
     if len(read_network(checkpoint.config["network"])[1]) != 3:
         return None
-    return read_examples(checkpoint.training)
+    source = read_examples(checkpoint.training)
+    return None if source is None or source.observed else source

@@ -88,7 +88,8 @@ class GaussianProcess:
         eigenvalues, basis = torch.linalg.eigh(among)
         root = basis * eigenvalues.clamp_min(0).sqrt()
         noise = torch.randn(n, len(times), self.dim, generator=generator, dtype=torch.float64)
-        return (self.mean_at(times)[:, None] + root @ noise).to(torch.get_default_dtype())
+        paths: Tensor = self.mean_at(times)[:, None] + root @ noise
+        return paths.to(torch.get_default_dtype())
 
     def given(self, context: Context | Mapping[str, Tensor]) -> GaussianMixture:
         """p(X_r | C), one mixture a row, differentiable in the values."""

@@ -23,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fused_tangents: bool = False, mask: 
     """
     if mask is not None:
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask[:, None, None], -torch.inf)
-        out = scores.softmax(-1) @ v
+        out: Tensor = scores.softmax(-1) @ v
     elif fused_tangents and forward_mode() and not torch.is_grad_enabled():
         from metaflowmaps.networks.tangents import attend_with_tangents
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Cond
+from metaflowmaps._shapes import Cond, first_cond
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import RowNoise
@@ -158,7 +158,7 @@ def _pool(batch: SteeredBatch) -> _Pool | None:
     problem.begin(torch.zeros(1, dtype=torch.int64), None)
     rows = torch.arange(size, device=problem.device)
     noise = RowNoise(rows, "check").normal(problem.event_shape, dtype=problem.dtype)
-    cond = _repeated(batch.cond, size)
+    cond = first_cond(batch.cond, size)
     try:
         propose = OneStep(problem)
     except InputError:  # a drift alone makes no one-step samples
@@ -169,10 +169,6 @@ def _pool(batch: SteeredBatch) -> _Pool | None:
 
 def _one_condition(cond: Cond) -> bool:
     return all(bool((value == value[:1]).all()) for value in (cond or {}).values())
-
-
-def _repeated(cond: Cond, rows: int) -> Cond:
-    return None if not cond else {name: value[:1].expand(rows) for name, value in cond.items()}
 
 
 def _against_pool(batch: SteeredBatch, pool: _Pool) -> Iterator[str]:
@@ -287,5 +283,5 @@ def _change(pool: _Pool, x: Tensor, cond: Cond) -> Tensor:
     noise = RowNoise(torch.arange(len(x), device=x.device), "renoise").normal(problem.event_shape, dtype=x.dtype)
     alpha, beta = float(problem.path.alpha(t)), float(problem.path.beta(t))
     noisy = alpha * noise + beta * x
-    drift = problem.metered.drift(t, noisy, _repeated(cond, len(x)))
+    drift = problem.metered.drift(t, noisy, first_cond(cond, len(x)))
     return (x - problem.denoise(t, noisy, drift)).flatten(1).double().square().sum(1)

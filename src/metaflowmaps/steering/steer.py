@@ -20,6 +20,7 @@ from torch import Tensor
 from metaflowmaps._shapes import Cond, check_count, select_cond
 from metaflowmaps.cost import Meter
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.flow_map import CONDITIONS
 from metaflowmaps.random import Seed, as_seeds
 from metaflowmaps.rewards.base import rows_of
 from metaflowmaps.rewards.checked import checked_reward
@@ -315,6 +316,8 @@ def _check_cond(cond: Cond, num_samples: int) -> None:
     if cond is not None and not isinstance(cond, Mapping):
         raise InputError('cond is None or a mapping such as {"label": a tensor of one label a sample}')
     for key, value in (cond or {}).items():
-        if not isinstance(value, Tensor) or value.shape != (num_samples,):
+        # a label and a scale are numbers; what else a network reads may be of any shape, one row a sample
+        shape = value.shape[: None if key in CONDITIONS else 1] if isinstance(value, Tensor) else None
+        if shape != (num_samples,):
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"cond[{key!r}] must be a tensor of shape ({num_samples},), got {given}")
