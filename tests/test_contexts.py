@@ -126,7 +126,7 @@ class ExactFlow:
     """The flow map of a context's auxiliary process in the map's own chart, by rk4 on the exact velocity."""
 
     @torch.no_grad()
-    def __init__(self, n=10, steps=6):
+    def __init__(self, n=10, steps=12):
         self._velocities = {}
         self.law, self.n, self.steps = two_ornstein_uhlenbecks(), n, steps
         self.model = small_map(process=ornstein_uhlenbeck(std=math.sqrt(2.5))).double()
@@ -183,7 +183,7 @@ def test_a_loss_vanishes_at_the_exact_map_of_contexts_and_nowhere_else(name):
     exact, loss = ExactFlow(), CONSISTENCY[name]
     step = 5e-3 if name == "lagrangian-difference" else None
     jumps = losses.Jumps(exact.a, exact.b, exact.z, exact.gamma, step)
-    # rk4 errs by (1/6)⁴ of fourth derivatives, differences by h² of third ones: both below 1e-3, here squared
+    # rk4 errs by (1/12)⁴ of fourth derivatives, differences by h² of third ones: both below 1e-3, here squared
     assert float(loss(exact.flow, jumps, exact.velocity).max()) < 1e-5
     off = loss(lambda a, b, z: 1.3 * exact.flow(a, b, z) + 0.3 * (b - a)[:, None], jumps, exact.velocity)
     assert float(off.mean()) > 1e-4

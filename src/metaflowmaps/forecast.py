@@ -53,7 +53,8 @@ def roll(
         cond = model.conditions_of(members.at(float(time)))
         drawn.append(model.push(noise, 0.0, torch.zeros_like(noise), steps, cond))
         members = _latest(members.seen(drawn[-1], float(time)), most)
-    return torch.stack(drawn, 1).unflatten(0, (num_draws, batch))
+    path = torch.stack(drawn, 1)
+    return path.reshape(num_draws, batch, *path.shape[1:])
 
 
 def _latest(context: Context, most: int) -> Context:

@@ -34,7 +34,7 @@ def energy_score(draws: Tensor, truth: Tensor) -> Tensor:
     """The energy score of each truth: (N, B, *event), (B, *event) -> (B,)."""
     _check(draws, truth)
     flat, at, count = draws.flatten(2), truth.flatten(1), len(draws)
-    error = (flat - at).norm(dim=2).mean(0)
+    error: Tensor = (flat - at).norm(dim=2).mean(0)
     if count == 1:
         return error
     pairs = [torch.cdist(part, part).sum((1, 2)) for part in flat.transpose(0, 1).split(BLOCK)]

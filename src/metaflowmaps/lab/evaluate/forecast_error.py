@@ -75,7 +75,7 @@ def _forecasters(model: MetaFlowMap, source: ContextSource, config: ForecastEval
             known = repeat_cond(model.encode(model.conditions_of(context)), n)
             noise = randn((n * len(context), *model.event_shape), stream(config.seed, "noise"), model.dtype)
             ode = GlassPosterior(model.path, model.drift, steps)
-            return ode.push(noise, 0.0, torch.zeros_like(noise), known).unflatten(0, (n, -1))
+            return ode.push(noise, 0.0, torch.zeros_like(noise), known).reshape(n, -1, *model.event_shape)
 
         return drawn
 
