@@ -1,9 +1,10 @@
 r"""Throughput and model-FLOP utilisation of the ImageNet family: ``python -m benchmarks.gpu_xl2 [--json FILE]``.
 
 Made for one GPU with the XL/2 network on 32×32×4 latents (256 tokens) in bf16; ``--size nano --device cpu --quick``
-runs all of it anywhere in seconds. Measured: forward, flow-matching step, MFM step (guided teacher of the same size,
-three quarters of the rows on the diagonal, central-difference Lagrangian or ``--loss``), each at the largest batch that
-fits, by halves from ``--batch``; one-step draws; images steered by MFM-G with a reward of CLIP-L's size through a
+runs all of it anywhere in seconds. Measured: the rate of a large matrix product, which no network exceeds; forward;
+flow-matching step, without guidance: the step of a plain flow model; MFM step (guided teacher of the same size, three
+quarters of the rows on the diagonal, central-difference Lagrangian or ``--loss``), each at the largest batch that fits,
+by halves from ``--batch``; one-step draws; images steered by MFM-G with a reward of CLIP-L's size through a
 decoder of the VAE's size; and the kernels that take the longest. Weights are random: time does not depend on them.
 
 Model FLOPs are those of the matrix products and of attention alone, two a multiply-add. A call of a network without
@@ -14,7 +15,6 @@ FLOPs, a block computed again in the backward pass is not.
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metaflowmaps import MFMG, ODE, LinearPath, MetaFlowMap, steer
+from metaflowmaps.lab.throughput import fits, peak_flops, timed, wait
 from metaflowmaps.networks.compiling import use_compiled
 from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.networks.flops import forward_flops, on_meta
@@ -37,8 +38,8 @@ from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.training.train_config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
 
 CLASSES = 1000
-# dense bfloat16 TFLOP/s by the makers' data sheets, of what a device calls itself
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+GUIDED, PLAIN = (1.0, 2.5), (1.0,)  # scales that rows are trained at
+PARTS = ("ceiling", "forward", "flow-matching step", "MFM step", "one-step draws", "steered images")
 
 
 class Decoder(nn.Module):
@@ -93,10 +94,12 @@ class Bench:
         self.model, self.teacher = (MetaFlowMap(n.to(self.device), LinearPath(), "plain") for n in (student, frozen))
         self.teacher.requires_grad_(False)
         self.network, self.frozen = student, frozen
+        for network in (student, frozen):
+            use_compiled(network, args.compile, self.device, "bf16")
         self.optimizer = make_optimizer(self.model, OptimizerConfig(name="adam", lr=1e-6))
         self.flops = forward_flops(on_meta(student.config, student.event_shape))
         name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
-        self.peak = next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
+        self.peak = peak_flops(self.device)
         self.figures: dict[str, Any] = {"device": name, "model_tflops": self.flops / 1e12, "torch": torch.__version__}
 
     # -- measuring ---------------------------------------------------------------------------------------------------
@@ -107,38 +110,17 @@ class Bench:
 
     def timed(self, do: Callable[[], Any], seconds: float) -> float:
         """Median seconds of a call, for at most so long; of a rehearsal, of two calls."""
-        if self.args.quick:
-            seconds = 0.0
-        times: list[float] = []
-        until = time.perf_counter() + min(seconds, max(self.left, 0.0))
-        while len(times) < (2 if self.args.quick else 3) or (time.perf_counter() < until and len(times) < 50):
-            self._wait()
-            began = time.perf_counter()
-            do()
-            self._wait()
-            times.append(time.perf_counter() - began)
-            if self.left < 0:
-                break
-        return statistics.median(times)
-
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+        quick = self.args.quick
+        return timed(do, self.device, 0.0 if quick else min(seconds, max(self.left, 0.0)), 2 if quick else 3)
 
     def largest(self, make: Callable[[int], Callable[[], Any]]) -> tuple[int, Callable[[], Any]]:
         """The largest batch, from --batch down by halves, that runs twice within memory."""
         rows = self.args.batch
         while True:
-            try:
-                do = make(rows)
-                do()
-                do()
-                self._wait()
+            do = make(rows)
+            if fits(do, self.device):
                 return rows, do
-            except torch.OutOfMemoryError:
-                self.optimizer.zero_grad(set_to_none=True)
-            if self.cuda:
-                torch.cuda.empty_cache()
+            self.optimizer.zero_grad(set_to_none=True)
             if rows <= 4:
                 raise SystemExit("not even 4 rows fit in memory: choose a smaller --size")
             rows //= 2
@@ -149,14 +131,31 @@ class Bench:
         achieved = rate * forwards * self.flops
         self.results[name] = {
             "batch": rows, "milliseconds": 1000 * seconds, unit: rate, "tflops": achieved / 1e12,
-            "mfu": achieved / self.peak if self.peak else None,
+            **self.share(achieved),
         }  # fmt: skip
         say(f"{name}: {rate:,.1f} {unit}")
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def share(self, achieved: float) -> dict[str, float | None]:
+        """FLOP/s as shares of the data sheet's peak and of the matrix product's rate beside it."""
+        ceiling = self.figures.get("ceiling_tflops")
+        return {
+            "mfu": achieved / self.peak if self.peak else None,
+            "of_ceiling": achieved / 1e12 / ceiling if ceiling else None,
+        }
+
     # -- what is measured --------------------------------------------------------------------------------------------
+
+    def ceiling(self) -> None:
+        """A square matrix product in bfloat16."""
+        size = 64 if self.args.quick else 8192
+        a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in "ab")
+        a @ b
+        rate = 2 * size**3 / self.timed(lambda: a @ b, 3)
+        self.figures |= {"ceiling_tflops": rate / 1e12, "ceiling_size": size}
+        say(f"matrix product of {size}: {rate / 1e12:,.3g} TFLOP/s")
 
     def forward(self) -> None:
         """The network without gradient: what sampling calls."""
@@ -174,7 +173,7 @@ class Bench:
         rows, do = self.largest(make)
         self.row("forward", rows, self.timed(do, 5), 1)
 
-    def step(self, name: str, loss: dict[str, Any]) -> None:
+    def step(self, name: str, loss: dict[str, Any], scales: tuple[float, ...]) -> None:
         """A training step; ``forwards`` a row counted off hooks."""
         count = {"forwards": 0.0}
 
@@ -182,7 +181,7 @@ class Bench:
             count["forwards"] += out.shape[0] * (3 if out.requires_grad else 1)
 
         def make(rows: int) -> Callable[[], Any]:
-            objective, batch = self.objective(loss, rows)
+            objective, batch = self.objective(loss, rows, scales)
 
             def do() -> None:
                 count["forwards"] = 0.0
@@ -204,9 +203,9 @@ class Bench:
         if name == "MFM step":
             self.profile(do)
 
-    def objective(self, loss: dict[str, Any], rows: int) -> tuple[Objective, Batch]:
+    def objective(self, loss: dict[str, Any], rows: int, scales: tuple[float, ...]) -> tuple[Objective, Batch]:
         """An objective and a batch of it on the device, the model prepared for it."""
-        data, condition = Noise(self.model.event_shape, CLASSES), ConditionConfig(dropout=0.2, guidance=(1.0, 2.5))
+        data, condition = Noise(self.model.event_shape, CLASSES), ConditionConfig(dropout=0.2, guidance=scales)
         glass = GlassTeacher(self.model.path, self.teacher.drift, CLASSES)
         made = Objective(data, LossConfig(**loss), TimesConfig(), glass, rows, 0, condition)  # type: ignore[arg-type]
         config = TrainConfig.model_construct(
@@ -215,7 +214,6 @@ class Bench:
         )  # fmt: skip
         told = prepare(self.model, config, self.device, made)
         self.notes = list(dict.fromkeys([str(made.differentiation), *told]))
-        use_compiled(self.frozen, self.args.compile, self.device, "bf16")
         return made, made.batch(self.model, 0).to(self.device)
 
     def draws(self) -> None:
@@ -281,7 +279,7 @@ class Bench:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=activities, acc_events=True) as made:
             do()
-            self._wait()
+            wait(self.device)
         own = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         events = sorted(made.key_averages(), key=lambda e: -getattr(e, own))
         total = sum(getattr(e, own) for e in events) or 1
@@ -296,16 +294,17 @@ class Bench:
         mfm = {"diagonal_share": 0.75, "consistency": {"name": self.args.loss, **form}}
         powers = {"adaptive_power_diagonal": 0.5, "adaptive_power_consistency": 1.0}
         parts: dict[str, Callable[[], None]] = {
+            "ceiling": self.ceiling,
             "forward": self.forward,
-            "flow-matching step": lambda: self.step("flow-matching step", plain),
-            "MFM step": lambda: self.step("MFM step", mfm | powers),
+            "flow-matching step": lambda: self.step("flow-matching step", plain, PLAIN),
+            "MFM step": lambda: self.step("MFM step", mfm | powers, GUIDED),
             "one-step draws": self.draws,
             "steered images": self.steering,
         }
         left_out = []
-        for name, part in parts.items():
+        for name in self.args.parts or PARTS:
             if self.left > 0:
-                part()
+                parts[name]()
             else:
                 left_out.append(name)
         if {"flow-matching step", "MFM step"} <= set(self.results):
@@ -323,14 +322,14 @@ def printed(figures: dict[str, Any]) -> str:
     """The one table, what it was made with, and the kernels."""
     lines = [
         *figures["notes"],
-        "| | batch | ms | per second | TFLOP/s | MFU |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | batch | ms | per second | TFLOP/s | MFU | of the matrix product |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in figures["results"].items():
         rate = next(v for k, v in r.items() if k.endswith("/s") or "images/s" in k)
-        mfu = "–" if r.get("mfu") is None else f"{100 * r['mfu']:.1f} %"
+        mfu, share = ("–" if r.get(k) is None else f"{100 * r[k]:.1f} %" for k in ("mfu", "of_ceiling"))
         speed = f"{r['tflops']:.2f}" if "tflops" in r else "–"
-        lines.append(f"| {name} | {r['batch']} | {r['milliseconds']:.1f} | {rate:,.3f} | {speed} | {mfu} |")
+        lines.append(f"| {name} | {r['batch']} | {r['milliseconds']:.1f} | {rate:,.3f} | {speed} | {mfu} | {share} |")
     if "MFM step over flow-matching step" in figures:
         lines.append(f"a row of an MFM step: {figures['MFM step over flow-matching step']:.2f} × flow matching")
     lines += [f"{100 * k['share']:5.1f} %  {k['calls']:6d}  {k['name']}" for k in figures.get("kernels", [])]
@@ -346,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--loss", default="lagrangian-difference", help="loss.consistency of the MFM step")
     parser.add_argument("--derivative", choices=["auto", "forward", "fused", "difference"], default="auto")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, help="these alone, in this order")
     parser.add_argument("--checkpoint", action="store_true", help="compute blocks again in the backward pass")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds; parts begun after it are left out")
     parser.add_argument(

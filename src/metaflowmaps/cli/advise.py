@@ -13,7 +13,16 @@ from metaflowmaps.steering import advise
 from metaflowmaps.steering.advise import BUDGET, PILOT
 from metaflowmaps.steering.pilot import pilot_evaluations
 
-PASSED_ON = ("reward", "strength", "label", "guidance", "vae", "precision", "data")  # options that mfm steer has too
+PASSED_ON = (
+    "reward",
+    "strength",
+    "label",
+    "guidance",
+    "vae",
+    "precision",
+    "compile",
+    "data",
+)  # options that mfm steer has too
 
 
 class Advise(ConditionOptions):

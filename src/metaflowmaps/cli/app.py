@@ -35,6 +35,7 @@ COMMANDS = {  # as mfm --help lists them: name -> module
     "steer": "steer",
     "finetune": "finetune",
     "eval": "evaluate",
+    "bench": "bench",
     "run": "run",
     "report": "report",
     "convert": "convert",

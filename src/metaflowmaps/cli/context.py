@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Results = dict[str, Any]  # results.json
 Tables = dict[str, tuple[list[str], list[list[str]]]]  # title -> (head, rows)
 
-MEASURING = ("eval", "finetune", "demo", "advise")  # commands whose tables are printed
+MEASURING = ("eval", "finetune", "demo", "advise", "bench")  # commands whose tables are printed
 COMPUTES = ("out", "seed", "device", "as_json", "dry_run")
 IN_SHARDS = (*COMPUTES, "worker", "shard_size")
 TRAINS = (*COMPUTES, "max_steps", "resume")
