@@ -24,6 +24,7 @@ from metaflowmaps.posterior import (
     TweediePosterior,
 )
 from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_gradient
+from metaflowmaps.weighted_posterior import WeightedPosterior
 
 if TYPE_CHECKING:
     from metaflowmaps.interop import pretrained
@@ -126,6 +127,7 @@ __all__ = [
     "TweediePosterior",
     "Unsteered",
     "ValueEstimate",
+    "WeightedPosterior",
     "advise",
     "finetune",
     "from_diffusers",

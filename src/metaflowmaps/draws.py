@@ -5,6 +5,14 @@ Draws x_1^i at a context (t, x) with base weights ω_i (equal, or those of recyc
 own copy of the context, so one backward pass gives all g_i of a chunk and only the chunk's activations are ever held:
 memory is flat in the number of draws. With ``passes=2`` the weights come first, without gradients, and only draws that
 carry weight are differentiated: fewer backward passes where the reward is sharp.
+
+A **weighted posterior** has ``push_weighted(noise, t, x_t, cond) -> (x_1, ℓ)``: draws of a proposal with the logarithms
+of their weights, which depend on the context too. Then ω_i ∝ e^{ℓ_i} and V̂ = log Σ e^{ℓ_i + r_i} − log Σ e^{ℓ_i} has
+
+    ∇_x V̂ = Σ w_i g_i,      g_i = ∇_x (r_i + ℓ_i) − Σ_j ω_j ∇_x ℓ_j
+
+so whoever weighs g_i by w_i need not know where they come from. Where weights are not asked for
+(``DrawOptions.weighted``) such a posterior is drawn from by its ``draw``, which resamples.
 """
 
 from collections.abc import Callable
@@ -31,6 +39,12 @@ class Draws(NamedTuple):
     x_1: Tensor  # (N, B, *event)
     rewards: Tensor  # (N, B)
     gradients: Tensor | None = None  # (N, B, *event)
+    log_weights: Tensor | None = None  # (N, B), up to a constant of the context; None: equal
+
+    @property
+    def log_base(self) -> Tensor:
+        """log ω of each draw, normalised: (N, B)."""
+        return equal_log_weights(self.rewards) if self.log_weights is None else self.log_weights.log_softmax(0)
 
 
 class DrawOptions(NamedTuple):
@@ -42,6 +56,7 @@ class DrawOptions(NamedTuple):
     chunk: int = 8  # draws of every context that are held at a time
     passes: int = 1  # 2: weights first, then the gradients of those that carry weight
     negligible: float = NEGLIGIBLE
+    weighted: bool = False  # whether they may come with weights
 
 
 # -- weights -------------------------------------------------------------------------------------------
@@ -88,14 +103,25 @@ def make_draws(
         cond: conditions of the contexts.
 
     Returns:
-        Draws (N, B, *event), rewards (N, B) and, with ``options.differentiate``, gradients in x_t (N, B, *event).
+        Draws (N, B, *event), rewards (N, B), with ``options.differentiate`` gradients in x_t (N, B, *event), and of a
+        weighted posterior, with ``options.weighted``, log-weights (N, B).
     """
     _check_options(options)
     if options.differentiate:
-        _check_differentiable(posterior, reward)
+        _check_differentiable(posterior, reward, options.weighted)
     if isinstance(posterior, MetaFlowMap):
         posterior = MapPosterior(posterior)
     return _Drawing(posterior, reward, t, x_t, options, generator, cond).made()
+
+
+class _Rows(NamedTuple):
+    """Draws as rows (n · B, …): of a weighted posterior with ℓ and, where they are differentiated, ∇ℓ."""
+
+    x_1: Tensor
+    rewards: Tensor
+    log_weights: Tensor | None
+    gradients: Tensor | None
+    slopes: Tensor | None
 
 
 class _Drawing:
@@ -110,8 +136,9 @@ class _Drawing:
     ) -> None:
         self.posterior, self.reward, self.options, self.cond = posterior, reward, options, cond
         self.x_t, self.times = x_t.detach(), batch_time(t, x_t)
+        self.weighted = options.weighted and hasattr(posterior, "push_weighted")
         self.noise: Tensor | None = None
-        if hasattr(posterior, "push"):
+        if self.weighted or hasattr(posterior, "push"):
             self.noise = draw_noise(options.noise, options.num_draws, x_t, generator)
         elif options.noise != "independent":
             raise InputError(
@@ -122,37 +149,49 @@ class _Drawing:
 
     def made(self) -> Draws:
         """All draws, chunk by chunk."""
-        n, shape = self.options.num_draws, self.x_t.shape
-        first = self.options.differentiate and self.options.passes == 1
-        parts = [
-            self.chunk(begin, min(begin + self.options.chunk, n), first) for begin in range(0, n, self.options.chunk)
-        ]
-        draws = Draws(
-            torch.cat([part.x_1 for part in parts]).reshape(n, *shape).to(self.x_t.dtype),
-            torch.cat([part.rewards for part in parts]).reshape(n, -1),
-            torch.cat([part.gradients for part in parts if part.gradients is not None]).reshape(n, *shape)
-            if first
-            else None,
-        )
-        if self.options.differentiate and self.options.passes == 2:
+        n, options = self.options.num_draws, self.options
+        first = options.differentiate and options.passes == 1
+        parts = [self.chunk(begin, min(begin + options.chunk, n), first) for begin in range(0, n, options.chunk)]
+        x_1, rewards, log_weights, gradients, slopes = (self._whole(column) for column in zip(*parts, strict=True))
+        assert x_1 is not None
+        assert rewards is not None
+        draws = Draws(x_1.to(self.x_t.dtype), rewards, gradients, log_weights)
+        if slopes is not None:
+            draws = draws._replace(gradients=_centred(draws, slopes))
+        if options.differentiate and options.passes == 2:
             draws = draws._replace(gradients=self.second_pass(draws))
         return draws
 
-    def chunk(self, begin: int, end: int, differentiate: bool) -> Draws:
-        """Draws ``begin`` to ``end − 1`` of every context, as rows: (n · B, …)."""
-        n = end - begin
+    def _whole(self, parts: tuple[Tensor | None, ...]) -> Tensor | None:
+        """Rows of all chunks, by draw and context: (N, B, …)."""
+        rows = [part for part in parts if part is not None]
+        return torch.cat(rows).reshape(-1, len(self.x_t), *rows[0].shape[1:]) if rows else None
+
+    def chunk(self, begin: int, end: int, differentiate: bool) -> _Rows:
+        """Draws ``begin`` to ``end − 1`` of every context."""
+        n, noise = end - begin, None if self.noise is None else self.noise[begin:end].flatten(0, 1)
         contexts, cond = repeat_rows(self.x_t, n), repeat_cond(self.cond, n)
+        return self.rows(noise, self.times.repeat(n), contexts, cond, differentiate)
+
+    def rows(self, noise: Tensor | None, times: Tensor, contexts: Tensor, cond: Cond, differentiate: bool) -> _Rows:
+        """A draw for each row of contexts, which are copies of their own."""
+        log_weights: Tensor | None = None
         with torch.set_grad_enabled(differentiate):
             contexts = contexts.requires_grad_(differentiate)
-            times = self.times.repeat(n)
-            x_1: Tensor = (
-                self.posterior.push(self.noise[begin:end].flatten(0, 1), times, contexts, cond)
-                if self.noise is not None
-                else self.posterior.draw(times, contexts, 1, generator=self.generator, cond=cond)[0]
-            )
+            if self.weighted:
+                x_1, log_weights = self.posterior.push_weighted(noise, times, contexts, cond)
+            elif noise is not None:
+                x_1 = self.posterior.push(noise, times, contexts, cond)
+            else:
+                x_1 = self.posterior.draw(times, contexts, 1, generator=self.generator, cond=cond)[0]
             r = self.reward(x_1, cond)
-        gradients = reward_gradient(r, contexts, x_1) if differentiate else None
-        return Draws(x_1.detach(), r.detach(), gradients)
+            weighed = r if log_weights is None else r + log_weights
+        gradients, slopes = None, None
+        if differentiate:
+            slopes = None if log_weights is None else pull_back(log_weights, contexts, x_1, again=True)
+            gradients = reward_gradient(weighed, contexts, x_1)
+        weights = None if log_weights is None else log_weights.detach()
+        return _Rows(x_1.detach(), r.detach(), weights, gradients, slopes)
 
     def second_pass(self, made: Draws) -> Tensor:
         """Gradients of the draws whose weight is more than a negligible part of an equal share."""
@@ -160,22 +199,33 @@ class _Drawing:
             raise InputError("passes=2 makes draws again and needs a posterior with push(noise, t, x_t, cond)")
         # where each row has its own observation, leaving some out would shift them
         least = 0.0 if rows_of(self.reward, self.x_t[:1]) is not None else self.options.negligible
-        weights = tilted_weights(made.rewards, equal_log_weights(made.rewards))
+        log_base = made.log_base
+        weights = tilted_weights(made.rewards, log_base)
+        if self.weighted:  # a draw counts by either
+            weights = torch.maximum(weights, log_base.exp())
         keep = (weights.flatten() >= least / len(weights)).nonzero()[:, 0]
-        gradients = torch.zeros_like(made.x_1).flatten(0, 1)
-        batch = len(self.x_t)
-        for part in keep.split(self.options.chunk * batch):
-            row = part % batch
-            cond = select_cond(self.cond, row)
-            with torch.enable_grad():
-                contexts = self.x_t[row].requires_grad_(True)
-                x_1 = self.posterior.push(self.noise.flatten(0, 1)[part], self.times[row], contexts, cond)
-                gradients[part] = reward_gradient(self.reward(x_1, cond), contexts, x_1)
-        return gradients.reshape(made.x_1.shape)
+        gradients, slopes = (torch.zeros_like(made.x_1).flatten(0, 1) for _ in range(2))
+        for part in keep.split(self.options.chunk * len(self.x_t)):
+            row = part % len(self.x_t)
+            rows = self.rows(
+                self.noise.flatten(0, 1)[part], self.times[row], self.x_t[row], select_cond(self.cond, row), True
+            )
+            if rows.gradients is not None:
+                gradients[part] = rows.gradients
+            if rows.slopes is not None:
+                slopes[part] = rows.slopes
+        gradients, slopes = gradients.reshape(made.x_1.shape), slopes.reshape(made.x_1.shape)
+        return _centred(made._replace(gradients=gradients), slopes) if self.weighted else gradients
 
 
-def pull_back(r: Tensor, x: Tensor, x_1: Tensor) -> Tensor:
-    """∂ Σ r/∂x; a reward or a draw without a graph is refused by name."""
+def _centred(draws: Draws, slopes: Tensor) -> Tensor:
+    """∇(r + ℓ) less the mean of ∇ℓ under the base weights: (N, B, *event)."""
+    assert draws.gradients is not None
+    return draws.gradients - weighted(draws.log_base.exp(), slopes)
+
+
+def pull_back(r: Tensor, x: Tensor, x_1: Tensor, again: bool = False) -> Tensor:
+    """∂ Σ r/∂x; a reward or a draw without a graph is refused by name. ``again``: the graph is needed once more."""
     if not x_1.requires_grad:
         raise InputError("these draws have no gradient in x_t: use mfm.MFMGF (--method mfm-gf, or GradientFree())")
     if not r.requires_grad:
@@ -185,7 +235,7 @@ def pull_back(r: Tensor, x: Tensor, x_1: Tensor) -> Tensor:
         )
     with torch.enable_grad():
         total = r.sum()
-    (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
+    (gradient,) = torch.autograd.grad(total, x, allow_unused=True, retain_graph=again)
     return torch.zeros_like(x) if gradient is None else gradient
 
 
@@ -211,8 +261,8 @@ def _check_options(options: DrawOptions) -> None:
         raise InputError(f"passes must be 1 (differentiate every draw) or 2 (weights first), got {options.passes}")
 
 
-def _check_differentiable(posterior: Any, reward: Any) -> None:
-    if not getattr(posterior, "pathwise", True):
+def _check_differentiable(posterior: Any, reward: Any, weighted: bool) -> None:
+    if not getattr(posterior, "pathwise", True) and not (weighted and hasattr(posterior, "push_weighted")):
         raise InputError(
             "draws of an exact mixture pick a component and have no gradient in x_t: use the gradient-free method "
             "(mfm.MFMGF, --method mfm-gf, GradientFree()), or a GlassPosterior on its drift"

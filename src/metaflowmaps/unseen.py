@@ -45,6 +45,8 @@ def missed(posterior: Any, reward: Any, t: Time, x_t: Tensor, draws: Draws, std_
     size = min(LARGEST_POOL, int(SHARE * draws.rewards.numel()))
     path: Path | None = getattr(posterior, "path", None)
     shared = all(bool((value == value[:1]).all()) for value in (cond or {}).values())
+    if draws.log_weights is not None:  # the balance heuristic here counts draws that are one each
+        return ""
     if path is None or size < SMALLEST_POOL or not shared or rows_of(reward, x_t[:1]) is not None:
         return ""
     some = torch.arange(0, len(x_t), -(-len(x_t) // MOST_STATES), device=x_t.device)

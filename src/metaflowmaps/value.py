@@ -35,7 +35,6 @@ from metaflowmaps.draws import (
     NEGLIGIBLE,
     DrawOptions,
     Draws,
-    equal_log_weights,
     make_draws,
     tilted_weights,
     weighted,
@@ -205,7 +204,7 @@ class Estimator(Choice, ABC):
         # with one draw left out, one that carries no weight may come to carry it all
         negligible = NEGLIGIBLE if self.correction == "none" else 0.0
         passes = getattr(self, "passes", 1)
-        return DrawOptions(num_draws, self.differentiates, self.noise, self.chunk, passes, negligible)
+        return DrawOptions(num_draws, self.differentiates, self.noise, self.chunk, passes, negligible, weighted=True)
 
     @abstractmethod
     def gradient(self, at: "_Estimate") -> tuple[Tensor, Tensor]:
@@ -309,7 +308,8 @@ def value_gradient(
     """V̂_t(x_t) and ∇V̂_t(x_t) from draws of a posterior.
 
     Args:
-        posterior: anything with ``draw``; a model will do.
+        posterior: anything with ``draw``; a model will do. One with weighted draws (``mfm.WeightedPosterior``) is
+            weighed.
         reward: a function of x (B, *event) -> (B,), and of cond where it has a place for it.
         t: float or (B,).
         x_t: states, (B, *event).
@@ -329,7 +329,7 @@ def value_gradient(
     looked = checked_reward(reward)
     with frozen(posterior, reward):
         draws = make_draws(posterior, looked, t, x_t, estimator.options(num_draws), generator, cond)
-    log_base = equal_log_weights(draws.rewards)
+    log_base = draws.log_base
     base, tilted = log_base.exp(), tilted_weights(draws.rewards, log_base)
     value = _corrected(lambda log_weights: log_mean(draws.rewards, log_weights), log_base, estimator.correction)
     gradient, error = estimator.gradient(_Estimate(posterior, t, x_t, cond, draws, log_base, base, tilted))

@@ -30,6 +30,7 @@ class FromDraws(Method):
     """
 
     draws: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False  # whether it can use draws of unequal weight; else they are resampled
 
     num_draws: int = 4
     noise: str = "independent"
@@ -44,7 +45,7 @@ class FromDraws(Method):
 
     def options(self, differentiate: bool = False) -> DrawOptions:
         """How draws are made."""
-        return DrawOptions(self.num_draws, differentiate, self.noise, self.chunk)
+        return DrawOptions(self.num_draws, differentiate, self.noise, self.chunk, weighted=self.weighs)
 
     def open_posterior(self, problem: SteeringProblem) -> None:
         """Let the problem draw from this method's posterior."""

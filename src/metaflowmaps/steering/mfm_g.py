@@ -10,7 +10,7 @@ the dimension high, and the gradient form is not.
 ``blend=True`` (the default) uses each where it is good. With F the gradient-free shift of the whole pool, Z = e^{V̂}
 the pool's mean of e^r, and N draws of this step,
 
-    G = (α²/β) (1/N) Σ_i (e^{r_i}/Z) g_i        the pool's Z: no Jensen bias from few draws
+    G = (α²/β) Σ_i ω_i (e^{r_i}/Z) g_i (ω = 1/N)       the pool's Z: no Jensen bias from few draws
     D* − D = F + λ (G − F),   λ = v_F/(v_F + v_G),   moved by at most √v_F
 
 F and G estimate one quantity, so any λ is consistent: G − F is a control variate, weighted by inverse variances. v_F is
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count, event_sum
-from metaflowmaps.draws import NEGLIGIBLE, DrawOptions, Draws, equal_log_weights, tilted_weights, weighted
+from metaflowmaps.draws import NEGLIGIBLE, DrawOptions, Draws, tilted_weights, weighted
 from metaflowmaps.errors import InputError, check_one_of
 from metaflowmaps.steering.from_draws import FromDraws, draw_info, halved_shift
 from metaflowmaps.steering.method import Guidance, GuidedMethod
@@ -51,6 +51,7 @@ class MFMG(FromDraws, GuidedMethod):
     look = ("#1f6feb", "o")
     gradients: ClassVar[bool] = True
     published: ClassVar[dict[str, Any]] = {"blend": False}
+    weighs: ClassVar[bool] = True
 
     chunk: int = 4
     recycle: int = 8
@@ -78,7 +79,9 @@ class MFMG(FromDraws, GuidedMethod):
     def options(self, differentiate: bool = True) -> DrawOptions:
         """How draws are made: with gradients."""
         negligible = NEGLIGIBLE if self.correction == "none" else 0.0
-        return DrawOptions(self.num_draws, differentiate, self.noise, self.chunk, self.passes, negligible)
+        return DrawOptions(
+            self.num_draws, differentiate, self.noise, self.chunk, self.passes, negligible, weighted=True
+        )
 
     def remember(self, problem: SteeringProblem) -> DrawPool:
         """The draws of the last steps, where the blend uses them."""
@@ -91,9 +94,8 @@ class MFMG(FromDraws, GuidedMethod):
         made = problem.draws(looked_at, x, self.options())
         log_base = memory.add(looked_at, x, made)
         if not self.blend:
-            equal = equal_log_weights(made.rewards)
-            shift = reparameterised(made, equal, self.correction)
-            return Guidance(drift, shift, draw_info(problem, looked_at, shift, made.rewards, equal, self.noise))
+            shift = reparameterised(made, made.log_base, self.correction)
+            return Guidance(drift, shift, draw_info(problem, looked_at, shift, made.rewards, made.log_base, self.noise))
         pool = memory.pooled()
         shift, share = blended(made, pool, log_base, problem.denoise(t, x, drift), self.correction)
         info = draw_info(problem, looked_at, shift, pool.rewards, log_base, self.noise)
@@ -112,8 +114,7 @@ def blended(
     base, tilted = log_base.exp(), tilted_weights(pool.rewards, log_base)
     value = log_mean(pool.rewards, log_base)
     free = free_shift(pool, log_base, correction)
-    ratio = torch.exp(made.rewards - value)
-    gradient = weighted(ratio / len(ratio), made.gradients)
+    gradient = weighted(torch.exp(made.log_base + made.rewards - value), made.gradients)
 
     spread = (base * _square(pool.x_1 - denoise)).sum(0)
     influence = _leave_one_out(tilted, pool.x_1) - _leave_one_out(base, pool.x_1)

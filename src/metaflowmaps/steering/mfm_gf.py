@@ -32,6 +32,7 @@ class MFMGF(FromDraws, GuidedMethod):
     title = "MFM-GF"
     look = ("#0fc3a0", "s")
     published: ClassVar[dict[str, Any]] = {"recycle": 1}
+    weighs: ClassVar[bool] = True
 
     recycle: int = 8
     centre: str = "draws"

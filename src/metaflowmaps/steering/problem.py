@@ -22,6 +22,7 @@ from metaflowmaps.posterior import MapPosterior
 from metaflowmaps.random import RowNoise, copy_seeds, randn
 from metaflowmaps.rewards.base import codecs_of
 from metaflowmaps.rewards.checked import CheckedReward, checked_reward
+from metaflowmaps.weighted_posterior import WeightedPosterior
 
 Info = dict[str, Tensor]
 FIRST = 0.01  # where gradients look at t = 0: (α²/β) ∂X/∂x is 0/0 there, and the posterior has hardly moved
@@ -150,11 +151,15 @@ class MeteredModel:
         self._drift = drift if self._watched else meter.counted(drift, "forwards", "backwards")
         if not isinstance(model, MetaFlowMap) and hasattr(model, "push"):
             self.push = model.push if self._watched else meter.counted(model.push, "forwards", "backwards")
+        if hasattr(model, "jump"):
+            self.jump = model.jump if self._watched else meter.counted(model.jump, "forwards", "backwards")
 
     def posterior(self, map_steps: int = 1) -> Any:
         """What the model itself draws from; refused by name where it does not draw."""
         if isinstance(self.model, MetaFlowMap):
             return MapPosterior(self.model, map_steps)
+        if hasattr(self, "jump"):
+            return WeightedPosterior(self, steps=map_steps)
         if map_steps != 1:
             raise InputError("map_steps belongs to a MetaFlowMap; this model draws in its own way")
         if not hasattr(self.model, "draw"):

@@ -16,6 +16,9 @@ with L = 1 the weights are equal. A new context's constant is first read off the
 equations are then solved from the last step's solution. Log-kernels are kept, so a step costs one new row and N new
 columns of an L × LN table.
 
+Draws of a weighted posterior (:mod:`metaflowmaps.draws`) count for N ω each in place of one: a count κ_n before every
+term of these sums over n, and in ω_n.
+
 The weights are consistent as N grows. At fixed N they are self-normalised, with a bias that shrinks with the effective
 number of draws; and draws steered the trajectory they are used on again, which a long memory would feel: keep L ≲ 16.
 """
@@ -34,40 +37,44 @@ MAX_ROUNDS = 40
 RIDGE = 1e-4
 
 
-def solve_constants(log_kernels: Tensor, constants: Tensor, num_draws: int) -> Tensor:
+def solve_constants(log_kernels: Tensor, constants: Tensor, num_draws: int, counts: Tensor | None = None) -> Tensor:
     """f of the balance heuristic from log-kernels (l, M, B), num_draws of the M from each context: (l, B).
+
+    ``counts`` (M, B) is what each draw counts for, 1 where it is None.
 
     With P_{ln} = e^{f_l} K_l(n) / Σ_k e^{f_k} K_k(n), the equations are Σ_n P_{ln} = N, the stationarity of a
     concave likelihood N Σ_l f_l − Σ_n log Σ_l e^{f_l} K_l(n). One round of the fixed point, which always
     climbs; on the rows that are not there yet Newton steps, or where one would fall the fixed point again.
     """
-    constants = _fixed_point(log_kernels, constants)
+    counts = torch.ones_like(log_kernels[0]) if counts is None else counts
+    constants = _fixed_point(log_kernels, constants, counts)
     eye = torch.eye(len(constants), dtype=constants.dtype, device=constants.device)
     rows = torch.arange(constants.shape[1], device=constants.device)
     for _ in range(MAX_ROUNDS):
-        kernels, f = log_kernels[..., rows], constants[:, rows]
+        kernels, f, count = log_kernels[..., rows], constants[:, rows], counts[:, rows]
         shares = (kernels + f[:, None]).softmax(0)  # (l, M, b)
-        missing = num_draws - shares.sum(1)
+        missing = num_draws - (count * shares).sum(1)
         far = (missing.abs().amax(0) > TOLERANCE * num_draws) & missing.isfinite().all(0)
         if not bool(far.any()):
             break
         rows, kernels, f, shares, missing = rows[far], kernels[..., far], f[:, far], shares[..., far], missing[:, far]
-        p = shares.permute(2, 0, 1)
-        hessian = torch.diag_embed(p.sum(2)) - p @ p.mT + RIDGE * num_draws * eye
+        count = count[:, far]
+        p, counted = shares.permute(2, 0, 1), (count * shares).permute(2, 0, 1)
+        hessian = torch.diag_embed(counted.sum(2)) - counted @ p.mT + RIDGE * num_draws * eye
         newton = f + torch.linalg.solve(hessian, missing.T).T
-        climbs = _likelihood(kernels, newton, num_draws) >= _likelihood(kernels, f, num_draws)
-        constants[:, rows] = torch.where(climbs, newton, _fixed_point(kernels, f))
+        climbs = _likelihood(kernels, newton, num_draws, count) >= _likelihood(kernels, f, num_draws, count)
+        constants[:, rows] = torch.where(climbs, newton, _fixed_point(kernels, f, count))
     return constants - constants[:1]
 
 
-def _fixed_point(log_kernels: Tensor, constants: Tensor) -> Tensor:
+def _fixed_point(log_kernels: Tensor, constants: Tensor, counts: Tensor) -> Tensor:
     """f_l ← −log Σ_n K_l(n) / Σ_k e^{f_k} K_k(n), relative to the first (where the factor 1/N cancels)."""
-    new = -torch.logsumexp(log_kernels - torch.logsumexp(log_kernels + constants[:, None], 0), 1)
+    new = -torch.logsumexp(counts.log() + log_kernels - torch.logsumexp(log_kernels + constants[:, None], 0), 1)
     return new - new[:1]
 
 
-def _likelihood(log_kernels: Tensor, constants: Tensor, num_draws: int) -> Tensor:
-    return num_draws * constants.sum(0) - torch.logsumexp(log_kernels + constants[:, None], 0).sum(0)
+def _likelihood(log_kernels: Tensor, constants: Tensor, num_draws: int, counts: Tensor) -> Tensor:
+    return num_draws * constants.sum(0) - (counts * torch.logsumexp(log_kernels + constants[:, None], 0)).sum(0)
 
 
 class DrawPool:
@@ -80,35 +87,38 @@ class DrawPool:
         self._contexts: list[tuple[float, Tensor]] = []
         self._log_kernels = torch.empty(0)  # (l, l·N, B)
         self._constants = torch.empty(0)  # (l, B)
+        self._log_counts = torch.empty(0)  # (l·N, B), of what each draw counts for
 
     def add(self, t: float, x: Tensor, draws: Draws) -> Tensor:
         """Take in the present context's draws; returns log ω for all draws of the pool: (l·N, B), normalised."""
         n = len(draws.x_1)
         old = min(len(self.draws), self.length - 1)
         drop = len(self.draws) - old
-        kernels, constants = self._log_kernels, self._constants
+        kernels, constants, counts = self._log_kernels, self._constants, self._log_counts
+        log_counts = torch.zeros_like(draws.rewards) if draws.log_weights is None else draws.log_base + math.log(n)
         if drop:
             del self.draws[:drop], self._contexts[:drop]
-            kernels, constants = kernels[drop:, drop * n :], constants[drop:]
+            kernels, constants, counts = kernels[drop:, drop * n :], constants[drop:], counts[drop * n :]
         column = torch.stack(
             [self._log_kernel(*context, draws.x_1) for context in [*self._contexts, (t, x)]]
         )  # (l, N, B)
         if old:
             row = torch.cat([self._log_kernel(t, x, made.x_1) for made in self.draws])  # (old·N, B)
             mixture = torch.logsumexp(kernels + constants[:, None], 0)
-            newest = math.log(n) - torch.logsumexp(row - mixture, 0)
+            newest = math.log(n) - torch.logsumexp(counts + row - mixture, 0)
             kernels = torch.cat([torch.cat([kernels, row[None]]), column], 1)
             # where no old draw reaches the present context nothing is known yet: start level with the last one
             newest = torch.where(newest.isfinite(), newest, constants[-1])
             constants = torch.cat([constants, newest[None]])
-            constants = solve_constants(kernels, constants, n)
-            log_weights = kernels[-1] - torch.logsumexp(kernels + constants[:, None], 0)
+            counts = torch.cat([counts, log_counts.to(counts)])
+            constants = solve_constants(kernels, constants, n, counts.exp())
+            log_weights = counts + kernels[-1] - torch.logsumexp(kernels + constants[:, None], 0)
         else:
             kernels, constants = column, torch.zeros_like(column[:, 0])
-            log_weights = torch.zeros_like(column[0])
+            log_weights = counts = log_counts.to(column)
         self.draws.append(draws)
         self._contexts.append((t, x))
-        self._log_kernels, self._constants = kernels, constants
+        self._log_kernels, self._constants, self._log_counts = kernels, constants, counts
         return log_weights.log_softmax(0)
 
     def pooled(self) -> Draws:
@@ -123,13 +133,13 @@ class DrawPool:
     def select(self, rows: Tensor) -> None:
         """Trajectories replaced by others of the batch, histories and all: what resampling does."""
         self.draws = [
-            Draws(d.x_1[:, rows], d.rewards[:, rows], None if d.gradients is None else d.gradients[:, rows])
-            for d in self.draws
+            Draws(*(None if part is None else part[:, rows] for part in made))  # type: ignore[arg-type]
+            for made in self.draws
         ]
         self._contexts = [(t, x[rows]) for t, x in self._contexts]
         if self.draws:
             self._log_kernels = self._log_kernels[..., rows]
-            self._constants = self._constants[..., rows]
+            self._constants, self._log_counts = self._constants[..., rows], self._log_counts[..., rows]
 
     def _log_kernel(self, t: float, x: Tensor, x_1: Tensor) -> Tensor:
         """log N(x; β_t x_1, α_t²) up to a constant of the context, which f absorbs: (n, B)."""

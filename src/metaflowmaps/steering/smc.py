@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count
-from metaflowmaps.draws import equal_log_weights, tilted_weights
+from metaflowmaps.draws import tilted_weights
 from metaflowmaps.errors import check_one_of
 from metaflowmaps.random import rand
 from metaflowmaps.steering.from_draws import FromDraws, draw_info
@@ -31,6 +31,7 @@ class SMC(TwistedSMC, FromDraws):
     title = "MFM-SMC"
     look = ("#46107f", "D")
     published: ClassVar[dict[str, Any]] = {"recycle": 1, "temper": 0.0}
+    weighs: ClassVar[bool] = True
 
     recycle: int = 8
     guide: str = "mfm-gf"
@@ -78,7 +79,7 @@ class SMC(TwistedSMC, FromDraws):
     ) -> tuple[Tensor, Tensor]:
         """One of the last draws, chosen by its reward."""
         made = memory.draws[-1]
-        log_base = equal_log_weights(made.rewards)
+        log_base = made.log_base
         edges = tilted_weights(made.rewards, log_base).double().cumsum(0)[:-1]
         uniform = rand((len(x),), problem.stream("pick", rows=len(x)), torch.float64, x.device)
         chosen = (edges <= uniform).sum(0)
