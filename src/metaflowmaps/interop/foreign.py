@@ -98,17 +98,23 @@ class _Network(nn.Module):
             out = self.network(y.to(own), timestep=clock, **named)
         else:
             out = self.network(y.to(own), clock.to(own), **named)
-        out = getattr(out, "sample", out)  # diffusers' own wrapper
-        out = out[0] if isinstance(out, tuple | list) and out else out
-        if not isinstance(out, Tensor) or out.shape[:1] != y.shape[:1]:
-            raise InputError(
-                f"the wrapped network must return a tensor or an object with .sample, got {type(out).__name__}"
-            )
-        if out.ndim == y.ndim and out.shape[1] == 2 * y.shape[1]:  # a learned variance: the mean comes first
-            out = out[:, : y.shape[1]]
-        if out.shape != y.shape:
-            raise InputError(f"the wrapped network returns {tuple(out.shape)} for states of {tuple(y.shape)}")
-        return out.to(y.dtype)
+        return answer(out, y)
+
+
+def answer(out: Any, y: Tensor) -> Tensor:
+    """A network's answer to states y, unwrapped, in their dtype: (B, *event)."""
+    out = getattr(out, "sample", out)  # diffusers' own wrapper
+    out = out[0] if isinstance(out, tuple | list) and out else out
+    if not isinstance(out, Tensor) or out.shape[:1] != y.shape[:1]:
+        raise InputError(
+            f"the wrapped network must return a tensor or an object with .sample, got {type(out).__name__}"
+        )
+    if out.ndim == y.ndim and out.shape[1] == 2 * y.shape[1]:  # a learned variance: the mean comes first
+        out = out[:, : y.shape[1]]
+    if out.shape != y.shape:
+        raise InputError(f"the wrapped network returns {tuple(out.shape)} for states of {tuple(y.shape)}")
+    plain: Tensor = out.to(y.dtype)
+    return plain
 
 
 def _takes(network: Any, name: str) -> bool:
@@ -143,7 +149,7 @@ class ForeignModel(nn.Module):
 
     def __init__(
         self,
-        network: _Network,
+        network: nn.Module,
         prediction: Prediction,
         schedule: Schedule,
         event_shape: tuple[int, ...] | None,
@@ -270,6 +276,7 @@ def wrap(
     event_shape: tuple[int, ...] | None = None,
     num_classes: int = 0,
     time_scale: float = 1.0,
+    flow_map: Any = False,
     **fixed: Any,
 ) -> ForeignModel:
     """A model of any flow or diffusion network: to steer, to draw from by GLASS, to generate with, to distil.
@@ -285,11 +292,18 @@ def wrap(
         num_classes: How many classes it knows; the number itself is the null class. They are passed as the argument
             ``label``, ``class_labels``, ``y`` or ``labels`` that it has.
         time_scale: Multiplies the clock (1000 for the flow transformers of diffusers).
+        flow_map: For a network of two times, in place of predicts, time, schedule and time_scale: True where its
+            arguments tell how it is called, an object of :mod:`metaflowmaps.interop.flow_maps`, such as
+            ``MeanFlow(order="tr")``, or its name.
         fixed: Other arguments of the network, always the same; tensors (1, …) go to every row.
 
     Returns:
-        A model whose drift is ``b_t(x) = α̇_t E[ε | x] + β̇_t E[x_1 | x]``.
+        A model whose drift is ``b_t(x) = α̇_t E[ε | x] + β̇_t E[x_1 | x]``; of a network of two times also with ``jump``,
+        its map X_{s,u}.
     """
+    if flow_map is not False and flow_map is not None:
+        conventions = (predicts, time, schedule, time_scale)
+        return _flow_map(network, flow_map, conventions, event_shape, num_classes, fixed)
     if predicts not in PREDICTIONS:
         raise unknown("prediction", predicts, PREDICTIONS)
     if time not in TIMES:
@@ -312,6 +326,30 @@ def wrap(
         _event_shape(network) if event_shape is None else tuple(event_shape),
         num_classes,
     )
+
+
+def _flow_map(
+    network: Callable[..., Any],
+    flow_map: Any,
+    conventions: tuple[Any, ...],
+    event_shape: tuple[int, ...] | None,
+    num_classes: int,
+    fixed: Mapping[str, Any],
+) -> ForeignModel:
+    """The model of a two-time network, whose conventions are an object's."""
+    from metaflowmaps.interop.flow_maps import convention_of  # which is built on this module
+    from metaflowmaps.interop.flow_maps.model import FlowMap
+
+    usual = tuple(inspect.signature(wrap).parameters[name].default for name in ("predicts", "time", "schedule"))
+    if conventions != (*usual, 1.0):
+        raise InputError(
+            "a flow map's convention says what it predicts and how its times run: leave out predicts, time, schedule "
+            "and time_scale, and give flow_map= an object, such as metaflowmaps.interop.flow_maps.MeanFlow(scale=1000)"
+        )
+    if not callable(network):
+        raise InputError(f"network must be callable, got {type(network).__name__}")
+    shape = _event_shape(network) if event_shape is None else tuple(event_shape)
+    return FlowMap(network, convention_of(flow_map, network), shape, num_classes, fixed)
 
 
 def _event_shape(network: Any) -> tuple[int, ...] | None:
