@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 
-.PHONY: demo test check bench attack rehearsal clean help
+.PHONY: demo test check bench attack matrix rehearsal clean help
 
 help:
 	@echo "make demo   noisy digits, steered digits: runs/demo/digits/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make check  lint, format, types, import contract, public docstrings, tables of the docs"
 	@echo "make rehearsal  from pictures to a steered pipeline at ImageNet's layout, all of it tiny (minutes)"
 	@echo "make attack what the suite leaves out because it is long: kills, signals, many ranks, long trainings"
+	@echo "make matrix the part of the suite that touches torch most, on the oldest and newest versions, each in a virtualenv"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"
 	@echo "make clean  remove the virtualenv and caches"
 
@@ -53,8 +54,11 @@ bench: $(DEV)
 attack: $(DEV)
 	MFM_ATTACK=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m attack --seed $(SEED)
 
+matrix: $(CORE)
+	$(BIN)/python tests/matrix.py
+
 rehearsal: $(DEV)
 	$(BIN)/python -m benchmarks.rehearsal
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import metaflowmaps as mfm
 from metaflowmaps.random import randn, stream
+from other_device import other_device
 
 pytest_plugins = ["suite"]
 # the same examples on every machine: a suite must not be green by luck
@@ -93,6 +94,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """``command("sample", "digits", …)``: exit code, stdout, stderr."""
     return lambda *arguments: mfm_command(capsys, *arguments)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that refuses tensors of the processor, as a GPU does: what commands take for ``--device auto``."""
+    with other_device() as device:
+        monkeypatch.setattr("metaflowmaps.lab.opened.pick_device", lambda _name: device)
+        yield device
 
 
 @pytest.fixture(params=PATHS)

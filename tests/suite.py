@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+import other_processor
+
 MAX_BYTES = 2 * 2**30
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -31,8 +33,15 @@ _has_gpu, _given = torch.cuda.is_available, os.environ.get(DEVICES)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Of attacks that draw their damage: others by another seed."""
+    """Of attacks that draw their damage: others by another seed. And a processor that rounds otherwise."""
     parser.addoption("--seed", type=int, default=0, help="of the damage that `make attack` does")
+    parser.addoption("--rounding", action="store_true", help="round as other processors may: other_processor.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In each worker."""
+    if config.getoption("--rounding"):
+        other_processor.install()
 
 
 # -- a GPU is there for the tests that are marked gpu ------------------------------------------------------------------

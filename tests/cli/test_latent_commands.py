@@ -205,3 +205,26 @@ def test_bad_wishes_are_one_line(run, tmp_path, arguments, words):
     )
     assert code == 2, err
     assert words in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "sample map --num 3 --steps 2 --label ring --guidance 2.5 --images",
+        "posterior map --t 0.7 --num-draws 2 --label disc",
+        "steer map --reward reward.py:bright --num 3 --steps 2 --num-draws 2 --label disc --images",
+        "steer map --reward reward.py:bright --num 4 --steps 2 --method mfm-smc --set method.particles=2 --label disc",
+    ],
+)
+def test_latents_on_a_device_of_their_own(run, tmp_path, accelerator, typed):
+    """Nothing of the processor is left among them, and what is written is as on the processor."""
+    for place, device in (("there", "auto"), ("here", "cpu")):
+        with pytest.MonkeyPatch.context() as patch:
+            if device == "cpu":
+                patch.setattr("metaflowmaps.lab.opened.pick_device", torch.device)
+            code, _, err = run(*typed.split(), "--device", device, "--out", tmp_path / place)
+            assert code == 0, err
+    [there], [here] = ([load_file(f) for f in (tmp_path / p).glob("*.safetensors")] for p in ("there", "here"))
+    assert there.keys() == here.keys()
+    for key, value in there.items():
+        torch.testing.assert_close(value, here[key], rtol=1e-4, atol=1e-5)

@@ -201,6 +201,20 @@ def test_experiments_on_latents(capsys, here, tmp_path, watch, no_fidelity, name
     assert results["config"]["autoencoder"]
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("posterior", ["samples=4", "times=[0.2]", "glass_steps=[2]", "draws=2", "images=2"]),
+        ("value", EXPERIMENTS["value"][1]),
+        ("generation", ["samples=4", "refine_steps=[1]", "compose_steps=[2]", "ode_steps=[2]"]),
+    ],
+)
+def test_experiments_on_a_device_of_their_own(capsys, here, tmp_path, no_fidelity, accelerator, name, settings):
+    """Data, noise, classes, autoencoder and judge meet on it, and on nothing else."""
+    results = done(capsys, here, name, *sets(*settings, f"data={here / 'latents'}"), out=tmp_path / "out")
+    assert results["environment"]["device"] == accelerator.type
+
+
 # -- what the map is told ----------------------------------------------------------------------------------------------
 
 

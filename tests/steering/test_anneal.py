@@ -53,7 +53,7 @@ def test_a_move_keeps_the_tilted_law(strength, systems, leaning):
         assert float((cloud.rewards.mean() - usual.mean()).abs()) < 4.5 * float(usual.std()) / math.sqrt(n)
     assert float((cloud.x != x).any(1).double().mean()) > 0.9  # they have moved
     _like(tilted, cloud.x)
-    torch.testing.assert_close(cloud.rewards, REWARD(cloud.x).double())
+    torch.testing.assert_close(cloud.rewards, REWARD(cloud.x).double(), rtol=1e-5, atol=1e-5)  # float32, other batches
 
 
 def test_a_lean_is_no_longer_than_the_noise_of_its_context():

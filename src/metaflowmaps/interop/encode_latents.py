@@ -1,4 +1,4 @@
-r"""Pictures in, latent shards out: resumable, shared among workers, the same bytes whoever does what.
+r"""Pictures in, latent shards out: resumable, shared among workers of one kind, the same bytes whoever does what.
 
 Shard k holds pictures [k S, (k+1) S) of the source less those that cannot be read, so it depends on the source and the
 settings alone. The shards are those of :mod:`metaflowmaps.work.shards`, with their plan, entries and locks in a folder

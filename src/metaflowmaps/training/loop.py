@@ -4,7 +4,8 @@ It knows a model (a map or a classifier), an objective (``batch(model, step)`` a
 and a place on disk.
 A batch is a function of (seed, step) and, for objectives that learn on their way, of a state that they hand over as
 ``state_dict()``. A checkpoint holds everything, so a run that is stopped anywhere and started again by the same command
-ends with the bytes of one that never stopped. Several ranks run the same loop on shares of the batch
+ends with the bytes of one that never stopped, on one kind of processor with as many threads.
+Several ranks run the same loop on shares of the batch
 (:mod:`metaflowmaps.training.distributed`); the first of them keeps the files. In a run's directory:
 
     run.json            the resolved configuration        checkpoints/step-…   see metaflowmaps.checkpoint
