@@ -1,8 +1,9 @@
 """A processor that rounds otherwise, for ``pytest --rounding``: what holds on this machine alone is then red.
 
-Matrix products and convolutions add in an order that depends on the processor, on its threads, on the shapes of the
-batch and on where in it a row stands. Here each row of such a result is moved by a unit of rounding, up, down or not at
-all, as a function of its shape and of the row. Equal calls stay equal to the bit; a row alone and that row among others differ.
+Matrix products and convolutions add in an order that depends on the processor, on its threads, on the shapes of
+the batch and on where in it a row stands. Here each row of such a result is moved by a unit of rounding, up, down or
+not at all, as a function of its shape and of the row. Equal calls stay equal to the bit; a row alone and that row
+among others differ.
 """
 
 import warnings
