@@ -30,5 +30,6 @@ BENCHMARKS = {
     "memory-pipeline": "memory:pipeline",
     "world-size": "world_size:main",
     "control": "control:main",
+    "diffusers-families": "diffusers_families:main",
 }
 """Name of a benchmark -> module of this package and function."""

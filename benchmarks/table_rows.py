@@ -105,6 +105,17 @@ def step_cost(result: dict[str, Any], places: int = 1) -> Rows:
     return [["step", "ms", "× flow matching", "quartiles"], *rows]
 
 
+def diffusers_families(result: dict[str, Any]) -> Rows:
+    """Differences from the pipelines' own samples; what methods gain and cost."""
+    rows = []
+    for name, family in result["families"].items():
+        errors = [f"{family[key]:.0e}".replace("e-0", "e−").replace("0e+00", "0") for key in ("own", "pictures")]
+        gained = [f"{cell['gain']:+.2f} ({cell['calls']:.0f})" for cell in family["methods"].values()]
+        rows.append([name, *errors, f"{family['gradient']:.0e}".replace("e-0", "e−").replace("e-", "e−"), *gained])
+    methods = next(iter(result["families"].values()))["methods"]
+    return [["family", "latents − own", "pictures − own", "decoder's gradient", *methods], *rows]
+
+
 def precision(result: dict[str, Any]) -> Rows:
     """Errors of derivatives; in bold the default step of each precision."""
     rows = [
@@ -506,6 +517,7 @@ TABLES = {
     "value": Table("value.json", value),
     "precision": Table("precision.json", precision),
     "world-size": Table("world-size.json", world_size),
+    "diffusers-families": Table("diffusers-families.json", diffusers_families),
     "memory": Table("memory.json", memory),
     "memory-pipeline": Table("memory-pipeline.json", memory_pipeline),
     "control": Table("control.json", kept(DRIFTS, (0, 1, 2, 3, 11), (0, 3, 3, 3, 1))),

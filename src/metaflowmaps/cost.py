@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,39 @@ class Meter:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
+
+
+class Extent(NamedTuple):
+    """How much is estimated, and how much is tried."""
+
+    samples: int
+    tried: int
+    batch_size: int
+
+
+def extrapolated(trial: Callable[[int], dict[str, float]], steps: int, extent: Extent) -> dict[str, float]:
+    """What ``steps`` steps cost, from trials of two and of three: counts grow by a constant a step and a sample.
+
+    Args:
+        trial: runs so many steps on ``extent.tried`` samples and says what they cost.
+        steps: K.
+        extent: samples that are meant, those of a trial, and at a time.
+
+    Returns:
+        The cost of all samples, with ``nfe``, of one.
+    """
+    # the first call allocates and compiles: it tells the memory, not the time
+    first, short, longer = trial(2), trial(2), trial(3)
+    counted = [key for key in short if key not in ("peak_memory_bytes", "seconds", "nfe")]
+    whole = {key: short[key] + (steps - 2) * (longer[key] - short[key]) for key in counted}
+    out = {key: value * extent.samples / extent.tried for key, value in whole.items()}
+    per_step = max(longer["seconds"] - short["seconds"], short["seconds"] / 3)
+    batches = -(-extent.samples // extent.batch_size) / -(-extent.tried // extent.batch_size)
+    out["seconds"] = batches * (short["seconds"] + (steps - 2) * per_step)
+    out["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in (first, short, longer))
+    calls = ("forwards", "backwards", "reward_calls", "reward_backwards")
+    out["nfe"] = sum(out[key] for key in calls) / extent.samples
+    return out
 
 
 def _mark_resident() -> int:

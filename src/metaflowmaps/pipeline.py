@@ -28,7 +28,7 @@ from torch import Tensor
 
 from metaflowmaps._shapes import Cond, check_count, check_time, select_cond
 from metaflowmaps.checkpoint import save_model
-from metaflowmaps.cost import Meter
+from metaflowmaps.cost import Extent, Meter, extrapolated
 from metaflowmaps.data import imagenet_names as imagenet
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
@@ -303,18 +303,7 @@ class Pipeline:
                 warnings.simplefilter("ignore", UserWarning)
                 return quiet.steer(label, reward, chosen, replace(usual, steps=k), rows, guidance, seed=0).cost
 
-        # the first call allocates and compiles: it tells the memory, not the time
-        first, short, longer = trial(2), trial(2), trial(3)
-        counted = [key for key in short if key not in ("peak_memory_bytes", "seconds", "nfe")]
-        whole = {key: short[key] + (steps - 2) * (longer[key] - short[key]) for key in counted}
-        out = {key: value * num_images / rows for key, value in whole.items()}
-        per_step = max(longer["seconds"] - short["seconds"], short["seconds"] / 3)
-        batches = -(-num_images * each // batch_size) / -(-rows * each // batch_size)
-        out["seconds"] = batches * (short["seconds"] + (steps - 2) * per_step)
-        out["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in (first, short, longer))
-        calls = ("forwards", "backwards", "reward_calls", "reward_backwards")
-        out["nfe"] = sum(out[key] for key in calls) / (num_images * each)
-        return out
+        return extrapolated(trial, steps, Extent(num_images * each, rows * each, batch_size))
 
     def _batch_size(self, usual: int) -> int:
         size = usual if self.batch_size is None else self.batch_size

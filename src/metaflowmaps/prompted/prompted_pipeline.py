@@ -19,6 +19,8 @@ scheduler makes the steps (:class:`.scheduler_steps.SchedulerSteps`), so an unst
 ``mfm.ODE(steps=28)`` takes the scheduler's times and Euler's steps, and any ``grid`` that is given goes first.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from metaflowmaps._shapes import check_count
+from metaflowmaps.cost import Extent, extrapolated
 from metaflowmaps.errors import InputError, warn_caller
 from metaflowmaps.interop.autoencoder import Decoded
 from metaflowmaps.interop.diffusers import Family, family_of
@@ -89,6 +92,7 @@ class PromptedPipeline:
         self.family, self.quick_vae = family, quick_vae
         self.batch_size, self.micro_batch, self.decoded_at_a_time = batch_size, micro_batch, decoded_at_a_time
         self.glass_steps, self.checkpointing, self.progress = glass_steps, checkpointing, progress
+        _check_devices(family.pipe)
         for network in family.networks:
             network.eval()
             if checkpointing and getattr(network, "_supports_gradient_checkpointing", False):
@@ -154,6 +158,49 @@ class PromptedPipeline:
         moves = self._process(chosen, process, asked.schedule)
         result = self._steered(asked, reward, chosen, moves, self._seeds(asked, chosen, seed, hooks), hooks)
         return self._output(asked, reward, result, output_type)
+
+    def estimate(
+        self,
+        prompt: Texts = None,
+        reward: Callable[..., Tensor] | None = None,
+        method: Method | str | None = None,
+        process: Process | str | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        **call: Any,
+    ) -> dict[str, float]:
+        """What a call costs before it is made: counts, seconds and memory, from short trials of a batch.
+
+        Args:
+            prompt: as for :meth:`steer`.
+            reward: as for :meth:`steer`; None with a plain call.
+            method: as for :meth:`steer`; None without a reward: a plain call.
+            process: as for :meth:`steer`.
+            num_images_per_prompt: as for :meth:`steer`.
+            call: as for :meth:`steer`.
+
+        Returns:
+            The cost as results have it.
+        """
+        plain = Unsteered() if reward is None and method is None else method
+        chosen = built(Method, USUAL.method if plain is None else plain)
+        moves = None if process is None else built(Process, process)
+        asked = self.family.defaults["num_inference_steps"] if moves is None else moves.steps
+        steps = call.pop("num_inference_steps", asked)
+        prompts = 1 if isinstance(prompt, str) else len(prompt or _embedded(call))
+        system = chosen.system or num_images_per_prompt
+        each = min(num_images_per_prompt, max(system, self.batch_size // prompts // system * system, 1))
+        quiet = copy.copy(self)
+        quiet.progress = False
+
+        def trial(k: int) -> dict[str, float]:
+            here = None if moves is None else replace(moves, steps=k)
+            fixed = {"num_inference_steps": k, "num_images_per_prompt": each, "output_type": "latent"}
+            with warnings.catch_warnings():  # of so few steps the cost alone is looked at
+                warnings.simplefilter("ignore", UserWarning)
+                return quiet.steer(prompt, reward, chosen, here, **call | fixed).cost
+
+        return extrapolated(trial, steps, Extent(prompts * num_images_per_prompt, prompts * each, self.batch_size))
 
     # -- from prompts to a model -------------------------------------------------------------------------------------
 
@@ -402,6 +449,20 @@ def _texts(given: Texts, name: str) -> list[str] | None:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name} is a text or a list of texts, got {given!r}")
     return texts
+
+
+def _check_devices(pipe: Any) -> None:
+    """Parts that are not offloaded are together."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    where = {name: str(part.device) for name, part in parts.items() if not hasattr(part, "_hf_hook")}
+    if len(set(where.values())) > 1:
+        told = ", ".join(f"{name} on {device}" for name, device in where.items())
+        raise InputError(f"the pipeline is on several devices ({told}): move it with .to(device), or offload it")
+
+
+def _embedded(call: Mapping[str, Any]) -> Any:
+    """The first of the embeddings that a call gives."""
+    return next((value for name, value in call.items() if name.endswith("_embeds")), [""])
 
 
 def _moved(value: Any, device: torch.device) -> Any:
