@@ -248,6 +248,8 @@ BAD = {
     "two seeds": (lambda: flux()(**request(seed=1, generator=torch.manual_seed(0))), "not both"),
     "an output": (lambda: flux()(**request() | {"output_type": "jpg"}), "output_type is one of"),
     "no tensors": (lambda: flux()(**request(prompt_embeds="fox")), "embeddings are tensors"),
+    "a setting": (lambda: mfm.from_diffusers(FLUX.make(), micro_bach=1), "did you mean 'micro_batch'"),
+    "no rows": (lambda: mfm.from_diffusers(FLUX.make(), batch_size=0), "batch_size must be at least 1"),
     "a network": (lambda: mfm.from_diffusers(FLUX.make().transformer), "a network alone is wrapped by mfm.wrap"),
     "no such folder": (lambda: mfm.from_diffusers("/no/such/folder"), "cannot be loaded"),
 }
@@ -268,6 +270,12 @@ def test_guidance_without_negative_embeddings_is_refused():
     ours.pipe.vae = None
     with pytest.raises(InputError, match="load it too"):
         ours.steer(reward=brightness, **FLUX.embeds, **PLAIN, num_inference_steps=2)
+
+
+def test_gradients_through_an_offloaded_network_are_refused(monkeypatch):
+    monkeypatch.setattr(flux().pipe.transformer, "_hf_hook", object(), raising=False)
+    with pytest.raises(InputError, match="an offloaded network"):
+        flux().steer(reward=brightness, method=mfm.DPS(), **request())
 
 
 def test_unknown_pipelines_and_schedules_are_refused():

@@ -32,8 +32,7 @@ from metaflowmaps._shapes import check_count
 from metaflowmaps.cost import Extent, extrapolated
 from metaflowmaps.errors import InputError, warn_caller
 from metaflowmaps.interop.autoencoder import Decoded
-from metaflowmaps.interop.diffusers import Family, family_of
-from metaflowmaps.interop.diffusers.family import Request, Size, check_rows
+from metaflowmaps.interop.diffusers.family import Family, Request, Size, check_rows
 from metaflowmaps.interop.diffusers.latent_decoder import LatentDecoder
 from metaflowmaps.interop.diffusers.prompted_model import GLASS_STEPS, PromptedModel
 from metaflowmaps.interop.diffusers.schedule import FollowedSchedule, follow, steps_alone
@@ -41,12 +40,14 @@ from metaflowmaps.prompted.prompted_output import PromptedOutput
 from metaflowmaps.prompted.scheduler_steps import SchedulerSteps
 from metaflowmaps.random import Seed, as_seeds, fresh_seeds
 from metaflowmaps.rewards.base import no_reward
+from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.steering import ODE, Method, Process, SteerResult, Unsteered, steer
 from metaflowmaps.steering.diagnostics import without_pilot_pool
 from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.work.choices import built
 
 AT_A_TIME = 4  # samples, where nobody says
+HOOKS = ("generator", "latents", "callback_on_step_end")
 OUTPUTS = ("pil", "np", "pt", "latent")
 Texts = str | Sequence[str] | None
 
@@ -61,13 +62,11 @@ class Asked:
     each: int  # samples a prompt
 
 
-class PromptedPipeline:
-    """A diffusers pipeline with steering; :func:`from_diffusers` makes it.
+@dataclass(frozen=True)
+class Settings:
+    """How a pipeline computes: what bounds its memory, and what changes no sample.
 
     Args:
-        family: of the pipeline, holding it.
-        quick_vae: another autoencoder for the same latents, such as ``AutoencoderTiny``: rewards on the way are judged
-            by its pictures, the finished samples by the pipeline's own.
         batch_size: samples at a time.
         micro_batch: rows that the network is given at a time; None: all of them.
         decoded_at_a_time: rows that are decoded at a time.
@@ -76,26 +75,36 @@ class PromptedPipeline:
         progress: whether calls show a bar.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        quick_vae: Any = None,
-        *,
-        batch_size: int = AT_A_TIME,
-        micro_batch: int | None = None,
-        decoded_at_a_time: int = 1,
-        glass_steps: int = GLASS_STEPS,
-        checkpointing: bool = True,
-        progress: bool = True,
-    ) -> None:
-        check_count(batch_size, "batch_size")
+    batch_size: int = AT_A_TIME
+    micro_batch: int | None = None
+    decoded_at_a_time: int = 1
+    glass_steps: int = GLASS_STEPS
+    checkpointing: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "decoded_at_a_time", "glass_steps"):
+            check_count(getattr(self, name), name)
+        if self.micro_batch is not None:
+            check_count(self.micro_batch, "micro_batch")
+
+
+class PromptedPipeline:
+    """A diffusers pipeline with steering; :func:`metaflowmaps.from_diffusers` makes it.
+
+    Args:
+        family: of the pipeline, holding it.
+        quick_vae: another autoencoder for the same latents, such as ``AutoencoderTiny``: rewards on the way are judged
+            by its pictures, the finished samples by the pipeline's own.
+        settings: how it computes.
+    """
+
+    def __init__(self, family: Family, quick_vae: Any = None, settings: Settings | None = None) -> None:
         self.family, self.quick_vae = family, quick_vae
-        self.batch_size, self.micro_batch, self.decoded_at_a_time = batch_size, micro_batch, decoded_at_a_time
-        self.glass_steps, self.checkpointing, self.progress = glass_steps, checkpointing, progress
-        _check_devices(family.pipe)
+        self.settings = settings or Settings()
         for network in family.networks:
             network.eval()
-            if checkpointing and getattr(network, "_supports_gradient_checkpointing", False):
+            if self.settings.checkpointing and getattr(network, "_supports_gradient_checkpointing", False):
                 network.enable_gradient_checkpointing()
         self.followed = steps_alone(self.pipe.scheduler, self._setting(3, self._event_shape(self._size(None, None))))
         if not self.followed:
@@ -152,12 +161,20 @@ class PromptedPipeline:
         chosen = built(Method, USUAL.method if method is None else method)
         if reward is None and not isinstance(chosen, Unsteered):
             raise InputError("steer needs a reward: a function of pictures, or one of mfm.rewards, such as PickScore")
-        hooks = {name: call.pop(name, None) for name in ("generator", "latents", "callback_on_step_end")}
+        if chosen.gradients and any(hasattr(network, "_hf_hook") for network in self.family.networks):
+            raise InputError(
+                f"{chosen.name} takes gradients through an offloaded network: keep it on the device, or use a method "
+                "without gradients, such as mfm.Glass() or mfm.BestOfN()"
+            )
+        hooks = {name: call.pop(name, None) for name in HOOKS}
         asked_for = None if process is None or isinstance(process, str) else process.steps
         asked = self._asked(prompt, call.pop("num_inference_steps", asked_for), call)
         moves = self._process(chosen, process, asked.schedule)
-        result = self._steered(asked, reward, chosen, moves, self._seeds(asked, chosen, seed, hooks), hooks)
-        return self._output(asked, reward, result, output_type)
+        try:
+            result = self._steered(asked, reward, chosen, moves, self._seeds(asked, chosen, seed, hooks), hooks)
+            return self._output(asked, reward, result, output_type)
+        finally:
+            self.pipe.maybe_free_model_hooks()  # of an offloaded pipeline
 
     def estimate(
         self,
@@ -187,11 +204,12 @@ class PromptedPipeline:
         moves = None if process is None else built(Process, process)
         asked = self.family.defaults["num_inference_steps"] if moves is None else moves.steps
         steps = call.pop("num_inference_steps", asked)
+        call = {name: value for name, value in call.items() if name not in ("seed", "output_type", *HOOKS)}
         prompts = 1 if isinstance(prompt, str) else len(prompt or _embedded(call))
-        system = chosen.system or num_images_per_prompt
-        each = min(num_images_per_prompt, max(system, self.batch_size // prompts // system * system, 1))
+        system, batch_size = chosen.system or num_images_per_prompt, self.settings.batch_size
+        each = min(num_images_per_prompt, max(system, batch_size // prompts // system * system, 1))
         quiet = copy.copy(self)
-        quiet.progress = False
+        quiet.settings = replace(self.settings, progress=False)
 
         def trial(k: int) -> dict[str, float]:
             here = None if moves is None else replace(moves, steps=k)
@@ -200,7 +218,7 @@ class PromptedPipeline:
                 warnings.simplefilter("ignore", UserWarning)
                 return quiet.steer(prompt, reward, chosen, here, **call | fixed).cost
 
-        return extrapolated(trial, steps, Extent(prompts * num_images_per_prompt, prompts * each, self.batch_size))
+        return extrapolated(trial, steps, Extent(prompts * num_images_per_prompt, prompts * each, batch_size))
 
     # -- from prompts to a model -------------------------------------------------------------------------------------
 
@@ -223,7 +241,7 @@ class PromptedPipeline:
         schedule = follow(self.pipe.scheduler, self._setting(steps, shape))
         positive, other = self._encoded(texts, _texts(negative, "negative_prompt"), given, options)
         request = Request(positive, other, size, options, schedule.grid.times[:-1], until)
-        model = PromptedModel(family, request, schedule, shape, self.micro_batch, self.glass_steps)
+        model = PromptedModel(family, request, schedule, shape, self.settings.micro_batch, self.settings.glass_steps)
         return Asked(model, schedule, torch.arange(request.prompts).repeat_interleave(each), each)
 
     def _encoded(
@@ -303,7 +321,7 @@ class PromptedPipeline:
         return seeds
 
     def _decoder(self, size: Size, vae: Any = None) -> LatentDecoder:
-        many, again = self.decoded_at_a_time, self.checkpointing
+        many, again = self.settings.decoded_at_a_time, self.settings.checkpointing
         return LatentDecoder(self.family, size, vae, micro_batch=many, checkpointing=again)
 
     def _reward(self, asked: Asked, reward: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
@@ -323,28 +341,24 @@ class PromptedPipeline:
         seed: Seed,
         hooks: Mapping[str, Any],
     ) -> SteerResult:
-        system, size = method.system, self.batch_size
+        system, size = method.system, self.settings.batch_size
         if system != 1 and len(asked.prompts.unique()) > 1:  # particles of a system have one prompt: one system a batch
             size = system or asked.each
         prompts = asked.prompts.to(self.family.device)
         callback = self._callback(hooks["callback_on_step_end"], asked)
-        try:
-            with without_pilot_pool():
-                return steer(
-                    asked.model,
-                    self._reward(asked, reward),
-                    len(prompts),
-                    method,
-                    process,
-                    cond={"prompt": prompts},
-                    seed=seed,
-                    batch_size=size,
-                    callback=callback,
-                    progress=self.progress,
-                )
-        finally:
-            if hasattr(self.pipe, "maybe_free_model_hooks"):
-                self.pipe.maybe_free_model_hooks()
+        with without_pilot_pool():
+            return steer(
+                asked.model,
+                self._reward(asked, reward),
+                len(prompts),
+                method,
+                process,
+                cond={"prompt": prompts},
+                seed=seed,
+                batch_size=size,
+                callback=callback,
+                progress=self.settings.progress,
+            )
 
     def _callback(self, given: Any, asked: Asked) -> Callable[[Any], bool] | None:
         """diffusers' callback(pipe, step, timestep, {"latents": …}); latents that it returns replace the states."""
@@ -369,19 +383,14 @@ class PromptedPipeline:
     def _output(
         self, asked: Asked, reward: Callable[..., Tensor] | None, result: SteerResult, output_type: str
     ) -> PromptedOutput:
-        size, latents = asked.model.request.size, result.samples
-        prompts = asked.prompts[: len(latents)]
+        latents, prompts = result.samples, asked.prompts[: len(result.samples)]
         rewards, images = None if reward is None else result.rewards, latents
-        full = None
-        if output_type != "latent" or (reward is not None and self.quick_vae is not None):
-            full = self._decoder(size)
-        pictures = None if full is None else full.decode(latents)
-        if reward is not None and self.quick_vae is not None and pictures is not None:
-            from metaflowmaps.rewards.checked import checked_reward
-
-            rewards = checked_reward(reward)(pictures, {"prompt": prompts.to(latents.device)})
-        if output_type != "latent" and pictures is not None:
-            images = self._processed(pictures, output_type)
+        judged_again = reward is not None and self.quick_vae is not None
+        if len(latents) and (judged_again or output_type != "latent"):
+            pictures = self._decoder(asked.model.request.size).decode(latents)
+            if reward is not None and judged_again:
+                rewards = checked_reward(reward)(pictures, {"prompt": prompts.to(latents.device)})
+            images = latents if output_type == "latent" else self._processed(pictures, output_type)
         rest = (rewards, result.info, result.interrupted)
         return PromptedOutput(images, latents, prompts, result.seeds, result.cost, *rest)
 
@@ -391,57 +400,6 @@ class PromptedPipeline:
         return self.pipe.image_processor.postprocess(pictures, output_type=output_type)
 
 
-def from_diffusers(
-    pipeline: Any,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    family: type[Family] | None = None,
-    quick_vae: Any = None,
-    **options: Any,
-) -> PromptedPipeline:
-    """A diffusers pipeline that steers.
-
-    Args:
-        pipeline: a pipeline of diffusers, or the folder or hub id of one.
-        dtype: what it computes in; states are float32 at any.
-        device: where; leave it out for a pipeline that is offloaded.
-        family: a class of your own, for a kind of pipeline that this package does not know.
-        quick_vae: another autoencoder for the same latents, for rewards on the way.
-        options: ``batch_size``, ``micro_batch``, ``decoded_at_a_time``, ``glass_steps``, ``checkpointing`` and
-            ``progress`` of :class:`PromptedPipeline`.
-
-    Returns:
-        The pipeline, in evaluation mode.
-    """
-    pipe = _opened(pipeline, dtype)
-    if dtype is not None or device is not None:
-        pipe.to(*(given for given in (device, dtype) if given is not None))
-    return PromptedPipeline(family_of(pipe, family), quick_vae, **options)
-
-
-def _opened(pipeline: Any, dtype: torch.dtype | None) -> Any:
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError:
-        raise InputError("pipelines need diffusers: pip install 'metaflowmaps[latent]'") from None
-    if isinstance(pipeline, DiffusionPipeline):
-        return pipeline
-    if not isinstance(pipeline, str) and not hasattr(pipeline, "__fspath__"):
-        raise InputError(
-            f"give a pipeline of diffusers, or its folder or hub id, got {type(pipeline).__name__}; a network alone is "
-            "wrapped by mfm.wrap"
-        )
-    try:
-        return DiffusionPipeline.from_pretrained(pipeline, torch_dtype=dtype)
-    except Exception as error:  # the hub, the disk and the parsers have many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"the pipeline {pipeline} cannot be loaded ({type(error).__name__}: {reason}): give a folder in diffusers' "
-            "layout or a hub id"
-        ) from error
-
-
 def _texts(given: Texts, name: str) -> list[str] | None:
     if given is None:
         return None
@@ -449,15 +407,6 @@ def _texts(given: Texts, name: str) -> list[str] | None:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name} is a text or a list of texts, got {given!r}")
     return texts
-
-
-def _check_devices(pipe: Any) -> None:
-    """Parts that are not offloaded are together."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    where = {name: str(part.device) for name, part in parts.items() if not hasattr(part, "_hf_hook")}
-    if len(set(where.values())) > 1:
-        told = ", ".join(f"{name} on {device}" for name, device in where.items())
-        raise InputError(f"the pipeline is on several devices ({told}): move it with .to(device), or offload it")
 
 
 def _embedded(call: Mapping[str, Any]) -> Any:
