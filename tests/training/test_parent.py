@@ -9,7 +9,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiTConfig
 from metaflowmaps.recipes import recipe
 from metaflowmaps.training.loop import Watch
-from metaflowmaps.training.training_run import _like_parent, build_map, inherit, run_training, taught_by
+from metaflowmaps.training.training_run import build_map, inherit, like_parent, run_training, taught_by
 from metaflowmaps.work.config import override
 
 load_map = MetaFlowMap.from_pretrained
@@ -78,7 +78,7 @@ def test_the_network_may_be_taken_from_the_parent(interop_files, tmp_path):
     model = mfm.pretrained.load(interop_files / "sit_weights.safetensors", config={"heads": 4})
     model.save_pretrained(tmp_path / "sit")
     asked = recipe("latents")
-    taken = _like_parent(asked.model_copy(update={"parent": str(tmp_path / "sit")}))
+    taken = like_parent(asked.model_copy(update={"parent": str(tmp_path / "sit")}))
     network = taken.model.network
     assert (network.name, network.width, network.depth, network.num_classes) == ("dit", 48, 4, 10)
     assert network.guidance is True  # the recipe trains guided rows: the parent had no embedding of scales
@@ -132,7 +132,7 @@ def test_a_parents_mean_image_is_taken_over(tmp_path):
 
 def test_networks_that_say_nothing_of_guidance_and_other_perceptrons(tmp_path):
     asked = recipe("latents")
-    assert _like_parent(asked.model_copy(update={"parent": "digits"})).model.network.guidance is True
+    assert like_parent(asked.model_copy(update={"parent": "digits"})).model.network.guidance is True
     with torch.random.fork_rng(devices=[]):
         narrow = mfm.MetaFlowMap(
             DiTConfig(patch=2, width=16, depth=1, heads=2, encoder_depth=1, mlp_ratio=2.0).network((4, 8, 8)),
@@ -140,4 +140,4 @@ def test_networks_that_say_nothing_of_guidance_and_other_perceptrons(tmp_path):
             "plain",
         )
     narrow.save_pretrained(tmp_path / "narrow")
-    assert _like_parent(asked.model_copy(update={"parent": str(tmp_path / "narrow")})).model.network.mlp_ratio == 2.0
+    assert like_parent(asked.model_copy(update={"parent": str(tmp_path / "narrow")})).model.network.mlp_ratio == 2.0

@@ -29,6 +29,7 @@ COMMANDS = {  # as mfm --help lists them: name -> module
     "demo": "demo",
     "recipes": "recipes",
     "train": "train",
+    "distill": "distill",
     "sample": "sample",
     "posterior": "posterior",
     "advise": "advise",

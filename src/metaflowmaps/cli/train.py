@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -57,15 +57,40 @@ def run(config: Train, context: Context) -> Results:
         raise InputError(
             f"{config.recipe} needs a map, and trains none from nothing: mfm run {config.recipe} CHECKPOINT"
         )
+    return carried_out(Job("train", lambda: recipe(config.recipe, config.fast, config.data)), config.settings, context)
+
+
+class Job(NamedTuple):
+    """A training run to be resolved.
+
+    Args:
+        command: which asked for it.
+        make: its configuration, before settings.
+        check: refuses what cannot be trained as it was resolved.
+    """
+
+    command: str
+    make: Callable[[], TrainConfig | ClassifierConfig]
+    check: Callable[[Any], None] = lambda config: None
+
+
+def carried_out(job: Job, settings: tuple[str, ...], context: Context, parent: Any = None) -> Results:
+    """Resolve and train, or plan; several ranks of torchrun are one run.
+
+    Args:
+        job: of the run.
+        settings: --set.
+        context: what every command has.
+        parent: the model that teaches, where it is at hand.
+    """
     with ranks.session():
-        resolved = ranks.together(
-            lambda: resolve(recipe(config.recipe, config.fast, config.data), config.settings, context)
-        )
+        resolved = ranks.together(lambda: resolve(job.make(), settings, context))
         if not context.dry_run:
-            return train(resolved, context)
+            ranks.together(lambda: job.check(resolved))
+            return train(resolved, context, job.command, parent)
         torch.set_num_threads(resolved.threads)
         metrics = ranks.first(lambda: plan(resolved, pick_device(context.device)))
-        return context.plan("train", resolved.model_dump(), metrics)
+        return context.plan(job.command, resolved.model_dump(), metrics)
 
 
 def resolve(base: AnyConfig, settings: tuple[str, ...], context: Context) -> AnyConfig:
@@ -85,13 +110,22 @@ def resolve(base: AnyConfig, settings: tuple[str, ...], context: Context) -> Any
     return override(fitted(config), late) if isinstance(config, TrainConfig) else config
 
 
-def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
-    """Train; complete runs report, interrupted ones go on. In a session of several ranks, all must enter."""
+def train(
+    config: TrainConfig | ClassifierConfig, context: Context, command: str = "train", parent: Any = None
+) -> Results:
+    """Train; complete runs report, interrupted ones go on. In a session of several ranks, all must enter.
+
+    Args:
+        config: of the run.
+        context: what every command has.
+        command: which asked for it.
+        parent: the model that teaches, where it is at hand.
+    """
     target = ranks.together(lambda: pick_device(context.device))
     torch.set_num_threads(config.threads)
     # what cannot be built or divided among the ranks claims no directory
     parameters = ranks.together(lambda: _count(config))
-    request = Request(context, "train", config.model_dump(), Path("runs") / config.recipe)
+    request = Request(context, command, config.model_dump(), Path("runs") / config.recipe)
     done, out = ranks.first(lambda: (request.begin(), request.out))
     request.out = out  # the first rank has chosen it
     if done is not None:
@@ -106,7 +140,7 @@ def train(config: TrainConfig | ClassifierConfig, context: Context) -> Results:
     with training_progress(context.say) as report:
         if isinstance(config, TrainConfig):
             watch = Watch(report, _sampler(config, out), context.say)
-            result = run_training(config, out, device=target, resume=context.resume, watch=watch)
+            result = run_training(config, out, device=target, resume=context.resume, watch=watch, parent=parent)
         else:
             result = run_classifier_training(config, out, device=target, resume=context.resume, watch=Watch(report))
     return ranks.first(lambda: _finish(config, request, result, parameters, target))

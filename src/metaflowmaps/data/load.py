@@ -75,7 +75,7 @@ class Digits(ExampleSource):
         """The digits in two parts."""
         with np.load(DIGITS_FILE) as arrays:
             images, labels = torch.from_numpy(arrays["images"])[:, None], torch.from_numpy(arrays["labels"]).long()
-        kept, held = _shuffled_split(len(images), self.held(HELD_OUT_DIGITS, len(images)), self.limit)
+        kept, held = shuffled_split(len(images), self.held(HELD_OUT_DIGITS, len(images)), self.limit)
         return (
             ImageSet("digits", images[kept], labels[kept], DIGITS, top=16.0),
             ImageSet("digits", images[held], labels[held], DIGITS, top=16.0),
@@ -140,7 +140,7 @@ class Images(ExampleSource):
 
         pictures = open_pictures(self)
         held_out = self.held(max(1, len(pictures) // 10), len(pictures))
-        kept, held = _shuffled_split(len(pictures), held_out, self.limit)
+        kept, held = shuffled_split(len(pictures), held_out, self.limit)
         check_memory(pictures.path, pictures.shape, pictures.dtype.itemsize, len(kept), len(held))
 
         def part(index: Tensor) -> ImageSet:
@@ -170,10 +170,11 @@ class Latents(ExampleSource):
         if self.labels and not shards.class_names:
             raise InputError(f"{self.path} was encoded without classes: --set data.labels=false")
         held_out = self.held(max(1, min(HELD_OUT_LATENTS, len(shards) // 10)), len(shards))
-        kept, held = _shuffled_split(len(shards), held_out, self.limit)
+        kept, held = shuffled_split(len(shards), held_out, self.limit)
         return LatentSet(shards, kept), LatentSet(shards, held)
 
 
-def _shuffled_split(n: int, held: int, limit: int | None) -> tuple[Tensor, Tensor]:
+def shuffled_split(n: int, held: int, limit: int | None) -> tuple[Tensor, Tensor]:
+    """The indices kept, at most ``limit``, and held out, of n in an order that never changes."""
     order = torch.randperm(n, generator=stream(0, "data-split"))
     return order[held:][:limit], order[:held]

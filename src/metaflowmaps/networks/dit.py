@@ -76,6 +76,7 @@ class DiT(nn.Module):
     """
 
     rows_cost = True  # more than calls do
+    own_parts = ("context_", "early_b.", "late_a.", "late_b.", "guidance.")  # what no flow model without context has
     positions: Tensor
 
     def __init__(self, config: DiTConfig, event_shape: tuple[int, ...]) -> None:
@@ -147,8 +148,7 @@ class DiT(nn.Module):
 
     def parameters_of_parent(self) -> int:
         """Parameters of the flow map without context, one embedder of times for both: what DMF and SiT have."""
-        own = ("context_", "early_b.", "late_a.", "late_b.", "guidance.")
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(own))
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(self.own_parts))
 
     def _image(self, tokens: Tensor) -> Tensor:
         """(B, N, patch·patch·C), a token's numbers by row, column, channel -> (B, C, H, W)."""

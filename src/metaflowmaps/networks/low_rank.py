@@ -40,6 +40,19 @@ def add_low_rank(network: nn.Module, rank: int, generator: torch.Generator | Non
         parametrize.register_parametrization(module, "weight", factors)
 
 
+def adapt(network: nn.Module, rank: int, generator: torch.Generator | None = None) -> None:
+    """Factors beside frozen weights, as :func:`add_low_rank`, and whole what a flow model without context has not.
+
+    Args:
+        network: one that names these parts in ``own_parts``, as the transformer does.
+        rank: of the factors.
+        generator: of their first values.
+    """
+    add_low_rank(network, rank, generator)
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(weight.requires_grad or name.startswith(getattr(network, "own_parts", ())))
+
+
 def fold(network: nn.Module) -> None:
     """Ordinary weights again: W ← W + B A."""
     for module in network.modules():

@@ -178,6 +178,23 @@ class TrainConfig(RunConfig):
         return self.model.network.num_classes if self.model.network is not None else 0
 
 
+class DistillConfig(TrainConfig):
+    """A run whose teacher is a drift that somebody else has made."""
+
+    teacher: Literal["exact", "learned", "pretrained", "none"] = "pretrained"
+    low_rank: int = Field(0, ge=0)  # 0: all weights; else the parent's stay, beside factors of this rank and a context
+    check: bool = True  # refuse a parent whose predictions do not fit the data
+
+    @model_validator(mode="after")
+    def _adapter(self) -> "DistillConfig":
+        if self.low_rank and not self.start_from_drift:
+            raise ValueError(
+                "low_rank adapts the parent's own network: give a checkpoint of ours (mfm convert), or low_rank=0 for "
+                "a network of another kind, whose map is a network of its own"
+            )
+        return self
+
+
 class ClassifierConfig(RunConfig):
     """A classifier's whole run, on labelled images."""
 

@@ -7,11 +7,11 @@ checkpoint, such as ``mfm convert`` makes of published weights, and the map may 
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ from metaflowmaps.networks import (
     read_network,
 )
 from metaflowmaps.networks.compiling import compilable, use_compiled
+from metaflowmaps.networks.low_rank import adapt
 from metaflowmaps.path import make_path
+from metaflowmaps.random import stream
 from metaflowmaps.training.classifier_objective import ClassifierObjective
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import TrainResult, Watch, train
@@ -41,13 +43,17 @@ from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, ProcessTeacher, Teacher
 from metaflowmaps.training.train_config import (
     ClassifierConfig,
+    DistillConfig,
     RunConfig,
     TimesConfig,
     TrainConfig,
 )
 from metaflowmaps.work import ranks
+from metaflowmaps.work.choices import outside
 from metaflowmaps.work.config import differences, validated
 from metaflowmaps.work.own_code import named_by_a_file
+
+AnyTrainConfig = TypeVar("AnyTrainConfig", bound=TrainConfig)
 
 
 def build_map(config: TrainConfig) -> MetaFlowMap:
@@ -70,10 +76,10 @@ def build_map(config: TrainConfig) -> MetaFlowMap:
     return model
 
 
-def fitted(config: TrainConfig) -> TrainConfig:
+def fitted(config: AnyTrainConfig) -> AnyTrainConfig:
     """The configuration with what it leaves open measured on its images: shape, spread, network, classes."""
     if config.parent is not None and config.model.network is None:
-        config = _like_parent(config)
+        config = like_parent(config)
     if isinstance(config.data, ContextSource):
         return _reading(config, config.data)
     counted = bool(config.num_classes) or config.data.classes is not None
@@ -94,10 +100,10 @@ def fitted(config: TrainConfig) -> TrainConfig:
     if data.classes is None and not network.num_classes:
         network = network.model_copy(update={"num_classes": images.num_classes})
     model = model.model_copy(update={"network": network})
-    return validated(TrainConfig, {**config.model_dump(), "data": data, "model": model.model_dump()})
+    return validated(type(config), {**config.model_dump(), "data": data, "model": model.model_dump()})
 
 
-def _reading(config: TrainConfig, data: ContextSource) -> TrainConfig:
+def _reading(config: AnyTrainConfig, data: ContextSource) -> AnyTrainConfig:
     """The configuration with what the data decide of a network that reads observations."""
     network = config.model.network
     if not isinstance(network, ObservedConfig):
@@ -106,10 +112,14 @@ def _reading(config: TrainConfig, data: ContextSource) -> TrainConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"network": network})})
 
 
-def _like_parent(config: TrainConfig) -> TrainConfig:
-    """The configuration with the parent's path, parameterisation and network, and guidance where it is asked for."""
-    assert config.parent is not None
-    found = resolve_checkpoint(config.parent).config
+def like_parent(config: AnyTrainConfig, described: Mapping[str, Any] | None = None) -> AnyTrainConfig:
+    """The configuration with the parent's path, parameterisation and network, and guidance where it is asked for.
+
+    Args:
+        config: of the run.
+        described: the parent as ``MetaFlowMap.describe`` has it; None: as its checkpoint has it.
+    """
+    found = resolve_checkpoint(str(config.parent)).config if described is None else described
     network = read_network(found["network"])[0]
     network = network.model_copy(update={"guidance": network.guidance or config.condition.guided})
     model = {
@@ -119,7 +129,7 @@ def _like_parent(config: TrainConfig) -> TrainConfig:
         "data_std": found["data_std"],
         "network": network,
     }
-    return validated(TrainConfig, {**config.model_dump(), "model": model})
+    return validated(type(config), {**config.model_dump(), "model": model})
 
 
 def sized(event_shape: tuple[int, ...]) -> NetworkConfig:
@@ -237,6 +247,8 @@ def run_training(
         drift = run_training(drift_config(config), out / "drift", device=device, watch=told)
         seconds_before = drift.seconds
         teacher = _learned_teacher(config, model, device, drift.checkpoint)
+    if isinstance(config, DistillConfig) and config.low_rank:
+        adapt(model.network, config.low_rank, stream(config.seed, "low-rank"))
     start = starting_point(config, out, resume)
     config = config.model_copy(update={"stream": stream_of(config, device, start)})
     objective = build_objective(config, teacher)
@@ -261,12 +273,33 @@ def _pretrained_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.d
     name = config.parent
     assert name is not None, "TrainConfig refuses teacher=pretrained without a parent"
     if parent is None:
-        parent = ranks.together(lambda: MetaFlowMap.from_pretrained(name)).to(device).requires_grad_(False)
+        parent = ranks.together(lambda: open_parent(name))
+    if isinstance(parent, nn.Module):
+        parent = parent.to(device)
     teacher = ranks.together(lambda: taught_by(parent, config))
     compile_teacher(parent, config, device)
     if config.start_from_drift:
         ranks.together(lambda: inherit(model, parent))
     return teacher
+
+
+def open_parent(name: str) -> Any:
+    """The model whose drift teaches: a checkpoint's map, or what ``file.py:make`` makes, such as ``mfm.wrap``."""
+    if ":" not in name:
+        return MetaFlowMap.from_pretrained(name).requires_grad_(False)
+    made = outside(name)
+    if isinstance(made, type) or not hasattr(made, "drift"):
+        try:
+            made = made()
+        except TypeError as error:
+            raise InputError(f"{name} must be a function without arguments that returns a model ({error})") from error
+    if isinstance(made, nn.Module):
+        made.requires_grad_(False)
+    if not all(hasattr(made, part) for part in ("path", "drift")):
+        raise InputError(
+            f"{name} makes a {type(made).__name__}, which has no path and drift: return mfm.wrap(network, …)"
+        )
+    return made
 
 
 def _learned_teacher(config: TrainConfig, model: MetaFlowMap, device: torch.device | str, drift: Path) -> Teacher:
