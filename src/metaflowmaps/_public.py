@@ -12,6 +12,7 @@ from metaflowmaps.context import Context
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.forecast import observation_gradient, roll
+from metaflowmaps.interop.clipping import DynamicThreshold
 from metaflowmaps.interop.foreign import ForeignModel, wrap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath, Path, TrigonometricPath, glass_drift
@@ -90,6 +91,29 @@ def finetune(
     return tune(model, reward, str(out), device=device, **settings)
 
 
+def distill(model: Any, data: Any, out: str | PathLike[str], /, device: str = "cpu", **settings: Any) -> MetaFlowMap:
+    """A meta flow map of a model's drift, trained in the directory ``out``: one-step draws of its posteriors.
+
+    Interrupted, the same call goes on from ``out``; finished, it returns what is there.
+
+    Args:
+        model: what has a path and a drift: ``mfm.wrap`` makes it of any network, and a MetaFlowMap (published weights
+            among them) is one, whose network the map then takes over.
+        data: what the model was trained on, or is like it: a folder of pictures or latents, an .npy, a tensor
+            (n, *event), which is kept in ``out``, or a data source.
+        out: the directory of the run.
+        device: where it trains.
+        settings: those of ``mfm distill --set``, groups as dictionaries: ``steps=3000, batch_size=256, low_rank=8,
+            optimizer={"lr": 3e-4}, model={"network": {"name": "mlp", "width": 256}}, check=False``.
+
+    Returns:
+        The map, on ``device``.
+    """
+    from metaflowmaps.training import distillation  # what trains is loaded by those who train
+
+    return distillation.distill(model, data, out, device, **settings)
+
+
 __all__ = [
     "DPS",
     "IMAGES",
@@ -103,6 +127,7 @@ __all__ = [
     "Anneal",
     "BestOfN",
     "Context",
+    "DynamicThreshold",
     "Exact",
     "ExactModel",
     "ExactPosterior",
@@ -129,6 +154,7 @@ __all__ = [
     "ValueEstimate",
     "WeightedPosterior",
     "advise",
+    "distill",
     "finetune",
     "from_diffusers",
     "glass_drift",

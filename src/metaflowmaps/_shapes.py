@@ -172,6 +172,25 @@ def repeat_cond(cond: Cond, copies: int) -> Cond:
     return None if cond is None else {name: value.repeat(copies, *_ones(value)) for name, value in cond.items()}
 
 
+def mask_over(mask: Any, x: Tensor) -> Tensor:
+    """The mask of padded samples, 1 where a sample is, shaped to multiply them.
+
+    Args:
+        mask: (B, *event) or its first dimensions, of zeros and ones.
+        x: (B, *event).
+    """
+    leading = isinstance(mask, Tensor) and mask.ndim <= x.ndim and mask.shape == x.shape[: mask.ndim] and mask.ndim > 1
+    if not leading:
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            f"condition 'mask' must be a tensor of shape {tuple(x.shape)} or its first dimensions, got {given}"
+        )
+    if not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("condition 'mask' must hold 0 (padding) and 1 (a sample's own)")
+    kept: Tensor = mask.to(x)
+    return kept.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+
+
 def repeat_rows(x: Tensor, copies: int) -> Tensor:
     """``copies`` copies of a batch, stacked block by block: (B, …) -> (copies · B, …)."""
     return x.repeat(copies, *_ones(x))

@@ -37,7 +37,12 @@ def _digest(*name: str | float) -> bytes:
 
 
 class RowNoise:
-    """A stream a row: what row i is given depends on (seeds[i], *name, how often it was asked before) alone."""
+    """A stream a row: what row i is given depends on (seeds[i], *name, how often it was asked before) alone.
+
+    With ``mask`` (B, *event) normals are 0 where it is: padded samples get no noise there.
+    """
+
+    mask: Tensor | None = None
 
     def __init__(self, seeds: Tensor, *name: str | float) -> None:
         self.seeds, self.name, self.asked = seeds, name, 0
@@ -72,7 +77,11 @@ class RowNoise:
         out = torch.empty(*words.shape[:2], 2 * pairs, dtype=u.dtype, device=u.device)
         torch.mul(radius, angle.cos(), out=out[..., :pairs])
         torch.mul(radius, angle.sin_(), out=out[..., pairs:])
-        return self._shaped(out[..., :size], event_shape, draws).to(dtype)
+        return self.masked(self._shaped(out[..., :size], event_shape, draws).to(dtype))
+
+    def masked(self, normals: Tensor) -> Tensor:
+        """Normals (…, B, *event) with 0 where rows are padded."""
+        return normals if self.mask is None else normals * self.mask.to(normals)
 
     def uniform(
         self, event_shape: tuple[int, ...] = (), draws: int | None = None, dtype: torch.dtype = torch.float32
@@ -243,6 +252,6 @@ def noise(
         points = torch.quasirandom.SobolEngine(dim).draw(num_draws, dtype=torch.float64)
         shift = rand((len(like), dim), generator, torch.float64, "cpu")
         uniform = (points[:, None] + shift).remainder(1.0).clamp(1e-12, 1 - 1e-12)
-        normal: Tensor = torch.special.ndtri(uniform)
-        return normal.reshape(shape).to(like)
+        normal: Tensor = torch.special.ndtri(uniform).reshape(shape).to(like)
+        return generator.masked(normal) if isinstance(generator, RowNoise) else normal
     raise unknown("noise", kind, NOISES)

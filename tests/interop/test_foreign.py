@@ -108,7 +108,7 @@ def test_a_wrong_convention_is_another_drift():
     x, t = torch.randn(5, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64), 0.3
     right = LAW.drift(mfm.LinearPath(), t, x)
     reversed_time = mfm.wrap(network("velocity", "linear", "data-at-0"), "velocity", "data-at-1", event_shape=(2,))
-    other_kind = mfm.wrap(network("noise", "linear", "data-at-1"), "data", "data-at-1", event_shape=(2,))
+    other_kind = mfm.wrap(network("noise", "linear", "data-at-1"), "data", "data-at-1", "linear", event_shape=(2,))
     for wrong in (reversed_time, other_kind):
         assert (wrong.drift(t, x) - right).abs().max() > 0.3
 

@@ -16,6 +16,10 @@ and from its prediction f at (y, clock) follow the posterior means E = E[ε | x]
 
 and the drift ``b_t(x) = α̇_t E + β̇_t D``, without a division by α or β of ours. Where a form divides by a (data), by b
 (noise), or is infinite at both ends (score), the weights are held at 1e-3 or more: no network is trained beyond.
+
+**Padding.** Samples of unlike sizes lie in one event shape, padded, with a ``mask`` in ``cond``, (B, *event) or its
+first dimensions, that is 1 where a sample is. What is padded is data that are always 0: there D = 0 and E = x/α, and
+the network sees 0. It is handed the mask where it has such an argument.
 """
 
 import inspect
@@ -26,9 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import Cond, Time, batch_time, check_count, check_state, check_time, expand_time
+from metaflowmaps._shapes import Cond, Time, batch_time, check_count, check_state, check_time, expand_time, mask_over
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.flow_map import CONDITIONS
+from metaflowmaps.interop.clipping import Clip, clip_of
 from metaflowmaps.interop.schedules import Schedule, View, schedule_of
 from metaflowmaps.path import LinearPath, Path
 from metaflowmaps.posterior import GlassPosterior
@@ -36,7 +40,10 @@ from metaflowmaps.random import randn
 from metaflowmaps.sampling import integrate, uniform_grid
 
 TIMES = ("data-at-1", "data-at-0")
+CONDITIONS = ("guidance", "label", "mask")
+KINDS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}  # as schedulers of diffusers call predictions
 SMALLEST_WEIGHT = 1e-3
+TINY = 1e-12
 GLASS_STEPS = 30
 LABELS = ("label", "class_labels", "y", "labels")  # what networks call the class that they are given
 
@@ -88,10 +95,13 @@ class _Network(nn.Module):
         self.network, self.scale, self.fixed = network, scale, fixed
         self.named_clock = _takes(network, "timestep")  # in diffusers it is not always the second
         self.label = next((name for name in LABELS if _takes(network, name)), LABELS[0])
+        self.takes_mask = _takes(network, "mask")
 
-    def forward(self, y: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, y: Tensor, clock: Tensor, label: Tensor | None, mask: Tensor | None = None) -> Tensor:
         own = next((p.dtype for p in self.parameters() if p.is_floating_point()), y.dtype)
         named = {} if label is None else {self.label: label}
+        if mask is not None and self.takes_mask:
+            named["mask"] = mask
         named |= {name: _rows(value, len(y)) for name, value in self.fixed.items()}
         clock = clock * self.scale
         if self.named_clock:  # which embeds it in float32
@@ -145,6 +155,7 @@ class ForeignModel(nn.Module):
         schedule: how its clock and its noise are ours.
         event_shape: the shape of one sample; None where it is not known.
         num_classes: how many classes it knows; the number itself is the null class.
+        clip: holds the predicted data in their range; None leaves them.
     """
 
     def __init__(
@@ -154,8 +165,10 @@ class ForeignModel(nn.Module):
         schedule: Schedule,
         event_shape: tuple[int, ...] | None,
         num_classes: int,
+        clip: Clip | None = None,
     ) -> None:
         super().__init__()
+        self.clip = clip
         self.network, self.prediction, self.schedule = network, prediction, schedule
         self.path: Path = LinearPath()
         self.num_classes, self._event_shape = num_classes, event_shape
@@ -190,7 +203,7 @@ class ForeignModel(nn.Module):
         Args:
             t: A number, or (B,).
             x: (B, *event).
-            cond: "label" (B,) and "guidance" (B,), or None.
+            cond: "label" (B,), "guidance" (B,) and "mask" (B, …), or None.
 
         Returns:
             (B, *event).
@@ -199,10 +212,10 @@ class ForeignModel(nn.Module):
         check_time(t)
         given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # weights need more than eight bits
         label, scale = self._conditions(cond, x)
-        times = batch_time(t, x)
-        out = self._drift(times, x, label)
+        times, mask = batch_time(t, x), (cond or {}).get("mask")
+        out = self._drift(times, x, label, mask)
         if scale is not None and not bool((scale == 1).all()):
-            null = self._drift(times, x, torch.full_like(label, self.num_classes) if label is not None else None)
+            null = self._drift(times, x, None if label is None else torch.full_like(label, self.num_classes), mask)
             out = null + expand_time(scale, x) * (out - null)
         return out.to(given)
 
@@ -216,7 +229,8 @@ class ForeignModel(nn.Module):
         cond: Cond = None,
     ) -> Tensor:
         """Draws from p_{1|t}(· | x_t) by the drift's GLASS ODE, of ``steps`` evaluations: (num_draws, B, *event)."""
-        return GlassPosterior(self.path, self.drift, steps).draw(t, x_t, num_draws, generator, cond)
+        draws = GlassPosterior(self.path, self.drift, steps).draw(t, x_t, num_draws, generator, cond)
+        return _masked(draws, cond)
 
     @torch.no_grad()
     def generate(
@@ -225,10 +239,34 @@ class ForeignModel(nn.Module):
         """Samples by the ODE of the drift, in Euler steps: (n, *event)."""
         check_count(n, "n")
         noise = randn((n, *self.event_shape), generator, self.dtype, self.device)
-        return integrate(lambda t, x: self.drift(t, x, cond), noise, uniform_grid(steps))
+        return _masked(integrate(lambda t, x: self.drift(t, x, cond), noise, uniform_grid(steps)), cond)
 
-    def means(self, t: Tensor, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def check(self, data: Tensor | None = None, cond: Cond = None) -> str | None:
+        """What looks wrong in the convention that the network was wrapped in, in one line; None where nothing does.
+
+        Some twenty evaluations of each example (:mod:`metaflowmaps.interop.check`).
+
+        Args:
+            data: (n, *event), some dozens of examples like those of its training; None: samples of its own, which
+                tell less.
+            cond: conditions of these examples.
+        """
+        from metaflowmaps.interop.check import looks_wrong
+
+        return looks_wrong(self, data, cond)
+
+    def means(
+        self, t: Tensor, x: Tensor, label: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """E[ε | x] and E[x_1 | x] at t (B,) and x (B, *event)."""
+        if mask is not None:
+            kept = mask_over(mask, x)
+            noise, data = self._means(t, x * kept, label, mask)
+            padding = x * (1 - kept) / expand_time(self.path.alpha(t).clamp_min(TINY), x)
+            return noise * kept + padding, data * kept
+        return self._means(t, x, label)
+
+    def _means(self, t: Tensor, x: Tensor, label: Tensor | None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         alpha, beta = self.path.alpha(t), self.path.beta(t)
         length = (alpha**2 + beta**2).sqrt()
         alpha, beta = alpha / length, beta / length
@@ -238,10 +276,14 @@ class ForeignModel(nn.Module):
             beta = beta.clamp_min(SMALLEST_WEIGHT)
         view = self.schedule.at(alpha, beta).over(x)
         y = x * (view.a**2 + view.b**2).sqrt() / expand_time(length, x)
-        return self.prediction.means(y, self.network(y, view.clock, label), view)
+        noise, data = self.prediction.means(y, self.network(y, view.clock, label, mask), view)
+        if self.clip is None:
+            return noise, data
+        data = self.clip(data)
+        return (y - view.b * data) / view.a.clamp_min(SMALLEST_WEIGHT), data
 
-    def _drift(self, t: Tensor, x: Tensor, label: Tensor | None) -> Tensor:
-        noise, data = self.means(t, x, label)
+    def _drift(self, t: Tensor, x: Tensor, label: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        noise, data = self.means(t, x, label, mask)
         return expand_time(self.path.alpha_dot(t), x) * noise + expand_time(self.path.beta_dot(t), x) * data
 
     def _conditions(self, cond: Cond, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -249,7 +291,9 @@ class ForeignModel(nn.Module):
         for key, value in (cond or {}).items():
             if key not in CONDITIONS:
                 raise unknown("condition", key, CONDITIONS)
-            if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            if key == "mask":
+                mask_over(value, x)  # its shape
+            elif not isinstance(value, Tensor) or value.shape != x.shape[:1]:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(f"condition {key!r} must be a tensor of shape ({len(x)},), got {shown}")
         label, scale = (cond or {}).get("label"), (cond or {}).get("guidance")
@@ -267,15 +311,22 @@ class ForeignModel(nn.Module):
         return label, scale
 
 
+def _masked(x: Tensor, cond: Cond) -> Tensor:
+    """Samples (…, B, *event) with 0 where they are padded."""
+    mask = (cond or {}).get("mask")
+    return x if mask is None else x * mask_over(mask, x if len(mask) == len(x) else x[0])
+
+
 def wrap(
     network: Callable[..., Any],
     predicts: str = "velocity",
     time: str = "data-at-1",
-    schedule: Any = "linear",
+    schedule: Any = None,
     *,
     event_shape: tuple[int, ...] | None = None,
     num_classes: int = 0,
     time_scale: float = 1.0,
+    clip: Any = None,
     flow_map: Any = False,
     **fixed: Any,
 ) -> ForeignModel:
@@ -285,13 +336,15 @@ def wrap(
         network: ``network(x, time, …)``; networks of diffusers are called by their argument names.
         predicts: "velocity" (by the network's clock), "noise", "data", "score" or "v".
         time: The end at which its clock has the data, "data-at-1" or "data-at-0".
-        schedule: "linear", "trigonometric" or a path; "ddpm" (1,000 steps, β from 1e-4 to .02), other
+        schedule: How it mixes noise and data; a velocity's is "linear" where nothing is said, other predictions need
+            one. "linear", "trigonometric" or a path; "ddpm" (1,000 steps, β from 1e-4 to .02), other
             ``alphas_cumprod``, or what has them, such as a diffusers scheduler; "exploding" (the clock is σ), or
             ("exploding", largest σ).
         event_shape: The shape of one sample; may be left out for networks of diffusers, whose configuration has it.
         num_classes: How many classes it knows; the number itself is the null class. They are passed as the argument
             ``label``, ``class_labels``, ``y`` or ``labels`` that it has.
         time_scale: Multiplies the clock (1000 for the flow transformers of diffusers).
+        clip: Holds the predicted data in their range: c for [−c, c], (low, high), or ``mfm.DynamicThreshold()``.
         flow_map: For a network of two times, in place of predicts, time, schedule and time_scale: True where its
             arguments tell how it is called, an object of :mod:`metaflowmaps.interop.flow_maps`, such as
             ``MeanFlow(order="tr")``, or its name.
@@ -310,21 +363,30 @@ def wrap(
         raise unknown("time", time, TIMES)
     if not callable(network):
         raise InputError(f"network must be callable as network(x, time), got {type(network).__name__}")
-    chosen = schedule_of(schedule, time)
-    if predicts == "velocity" and not chosen.velocity:
-        raise InputError(
-            "a velocity is by a clock in [0, 1] on a path: for diffusion steps or σ, predicts='v' or 'noise'"
-        )
     if not isinstance(time_scale, int | float) or not math.isfinite(time_scale) or time_scale == 0:
         raise InputError(f"time_scale must be a finite number other than 0, got {time_scale}")
     if not isinstance(num_classes, int) or num_classes < 0:
         raise InputError(f"num_classes must be a whole number >= 0, got {num_classes!r}")
+    if schedule is None and predicts != "velocity":
+        raise InputError(
+            f"predicts={predicts!r} does not say how the network mixes noise and data: give schedule=, a diffusers "
+            "scheduler, 'ddpm', its alphas_cumprod, 'linear', 'trigonometric' or 'exploding'"
+        )
+    named = KINDS.get(str(getattr(getattr(schedule, "config", None), "prediction_type", None)), predicts)
+    if named != predicts:
+        raise InputError(f"this scheduler belongs to a network that predicts {named!r}: predicts={named!r}")
+    chosen = schedule_of("linear" if schedule is None else schedule, time)
+    if predicts == "velocity" and not chosen.velocity:
+        raise InputError(
+            "a velocity is by a clock in [0, 1] on a path: for diffusion steps or σ, predicts='v' or 'noise'"
+        )
     return ForeignModel(
         _Network(network, float(time_scale), fixed),
         PREDICTIONS[predicts],
         chosen,
         _event_shape(network) if event_shape is None else tuple(event_shape),
         num_classes,
+        clip_of(clip),
     )
 
 

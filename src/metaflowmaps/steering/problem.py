@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._shapes import Cond, Time, batch_time, repeat_cond
+from metaflowmaps._shapes import Cond, Time, batch_time, mask_over, repeat_cond, repeat_rows
 from metaflowmaps.cost import Meter
 from metaflowmaps.draws import DrawOptions, Draws, make_draws
 from metaflowmaps.errors import InputError
@@ -74,7 +74,16 @@ class SteeringProblem:
         key = (*name, rows)
         if key not in self._streams:
             self._streams[key] = RowNoise(copy_seeds(self.seeds, rows // len(self.seeds)), *name)
+            self._streams[key].mask = self._mask_of(rows)
         return self._streams[key]
+
+    def _mask_of(self, rows: int) -> Tensor | None:
+        """Where states are samples and not padding, (rows, *event); None where no condition says it."""
+        mask = (self.cond or {}).get("mask")
+        if mask is None or rows % len(mask):  # a stream of systems: no noise of states comes from it
+            return None
+        like = torch.empty(len(mask), *self.event_shape, dtype=self.dtype, device=self.device)
+        return repeat_rows(mask_over(mask, like).expand_as(like), rows // len(mask))
 
     def noise(self, name: str, rows: int) -> Tensor:
         """Standard normals for ``rows`` states: (rows, *event)."""
@@ -204,7 +213,8 @@ class _CountedReward:
         self._call: Callable[..., Tensor] = meter.counted(checked, "reward_calls", "reward_backwards")
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
-        return self._call(x, cond)
+        mask = (cond or {}).get("mask")
+        return self._call(x if mask is None else x * mask_over(mask, x), cond)
 
 
 def device_of(model: Any) -> torch.device:

@@ -95,6 +95,8 @@ class FlowMap(ForeignModel):
         label, scale = self._conditions(cond, x)
         if scale is not None and not bool((scale == 1).all()):
             raise InputError("a flow map has the guidance that it was trained with: leave cond['guidance'] out")
+        if "mask" in (cond or {}):
+            raise InputError("a flow map knows no padding: leave cond['mask'] out")
         s, u = batch_time(s, x), batch_time(u, x)
         if self.convention.to_data and bool((u != 1).any()):
             raise InputError("this network jumps to the data alone: u must be 1")
