@@ -31,5 +31,6 @@ BENCHMARKS = {
     "world-size": "world_size:main",
     "control": "control:main",
     "diffusers-families": "diffusers_families:main",
+    "weighted-posterior": "weighted_posterior:main",
 }
 """Name of a benchmark -> module of this package and function."""

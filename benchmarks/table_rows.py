@@ -480,6 +480,31 @@ VALUES = "Value of the reward margin, 200 draws, against rollouts"
 FREQUENCIES = "Class frequencies against w, 100 steps, costs a sample"
 RACE = "MFM-G with one draw against best-of-N"
 STEERING, SEEDS = "steering.json", "steering-seeds.json"
+
+
+def weighted_posterior(result: dict[str, Any]) -> Rows:
+    """Errors of means of 64 draws with the ESS, by proposal and time."""
+    rows = [
+        [law, name, cell["calls"],
+         *(f"{number(at['errors']['64'])} ({number(100 * at['ess_share'], 0)} %)" for at in cell["times"].values())]
+        for law, cells in result["laws"].items() for name, cell in cells.items()
+    ]  # fmt: skip
+    first = next(iter(next(iter(result["laws"].values())).values()))
+    return [["law", "draws", "calls a draw", *times(first["times"])], *rows]
+
+
+def weighted_by_draws(result: dict[str, Any]) -> Rows:
+    """Errors of the default by draws, and of exact ones."""
+    name = "mean noised to ratio 1, 2 nodes"
+    rows = [
+        [law, f"t = {t}", *numbers(at["errors"].values())]
+        for law, cells in result["laws"].items() for t, at in cells[name]["times"].items()
+    ]  # fmt: skip
+    counts = next(iter(next(iter(result["laws"].values()))[name]["times"].values()))["errors"]
+    exact = ["exact draws", "", *numbers(int(n) ** -0.5 for n in counts)]
+    return [["law", "time", *(f"N = {n}" for n in counts)], *rows, exact]
+
+
 TABLES = {
     "one-step": Table("fidelity.json", one_step),
     "fidelity": Table("fidelity.json", fidelity),
@@ -519,6 +544,8 @@ TABLES = {
     "world-size": Table("world-size.json", world_size),
     "diffusers-families": Table("diffusers-families.json", diffusers_families),
     "memory": Table("memory.json", memory),
+    "weighted-posterior": Table("weighted-posterior.json", weighted_posterior),
+    "weighted-by-draws": Table("weighted-posterior.json", weighted_by_draws),
     "memory-pipeline": Table("memory-pipeline.json", memory_pipeline),
     "control": Table("control.json", kept(DRIFTS, (0, 1, 2, 3, 11), (0, 3, 3, 3, 1))),
     "finetune-mixture": Table("finetune-mixture.json", kept(TUNED, tuple(range(7)), (0, 2, 3, 2, 3, 0, 0))),
