@@ -94,6 +94,7 @@ class MetaFlowMap(Pretrained):
     kind = "meta-flow-map"
     data_mean: Tensor
     guidance_law: GuidanceLaw | None = None
+    decoder_id: str | None = None  # the autoencoder of its latents, where a published family names one
     _told = False  # that a label was asked for at a scale that was never trained
 
     def __init__(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import metaflowmaps as mfm
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop import pretrained
+from metaflowmaps.interop.opening import pipeline_document
 from metaflowmaps.interop.pretrained.layout import reverse_time
 from metaflowmaps.networks.embed import sinusoid
 from metaflowmaps.path import LinearPath, glass_drift
@@ -32,6 +33,14 @@ def io(interop_files):
 
 def load(path, family="auto", **config):
     return pretrained.load(path, family, {**CONFIG, **config})
+
+
+def test_each_family_names_the_decoder_of_its_own_figures(files):
+    """The released map decodes by -mse, the others' figures are by -ema; it is what a conversion writes."""
+    for family, decoder in (("mfm", "mse"), ("dmf", "ema"), ("sit", "ema")):
+        model = load(files[family])
+        assert pipeline_document(model, ())["vae"] == f"stabilityai/sd-vae-ft-{decoder}"
+        assert pipeline_document(model, (), "mine")["vae"] == "mine"
 
 
 @torch.no_grad()

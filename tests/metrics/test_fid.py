@@ -65,6 +65,13 @@ def test_what_is_no_statistics_file_is_refused(tmp_path):
         frechet_distance(features(9), read_statistics(tmp_path / "three.npz"))
 
 
+def test_pickled_statistics_are_refused_with_the_way_to_convert(tmp_path):
+    file = tmp_path / "edm2.pkl"
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"numpy\.savez\('stats\.npz'"):
+        read_statistics(file)
+
+
 class _Extractor(torch.nn.Module):
     def __init__(self, name, features_list, feature_extractor_weights_path=None):
         super().__init__()

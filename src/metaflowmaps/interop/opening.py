@@ -32,7 +32,7 @@ def pipeline_document(
         names = "imagenet"
     document: dict[str, Any] = {"schema": 1, "guidance": guidance, "class_names": names}
     if vae is not None or is_latent(model):
-        document["vae"] = vae or SD_VAE
+        document["vae"] = vae or model.decoder_id or SD_VAE
     return document
 
 
@@ -54,7 +54,8 @@ def codec_of(
     if isinstance(vae, AutoencoderCodec):
         return vae
     known = stored(checkpoint)
-    place = vae or known.get("vae") or (SD_VAE if is_latent(model) else None)
+    usual = (model.decoder_id or SD_VAE) if is_latent(model) else None
+    place = vae or known.get("vae") or usual
     if place is None:
         return None
     own = None if vae is not None or checkpoint is None else beside(checkpoint, str(place))

@@ -19,7 +19,7 @@ from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig
 from metaflowmaps.training.train_config import OptimizerConfig
 
 REWARDS = ("pickscore", "hpsv2", "imagereward")
-PROMPT = "a photo of a {label}"
+PROMPT = "A high-quality, high-resolution photograph of a {label}."
 GUIDANCE = 2.5
 TaskConfig = FinetuneConfig | ImageEvalConfig
 

@@ -56,6 +56,11 @@ def read_statistics(path: str | Path) -> Moments:
     Returns:
         Mean (d,) and factor of the covariance.
     """
+    if Path(path).suffix in (".pkl", ".pickle"):
+        raise InputError(
+            f"{path} is a pickle, which may run anything when it is read: convert one that you trust, such as EDM2's, "
+            "with d = pickle.load(open(FILE, 'rb'))['fid']; numpy.savez('stats.npz', mu=d['mu'], sigma=d['sigma'])"
+        )
     try:
         check_regular(Path(path))
         with np.load(path) as file:

@@ -152,7 +152,7 @@ def _filled(path: str | Path, kind: Family, weights: Weights, given: Mapping[str
         raise InputError(f"{path}: {error}") from None
     fill(network, kind, weights)
     model = MetaFlowMap(network, LinearPath(), "plain").eval()
-    model.guidance_law = law
+    model.guidance_law, model.decoder_id = law, kind.decoder
     return model
 
 

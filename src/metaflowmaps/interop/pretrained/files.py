@@ -22,7 +22,11 @@ from metaflowmaps.errors import InputError
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLED)
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
-HUB_FILES = {"adh1s/mfm": "mfm-xl2.pt", "kyungmnlee/DMF": "dmf_xl_2_256.pt"}  # what to take where no file is named
+HUB_FILES = {  # what to take where no file is named
+    "adh1s/mfm": "mfm-xl2.pt",
+    "kyungmnlee/DMF": "dmf_xl_2_256.pt",
+    "nyu-visionx/SiT-collections": "SiT-XL-2-256.pt",
+}
 NESTED = ("ema", "model_ema", "state_dict", "model", "module", "net")  # the averaged weights first
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.", "net.", "dit.")
 

@@ -61,6 +61,7 @@ class Family(NamedTuple):
     head_norms: bool = False
     harmless: tuple[str, ...] = ()  # beginnings of keys that training leaves in the file and the map does not use
     law: GuidanceLaw = PLAIN  # what it gives for a label
+    decoder: str = "stabilityai/sd-vae-ft-ema"  # the autoencoder that its own figures are decoded by
     marks: str = ""  # the beginning of keys by which the layout is told from one with the same network
 
     def leaves_out(self, key: str) -> bool:

@@ -26,4 +26,5 @@ MFM = Family(
     guidance=True,
     harmless=("latents_scale", "latents_bias"),  # of its autoencoder, registered beside the network
     law=RELEASED_MFM,
+    decoder="stabilityai/sd-vae-ft-mse",
 )
