@@ -187,6 +187,8 @@ def test_the_arguments_tell_and_labels_go_along():
     assert torch.equal(model.jump(0.0, 0.5, x)[:, 0], torch.tensor([-1.5, -1.5]))  # the null class
     with pytest.raises(InputError, match="trained with"):
         model.jump(0.0, 0.5, x, {**cond, "guidance": torch.full((2,), 2.0)})
+    with pytest.raises(InputError, match="whole samples"):
+        model.jump(0.0, 0.5, x, {"mask": torch.ones(2, 2)})
 
 
 def test_a_convention_of_ones_own():

@@ -91,6 +91,8 @@ class FlowMap(ForeignModel):
         check_time(s, "s")
         check_time(u, "u")
         check_order(s, u)
+        if "mask" in (cond or {}):
+            raise InputError("a flow map jumps whole samples: leave cond['mask'] out")
         given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         label, scale = self._conditions(cond, x)
         if scale is not None and not bool((scale == 1).all()):
