@@ -109,9 +109,10 @@ def diffusers_families(result: dict[str, Any]) -> Rows:
     """Differences from the pipelines' own samples; what methods gain and cost."""
     rows = []
     for name, family in result["families"].items():
-        errors = [f"{family[key]:.0e}".replace("e-0", "e−").replace("0e+00", "0") for key in ("own", "pictures")]
+        errors = [f"{family[key]:.0e}".replace("e-", "e−") for key in ("own", "pictures", "gradient")]
+        errors = ["0" if error == "0e+00" else error.replace("−0", "−") for error in errors]
         gained = [f"{cell['gain']:+.2f} ({cell['calls']:.0f})" for cell in family["methods"].values()]
-        rows.append([name, *errors, f"{family['gradient']:.0e}".replace("e-0", "e−").replace("e-", "e−"), *gained])
+        rows.append([name, *errors, *(cell.replace("-", "−") for cell in gained)])
     methods = next(iter(result["families"].values()))["methods"]
     return [["family", "latents − own", "pictures − own", "decoder's gradient", *methods], *rows]
 

@@ -118,12 +118,10 @@ def test_methods_steer_every_family(name, method):
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize("method", [mfm.Glass(num_draws=16, glass_steps=4), mfm.SMC(num_draws=4, particles=8)])
 @pytest.mark.parametrize("name", ["SD3", "FLUX.1", "SD1.5", "Wan 2.2"])
-def test_draws_raise_the_reward(name, method):
+def test_draws_raise_the_reward(name):
     arguments = call_of(name, "plain", rows=1) | {"num_images_per_prompt": 8, "seed": 5, "output_type": "latent"}
-    arguments |= {"num_inference_steps": 8}
-    made = opened(name).steer(reward=brightness, method=method, **arguments)
     base = opened(name).steer(reward=brightness, method=mfm.BestOfN(n=1), **arguments)
-    # e^r is met by draws: the mean rises by about the reward's variance, here beyond two errors of a mean of eight
-    assert float(made.rewards.mean() - base.rewards.mean()) > 2 * float(base.rewards.std()) / 8**0.5
+    made = opened(name).steer(reward=brightness, method=mfm.Glass(num_draws=16, glass_steps=2), **arguments)
+    # every sample moves towards its own better draws: nearly all of eight rise, where chance would lift four
+    assert int((made.rewards > base.rewards).sum()) >= 7
