@@ -13,7 +13,7 @@ from metaflowmaps.context import ordered
 from metaflowmaps.errors import InputError
 from metaflowmaps.laws.processes import integrated_brownian, ornstein_uhlenbeck, two_ornstein_uhlenbecks
 from metaflowmaps.metrics.two_sample import two_sample_test
-from metaflowmaps.networks import MLPConfig, ObservedConfig
+from metaflowmaps.networks import DiTConfig, MLPConfig, ObservedConfig, UNetConfig
 from metaflowmaps.random import stream
 from metaflowmaps.training.teachers import ProcessTeacher
 
@@ -234,3 +234,30 @@ def test_observations_are_read_by_time_and_those_that_are_none_last():
     held = ordered(seen([1.0, 2.0, 3.0], [2.0, 0.0, 1.0], mask=torch.tensor([True, True, False])).conditions(), 4)
     assert held.values[0, :, 0].tolist() == [2.0, 1.0, 0.0, 0.0]
     assert held.mask.tolist() == [[True, True, False, False]]
+
+
+BODIES = {
+    "mlp": MLPConfig(width=16, depth=2),
+    "unet": UNetConfig(width=8, multipliers=(1, 1), blocks=1),
+    "dit": DiTConfig(width=16, depth=2, heads=2),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_frames_are_observations_too(body):
+    model = small_map(awake=True, event=(1, 8, 8), body=BODIES[body])
+    frames, times = normal(2, 3, 1, 8, 8, dtype=torch.float32), torch.tensor([0.0, 1.0, 2.0])
+    draws = drawn(model, mfm.Context(frames, times, query=2.5), 2)
+    assert draws.shape == (2, 2, 1, 8, 8)
+    # each of them matters, in any order, and what is masked does not
+    turned = mfm.Context(frames.flip(1), times.flip(0), query=2.5)
+    assert torch.equal(draws, drawn(model, turned, 2))
+    for place in range(3):
+        other = frames.clone()
+        other[:, place] += 1
+        assert not torch.equal(draws, drawn(model, mfm.Context(other, times, query=2.5), 2))
+        mask = torch.arange(3) != place
+        kept = drawn(model, mfm.Context(other, times, mask, 2.5), 2)
+        assert torch.equal(kept, drawn(model, mfm.Context(frames, times, mask, 2.5), 2))
+    with pytest.raises(InputError, match="channels for 4"):
+        drawn(model, mfm.Context(normal(2, 5, 1, 8, 8, dtype=torch.float32), torch.arange(5.0) / 2, query=2.5))

@@ -64,6 +64,10 @@ class DiTConfig(NetworkConfig):
         """A :class:`DiT` on square images or latents of this shape."""
         return DiT(self, event_shape)
 
+    def reader(self, event_shape: tuple[int, ...], summary: int, frames: int) -> nn.Module:
+        """A :class:`DiT` with observations as tokens of patches, their summary beside the times."""
+        return DiT(self, event_shape, summary, frames)
+
     def shallow(self) -> "DiTConfig":
         """Two blocks compile what all of them do."""
         return self.model_copy(update={"depth": 2, "encoder_depth": 1})
@@ -79,7 +83,7 @@ class DiT(nn.Module):
     own_parts = ("context_", "early_b.", "late_a.", "late_b.", "guidance.")  # what no flow model without context has
     positions: Tensor
 
-    def __init__(self, config: DiTConfig, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, config: DiTConfig, event_shape: tuple[int, ...], summary: int = 0, frames: int = 0) -> None:
         super().__init__()
         channels, size = image_shape(event_shape, config.name)
         if config.encoder_depth is None:
@@ -100,6 +104,8 @@ class DiT(nn.Module):
         self.labels = make_labels(config.num_classes, width)
         self.guidance = make_guidance(config.guidance, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.summary = silenced(nn.Linear(summary, width)) if summary else None
+        self.frames = silenced(nn.Conv2d(frames, width, patch, patch)) if frames else None
         self.final = FinalLayer(width, patch * patch * channels)
         nn.init.xavier_uniform_(self.state_patches.weight.flatten(1))
 
@@ -112,13 +118,19 @@ class DiT(nn.Module):
         context_time: Tensor,
         label: Tensor | None = None,
         guidance: Tensor | None = None,
+        summary: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]."""
+        """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]; summary and frames where it was made to read them."""
         with unrounded(z, a, b, context, context_time) as (z, a, b, context, context_time):
             shared = self.context_time(context_time)
             shift, scale = self.context_gate(shared).chunk(2, 1)
             x = _tokens(self.state_patches(z)) + self.positions
             x = x + modulate(_tokens(self.context_patches(context)), shift, scale)
+            if self.frames is not None and frames is not None:
+                x = x + _tokens(self.frames(frames.to(x)))
+            if self.summary is not None and summary is not None:
+                shared = shared + self.summary(summary.to(shared))
             if self.labels is not None:
                 shared = shared + self.labels(label)
             early = self.early_a(a) + self.early_b(b) + shared + embed_guidance(self.guidance, guidance)

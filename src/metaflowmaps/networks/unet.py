@@ -51,6 +51,10 @@ class UNetConfig(NetworkConfig):
         """A :class:`UNet` on square images of this shape."""
         return UNet(self, event_shape)
 
+    def reader(self, event_shape: tuple[int, ...], summary: int, frames: int) -> nn.Module:
+        """A :class:`UNet` with observations as channels, their summary beside the times."""
+        return UNet(self, event_shape, summary, frames)
+
 
 class UNet(Compilable):
     """``blocks`` residual blocks each way at each level, of ``width · multipliers[i]`` channels; levels halve the size.
@@ -60,7 +64,7 @@ class UNet(Compilable):
     torch's global generator.
     """
 
-    def __init__(self, config: UNetConfig, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, config: UNetConfig, event_shape: tuple[int, ...], summary: int = 0, frames: int = 0) -> None:
         super().__init__()
         channels, size = image_shape(event_shape, config.name)
         sizes = _levels(config.multipliers, size)
@@ -83,12 +87,13 @@ class UNet(Compilable):
             return ResolutionLevel(ResidualBlock(c, n, embedding, attends, config.dropout) for c in inputs)
 
         widths = [width * m for m in config.multipliers]
-        self.enter = Conv(2 * channels + 1, widths[0], 3)
+        self.enter = Conv(2 * channels + frames + 1, widths[0], 3)
         self.down = nn.ModuleList(level(i, widths[max(i - 1, 0)]) for i in range(len(widths)))
         # what comes from below is joined by the level's own state; at the bottom there is nothing below
         joined = [c + n for c, n in zip(widths[1:], widths, strict=False)] + [widths[-1]]
         self.up = nn.ModuleList(level(i, first) for i, first in enumerate(joined))
         self.leave = silenced(nn.Conv2d(widths[0], channels, 3, padding=1))
+        self.summary = silenced(nn.Linear(summary, embedding)) if summary else None
 
     def forward(
         self,
@@ -99,17 +104,21 @@ class UNet(Compilable):
         context_time: Tensor,
         label: Tensor | None = None,
         guidance: Tensor | None = None,
+        summary: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]."""
+        """(B, C, H, W) -> (B, C, H, W), times (B,) in [0, 1]; summary and frames where it was made to read them."""
         e = self.embed_times(self.times(torch.stack([a, b, context_time], 1)))
         e = e + embed_guidance(self.guidance, guidance)
         if self.labels is not None:
             e = e + self.labels(label)
-        e = self.embed(e)
-        return self.run(torch.cat([z, context, torch.ones_like(z[:, :1])], 1), e)
+        if self.summary is not None:
+            e = e + self.summary(summary)
+        e, observed = self.embed(e), [] if frames is None else [frames]
+        return self.run(torch.cat([z, context, *observed, torch.ones_like(z[:, :1])], 1), e)
 
     def core(self, *inputs: Tensor) -> Tensor:
-        """(B, 2·C + 1, H, W), (B, embedding) -> (B, C, H, W)."""
+        """(B, inputs, H, W), (B, embedding) -> (B, C, H, W)."""
         x, e = inputs
         x = self.enter(x)
         states = []
