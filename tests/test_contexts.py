@@ -61,6 +61,16 @@ def test_a_masked_observation_changes_no_bit():
     assert torch.equal(plain, drawn(model, seen([0.5, math.nan, -1.0], [0.0, 0.5, 1.0], mask="finite")))
 
 
+def test_empty_places_are_seen_by_nobody():
+    encoder, query = small_map(awake=True).network.encoder, torch.tensor([2.0])
+    given = seen([0.5, -1.0], [0.0, 1.0]).conditions()
+    one, other = (
+        encoder(ordered(given, length), query, torch.zeros(1, 1), torch.ones(1), torch.tensor([0.0, 3.0]))
+        for length in (2, 7)
+    )
+    torch.testing.assert_close(one, other)  # sums of another length round otherwise
+
+
 def test_what_was_observed_matters():
     model = small_map(awake=True)
     plain = drawn(model, seen([0.5, -1.0], [0.0, 1.0]))

@@ -12,6 +12,7 @@ from metaflowmaps.laws.processes import (
     ProcessMixture,
     autoregressive,
     brownian,
+    conditioned,
     integrated_brownian,
     ornstein_uhlenbeck,
     two_ornstein_uhlenbecks,
@@ -117,6 +118,15 @@ def test_a_masked_observation_changes_no_bit_of_a_posterior():
     assert torch.equal(plain.means, masked.means)
     assert torch.equal(plain.weights, masked.weights)
     assert torch.equal(plain.variance, masked.variance)
+
+
+def test_whatever_stands_where_nothing_was_seen_has_no_part_in_conditioning():
+    among, across = torch.eye(3, dtype=F64)[None] + 0.5, torch.tensor([[0.3, 0.2, 0.7]], dtype=F64)
+    residual, mask = torch.tensor([[[1.0], [2.0], [9.0]]], dtype=F64), torch.tensor([[True, True, False]])
+    variance = torch.ones(1, dtype=F64)
+    full = conditioned(among[:, :2, :2], across[:, :2], variance, residual[:, :2], mask[:, :2])
+    for part, other in zip(conditioned(among, across, variance, residual, mask), full, strict=True):
+        torch.testing.assert_close(part, other)
 
 
 def test_posteriors_of_processes_are_differentiable_in_what_was_seen():

@@ -45,6 +45,14 @@ def test_the_latest_observations_follow_each_other_up_to_the_lead():
     assert set(steps.tolist()) == {0.5}
 
 
+@pytest.mark.parametrize("place", ["before", "latest"])
+def test_no_context_has_fewer_observations_than_asked_for(place):
+    paths = counting(place=place, lead=3, least=2, window=6)
+    paths.values[:, 4] = torch.nan
+    mask = drawn(paths)[3]
+    assert set(mask.sum(1).tolist()) <= {2, 3, 4}
+
+
 def test_a_window_holds_the_whole_context():
     _, _, times, mask, query = drawn(counting(window=3))
     far = (times - query[:, None]).abs()[mask]

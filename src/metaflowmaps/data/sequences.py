@@ -83,11 +83,17 @@ class Paths:
 
     @cached_property
     def targets(self) -> Tensor:
-        """The (path, place) pairs that a context may ask for, (k, 2)."""
-        first = max(self.first_target, 0 if self.law.place == "any" else self.law.least)
-        found = self.seen[:, first:].nonzero() + torch.tensor([0, first])
+        """The (path, place) pairs that a context may ask for, (k, 2): those with as many observations as it takes."""
+        law, place = self.law, torch.arange(self.values.shape[1])
+        before = torch.cat([torch.zeros(len(self), 1).long(), self.seen.cumsum(1)], 1)  # how many were seen till then
+        if law.place == "any":
+            held = (before[:, -1:] - 1).expand_as(self.seen)
+        else:
+            end = (place + 1 - (law.lead if law.place == "latest" else 1)).clamp_min(0)
+            held = before[:, end] - before[:, torch.minimum((place - self.window + 1).clamp_min(0), end)]
+        found = (self.seen & (held >= law.least) & (place >= self.first_target)).nonzero()
         if not len(found):
-            raise InputError(f"no path was seen after {first} times: lower data.contexts.least")
+            raise InputError(f"no path was seen {law.least} times before another: lower data.contexts.least")
         return found
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -100,7 +106,8 @@ class Paths:
         path, asked = self.targets[torch.randint(len(self.targets), (n,), generator=generator)].unbind(1)
         count = torch.randint(law.least, law.most + 1, (n,), generator=generator)
         lowest, highest = (asked - self.window + 1).clamp_min(0), asked.clamp_max(length - self.window)
-        start = lowest + (torch.rand(n, generator=generator) * (highest - lowest + 1)).long().clamp_max(length)
+        room = highest - lowest + 1 if law.place == "any" else torch.ones_like(lowest)  # of forecasts r is the last
+        start = lowest + (torch.rand(n, generator=generator) * room).long().clamp_max(length)
         order = torch.rand(n, length, generator=generator)
         lead = torch.randint(1, law.lead + 1, (n,), generator=generator)
         place, asked_there = torch.arange(length), asked[:, None]
