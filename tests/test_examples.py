@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,41 @@ def test_the_whole_method_fits_on_one_screen_and_needs_torch_alone():
     assert len(text.splitlines()) <= 100
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) == {"sys", "torch"}
     compile(text, SCRIPT.name, "exec")
+
+
+def run_example(monkeypatch, capsys, name, *arguments):
+    """What an example prints, run in this process."""
+    monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+    state = torch.get_rng_state()  # a script may seed the global generator
+    try:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        torch.set_rng_state(state)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["own_network.py", "chain.py"])
+def test_examples_of_own_networks_fit_on_a_screen(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 100
+
+
+def test_chains_under_an_energy_swell(monkeypatch, capsys):
+    """With 8 draws the tilt is not whole: of the energy that it takes away, more than half must be gone."""
+    printed = run_example(monkeypatch, capsys, "chain.py", 32)
+    assert "check: None" in printed
+    energies = re.findall(r"energy in kT free ([\d.]+), repelling ([\d.]+), steered ([\d.]+)", printed)
+    assert len(energies) == 3
+    free, exact, steered = torch.tensor([[float(n) for n in row] for row in energies]).sum(0)
+    assert exact < free
+    assert steered < (exact + free) / 2
+
+
+def test_the_own_network_tutorial_runs(monkeypatch, capsys, tmp_path):
+    """Everything happens in a few steps; nothing is learned, and the check says so."""
+    printed = run_example(monkeypatch, capsys, "own_network.py", tmp_path / "run", 0.002)
+    assert "check: predicted data miss the data" in printed
+    assert len(re.findall(r"Fréchet distance to digits [\d.]+", printed)) == 6
+    assert len(re.findall(r"\d+% sevens", printed)) == 2
 
 
 @pytest.mark.attack
