@@ -32,5 +32,6 @@ BENCHMARKS = {
     "control": "control:main",
     "diffusers-families": "diffusers_families:main",
     "weighted-posterior": "weighted_posterior:main",
+    "general-contexts": "contexts:main",
 }
 """Name of a benchmark -> module of this package and function."""

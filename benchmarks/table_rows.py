@@ -117,6 +117,29 @@ def diffusers_families(result: dict[str, Any]) -> Rows:
     return [["family", "latents − own", "pictures − own", "decoder's gradient", *methods], *rows]
 
 
+def processes(result: dict[str, Any]) -> Rows:
+    """Maps of a process with exact posteriors, by number of observations."""
+    cells = result["processes"]
+    head = ["map of the mixture", "training, s", "steps", *next(iter(cells.values()))["floor"]]
+    rows = [
+        [name, number(cell["train_seconds"], 0), sampler.removeprefix("map-"), *numbers(ratio.values())]
+        for name, cell in cells.items()
+        for sampler, ratio in cell["ratio"].items()
+    ]
+    return [head, *rows]
+
+
+def forecasts(result: dict[str, Any]) -> Rows:
+    """Forecasts of what was held out, by forecaster."""
+    head = ["forecaster", "calls", "CRPS", "±", "energy", "in 50 %", "in 90 %", "seconds"]
+    rows = []
+    for name, cell in result["sunspots"]["forecasts"].items():
+        inside = [number(100 * share, 0) for share in cell.get("coverage", {}).values()] or ["", ""]
+        scores = numbers([cell["crps"], cell["crps_std_err"], cell["energy"]])
+        rows.append([name, number(cell["calls"], 0), *scores, *inside, number(cell["seconds"])])
+    return [head, *rows]
+
+
 def precision(result: dict[str, Any]) -> Rows:
     """Errors of derivatives; in bold the default step of each precision."""
     rows = [
@@ -541,6 +564,8 @@ TABLES = {
     "steering-by-draws": Table(STEERING, by_draws),
     "recycling": Table("recycling.json", recycling),
     "value": Table("value.json", value),
+    "general-contexts": Table("general-contexts.json", processes),
+    "sunspots": Table("general-contexts.json", forecasts),
     "precision": Table("precision.json", precision),
     "world-size": Table("world-size.json", world_size),
     "diffusers-families": Table("diffusers-families.json", diffusers_families),

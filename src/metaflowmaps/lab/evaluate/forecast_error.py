@@ -72,9 +72,11 @@ def _forecasters(model: MetaFlowMap, source: ContextSource, config: ForecastEval
 
     def by_ode(steps: int) -> Forecaster:
         def drawn(context: Context, n: int) -> Tensor:
-            known = repeat_cond(model.encode(model.conditions_of(context)), n)
+            encoded = dict(model.encode(model.conditions_of(context)) or {})
+            spread = float(encoded["prior_std"].mean())  # the ODE's steps are equal in the angle of such a spread
+            known = repeat_cond(encoded, n)
             noise = randn((n * len(context), *model.event_shape), stream(config.seed, "noise"), model.dtype)
-            ode = GlassPosterior(model.path, model.drift, steps)
+            ode = GlassPosterior(model.path, model.drift, steps, data_std=max(spread, 1e-6))
             return ode.push(noise, 0.0, torch.zeros_like(noise), known).reshape(n, -1, *model.event_shape)
 
         return drawn
