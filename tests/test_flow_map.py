@@ -337,6 +337,7 @@ def test_draw_is_push_of_noise(model):
     for i in range(4):
         # one batched call against four: rounding only
         torch.testing.assert_close(draws[i], model(0.0, 1.0, noise[i], t, x_t), rtol=0, atol=1e-13)
+        assert torch.equal(model.push(noise[i], t, x_t), model.push(noise[i], t, x_t, 1))  # of one step, unless asked
     assert model.draw(0.3, x_t.clone(), 2, generator=stream(1)).shape == (2, 3, 2)
 
 

@@ -117,6 +117,14 @@ def test_samples_off_the_support_are_said():
     assert "nothing that the model would make" in found
 
 
+def test_what_the_model_would_make_is_meant_in_its_own_units():
+    """Of data a hundredth as wide, samples a tenth off are nothing like them."""
+    narrow = mfm.ExactModel(PATHS["linear"], mfm.GaussianMixture(torch.zeros(1, 2, dtype=F64), 1e-4))
+    far = mfm.ODE(steps=25, renormalize="rescale", renormalize_to=0.5)
+    with pytest.warns(UserWarning, match="nothing that the model would make"):
+        mfm.steer(narrow, lambda x: x[:, 1], 256, mfm.MFMGF(num_draws=16), far, seed=0)
+
+
 def test_the_check_costs_a_fortieth_and_is_not_in_the_cost():
     """A run of few evaluations has no pool; the samples and their cost are those of the method alone."""
     seen = []
