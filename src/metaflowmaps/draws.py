@@ -165,7 +165,7 @@ class _Drawing:
     def _whole(self, parts: tuple[Tensor | None, ...]) -> Tensor | None:
         """Rows of all chunks, by draw and context: (N, B, …)."""
         rows = [part for part in parts if part is not None]
-        return torch.cat(rows).reshape(-1, len(self.x_t), *rows[0].shape[1:]) if rows else None
+        return torch.cat(rows).reshape(self.options.num_draws, len(self.x_t), *rows[0].shape[1:]) if rows else None
 
     def chunk(self, begin: int, end: int, differentiate: bool) -> _Rows:
         """Draws ``begin`` to ``end − 1`` of every context."""

@@ -89,8 +89,8 @@ TAKEN = {
 def test_a_run_whose_files_are_taken_away_says_so(take, tmp_path, monkeypatch, command: Command):
     move = loop._TrainingRun.move
 
-    def taking(run, figures):
-        move(run, figures)
+    def taking(run):
+        move(run)
         if run.state.step == 22:  # one checkpoint is there
             take(run.out)
 
