@@ -194,19 +194,31 @@ class AutoencoderCodec(nn.Module):
         """What ``decode`` does."""
         check_state(latents, "latents")
         self.image_shape(tuple(latents.shape[1:]))
-        remember = latents.requires_grad and torch.is_grad_enabled() and self.checkpointing
-        parts = [
-            checkpoint(self._part, part, use_reentrant=False, preserve_rng_state=False)
-            if remember
-            else self._part(part)
-            for part in latents.split(self.micro_batch)
-        ]
-        return torch.cat(parts)
+        return decoded_in_parts(self._part, latents, self.micro_batch, self.checkpointing)
 
     def _part(self, latents: Tensor) -> Tensor:
         z = latents.to(self.device, self.dtype) / self.scale + self.shift
         picture: Tensor = self.vae.decode(z).sample.to(latents.dtype)
         return picture.clamp(-1, 1) if self.clamp else picture
+
+
+def decoded_in_parts(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, rows: int, checkpointing: bool = True
+) -> Tensor:
+    """``decode(latents)``, so many rows at a time.
+
+    Args:
+        decode: rows of latents to as many pictures.
+        latents: (B, *event).
+        rows: at a time.
+        checkpointing: whether a backward pass decodes again instead of remembering.
+    """
+    again = latents.requires_grad and torch.is_grad_enabled() and checkpointing
+    parts = [
+        checkpoint(decode, part, use_reentrant=False, preserve_rng_state=False) if again else decode(part)
+        for part in latents.split(rows)
+    ]
+    return torch.cat(parts)
 
 
 class Decoded:

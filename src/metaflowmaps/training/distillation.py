@@ -7,6 +7,7 @@ on the drift teaches both.
 """
 
 import hashlib
+import io
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.data import Arrays, DataSource, Images, Latents
 from metaflowmaps.data.latents import INDEX
 from metaflowmaps.errors import InputError
@@ -134,8 +136,9 @@ def _source(data: Any, folder: Path) -> DataSource:
             raise InputError(f"{folder} holds a run on other data: choose another out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        with kept.open("wb") as file:
-            np.save(file, array)
+        held = io.BytesIO()
+        np.save(held, array)
+        write_whole(kept, held.getvalue())
     return Arrays(path=str(kept.resolve()))
 
 

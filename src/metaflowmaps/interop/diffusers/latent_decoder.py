@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from metaflowmaps._shapes import check_count, check_state
+from metaflowmaps.interop.autoencoder import decoded_in_parts
 from metaflowmaps.interop.diffusers.family import Family, Size
 
 
@@ -71,14 +71,7 @@ class LatentDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """What ``decode`` does."""
         check_state(latents, "latents")
-        remember = latents.requires_grad and torch.is_grad_enabled() and self.checkpointing
-        parts = [
-            checkpoint(self._part, part, use_reentrant=False, preserve_rng_state=False)
-            if remember
-            else self._part(part)
-            for part in latents.split(self.micro_batch)
-        ]
-        return torch.cat(parts)
+        return decoded_in_parts(self._part, latents, self.micro_batch, self.checkpointing)
 
     def _part(self, latents: Tensor) -> Tensor:
         z = unscaled(self.vae, self.family.unpack(latents, self.size))
