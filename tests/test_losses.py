@@ -71,9 +71,19 @@ def perturbed(flow, theta):
     return lambda a, b, z: flow(a, b, z) + theta * bump(a, b, z)
 
 
-@pytest.fixture(params=["plain", "gaussian"])
-def chart(request):
-    return request.param
+# each path and each chart once; the other two pairs in `make attack`
+both = pytest.mark.parametrize(
+    ("path", "chart"),
+    [
+        pytest.param(PATHS[path], chart, id=f"{path}-{chart}", marks=[pytest.mark.attack] if long else [])
+        for path, chart, long in (
+            ("linear", "gaussian", False),
+            ("trigonometric", "plain", False),
+            ("linear", "plain", True),
+            ("trigonometric", "gaussian", True),
+        )
+    ],
+)
 
 
 # -- residuals -------------------------------------------------------------------------------------------------------
@@ -126,6 +136,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("loss", EXACT)
+@both
 def test_nothing_is_left_at_the_exact_map(path, chart, loss):
     n = 60
     p = Problem(path, chart, n=n, copies=3)
@@ -179,6 +190,7 @@ def gradients(loss, flow, theta):
 
 
 @pytest.mark.parametrize("which", ["diagonal", "meanflow"])
+@both
 def test_data_targets_have_no_gradient_on_average(path, chart, which):
     """E[d loss/dθ] = 0 at the exact map: within 4 standard errors (level 6e-5); far outside off it."""
     n = 4_000
@@ -198,6 +210,7 @@ def test_data_targets_have_no_gradient_on_average(path, chart, which):
         assert abs(score) > 6
 
 
+@both
 def test_teacher_gradient_is_the_mean_data_gradient(path, chart):
     """Diagonal, at a map that is not exact: the same gradient, without the data target's noise."""
     n = 4_000
@@ -233,6 +246,7 @@ def frozen(p, loss, live, still, z):
 
 
 @pytest.mark.parametrize("loss", [eulerian_teacher, lagrangian_teacher, semigroup])
+@both
 def test_values_and_gradients_are_those_of_the_formulas(path, chart, loss):
     p = Problem(path, chart, steps=4)
     z, _ = p.couple(p.a)
@@ -342,6 +356,7 @@ def test_central_differences_stay_inside(h, dtype):
 
 
 @pytest.mark.parametrize("where", ["inside", "b = a", "b = 1"])
+@both
 def test_central_differences_converge_to_the_jvp(path, chart, where):
     """Value and gradient, at second order in h; at the ends the point itself moves inward by h: first order."""
     p = Problem(path, chart, steps=4)
@@ -448,6 +463,7 @@ def test_eulerian_differences_are_exact_for_parabolas():
 
 
 @pytest.mark.parametrize("where", ["inside", "a = 0", "a near b"])
+@both
 def test_eulerian_differences_converge_to_the_jvp(path, chart, where):
     """Value and gradient at second order in h, at the ends too; for a self target or a teacher, and any chart."""
     p = Problem(path, chart, steps=4)

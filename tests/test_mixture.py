@@ -241,7 +241,7 @@ def test_everything_is_differentiable(case, path, what):
 # -- under a reward --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("t", [pytest.param(t, marks=[] if t == 0.4 else [pytest.mark.attack]) for t in TIMES])
 def test_value_by_quadrature(case, path, t):
     x = states(case, path, t)
 

@@ -74,7 +74,7 @@ def ratio_bias(estimate, got, y, value, theta, correction, base=0.0):
 @functools.cache
 def free_estimates(correction):
     """MFM-GF from exact draws at R copies of one state, for several N."""
-    sizes = [2, 4, 8, 16] if correction == "none" else [6, 12, 24]
+    sizes = [2, 4, 8, 16] if correction == "none" else [6, 12]
     x = STATE.expand(40_000, 2)
     return [
         (n, value_gradient(
@@ -139,16 +139,12 @@ def exact_flow(steps=8):
 
 def test_the_gradient_form_converges_to_the_exact_gradient():
     """Eq. 22 by quadrature: 8,192 equidistant quantiles a row (``quasi`` in one dimension is a shifted lattice)."""
-    x = torch.tensor([[0.15], [-0.6], [0.9]], dtype=F64)
-    for t in (0.1, T, 0.8):
-        value, gradient = exact_value_and_gradient(PAIR, PATH, t, x, PAIR_REWARD)
-        got = value_gradient(
-            exact_flow(), PAIR_REWARD, t, x, 8192, generator=stream(0), noise="quasi", chunk=8192
-        )  # fmt: skip
-        # a lattice of 8,192 quantiles cuts a stretch of 1e-4 off the tails, worth ~1e-4 · the integrand there; rk4:
-        # 1e-5
-        torch.testing.assert_close(got.value, value, rtol=0, atol=2e-4)
-        torch.testing.assert_close(got.gradient, gradient, rtol=0, atol=1e-3)
+    x, t = torch.tensor([[0.15], [-0.6], [0.9]], dtype=F64), torch.tensor([0.1, T, 0.8], dtype=F64)
+    value, gradient = exact_value_and_gradient(PAIR, PATH, t, x, PAIR_REWARD)
+    got = value_gradient(exact_flow(), PAIR_REWARD, t, x, 8192, generator=stream(0), noise="quasi", chunk=8192)
+    # a lattice of 8,192 quantiles cuts a stretch of 1e-4 off the tails, worth ~1e-4 · the integrand there; rk4: 1e-5
+    torch.testing.assert_close(got.value, value, rtol=0, atol=2e-4)
+    torch.testing.assert_close(got.gradient, gradient, rtol=0, atol=1e-3)
 
 
 R = 12_000
@@ -156,7 +152,7 @@ R = 12_000
 
 @functools.cache
 def gradient_estimates(correction):
-    sizes = [4, 8, 16] if correction == "none" else [4, 7, 12]
+    sizes = [4, 8, 16] if correction == "none" else [4, 7]
     x = PAIR_STATE.expand(R, 1)
     return [
         (n, value_gradient(
@@ -211,10 +207,10 @@ def test_standard_errors_are_the_scatter(method, centre):
     x = PAIR_STATE.expand(r, 1)
     posterior = exact_flow(6) if method == "gradient" else mfm.ExactPosterior(PATH, PAIR)
     if method == "gradient":
-        n, x = 128, x[:2000]
+        n, x = 128, x[:1000]
     options = {"centre": centre} if method == "gradient-free" else {}
     got = value_gradient(posterior, PAIR_REWARD, T, x, n, method, stream(0), chunk=64, **options)
-    # a standard deviation from r values is known to 1/√(2r) = .8 % (1.6 % for 2,000): 4 of it, and 1/N (delta method)
+    # a standard deviation from r values is known to 1/√(2r) = .8 % (2.2 % for 1,000): 4 of it, and 1/N (delta method)
     bound = 4 / math.sqrt(2 * len(x)) + 4 / n
     for values, claimed in ((got.value, got.std_err), (got.gradient[:, 0], got.gradient_std_err)):
         ratio = float(claimed.square().mean().sqrt() / values.std())
@@ -227,15 +223,12 @@ KINDS = [("independent", 4), ("independent", 16), ("antithetic", 8), ("antitheti
 @pytest.mark.parametrize(("noise", "n"), KINDS)
 def test_standard_errors_are_not_optimistic(noise, n):
     """A sharp reward, few draws: the squared error is at most what is claimed (the delta method: up to 8 times)."""
-    posterior, x = exact_flow(6), PAIR_STATE.expand(3000, 1)
-    options = {"noise": noise, "chunk": 64}
-    exact = mfm.value_gradient(
-        posterior, SHARP, T, PAIR_STATE.expand(40, 1), 4096, mfm.GradientFree(chunk=64), stream(9)
-    )
-    got = value_gradient(posterior, SHARP, T, x, n, "gradient-free", stream(0), **options)
+    x = PAIR_STATE.expand(3000, 1)
+    value, gradient = exact_value_and_gradient(PAIR, PATH, T, PAIR_STATE, SHARP)
+    got = value_gradient(exact_flow(6), SHARP, T, x, n, "gradient-free", stream(0), noise=noise, chunk=64)
     for values, claimed, truth in (
-        (got.value, got.std_err, exact.value.exp().mean().log()),
-        (got.gradient[:, 0], got.gradient_std_err, exact.gradient.mean()),
+        (got.value, got.std_err, value),
+        (got.gradient[:, 0], got.gradient_std_err, gradient[0]),
     ):
         # a mean square of 3,000 heavy-tailed errors is known to about a tenth; leaving one out errs on the safe side
         ratio = float((values - truth).square().mean() / claimed.square().mean())

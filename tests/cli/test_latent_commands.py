@@ -211,9 +211,13 @@ def test_bad_wishes_are_one_line(run, tmp_path, arguments, words):
     "typed",
     [
         "sample map --num 3 --steps 2 --label ring --guidance 2.5 --images",
-        "posterior map --t 0.7 --num-draws 2 --label disc",
         "steer map --reward reward.py:bright --num 3 --steps 2 --num-draws 2 --label disc --images",
-        "steer map --reward reward.py:bright --num 4 --steps 2 --method mfm-smc --set method.particles=2 --label disc",
+        pytest.param("posterior map --t 0.7 --num-draws 2 --label disc", marks=pytest.mark.attack),
+        pytest.param(
+            "steer map --reward reward.py:bright --num 4 --steps 2 --method mfm-smc --label disc"
+            " --set method.particles=2",
+            marks=pytest.mark.attack,
+        ),
     ],
 )
 def test_latents_on_a_device_of_their_own(run, tmp_path, accelerator, typed):

@@ -55,7 +55,10 @@ def short():
     return ["sample", "--num", "27"]
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("mfm-gf", "best-of-n", "mfm-anneal, systems")  # as another of its kind: in `make attack`
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.attack] if n in LONG else []) for n in CASES])
 def test_nothing_depends_on_how_many_workers_there_are(capsys, tmp_path, name):
     case = CASES[name]
     one, _ = done(capsys, tmp_path / "one", case, *BY)

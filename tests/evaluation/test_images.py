@@ -619,7 +619,9 @@ def test_operators_and_their_pictures():
 
 
 @pytest.mark.parametrize(
-    "name", ["mfm-gf-4", "mfm-search-4", "best-of-n-16", "dps", "tds-64", "tds-one-64", "mfm-smc-4"]
+    "name",
+    ["mfm-gf-4", "mfm-search-4", "best-of-n-16", "dps", "tds-64"]
+    + [pytest.param(name, marks=pytest.mark.attack) for name in ("tds-one-64", "mfm-smc-4")],
 )
 def test_samples_come_in_the_order_of_their_observations(name):
     """Half of an image decides which of four it was: sample (d, b) must be image b."""

@@ -205,7 +205,7 @@ def test_experiments_on_latents(capsys, here, tmp_path, watch, no_fidelity, name
     ("name", "settings"),
     [
         ("posterior", ["samples=4", "times=[0.2]", "glass_steps=[2]", "draws=2", "images=2"]),
-        ("value", EXPERIMENTS["value"][1]),
+        pytest.param("value", EXPERIMENTS["value"][1], marks=pytest.mark.attack),
         ("generation", ["samples=4", "refine_steps=[1]", "compose_steps=[2]", "ode_steps=[2]"]),
     ],
 )
@@ -276,7 +276,7 @@ def test_bf16_is_the_networks_alone(capsys, here, tmp_path, monkeypatch):
     assert got == pytest.approx(exact["frechet"], rel=0.1)  # 8 bits, a few layers
 
 
-@pytest.mark.parametrize("name", ["tds-8", "mfm-gf-2", "mfm-search-2"])
+@pytest.mark.parametrize("name", ["tds-8", "mfm-gf-2", pytest.param("mfm-search-2", marks=pytest.mark.attack)])
 def test_all_rows_of_a_sample_have_its_class(here, name):
     """Systems of particles have one class each; candidates of a sample its own."""
     setup = staged(here)

@@ -111,8 +111,11 @@ KINDS = {
 }
 
 
+ALIKE = ("none", "self-normalised", "draft", "low rank", "with classes")  # keep nothing that another does not
+
+
 @pytest.mark.usefixtures("no_sync")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.attack] if k in ALIKE else []) for k in KINDS])
 def test_stopped_at_every_step_a_run_ends_as_if_it_never_was(tmp_path, kind):
     """In turn by a signal, which saves, and by an exception, which does not; all files but the timings are the same."""
     config = small(**KINDS[kind])

@@ -76,6 +76,9 @@ def test_the_yardstick(alone):
     assert min(moved) > 1e-3
 
 
+MOST = ("eulerian", "lagrangian", "lagrangian-difference", "semigroup")
+
+
 @pytest.mark.parametrize(
     ("kind", "size", "shard"),
     [
@@ -90,7 +93,7 @@ def test_every_loss_form_on_many_ranks(tmp_path, alone, kind, size, shard):
 
     forward-mode derivatives without and with a gradient through them, several calls in one graph.
     """
-    forms = ("eulerian", "lagrangian", "lagrangian-difference", "semigroup") if kind == "dit" else FORMS
+    forms = FORMS if kind == "mlp" and (size, shard) != (2, 0) else MOST
     runs = [(config_of(form, shard=shard, checkpoint_every=4).model_dump(), str(tmp_path / form)) for form in forms]
     assert launch(size, go_all, kind, runs) == [0] * size
     for form in forms:
@@ -154,10 +157,10 @@ def whole_runs(tmp_path_factory):
     return find
 
 
-LATER = [pytest.param(*ranks, marks=pytest.mark.attack) for ranks in ((2, 4), (1, 4), (4, 1), (2, 2))]
+LATER = [pytest.param(*ranks, marks=pytest.mark.attack) for ranks in ((4, 2), (2, 4), (1, 4), (4, 1), (2, 2))]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2), *LATER])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), *LATER])
 def test_resume_on_another_number_of_ranks(tmp_path, whole_runs, before, after):
     """Two steps on some, two on others: as four on one, with the objective's own memory. shard=2: HSDP on four."""
     out = tmp_path / "run"
@@ -190,7 +193,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, alone):
     assert_same(outcome(tmp_path), alone("mlp", "lagrangian-difference"))
 
 
-@pytest.mark.parametrize("shard", [0, 1])
+@pytest.mark.parametrize("shard", [0, pytest.param(1, marks=pytest.mark.attack)])
 def test_an_error_of_one_rank_ends_all(tmp_path, shard):
     codes = launch(2, go, "mlp", config_of(shard=shard).model_dump(), str(tmp_path), event=("error", 2, 1))
     assert 3 in codes
@@ -209,7 +212,10 @@ def test_a_non_finite_loss_on_one_rank_is_found_by_all(tmp_path):
     assert all("at step 2" in line and "in 8 of 16 rows" in line and "step 2 is untouched" in line for line in lines)
 
 
-@pytest.mark.parametrize(("event", "rank"), [("killed while gathering", 1), ("killed before the rename", 0)])
+@pytest.mark.parametrize(
+    ("event", "rank"),
+    [pytest.param("killed while gathering", 1, marks=pytest.mark.attack), ("killed before the rename", 0)],
+)
 def test_killed_in_the_middle_of_a_save(tmp_path, alone, event, rank):
     """The checkpoint before it is whole, and the same command ends as if nothing had been."""
     config = config_of(shard=0).model_dump()
@@ -241,14 +247,14 @@ def test_a_full_disk_of_the_first_rank_is_everybodys(tmp_path):
 def test_a_checkpoint_does_not_know_how_many_ranks_there_were(whole_runs):
     """The same files with tensors of the same names, shapes and types; they load like any other."""
     forms = []
-    for size in (1, 4):
+    for size in (1, 2):
         held = read_checkpoint(whole_runs(size) / "checkpoints" / "step-00000004")
         names = sorted(file.name for file in held.path.iterdir())
         tensors = [held.tensors(name) for name in names if name.endswith(".safetensors")]
         forms.append((names, [{key: (value.shape, value.dtype) for key, value in each.items()} for each in tensors]))
     assert forms[0] == forms[1]
-    run = outcome(whole_runs(4))
-    averaged, raw = load_map(whole_runs(4)), load_map(whole_runs(4), weights="raw")
+    run = outcome(whole_runs(2))
+    averaged, raw = load_map(whole_runs(2)), load_map(whole_runs(2), weights="raw")
     torch.testing.assert_close(dict(averaged.state_dict()), run["average"], rtol=0, atol=0)
     torch.testing.assert_close(dict(raw.state_dict()), run["weights"], rtol=0, atol=0)
     assert difference({"m": run["average"]}, {"m": run["weights"]}, "m") > 1e-4
@@ -272,7 +278,7 @@ def test_a_damaged_newest_one_is_skipped_by_all_ranks(tmp_path, whole_runs):
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shard", [0, 1])
+@pytest.mark.parametrize("shard", [0, pytest.param(1, marks=pytest.mark.attack)])
 def test_the_first_rank_looks_at_the_averaged_model_for_all(tmp_path, shard):
     config = config_of(shard=shard, sample_every=1, checkpoint_every=3).model_dump()
     looks = Looks(str(tmp_path / "seen"), last=3)
