@@ -20,7 +20,7 @@ from metaflowmaps.training import loop
 from metaflowmaps.training.train_config import RunConfig
 from metaflowmaps.work.choices import build
 
-pytestmark = [pytest.mark.attack, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 FASTER = 2.0  # than linear: what begins once weighs more in the smaller of two
 SLACK_BYTES = 32 * 2**20  # an allocator keeps
 
@@ -49,6 +49,7 @@ def steer(model, n: int, seed: int = 0) -> mfm.SteerResult:
     return mfm.steer(model, lambda x: -x.square().sum(1), n, mfm.MFMGF(num_draws=2), mfm.ODE(steps=4), seed=seed)
 
 
+@pytest.mark.attack
 def test_steering_a_hundred_thousand(model):
     steer(model, 10_000)
     few = seconds(lambda: steer(model, 10_000))
@@ -59,6 +60,7 @@ def test_steering_a_hundred_thousand(model):
     assert resident() - before < 100_000 * 1024 + SLACK_BYTES
 
 
+@pytest.mark.attack
 def test_thousands_of_calls_leave_nothing_behind(model):
     def call(count: int) -> tuple[int, int]:
         for seed in range(count):
@@ -90,6 +92,7 @@ def pictures(tmp_path_factory) -> dict[int, Path]:
         shutil.rmtree(root)
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("read", ["trained on", "encoded"])
 def test_a_folder_of_a_hundred_thousand(read, pictures):
     def act(count: int) -> None:
@@ -106,6 +109,7 @@ def test_a_folder_of_a_hundred_thousand(read, pictures):
     assert resident() - before < 100_000 * 2048 + SLACK_BYTES  # names, paths and 16 pixels
 
 
+@pytest.mark.attack
 def test_a_report_of_fifty_runs(tmp_path):
     def made(count: int) -> list[Path]:
         runs = [tmp_path / f"{count}-{k}" for k in range(count)]
@@ -123,21 +127,23 @@ def test_a_report_of_fifty_runs(tmp_path):
     assert (tmp_path / "fifty.html").read_text().count("<section") == 50
 
 
-def test_the_log_of_a_million_steps_is_small_and_readable(tmp_path):
+@pytest.mark.parametrize("steps", [10**4, pytest.param(10**6, marks=pytest.mark.attack)])
+def test_the_log_of_a_million_steps_is_small_and_readable(steps, tmp_path):
     """A record every ``log_every`` steps, at its default: 10⁴ lines of eight figures, and as many of seconds."""
-    config = RunConfig(recipe="any", steps=10**6)
+    config = RunConfig(recipe="any", steps=steps)
     figures = {f"a_long_name_of_{i}": 1 / 3 for i in range(7)}
     state = SimpleNamespace(step=0, metrics_bytes=0, flush=lambda: figures)
     log = loop._Log(tmp_path, state)
     run = SimpleNamespace(state=state, config=config, ended=False, rate=1e-3, began=0.0, log=log, watch=loop.Watch())
+    run.read = lambda: None  # from the device, of the steps since the last record
     run.tracker = loop._Tracker(tmp_path, "none")
     for state.step in range(1, config.steps + 1):
         loop._TrainingRun.record(run)
     sizes = {}
     for name in ("metrics.jsonl", "timings.jsonl"):
         lines = (tmp_path / name).read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [*range(100, 10**6 + 1, 100)]
+        assert [json.loads(line)["step"] for line in lines] == [*range(100, steps + 1, 100)]
         sizes[name] = (tmp_path / name).stat().st_size
-    assert sizes["metrics.jsonl"] < 4 * 2**20  # a figure takes its name and up to 24 characters
-    assert sizes["timings.jsonl"] < 2 * 2**20
+    assert sizes["metrics.jsonl"] < 4.2 * steps  # a record of 100: a figure takes its name and up to 24 characters
+    assert sizes["timings.jsonl"] < 2.1 * steps
     assert seconds(lambda: loop._Log(tmp_path, state)) < 2  # a run that goes on reads them once
