@@ -337,6 +337,7 @@ def test_what_the_budget_pays_for():
     assert mixture.affordable("tds-one-64", config) == 78
     assert mixture.affordable("tds-one-64", config.model_copy(update={"budget": 1.0})) == 64
     assert mixture.affordable("none", config.model_copy(update={"samples": 7})) == 7
+    assert mixture.affordable("resampling-16", config.model_copy(update={"budget": 1.0})) == config.samples, "no steps"
 
 
 def test_steering_to_a_mixture_of_classes_meets_its_target():

@@ -30,6 +30,7 @@ from metaflowmaps.metrics.image_by_image import psnr
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import Blur, Downsample, InverseProblem, Mask
 from metaflowmaps.steering import ODE
+from metaflowmaps.work.choices import options_of
 from metaflowmaps.work.shards import Shard
 
 PROBLEMS = {
@@ -38,7 +39,7 @@ PROBLEMS = {
     "sr4": "super-resolution × 4",
     "deblur": "deblurring",
 }
-METHODS = ("mfm-g-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "dps", "tds-64")
+METHODS = ("resampling-100", "mfm-g-1", "mfm-g-4", "mfm-gf-4", "mfm-gf-16", "dps", "tds-64")
 SHOWN_IMAGES, SHOWN_DRAWS = 6, 4
 
 
@@ -203,10 +204,12 @@ def solve(setup: ImageSetup, name: str, seen: InverseProblem, config: InverseCon
 
 
 def for_draws(name: str, draws: int) -> Variant:
-    """A variant whose particle systems, where it has some, are returned whole and hold as many samples as asked for."""
+    """A variant whose systems, where it has some, hold as many samples as asked for: all particles, or of one pool."""
     v = image_variant(name)
     if v.method.row_by_row:
         return v
+    if "returns" not in options_of(type(v.method)):
+        return v.using({"particles": draws})
     return v.using({"particles": max(v.method.system or v.method.copies, draws), "returns": "all"})
 
 
