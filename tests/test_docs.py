@@ -105,3 +105,12 @@ def test_every_file_that_the_guides_name_is_there():
         linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
         missing += [f"{page.name}: {n}" for n in linked if not (page.parent / n).exists()]
     assert not missing
+
+
+def test_every_test_that_the_guides_name_is_there():
+    root = DOCS.parent
+    tests = "".join(file.read_text() for file in (root / "tests").rglob("test_*.py"))
+    pages = [*DOCS.glob("*.md"), root / "README.md"]
+    named = {name for page in pages if page.name != "log.md" for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert named
+    assert named - set(re.findall(r"def (test_\w+)\(", tests)) == set()

@@ -105,7 +105,7 @@ def _fused_needs(network: nn.Module, device: torch.device, precision: str, throu
     if precision != "bf16":
         return "is for precision=bf16"
     if importlib.util.find_spec("triton") is None:
-        return "needs Triton (pip install triton)"
+        return "needs Triton (pip install 'triton>=3.7')"
     error = fused_error(device, network.config.width // network.config.heads)
     return None if error < 0.03 else f"is wrong on this device (relative error {error:.2g})"
 
