@@ -317,9 +317,14 @@ def test_results_come_back_from_disk(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2,), (3,), (1, 4, 4), (3, 4, 4)])
 def test_results_plot_whatever_their_shape(shape):
-    x = torch.randn(5, *shape, generator=stream(0))
-    result = mfm.SteerResult(x, x.flatten(1).sum(1), torch.arange(5), {"nfe": 3.0}, {})
-    assert len(result.plot().axes) >= 2
+    x = torch.randn(7, *shape, generator=stream(0))
+    result = mfm.SteerResult(x, x.flatten(1).sum(1), torch.arange(7), {"nfe": 3.0}, {})
+    figure = result.plot()
+    assert len(figure.axes) >= 2
+    if len(shape) == 3:  # seven pictures in rows of three, a line between them; white where there are no more
+        drawn = figure.axes[0].images[0].get_array()
+        assert drawn.shape[:2] == (3 * 5, 3 * 5)
+        assert float(drawn[10:, 5:].min()) == 1.0
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------
