@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from metaflowmaps.draws import DrawOptions
 from metaflowmaps.random import stream
 from metaflowmaps.steering import GuidedMethod, Method, SteeringFailed
 from metaflowmaps.work.choices import built, choices, choose, dumped
+from metaflowmaps.work.progress import Bar
 
 PATH = PATHS["linear"]
 MODEL = random_map(PATH)
@@ -57,6 +59,23 @@ def test_results_are_a_function_of_the_generator(method):
         torch.testing.assert_close(one.info[name], again.info[name], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(one.seeds, again.seeds)
     assert not (one.seeds == other.seeds).any()
+
+
+def test_the_bar_is_as_long_as_the_work(monkeypatch):
+    """Else it tells a wrong time left: two batches of four steps."""
+    done = []
+
+    class Counted(Bar):
+        def __init__(self, total, title):
+            super().__init__(0, title)
+            done.append(-total)
+
+        def advance(self, by=1):
+            done.append(by)
+
+    monkeypatch.setattr(sys.modules["metaflowmaps.steering.steer"], "Bar", Counted)
+    run("mfm-gf", n=4, batch_size=2, progress=True)
+    assert done == [-8] + 8 * [1]
 
 
 @pytest.mark.parametrize("method", choices(Method))
