@@ -63,12 +63,13 @@ def filled(network, scale=0.3):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_with_fresh_factors_is_the_network_bit_for_bit(name):
+def test_a_network_with_fresh_factors_is_the_network(name):
+    """To rounding (float64, some layers): torch folds a product by whether its weight asks for a gradient."""
     network = made(name)
     before = answer(network)
     add_low_rank(network, 1, stream(0, "factors"))
-    assert torch.equal(answer(network), before)
-    assert not torch.equal(answer(filled(network)), before)
+    torch.testing.assert_close(answer(network), before, rtol=1e-12, atol=1e-12)
+    assert float((answer(filled(network)) - before).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("name", NETWORKS)
