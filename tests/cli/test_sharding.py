@@ -132,7 +132,10 @@ def test_killed_and_resumed(capsys, tmp_path):
     assert drawn(out) == drawn(tmp_path / "calm")
 
 
-@pytest.mark.parametrize("damage", ["flipped", "short", "no entry", "no tensors", "no json"])
+MORE = [pytest.param(damage, marks=pytest.mark.attack) for damage in ("no tensors", "no json")]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "no entry", *MORE])
 def test_damaged_shards_are_made_again(capsys, tmp_path, short, damage):
     done(capsys, tmp_path / "whole", short, *BY)
     for finisher, made in ((["--worker", "1/2"], 3), ([], 3)):

@@ -204,7 +204,11 @@ def test_experiments_on_latents(capsys, here, tmp_path, watch, no_fidelity, name
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("posterior", ["samples=4", "times=[0.2]", "glass_steps=[2]", "draws=2", "images=2"]),
+        pytest.param(
+            "posterior",
+            ["samples=4", "times=[0.2]", "glass_steps=[2]", "draws=2", "images=2"],
+            marks=pytest.mark.attack,
+        ),
         pytest.param("value", EXPERIMENTS["value"][1], marks=pytest.mark.attack),
         ("generation", ["samples=4", "refine_steps=[1]", "compose_steps=[2]", "ode_steps=[2]"]),
     ],
