@@ -86,7 +86,7 @@ def free_estimates(correction):
 
 # measured slopes: value −1.02 and −2.13, gradient −1.02 and −2.24 (jackknife: N^-3 shows at N = 3). Noise: each bias
 # is known to 4 % or better (asserted: 15 % for the smallest ones of the jackknife), which moves a slope over three
-# doublings by less than .03 (.08). What remains of the tolerance is the next order, 1/N relative
+# doublings by less than .03 (one doubling: .06). What remains of the tolerance is the next order, 1/N relative
 TOLERANCE = {"none": 0.2, "jackknife": 0.35}
 ORDER = {"none": -1.0, "jackknife": -2.0}
 

@@ -619,9 +619,15 @@ def test_operators_and_their_pictures():
         inverse.operator("sr44", SHAPE)
 
 
+def test_systems_hold_the_samples_of_an_image():
+    """A pool makes no more than are asked for, which would be on its bill; particles are at least those of the name."""
+    sizes = {"resampling-16": 31, "tds-64": 64, "tds-16": 31}
+    assert {name: inverse.for_draws(name, 31).method.system for name in sizes} == sizes
+
+
 @pytest.mark.parametrize(
     "name",
-    ["mfm-gf-4", "mfm-search-4", "best-of-n-16", "dps", "tds-64"]
+    ["mfm-gf-4", "mfm-search-4", "best-of-n-16", "resampling-16", "dps", "tds-64"]
     + [pytest.param(name, marks=pytest.mark.attack) for name in ("tds-one-64", "mfm-smc-4")],
 )
 def test_samples_come_in_the_order_of_their_observations(name):

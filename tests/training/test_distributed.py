@@ -89,7 +89,7 @@ MOST = ("eulerian", "lagrangian", "lagrangian-difference", "semigroup")
     ],
 )
 def test_every_loss_form_on_many_ranks(tmp_path, alone, kind, size, shard):
-    """Sharded over all ranks, copied, and both: all as on one rank. The costlier cases take the forms that differ most:
+    """Sharded over all ranks, copied, and both: all as on one rank. Two cases take the forms that differ MOST:
 
     forward-mode derivatives without and with a gradient through them, several calls in one graph.
     """
