@@ -2,8 +2,9 @@
 
 The problems of ``frontier`` and the judged ones of ``defaults``. Of each a hundred pilots: how many hold the true log
 E[e^r] in their interval, how many say "below" alone, how wide the others are. For each budget what most of the pilots
-recommend is run, and stands beside the best method that ``frontier.json`` or ``defaults.json`` has within that budget,
-where they are there; a run that finds a problem measured already looks at these files alone.
+recommend is run for as many samples as there, whose number the floor hangs on, and stands beside the best method that
+``frontier.json`` or ``defaults.json`` has within that budget, where they are there; a run that finds a problem measured
+already looks at these files alone.
 """
 
 import json
@@ -24,11 +25,11 @@ from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.analytic import LinearGaussian
-from metaflowmaps.steering.advise import PILOT, Option, recommend
+from metaflowmaps.steering.advise import PILOT, Advice, recommend
 from metaflowmaps.steering.diagnostics import without_pilot_pool
 from metaflowmaps.steering.pilot import Pilot, run_pilot
 
-BUDGETS, PILOTS, SEEDS, SAMPLES = (450, 2000), 100, 4, 1024
+BUDGETS, PILOTS, SEEDS = (450, 2000), 100, 4
 MORE = 1.02  # than a budget: methods are measured at about it
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     for name in (*(f"{dim}-D {kind}" for dim, kinds in defaults.KINDS.items() for kind in kinds), *frontier.PROBLEMS):
         if name not in found:
             say(name)
-            found[name] = {**commit_now(), **measured(*problem(name))}
+            found[name] = {**commit_now(), **measured(*problem(name), samples_of(name))}
         for budget, cell in found[name]["advised"].items():
             cell["best"] = best_measured(name, int(budget))
         keep("advise", "python -m benchmarks advise", {"problems": found})
@@ -55,11 +56,21 @@ def problem(name: str) -> tuple[GaussianMixture, LinearGaussian]:
     return law, defaults.REWARDS[kind](law, stream(1, "defaults", "judged", dim, kind))
 
 
-def measured(law: GaussianMixture, reward: LinearGaussian, pilots: int = PILOTS, seeds: int = SEEDS) -> dict[str, Any]:
-    """What pilots say of a problem, and what comes of their advice."""
+def samples_of(name: str) -> int:
+    """How many the other benchmark makes."""
+    return frontier.SAMPLES if name in frontier.PROBLEMS else defaults.SAMPLES
+
+
+def measured(
+    law: GaussianMixture, reward: LinearGaussian, samples: int, pilots: int = PILOTS, seeds: int = SEEDS
+) -> dict[str, Any]:
+    """What pilots say of a problem, and what comes of their advice for so many samples."""
     model, exact = ExactModel(mfm.LinearPath(), law), float(law.log_evidence(reward))
     run = [run_pilot(model, reward, PILOT, None, seed) for seed in range(pilots)]
-    cells = {str(budget): _advised(law, reward, run, budget, seeds) for budget in BUDGETS}
+    cells = {}
+    for budget in BUDGETS:
+        advice = [recommend(pilot, budget, samples) for pilot in run]
+        cells[str(budget)] = _advised(law, reward, advice, seeds)
     return {"log_evidence": exact, "pilots": intervals(run, exact), "advised": cells}
 
 
@@ -77,17 +88,14 @@ def intervals(pilots: list[Pilot], exact: float) -> dict[str, Any]:
     }
 
 
-def _advised(
-    law: GaussianMixture, reward: LinearGaussian, pilots: list[Pilot], budget: int, seeds: int
-) -> dict[str, Any]:
+def _advised(law: GaussianMixture, reward: LinearGaussian, advice: list[Advice], seeds: int) -> dict[str, Any]:
     """What most pilots recommend, and how near it comes."""
-    options = [recommend(pilot, budget, SAMPLES).option for pilot in pilots]
-    (most, count) = Counter(option.method.name for option in options).most_common(1)[0]
-    option = next(option for option in options if option.method.name == most)
-    cell = _steered(_judge(law, reward), ExactModel(mfm.LinearPath(), law), option, seeds)
-    line = option.python(SAMPLES)
-    say(f"  {budget}: {line}: {cell['sw2']:.2f} × floor, {cell['nfe']:.0f} NFE, {count} of {len(pilots)} pilots")
-    return {"method": most, "line": line, "pilots": count, "predicted_nfe": option.nfe, **cell}
+    (most, count) = Counter(one.option.method.name for one in advice).most_common(1)[0]
+    chosen = next(one for one in advice if one.option.method.name == most)
+    cell = _steered(_judge(law, reward), ExactModel(mfm.LinearPath(), law), chosen, seeds)
+    line = chosen.python
+    say(f"  {chosen.budget}: {line}: {cell['sw2']:.2f} × floor, {cell['nfe']:.0f} NFE, {count} of {len(advice)} pilots")
+    return {"method": most, "line": line, "pilots": count, "predicted_nfe": chosen.option.nfe, **cell}
 
 
 @cache
@@ -95,12 +103,13 @@ def _judge(law: GaussianMixture, reward: LinearGaussian) -> frontier.Judge:
     return frontier.Judge(law, reward)
 
 
-def _steered(judge: frontier.Judge, model: ExactModel, option: Option, seeds: int) -> dict[str, Any]:
+def _steered(judge: frontier.Judge, model: ExactModel, advice: Advice, seeds: int) -> dict[str, Any]:
     """The root of the mean squared SW2 in floors, and the evaluations a sample."""
     with warnings.catch_warnings(), without_pilot_pool():
         warnings.simplefilter("ignore")
         runs = [
-            mfm.steer(model, judge.reward, SAMPLES, option.method, option.process, seed=seed) for seed in range(seeds)
+            mfm.steer(model, judge.reward, advice.num_samples, advice.method, advice.process, seed=seed)
+            for seed in range(seeds)
         ]
     alone = [judge.distance([run.samples]) for run in runs]
     return {

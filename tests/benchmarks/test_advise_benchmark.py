@@ -48,10 +48,11 @@ def test_the_best_is_what_was_measured_within_the_budget(results):
 
 def test_a_problem_is_measured_and_shown(results, monkeypatch):
     monkeypatch.setattr(frontier.Judge, "REFERENCE", 2**10)
-    monkeypatch.setattr(advise, "SAMPLES", 64)
-    found = advise.measured(*advise.problem("2-D quadratic"), pilots=2, seeds=1)
+    found = advise.measured(*advise.problem("2-D quadratic"), 64, pilots=2, seeds=1)
     assert found["pilots"]["held"] == 2
     assert found["advised"]["450"]["method"] == "rejection"
+    assert found["advised"]["450"]["line"].startswith("mfm.steer(model, reward, 64, ")
+    assert (advise.samples_of("2-D quadratic"), advise.samples_of("16-D, −10")) == (1024, 512)  # as their floors are of
     for cell in found["advised"].values():
         cell["best"] = advise.best_measured("2-D sharp", 450)
     head, row = advised({"problems": {"2-D quadratic": found}})
