@@ -189,6 +189,10 @@ def test_three_dimensions(path):
     close(tilted.means, torch.einsum("kde,ke->kd", expected, information))
     constant = log_density(CUBE, x_s) + reward(x_s) - tilted.log_prob(x_s)
     close(constant, law.log_evidence(reward).expand(m))
+    # a tilted posterior's rows have bases of their own
+    tilted = posterior.tilt(reward)
+    draws = tilted.draw(n, stream(0, 4))
+    assert worst_ks(draws[:, 1], tilted.means[1], tilted.covariances[1], tilted.weights[1]) < ks_bound(n)
 
 
 def test_posterior_at_the_ends(case, path):

@@ -126,7 +126,7 @@ class GaussianMixture:
         uniform = torch.rand(n, generator=generator, dtype=edges.dtype)
         k = torch.searchsorted(edges, uniform, right=True)
         noise = torch.randn(n, self.dim, generator=generator, dtype=means.dtype) * eigenvalues[k].sqrt()
-        return means[k] + (noise if basis is None else torch.einsum("nde,ne->nd", basis[k], noise))
+        return means[k] + (noise if basis is None else _turned(noise, k, basis))
 
     def draw(self, num_draws: int, generator: torch.Generator | None = None) -> Tensor:
         """num_draws exact draws from the mixture of each row: (num_draws, B, d)."""
@@ -134,17 +134,16 @@ class GaussianMixture:
             raise InputError("draw() belongs to the posterior of a batch; a single law has sample(n)")
         check_count(num_draws, "num_draws")
         means, eigenvalues, basis, log_weights = self._parts(None)
-        batch, components, dim = means.shape
+        batch, components, _ = means.shape
         # the law's own generator order: uniforms for the components, then normals
         edges = log_weights.exp().cumsum(-1)[:, : components - 1].contiguous()
         uniform = torch.rand(batch, num_draws, generator=generator, dtype=means.dtype)
         k = torch.searchsorted(edges, uniform, right=True)  # (B, N)
         rows = torch.arange(batch)[:, None]
-        noise = torch.randn(batch, num_draws, dim, generator=generator, dtype=means.dtype)
+        noise = torch.randn(batch, num_draws, self.dim, generator=generator, dtype=means.dtype)
         noise = noise * eigenvalues[rows, k].sqrt()
         if basis is not None:
-            basis = basis.expand(batch, components, dim, dim)
-            noise = torch.einsum("bnde,bne->bnd", basis[rows, k], noise)
+            noise = _turned(noise, k, basis)
         return (means[rows, k] + noise).transpose(0, 1).contiguous()
 
     # -- on a path ---------------------------------------------------------------------------------------------------
@@ -300,6 +299,18 @@ def _rotate(x: Tensor, basis: Tensor | None) -> Tensor:
 def _rotate_back(y: Tensor, basis: Tensor | None) -> Tensor:
     """U y, per component."""
     return y if basis is None else torch.einsum("...kde,...ke->...kd", basis, y)
+
+
+def _turned(y: Tensor, k: Tensor, basis: Tensor) -> Tensor:
+    """U_k y, every y (..., d) by the component k (...) that it fell to: no matrix a row where rows share theirs."""
+    if basis.ndim == 4:  # a posterior that was tilted: (B, K, d, d)
+        rows = torch.arange(len(basis))[:, None]
+        return torch.einsum("bnde,bne->bnd", basis[rows, k], y)
+    turned = torch.empty_like(y)
+    for component, vectors in enumerate(basis):
+        fell = k == component
+        turned[fell] = y[fell] @ vectors.mT
+    return turned
 
 
 def _log_normal(y: Tensor, v: Tensor) -> Tensor:
