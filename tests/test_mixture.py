@@ -190,9 +190,9 @@ def test_three_dimensions(path):
     constant = log_density(CUBE, x_s) + reward(x_s) - tilted.log_prob(x_s)
     close(constant, law.log_evidence(reward).expand(m))
     # a tilted posterior's rows have bases of their own
-    tilted = posterior.tilt(reward)
-    draws = tilted.draw(n, stream(0, 4))
-    assert worst_ks(draws[:, 1], tilted.means[1], tilted.covariances[1], tilted.weights[1]) < ks_bound(n)
+    tilted, early = posterior.tilt(reward), int(t.argmin())  # late ones are round
+    draws = tilted.draw(n, stream(0, 4))[:, early]
+    assert worst_ks(draws, tilted.means[early], tilted.covariances[early], tilted.weights[early]) < ks_bound(n)
 
 
 def test_posterior_at_the_ends(case, path):
