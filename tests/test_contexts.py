@@ -246,6 +246,15 @@ def test_observations_are_read_by_time_and_those_that_are_none_last():
     assert held.mask.tolist() == [[True, True, False, False]]
 
 
+def test_the_latest_frame_is_always_in_one_channel():
+    model, (one, two) = small_map(event=(1, 8, 8)), normal(2, 1, 1, 1, 8, 8, dtype=torch.float32)
+    for frames, place in ((one, [3]), (torch.cat([one, two], 1), [2, 3])):
+        times = torch.arange(float(frames.shape[1]))
+        known = model.encode(mfm.Context(frames, times, query=2.5).conditions())["frames"]
+        torch.testing.assert_close(known[0, place], frames[0, :, 0])  # data of mean 0 and spread 1
+        assert float(known[0, : place[0]].abs().sum()) == 0
+
+
 BODIES = {
     "mlp": MLPConfig(width=16, depth=2),
     "unet": UNetConfig(width=8, multipliers=(1, 1), blocks=1),

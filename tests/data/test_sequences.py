@@ -1,12 +1,17 @@
 """Sequences: what contexts are drawn from them, how files are read, what is missing, what a map is fitted with."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from metaflowmaps.data import ContextLaw, Process, Sequences, Simulator
-from metaflowmaps.data.sequences import Paths, read_sequences
+from metaflowmaps.data.paths import Paths
+from metaflowmaps.data.sequence_files import read_sequences, stacked
 from metaflowmaps.errors import InputError
+from metaflowmaps.networks import ObservedConfig
 from metaflowmaps.random import stream
 
 N = 400
@@ -45,6 +50,14 @@ def test_the_latest_observations_follow_each_other_up_to_the_lead():
     assert set(steps.tolist()) == {0.5}
 
 
+def test_a_window_without_enough_observations_is_not_asked_for():
+    paths = counting(least=2, window=3)
+    paths.values[:, 4] = torch.nan
+    _, _, _, mask, query = drawn(paths)
+    assert set(mask.sum(1).tolist()) == {2}
+    assert set((2 * query).tolist()) == {0, 1, 7, 8, 9}  # of all others a window may hold the fourth
+
+
 @pytest.mark.parametrize("place", ["before", "latest"])
 def test_no_context_has_fewer_observations_than_asked_for(place):
     paths = counting(place=place, lead=3, least=2, window=6)
@@ -81,8 +94,8 @@ def test_paths_are_linear_between_what_was_seen():
     paths = counting(length=5)
     paths.values[1, 0], paths.values[1, 2] = torch.nan, torch.nan
     found = paths.at(torch.tensor([0, 1]), torch.tensor([[0.25, 9.0], [0.0, 1.25]]))[..., 0]
-    # of path 1 the places 1, 3 and 4 were seen: its first stands for what was before, and between 1 and 3 the earlier
-    assert found.tolist() == [[0.5, 4.0], [101.0, 102.0]]
+    # of path 1 the places 1, 3 and 4 were seen, at times .5, 1.5 and 2: its first stands for what was before
+    assert found.tolist() == [[0.5, 4.0], [101.0, 102.5]]
 
 
 def save(tmp_path, **arrays):
@@ -95,10 +108,10 @@ def save(tmp_path, **arrays):
 
 
 def test_files_are_read_with_their_times_in_order(tmp_path):
-    values, times = read_sequences(save(tmp_path, values=np.arange(12.0).reshape(3, 4)))
+    values, times, _ = read_sequences(save(tmp_path, values=np.arange(12.0).reshape(3, 4)))
     assert values.shape == (3, 4, 1)
     assert times.tolist() == [0, 1, 2, 3]
-    values, times = read_sequences(save(tmp_path, values=np.arange(3.0), times=np.array([2.0, 0.5, 1.0])))
+    values, times, _ = read_sequences(save(tmp_path, values=np.arange(3.0), times=np.array([2.0, 0.5, 1.0])))
     assert values[0, :, 0].tolist() == [1, 2, 0]
     assert times.tolist() == [0.5, 1.0, 2.0]
 
@@ -122,11 +135,114 @@ def test_a_file_is_split_by_paths_and_a_single_path_by_time(tmp_path):
         ({"values": np.zeros((2, 3)), "times": np.arange(2.0)}, "times must be finite"),
         ({"values": np.array(["a"])}, "cannot be read"),
         ({"data": np.zeros((2, 3)), "times": np.arange(3.0)}, "call the array"),
+        ({"values": np.zeros((2, 3)), "times": 1.7e9 + np.arange(3.0)}, "count them from the first"),
+        ({"values": np.full((2, 3), np.inf)}, "missing=mask"),
     ],
 )
 def test_files_that_are_no_sequences_are_refused(tmp_path, arrays, words):
     with pytest.raises(InputError, match=words):
         Sequences(path=str(save(tmp_path, **arrays))).paths()
+
+
+def test_a_path_that_was_never_seen_is_left_out(tmp_path):
+    values = np.random.default_rng(0).normal(size=(20, 5))
+    values[3] = np.nan
+    source = Sequences(path=str(save(tmp_path, values=values)), missing="mask")
+    assert sum(map(len, source.paths())) == 19
+    assert bool(source.fit(5).paths.isfinite().all())
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path):
+    file = save(tmp_path, values=np.zeros((20, 5)))
+    source = Sequences(path=str(file))
+    assert float(source.paths()[0].values.sum()) == 0
+    np.save(file, np.ones((20, 5)))
+    os.utime(file, (1, 1))
+    assert float(source.paths()[0].values.min()) == 1
+
+
+def test_sequences_that_do_not_spread_are_refused(tmp_path):
+    with pytest.raises(InputError, match="nothing to learn"):
+        Sequences(path=str(save(tmp_path, values=np.ones((20, 5))))).fit(5)
+    with pytest.raises(InputError, match="stationary=true"):
+        Sequences(path=str(save(tmp_path, values=np.arange(40.0)))).fit(5)
+
+
+def frames(folder, *lengths):
+    """A folder of sequences whose pixels tell sequence and place: 50 · sequence + place."""
+    for sequence, length in enumerate(lengths):
+        (folder / f"s{sequence}").mkdir(parents=True)
+        for place in range(length):
+            pixels = np.full((6, 8), 50 * sequence + place, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"s{sequence}" / f"frame-{place}.png")
+    return folder
+
+
+def test_folders_of_pictures_are_sequences_of_frames(tmp_path):
+    values, times, ends = read_sequences(frames(tmp_path / "many", 12, 3), size=4)
+    assert values.shape == (2, 12, 1, 4, 4)
+    assert times.tolist() == list(range(12))
+    assert ends.tolist() == [12, 3]
+    level = (values[..., 0, 0, 0] + 1) * 127.5
+    torch.testing.assert_close(level[0], torch.arange(12.0), atol=1e-4, rtol=0)  # frame-2 before frame-10
+    assert level[1].isfinite().tolist() == [True] * 3 + [False] * 9
+    # what a shorter sequence does not have is no mistake
+    train, held = Sequences(path=str(tmp_path / "many"), size=4).paths()
+    assert {len(train), len(held)} == {1}
+
+
+def test_videos_are_refused_with_what_unpacks_them(tmp_path):
+    (frames(tmp_path / "videos", 3) / "one.mp4").touch()
+    with pytest.raises(InputError, match=r"ffmpeg -i one\.mp4"):
+        read_sequences(tmp_path / "videos")
+    with pytest.raises(InputError, match=r"ffmpeg -i one\.mp4"):
+        read_sequences(tmp_path / "videos" / "one.mp4")
+
+
+def test_sequences_one_after_the_other_are_stacked():
+    held = stacked((torch.full((n, 2), float(n)) for n in (3, 5)), "a generator")
+    assert held.values.shape == (2, 5, 2)
+    assert held.values[0, :, 0].isfinite().tolist() == [True, True, True, False, False]
+    for wrong, words in (([torch.zeros(3, 2), torch.zeros(3, 1)], "events alike"), ([], "holds 0 sequences")):
+        with pytest.raises(InputError, match=words):
+            stacked(wrong, "a generator")
+
+
+def test_a_simulator_is_called_once_for_each_part():
+    calls = []
+
+    def simulate(n, generator):
+        calls.append(n)
+        theta = torch.randn(n, 2, generator=generator)
+        return theta, torch.cat([theta, 100 * theta], 1)
+
+    source = Simulator(simulate=simulate, num=50)
+    source.event_shape(), source.network_options(), source.samples(), source.held_out()
+    network = ObservedConfig(width=8, heads=2, **source.network_options()).network((2,))
+    network.fit(*source.fit(1))
+    assert calls == [50, 6]
+    # each number of x has a spread of its own
+    torch.testing.assert_close(network.seen_std[2:], 100 * network.seen_std[:2])
+
+
+@pytest.mark.parametrize(
+    ("simulate", "words"),
+    [
+        (lambda n, g: torch.zeros(n, 2), r"return \(θ, x\)"),
+        (lambda n, g: (torch.zeros(n), torch.zeros(n, 1)), r"θ \(n, d\)"),
+        (lambda n, g: (torch.zeros(n, 1), torch.full((n, 1), torch.nan)), "let simulate leave"),
+        (lambda n, g: (torch.zeros(n, 1), torch.zeros(n, 1)), "leave it out"),
+    ],
+)
+def test_simulations_that_are_no_pairs_are_refused(simulate, words):
+    with pytest.raises(InputError, match=words):
+        Simulator(simulate=simulate, num=10).fit(1)
+
+
+def test_parameters_of_unlike_spreads_are_warned_of():
+    source = Simulator(simulate=lambda n, g: (torch.randn(n, 2) * torch.tensor([1.0, 1e3]), torch.zeros(n, 1)), num=50)
+    with pytest.warns(UserWarning, match="spread alike"):
+        source.fit(1)
 
 
 def test_sequences_without_a_file_and_impossible_laws_are_refused():

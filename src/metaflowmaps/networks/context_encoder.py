@@ -4,7 +4,8 @@ Observations (t_i, x_i) are tokens: their value, whitened by the process's own m
 (:mod:`metaflowmaps.networks.process_prior`), and features of t_i, of r and of the lag t_i − r. A token of r alone
 stands beside them; all attend to each other, masked ones to nobody, and the token of r is the **summary**. Nothing says
 which token came first, so the order of observations means nothing. The body reads the summary beside state and times.
-For images the whitened observations, in the order of their times, and the Gaussian answer are channels beside it.
+For images the whitened observations, in the order of their times and the latest last, and the Gaussian answer are
+channels beside it.
 
 A context is encoded once for a batch and not once a call: what the body is called with are summary and channels.
 """
@@ -85,24 +86,27 @@ class Observed(nn.Module):
         self.body = config.body.reader(event_shape, config.width, frames)
         self.register_buffer("span", torch.tensor([0.0, 1.0]))
         self.register_buffer("least", torch.zeros(()))
-        self.register_buffer("seen_mean", torch.zeros(()))
-        self.register_buffer("seen_std", torch.ones(()))
+        own = self.observed_shape if config.nodes == 1 else ()  # observations of another kind than X_r
+        self.register_buffer("seen_mean", torch.zeros(own))
+        self.register_buffer("seen_std", torch.ones(own))
 
     @torch.no_grad()
-    def fit(self, nodes: Tensor, paths: Tensor, least: int, seen: Tensor) -> None:
+    def fit(self, nodes: Tensor, paths: Tensor, least: int, seen: Tensor | None = None) -> None:
         """Take from the data what is not trained.
 
         Args:
             nodes: times (K,).
             paths: (n, K, *event), paths at the nodes.
             least: the fewest observations that are trained with.
-            seen: (k, *observed) some observations.
+            seen: (k, *observed) some observations, where there is one node.
         """
         self.prior.fit(nodes, paths)
         self.span.copy_(torch.stack([nodes[0], nodes[-1]]))
         self.least.fill_(least)
-        self.seen_mean.copy_(seen.mean())
-        self.seen_std.copy_(seen.std().clamp_min(1e-8))
+        if seen is not None:
+            self.seen_mean.copy_(seen.mean(0))
+            spread = seen.std(0)
+            self.seen_std.copy_(torch.where(spread > 0, spread, 1.0))
 
     @property
     def rows_cost(self) -> bool:
@@ -127,6 +131,9 @@ class Observed(nn.Module):
         seen, query = ordered(cond, self.config.max_observations), cond[QUERY]
         if seen.values.shape[2:] != self.observed_shape:
             raise InputError(f"observations must have shape {self.observed_shape}, got {tuple(seen.values.shape[2:])}")
+        most, places = self.config.max_observations, seen.mask.shape[1]
+        if self.frames and places > most:
+            raise InputError(f"this map has channels for {most} observations, got {places}: leave the earliest out")
         if self.config.stationary:
             seen, query = seen._replace(times=(seen.times - query[:, None]) * seen.mask), torch.zeros_like(query)
         mean, std = self.prior.given(seen, query)
@@ -136,7 +143,7 @@ class Observed(nn.Module):
         known = {name: value for name, value in cond.items() if name not in OBSERVED}
         known[SUMMARY] = self.encoder(seen._replace(values=white), query, answer, std / spread, self.span)
         if self.frames:
-            known[FRAMES] = torch.cat([white.flatten(1, 2), answer], 1)[:, -self.frames :]
+            known[FRAMES] = torch.cat([_latest_last(white, seen.mask).flatten(1, 2), answer], 1)
         return {**known, MEAN: mean, STD: std}
 
     def _whitened(self, seen: Observations) -> Tensor:
@@ -156,9 +163,7 @@ class Observed(nn.Module):
             raise InputError(
                 f"this map was trained on at least {int(self.least)} observations, got {fewest}: give more"
             )
-        if self.frames and most > self.config.max_observations:
-            raise InputError(f"this map has channels for {self.config.max_observations} observations, got {most}")
-        if most > self.config.max_observations:
+        if not self.frames and most > self.config.max_observations:
             warn_caller(f"{most} observations: this map was trained on at most {self.config.max_observations}")
         times, first, last = context.times[context.mask], *self.span.tolist()
         assert context.query is not None, "conditions() refuses a context that asks for nothing"
@@ -220,6 +225,13 @@ class _Block(nn.Module):
         x = x[:, :first] + self.out(attend(q, k, v, mask=mask).transpose(1, 2).flatten(2))
         out: Tensor = x + self.mlp(layer_norm(x))
         return out
+
+
+def _latest_last(values: Tensor, mask: Tensor) -> Tensor:
+    """Observations in their order at the last places, zeros before them: the latest is always at one place."""
+    source = torch.arange(mask.shape[1], device=mask.device) - (~mask).sum(1, keepdim=True)
+    moved = values.gather(1, beside(source.clamp_min(0), values).expand_as(values))
+    return torch.where(beside(source >= 0, values), moved, 0.0)
 
 
 def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from metaflowmaps.cost import Meter
 from metaflowmaps.data import Process
-from metaflowmaps.data.sequences import ContextLaw, Paths
+from metaflowmaps.data.paths import ContextLaw, Paths
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.metrics.finite import root
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metaflowmaps.context import Context
 from metaflowmaps.data import ContextSource, Process, read_source
-from metaflowmaps.data.sequences import Paths
+from metaflowmaps.data.paths import Paths
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.context_error import ContextEvalConfig, evaluate_contexts
 from metaflowmaps.lab.evaluate.forecast_error import ForecastEvalConfig, evaluate_forecasts
