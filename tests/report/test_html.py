@@ -8,7 +8,7 @@ import pytest
 from made_runs import LONG, carrying, everything, fidelity, picture, steering, training, unknown, write
 
 from metaflowmaps import cli
-from metaflowmaps.cli.context import print_tables
+from metaflowmaps.cli.telling import print_tables
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.report.html import read_results, tables_of, write_report
 from metaflowmaps.lab.report.sections import duration, number
@@ -217,7 +217,8 @@ def test_another_schema_and_an_unwritable_page_name_the_fix(tmp_path, capsys, mo
 def test_the_command_writes_the_page_and_says_where(tmp_path, capsys, monkeypatch):
     run = steering(tmp_path / "a")
     code, out, err = mfm(capsys, monkeypatch, "report", run, "--out", tmp_path)
-    assert (code, out, err) == (0, f"{tmp_path / 'report.html'}\n", "")
+    page = tmp_path / "report.html"
+    assert (code, out, err) == (0, f"{page}\n", f"next: open {page} in a browser\n")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     picture(run / "later.png")  # the same command again: the page is replaced
     assert mfm(capsys, monkeypatch, "report", run, "--out", tmp_path)[0] == 0

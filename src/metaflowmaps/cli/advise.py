@@ -35,6 +35,10 @@ class Advise(ConditionOptions):
     pilot: int = Field(PILOT, ge=16, description="One-step samples of the pilot.")
     data: str | None = Field(None, description="Where the images are now that some rewards are made of.")
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """What was recommended."""
+        return str(results["metrics"]["command"])
+
 
 def run(config: Advise, context: Context) -> Results:
     """A table of methods and one recommendation, with the line to type."""

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,7 +20,8 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from metaflowmaps.cli.context import Argument, Context, Name, emit
+from metaflowmaps.cli.context import Argument, Context, Name
+from metaflowmaps.cli.telling import emit, emit_json
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.work.choices import Pick, choices, one_line
 from metaflowmaps.work.config import Config, override
@@ -126,11 +127,20 @@ def command(name: str, run: Run, text: str) -> click.Command:
         options = {field: parameter.opts[-1] for field, parameter in made.items() if parameter is not None}
         context = checked(Context, {key: given[key] for key in shared if key in given}, options)
         config = override(checked(kind, own, options), settings)
-        emit(run(config, context), context.as_json)
+        results = run(config, context)
+        if context.as_json:
+            emit_json(results)
+        else:
+            emit(results, config, options, {*own, *given_by(settings), *given_by(own.get("settings", ()))})
 
     arguments = [(p.metavar, made_help(kind, p.name)) for p in parameters if isinstance(p, click.Argument)]
     rows = "".join(f"\n\n{metavar}: {words}" for metavar, words in arguments)
     return click.Command(name, params=parameters, callback=callback, help=text.strip() + rows)  # type: ignore[arg-type]
+
+
+def given_by(settings: Iterable[str]) -> set[str]:
+    """The parts of the keys of ``--set``: process.steps=50 says which process, and its steps."""
+    return {part for setting in settings for part in setting.partition("=")[0].strip().split(".")}
 
 
 def made_help(kind: type[Config], name: str | None) -> str:

@@ -22,6 +22,10 @@ class Bench(ConditionOptions):
     batch_size: int = Field(4096, ge=1, description="Rows of the largest batch that is tried.")
     seconds: float = Field(1.0, gt=0, description="For each batch that is tried.")
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """The figures help to choose how many samples."""
+        return f"mfm sample {self.named} --num 64"
+
 
 def run(config: Bench, context: Context) -> Results:
     """The figures of a checkpoint, each at the batch that turns out fastest."""

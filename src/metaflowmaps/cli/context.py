@@ -3,7 +3,6 @@
 Its fields are the options that commands share; ``shared`` of a command's configuration names those it takes.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 Results = dict[str, Any]  # results.json
 Tables = dict[str, tuple[list[str], list[list[str]]]]  # title -> (head, rows)
 
-MEASURING = ("eval", "finetune", "demo", "advise", "bench")  # commands whose tables are printed
 COMPUTES = ("out", "seed", "device", "as_json", "dry_run")
 IN_SHARDS = (*COMPUTES, "worker", "shard_size")
 TRAINS = (*COMPUTES, "max_steps", "resume")
@@ -106,6 +104,15 @@ class Options(Config):
 
     shared: ClassVar[tuple[str, ...]] = COMPUTES
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """What to type after this command; empty for nothing.
+
+        Args:
+            results: of the command; empty of one that only prints.
+            folder: where they were written, as one types it.
+        """
+        return f"mfm report {folder}"
+
 
 class OnCheckpoint(Options):
     """The base of a command on a checkpoint."""
@@ -113,6 +120,11 @@ class OnCheckpoint(Options):
     checkpoint: Annotated[str, Argument("CHECKPOINT")] = Field(
         description="A run or checkpoint directory, a hub id, or digits."
     )
+
+    @property
+    def named(self) -> str:
+        """The checkpoint, as one types it."""
+        return shlex.quote(self.checkpoint)
 
 
 def say(line: str) -> None:
@@ -124,39 +136,3 @@ def say(line: str) -> None:
 def complain(line: str) -> None:
     """What went wrong, on any rank."""
     print(line, file=ForgivingStream(sys.stderr), flush=True)
-
-
-def emit(results: Results | str | None, as_json: bool) -> None:
-    """The result on stdout: as JSON, or as its tables, its numbers and where to find it; of ranks, the first one's."""
-    if results is None or launched().rank:
-        return
-    if isinstance(results, str):
-        print(results)
-        return
-    if as_json:
-        print(json.dumps(results))
-        return
-    if str(results.get("command")).startswith(MEASURING) and not results.get("dry_run"):
-        from metaflowmaps.lab.report.html import tables_of
-
-        print_tables(tables_of(results))
-    cost = results.get("cost", {})
-    if "nfe" in cost:  # the one figure of a single sample among those of all
-        cost = {f"{name}, {'a sample' if name == 'nfe' else 'in all'}": value for name, value in cost.items()}
-    for name, value in {**results.get("metrics", {}), **cost}.items():
-        if isinstance(value, int | float | str):
-            print(f"{name:24s} {value:,.6g}" if isinstance(value, float) else f"{name:24s} {value}")
-    if "out" in results:
-        print(f"results: {results['out']}")
-
-
-def print_tables(tables: Tables) -> None:
-    """Tables as text."""
-    for title, (head, rows) in tables.items():
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        print(f"\n{title}")
-        for row in [head, *rows]:
-            cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            print("  ".join(cells))
-    if tables:
-        print()

@@ -33,6 +33,10 @@ class Convert(Options):
     revision: str | None = Field(None, description="Of the file on the hub.")
     check: bool = Field(True, description="Probe which way its time runs.")
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """Is it what was published?"""
+        return f"mfm sample {folder} --num 16"
+
 
 def run(config: Convert, context: Context) -> Results:
     """The checkpoint's folder, and what is known of it."""

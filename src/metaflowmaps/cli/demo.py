@@ -9,8 +9,9 @@ from pydantic import Field
 
 from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.cli import evaluate
-from metaflowmaps.cli.context import Context, Options, Results, print_tables, typed_settings
+from metaflowmaps.cli.context import Context, Options, Results, typed_settings
 from metaflowmaps.cli.results import Request
+from metaflowmaps.cli.telling import print_tables
 from metaflowmaps.cli.train import resolve, train
 from metaflowmaps.lab.digits_story import RACE, tell_story
 from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig

@@ -29,6 +29,10 @@ class Distill(Options):
         (), description="Change a setting: low_rank=8, steps=3000, key.sub=value (repeatable)."
     )
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """What the map is for."""
+        return f"mfm posterior {folder}"
+
 
 def run(config: Distill, context: Context) -> Results:
     """Distil a drift; several ranks of torchrun are one run."""

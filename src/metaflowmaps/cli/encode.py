@@ -43,6 +43,10 @@ class Encode(Options):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="The encoder's.")
     threads: int | None = Field(None, ge=1, le=256, description="That read and crop (all cores, at most 8).")
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """A map of the latents, once all of them are there."""
+        return f"mfm train latents --data {folder}" if results["complete"] else ""
+
 
 def run(config: Encode, context: Context) -> Results:
     """A directory of latents; workers share its shards."""

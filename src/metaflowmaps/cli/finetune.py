@@ -54,6 +54,10 @@ class Finetune(OnCheckpoint):
         (), description="Change a setting: key.sub=value (repeatable)."
     )
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """Samples of what was tuned, whose map belongs to its drift unless none was asked for."""
+        return f"mfm sample {folder}" + (" --method ode" if results["config"].get("map") == "none" else "")
+
 
 def run(config: Finetune, context: Context) -> Results:
     """A tuned map."""

@@ -36,6 +36,10 @@ class PosteriorDraws(DrawingOptions):
     num_draws: int | None = Field(None, ge=1, description="How many draws (1024).")
     steps: int = Field(1, ge=1, description="Network calls a draw.")
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """Are draws like these right?"""
+        return f"mfm eval posterior {self.named}"
+
 
 def run(config: PosteriorDraws, context: Context) -> Results:
     """Draws given one noisy state: ``x``, or ``image`` noised, or a sample of the map noised; or given observations."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from metaflowmaps.cli.context import Argument, Context, Options
+from metaflowmaps.cli.context import Argument, Context, Options, Results
 from metaflowmaps.lab.report.html import write_report
 
 
@@ -18,6 +18,10 @@ class Report(Options):
         description="Results of commands, or directories of such."
     )
     out: Path = Field(Path("report.html"), description="The page: a file, or a directory for report.html.")
+
+    def next_command(self, results: Results, folder: str) -> str:
+        """It is looked at in a browser."""
+        return f"open {folder} in a browser"
 
 
 def run(config: Report, context: Context) -> str:

@@ -25,6 +25,10 @@ class Sample(DrawingOptions):
         "refine", description="refine (Algorithm 1), compose (k jumps from noise) or ode."
     )
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """The same map, with a reward."""
+        return f"mfm steer {self.named}"
+
 
 def run(config: Sample, context: Context) -> Results:
     """Samples by refinement, by composed jumps at context time 0, or by the drift's ODE."""

@@ -50,6 +50,10 @@ class Train(Options):
         (), description="Change a setting of the recipe: key.sub=value (repeatable)."
     )
 
+    def next_command(self, results: Results, folder: str) -> str:
+        """Of a map, its draws; a classifier is for the rewards of another."""
+        return f"mfm posterior {folder}" if "model" in results["config"] else ""
+
 
 def run(config: Train, context: Context) -> Results:
     """Train a recipe; several ranks of torchrun are one run."""
