@@ -24,6 +24,7 @@ from metaflowmaps.posterior import (
     Posterior,
     TweediePosterior,
 )
+from metaflowmaps.sample_files import SavedSamples, load_samples
 from metaflowmaps.value import Gradient, GradientFree, ValueEstimate, value_gradient
 from metaflowmaps.weighted_posterior import WeightedPosterior
 
@@ -146,6 +147,7 @@ __all__ = [
     "Posterior",
     "Rejection",
     "Resampling",
+    "SavedSamples",
     "Search",
     "SteerResult",
     "TrigonometricPath",
@@ -158,6 +160,7 @@ __all__ = [
     "finetune",
     "from_diffusers",
     "glass_drift",
+    "load_samples",
     "observation_gradient",
     "pretrained",
     "rewards",

@@ -25,11 +25,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from metaflowmaps._sample_plots import show_rewards, show_samples
 from metaflowmaps._shapes import Cond, Time, batch_time, check_finite, check_state, check_time, expand_time
 from metaflowmaps.draws import (
     NEGLIGIBLE,
@@ -47,6 +48,9 @@ from metaflowmaps.unseen import missed
 from metaflowmaps.work.choices import Choice, built
 from metaflowmaps.work.memory import frozen
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CORRECTIONS = ("none", "jackknife")
 
 
@@ -60,6 +64,27 @@ class ValueEstimate(NamedTuple):
     gradient_std_err: Tensor  # (B,) root of the summed variances of the gradient's coordinates
     draws: Tensor  # (num_draws, B, *event)
     rewards: Tensor  # (num_draws, B)
+
+    def plot(self, row: int = 0) -> "Figure":
+        """One state's draws, those of the highest reward first, and their rewards: a matplotlib figure.
+
+        Args:
+            row: which of the B states.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        rewards = self.rewards[:, row]
+        order = rewards.argsort(descending=True)
+        show_samples(left, self.draws[order, row], rewards[order])
+        left.set_title(f"{len(rewards)} draws, worth {float(self.ess[row]):,.1f}")
+        show_rewards(right, rewards)
+        value = float(self.value[row])
+        right.axvline(value, color="C3", label="value")
+        right.legend()
+        right.set_title(f"value {value:.3g} ± {float(self.std_err[row]):.2g}")
+        return figure
 
 
 # -- weights ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Several processes may claim a request's directory, make what is missing, and one
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.lab.sample_pictures import ALL_CLASSES, PictureOptions, SamplePictures
 from metaflowmaps.networks.compiling import Compile
 from metaflowmaps.random import fresh_seeds, stream
+from metaflowmaps.sample_files import write_samples
 from metaflowmaps.work.claims import read_json, release
 from metaflowmaps.work.shards import (
     Shard,
@@ -70,6 +72,9 @@ class DrawingOptions(ConditionOptions):
     shared = IN_SHARDS
 
     images: bool = Field(False, description="Write every sample as a PNG too.")
+    format: Literal["safetensors", "npz", "png"] = Field(
+        "safetensors", description="Of the file of samples: safetensors or npz; png: safetensors, and --images."
+    )
     only: tuple[int, ...] = Field((), description="Make the sample with this saved seed again (repeatable).")
 
     def count(self, num: int | None) -> int:
@@ -82,7 +87,17 @@ class DrawingOptions(ConditionOptions):
 
     def open(self, context: Context, num: int, needs_map: bool = True) -> SamplePictures:
         """The map, what ``num`` samples of it are told, and their pictures."""
-        return self.pictures(OpenedModel.open(self.checkpoint, context.device, needs_map), num, self.images)
+        opened, each = OpenedModel.open(self.checkpoint, context.device, needs_map), self.format == "png"
+        if each and not opened.is_pictorial:
+            raise InputError(
+                f"--format png is for pictures, and samples of {self.checkpoint} have the shape "
+                f"{opened.model.event_shape}: give --format npz or safetensors"
+            )
+        return self.pictures(opened, num, each or self.images)
+
+    def write(self, folder: Path, name: str, tensors: Tensors) -> None:
+        """Write a file of samples in the format that was asked for."""
+        write_samples(folder, name, tensors, "npz" if self.format == "npz" else "safetensors")
 
     def by_seed(
         self, pictures: SamplePictures, name: str, points: Callable[[Tensor, Cond], Tensor], seed: int, role: str

@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from metaflowmaps._files import write_tensors
 from metaflowmaps._shapes import Cond, first_cond
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, DrawingOptions, draw
@@ -61,7 +60,7 @@ def run(config: PosteriorDraws, context: Context) -> Results:
 
     def finish(request: Request, made: Shard) -> Results:
         draws = made.tensors["draws"]
-        write_tensors(request.out / "draws.safetensors", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
+        config.write(request.out, "draws", {**made.tensors, "x_t": x_t[0], "t": torch.tensor(t)})
         _picture(request, pictures, t, x_t, draws)
         metrics: Results = {
             "num_draws": num,
@@ -94,7 +93,7 @@ def _given_observations(config: PosteriorDraws, context: Context, pictures: Samp
     def finish(request: Request, made: Shard) -> Results:
         draws = made.tensors["draws"]
         seen = {name: value[0] for name, value in given.conditions().items()}
-        write_tensors(request.out / "draws.safetensors", {**made.tensors, **seen})
+        config.write(request.out, "draws", {**made.tensors, **seen})
         spread = draws.std(0) if num > 1 else torch.zeros_like(draws[0])
         metrics: Results = {
             "num_draws": num,

@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from metaflowmaps._files import write_tensors
 from metaflowmaps._shapes import Cond
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, DrawingOptions, draw
@@ -45,7 +44,7 @@ def run(config: Sample, context: Context) -> Results:
 
     def finish(request: Request, made: Shard) -> Results:
         x = made.tensors["samples"]
-        write_tensors(request.out / "samples.safetensors", made.tensors)
+        config.write(request.out, "samples", made.tensors)
         pictures.save(x, f"{num} samples, {config.steps} network call(s) each", opened.law, request.out)
         spread = x.flatten(1).std(0).mean() if num > 1 else torch.zeros(())
         metrics = {"num": num, "mean": float(x.mean()), "std": float(spread)}

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from metaflowmaps._files import write_tensors
 from metaflowmaps.cli.context import Context, Results
 from metaflowmaps.cli.drawing import Drawing, DrawingOptions, Tensors, draw
 from metaflowmaps.cli.results import Request
@@ -91,7 +90,7 @@ def run(config: Steer, context: Context) -> Results:
 
     def keep(request: Request, tensors: Tensors) -> None:
         kept = {name: tensors[name] for name in ("samples", "rewards", "seeds")}
-        write_tensors(request.out / "samples.safetensors", kept)
+        config.write(request.out, "samples", kept)
 
     def finish(request: Request, made: Shard) -> Results:
         keep(request, made.tensors)

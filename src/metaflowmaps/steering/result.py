@@ -6,18 +6,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from metaflowmaps._files import write_whole
+from metaflowmaps._sample_plots import show_rewards, show_samples
 from metaflowmaps.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SHOWN = 64  # pictures
 
 
 @dataclass
@@ -63,7 +61,8 @@ class SteerResult:
             samples, rewards, seeds = (tensors.pop(name) for name in ("samples", "rewards", "seeds"))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(
-                f"{path} is no saved result of steering ({type(error).__name__}): see result.save"
+                f"{path} is no saved result of steering ({type(error).__name__}): result.save writes such; "
+                "mfm.load_samples reads the samples of a command"
             ) from None
         info = {name.removeprefix("info."): value for name, value in tensors.items()}
         return cls(samples, rewards, seeds, cost, info, interrupted, notes)
@@ -74,31 +73,8 @@ class SteerResult:
 
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        x, rewards = self.samples.detach().cpu().float(), self.rewards.detach().cpu().float()
-        shape = x.shape[1:]
-        if tuple(shape) == (2,):
-            points = left.scatter(*x.T.numpy(), c=rewards.numpy(), s=6)
-            figure.colorbar(points, ax=left, label="reward")
-            left.set_aspect("equal")
-        elif len(shape) == 3 and shape[0] in (1, 3):
-            left.imshow(_grid(x[:SHOWN]).numpy(), cmap="gray", vmin=0, vmax=1)
-            left.set_axis_off()
-        else:
-            left.hist(x.flatten().numpy(), bins=60, density=True, color="0.5")
-            left.set_xlabel("coordinates")
-        left.set_title(f"{len(x)} samples, {self.cost['nfe']:,.0f} evaluations each")
-        right.hist(rewards[rewards.isfinite()].numpy(), bins=min(40, 5 + len(x) // 8), color="0.5")
-        right.set_xlabel("reward")
-        right.set_title(f"mean reward {float(rewards.mean()):.3g}")
+        show_samples(left, self.samples, self.rewards)
+        left.set_title(f"{len(self.samples)} samples, {self.cost['nfe']:,.0f} evaluations each")
+        show_rewards(right, self.rewards)
+        right.set_title(f"mean reward {float(self.rewards.float().mean()):.3g}")
         return figure
-
-
-def _grid(x: Tensor) -> Tensor:
-    """Pictures (n, C, H, W) in [−1, 1] as one, with a white line between them: (height, width, C) in [0, 1]."""
-    x = torch.nn.functional.pad(x, (0, 1, 0, 1), value=1.0)
-    columns = max(1, round(len(x) ** 0.5))
-    missing = -len(x) % columns
-    x = torch.cat([x, x.new_full((missing, *x.shape[1:]), 1.0)])
-    n, channels, height, width = x.shape
-    tiles = x.reshape(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    return ((tiles.reshape(n // columns * height, columns * width, channels) + 1) / 2).clamp(0, 1)
