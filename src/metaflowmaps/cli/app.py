@@ -28,6 +28,7 @@ from metaflowmaps.work.config import Config, override
 
 COMMANDS = {  # as mfm --help lists them: name -> module
     "demo": "demo",
+    "doctor": "doctor",
     "recipes": "recipes",
     "train": "train",
     "distill": "distill",
@@ -132,6 +133,8 @@ def command(name: str, run: Run, text: str) -> click.Command:
             emit_json(results)
         else:
             emit(results, config, options, {*own, *given_by(settings), *given_by(own.get("settings", ()))})
+        if isinstance(results, dict) and results.get("failed"):
+            raise click.exceptions.Exit(1)
 
     arguments = [(p.metavar, made_help(kind, p.name)) for p in parameters if isinstance(p, click.Argument)]
     rows = "".join(f"\n\n{metavar}: {words}" for metavar, words in arguments)

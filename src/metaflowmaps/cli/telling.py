@@ -92,12 +92,15 @@ def _closing(
         if "expected_seconds" in results["metrics"] and (slower := busy()):
             yield "warning", slower
         yield "nothing was run", "the same command without --dry-run runs it"
-    if "out" not in results:
         return
-    folder = Path(results["out"])
-    folder = folder if folder.is_dir() else folder.parent
-    yield "written", f"{shlex.quote(str(folder))}: {', '.join(_files(folder))}"
-    if following := config.next_command(results, shlex.quote(str(folder))):
+    where = ""
+    if "out" in results:
+        folder = Path(results["out"])
+        folder = folder if folder.is_dir() else folder.parent
+        where = shlex.quote(str(folder))
+        yield "written", f"{where}: {', '.join(_files(folder))}"
+    # a worker that leaves the rest to others has no results yet
+    if "command" in results and (following := config.next_command(results, where)):
         yield "next", following
 
 

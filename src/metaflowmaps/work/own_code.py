@@ -36,7 +36,7 @@ def admit(place: str, content: bytes) -> None:
         place: the resolved path of a file, or the name of a module.
         content: what the file holds; of a module its name.
     """
-    mark = _remembered() / sha256(content).hexdigest()
+    mark = remembered() / sha256(content).hexdigest()
     if mark.exists():
         return
     if _by_a_file.get() and place not in _allowed():
@@ -51,7 +51,7 @@ def admit(place: str, content: bytes) -> None:
         write_whole(mark, f"{place}\n".encode(), durable=False)
 
 
-def _remembered() -> Path:
+def remembered() -> Path:
     """The folder of what was typed: a file for each, called by the hash of the content."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state) / "metaflowmaps" / "code"
