@@ -18,8 +18,8 @@ from metaflowmaps.lab.evaluate.context_error import ContextEvalConfig, evaluate_
 from metaflowmaps.lab.evaluate.forecast_error import ForecastEvalConfig, evaluate_forecasts
 from metaflowmaps.networks import MLPConfig, ObservedConfig
 from metaflowmaps.recipes import recipe
+from metaflowmaps.training.building import fitted
 from metaflowmaps.training.train_config import TrainConfig
-from metaflowmaps.training.training_run import fitted
 
 SUNSPOTS = Path("benchmarks") / "sunspots.npz"
 PROCESS = Process(process="ou-mixture")

@@ -15,10 +15,12 @@ from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.figures.plots import GLASS, MAP, new_figure, save
 from metaflowmaps.losses import Eulerian, Lagrangian, LagrangianDifference, MeanFlow, Semigroup
 from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.training.building import build_map
+from metaflowmaps.training.parents import drift_config
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.training.train_config import LossConfig, TrainConfig
-from metaflowmaps.training.training_run import build_map, build_objective, drift_config
+from metaflowmaps.training.training_run import build_objective
 
 BUDGET, DRIFT_SHARE, SEEDS = 8.0, 0.4, (0, 1, 2)
 JUDGE = PosteriorEvalConfig(samples=4096, contexts=8, sets=2, map_steps=(1,), glass_steps=())

@@ -18,11 +18,12 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import SIZES, DiT, DiTConfig
 from metaflowmaps.path import Drift, LinearPath
 from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.training.building import build_map
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, Teacher
 from metaflowmaps.training.train_config import ConditionConfig, LossConfig, OptimizerConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.training_run import build_map, build_objective
+from metaflowmaps.training.training_run import build_objective
 
 ROUNDS, STEPS = 12, 20
 

@@ -15,7 +15,7 @@ from metaflowmaps.finetuning.tuning_problem import TuningProblem
 from metaflowmaps.guidance import DMF, DMF_512, PLAIN, GuidanceLaw, guided_drift
 from metaflowmaps.parameterization import chart_class
 from metaflowmaps.recipes import recipe
-from metaflowmaps.training.training_run import taught_by
+from metaflowmaps.training.parents import taught_by
 
 CONFIG = {"heads": 4, "encoder_depth": 3}
 LABEL = torch.tensor([3, 0, 9, 7, 1, 5])

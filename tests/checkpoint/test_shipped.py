@@ -23,10 +23,11 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks import make_classifier, make_network
 from metaflowmaps.path import make_path
 from metaflowmaps.recipes import RECIPES, recipe
-from metaflowmaps.training import training_run as training
+from metaflowmaps.training import building
+from metaflowmaps.training.building import build_classifier, build_map, fitted, network_of, sized
 from metaflowmaps.training.classifier_objective import accuracy
+from metaflowmaps.training.parents import drift_config
 from metaflowmaps.training.train_config import ClassifierConfig, ModelConfig, TrainConfig
-from metaflowmaps.training.training_run import build_classifier, build_map, drift_config, fitted, network_of, sized
 
 load_map = MetaFlowMap.from_pretrained
 
@@ -256,7 +257,7 @@ def test_the_spread_of_a_made_up_set(own):
     assert (found.data.size, found.data.channels) == (8, 1)
     assert fitted(images_config(0.0)).model.data_std == pytest.approx((0.0625 + 0.25) ** 0.5, abs=1e-4)
     assert fitted(images_config(1.0)).model.data_std == pytest.approx((0.0625 + 0.25 + 1) ** 0.5, abs=1e-4)
-    mean = training.mean_image(Images().load()[0])
+    mean = building.mean_image(Images().load()[0])
     assert mean[0, 0].tolist() == pytest.approx([0.5] * 4 + [-0.5] * 4)
     assert fitted(found) == found  # what was measured stays
 

@@ -12,8 +12,9 @@ from metaflowmaps.checkpoint import resolve_checkpoint
 from metaflowmaps.data import read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.recipes import recipe
+from metaflowmaps.training.building import fitted
 from metaflowmaps.training.loop import Watch
-from metaflowmaps.training.training_run import fitted, run_training
+from metaflowmaps.training.training_run import run_training
 from metaflowmaps.work.choices import outside
 from metaflowmaps.work.config import override
 

@@ -23,9 +23,9 @@ from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.training.loop import Interrupted, Watch, train
 from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.starting import starting_point
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
 from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.training_run import starting_point
 from metaflowmaps.work import ranks
 
 PRELOADED = ["ranks_worker", "torch.distributed.fsdp", "torch.distributed.tensor"]

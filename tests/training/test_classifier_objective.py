@@ -15,10 +15,11 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.recipes import recipe
 from metaflowmaps.recipes.gmm import gmm
+from metaflowmaps.training.building import build_classifier
 from metaflowmaps.training.classifier_objective import ClassifierObjective, accuracy, shifted
 from metaflowmaps.training.loop import Interrupted, NonFiniteLoss, Watch
 from metaflowmaps.training.train_config import ClassifierConfig, TrainConfig
-from metaflowmaps.training.training_run import build_classifier, run_classifier_training, run_training
+from metaflowmaps.training.training_run import run_classifier_training, run_training
 from metaflowmaps.work.config import validated
 
 OPTIMIZER = {"name": "adam", "lr": 5e-3, "betas": (0.9, 0.99), "warmup_steps": 10, "ema": 0.95}

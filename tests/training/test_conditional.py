@@ -20,11 +20,13 @@ from metaflowmaps.laws.labelled import LabelledLaw
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.parameterization import CHARTS
 from metaflowmaps.random import stream
+from metaflowmaps.training.building import build_map
 from metaflowmaps.training.loop import Interrupted, Watch
 from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.parents import exact_teacher
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher, guided_drift
 from metaflowmaps.training.train_config import ConditionConfig, LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.training_run import build_map, build_objective, exact_teacher, run_training
+from metaflowmaps.training.training_run import build_objective, run_training
 from metaflowmaps.work.choices import dumped
 from metaflowmaps.work.config import validated
 
@@ -497,7 +499,7 @@ def test_a_learned_teacher_and_a_run_resumed(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     made, built = config(**LEARNED), []
     monkeypatch.setattr(
-        "metaflowmaps.training.training_run.GlassTeacher",
+        "metaflowmaps.training.parents.GlassTeacher",
         lambda *given: built.append(GlassTeacher(*given)) or built[-1],
     )
     run_training(made, tmp_path / "whole")

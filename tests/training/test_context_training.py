@@ -12,7 +12,9 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.context_error import ContextEvalConfig, evaluate_contexts
 from metaflowmaps.networks import MLPConfig, ObservedConfig
 from metaflowmaps.recipes import recipe
-from metaflowmaps.training.training_run import build_map, build_objective, exact_teacher, fitted, run_training
+from metaflowmaps.training.building import build_map, fitted
+from metaflowmaps.training.parents import exact_teacher
+from metaflowmaps.training.training_run import build_objective, run_training
 
 SMALL = ObservedConfig(body=MLPConfig(width=24, depth=2), width=16, heads=2)
 

@@ -12,7 +12,7 @@ from metaflowmaps.data import Arrays, Digits, Latents, Mixture
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.networks.dit import DiTConfig
-from metaflowmaps.training import distillation, training_run
+from metaflowmaps.training import distillation, parents, training_run
 from metaflowmaps.training.distillation import data_named, distilling
 from metaflowmaps.training.loop import Watch
 
@@ -181,7 +181,7 @@ def test_any_shape_is_distilled_from_a_tensor(tmp_path):
 def test_what_cannot_be_distilled_is_refused_in_a_line(tmp_path):
     (tmp_path / "model.py").write_text(FILE)
     with pytest.raises(InputError, match=r"return mfm\.wrap"):
-        training_run.open_parent(f"{tmp_path}/model.py:nothing")
+        parents.open_parent(f"{tmp_path}/model.py:nothing")
     with pytest.raises(InputError, match="give data of its own"):
         distilling("digits", small_sit(), SOURCE)
     with pytest.raises(InputError, match="mfm convert"):

@@ -21,7 +21,7 @@ from metaflowmaps.checkpoint import CheckpointStore, read_checkpoint
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.training.distributed import check_division, ranks_a_copy, told
-from metaflowmaps.training.training_run import starting_point
+from metaflowmaps.training.starting import starting_point
 from metaflowmaps.work import ranks
 
 load_map = MetaFlowMap.from_pretrained

@@ -17,12 +17,13 @@ from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.recipes.gmm import DATA_STD, gmm, paper_mixture
 from metaflowmaps.training import loop, training_run
+from metaflowmaps.training.building import build_map
 from metaflowmaps.training.loop import Interrupted, NonFiniteLoss, Watch, _TrainingRun, train
 from metaflowmaps.training.objective import Objective
 from metaflowmaps.training.state import learning_rate, make_optimizer
 from metaflowmaps.training.teachers import ExactTeacher, GlassTeacher
 from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
-from metaflowmaps.training.training_run import build_map, build_objective, run_training
+from metaflowmaps.training.training_run import build_objective, run_training
 from metaflowmaps.work.choices import choices, options_of
 
 load_map = MetaFlowMap.from_pretrained

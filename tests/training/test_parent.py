@@ -8,8 +8,10 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.dit import DiTConfig
 from metaflowmaps.recipes import recipe
+from metaflowmaps.training.building import build_map, like_parent
 from metaflowmaps.training.loop import Watch
-from metaflowmaps.training.training_run import build_map, inherit, like_parent, run_training, taught_by
+from metaflowmaps.training.parents import inherit, taught_by
+from metaflowmaps.training.training_run import run_training
 from metaflowmaps.work.config import override
 
 load_map = MetaFlowMap.from_pretrained

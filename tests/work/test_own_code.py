@@ -11,7 +11,7 @@ from metaflowmaps.data import read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks import MLPConfig, NetworkConfig, read_network
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.training.training_run import _as_read
+from metaflowmaps.training.starting import _as_read
 from metaflowmaps.work import choices, own_code
 
 NET = """

@@ -8,7 +8,7 @@ from metaflowmaps.cli.context import TRAINS, Argument, Context, Name, Options, R
 from metaflowmaps.cli.train import Job, carried_out
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.distillation import data_named, distilling, refuse_wrong
-from metaflowmaps.training.training_run import open_parent
+from metaflowmaps.training.parents import open_parent
 
 
 class Distill(Options):

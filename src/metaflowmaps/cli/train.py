@@ -15,19 +15,14 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.lab.figures import plots, result_figures
 from metaflowmaps.lab.imagenet_tasks import TASKS
 from metaflowmaps.recipes import recipe
+from metaflowmaps.training.building import build_classifier, build_map, fitted
 from metaflowmaps.training.classifier_objective import accuracy
 from metaflowmaps.training.distributed import check_division, told
 from metaflowmaps.training.loop import TrainResult, Watch
 from metaflowmaps.training.plan import plan
+from metaflowmaps.training.starting import tidy
 from metaflowmaps.training.train_config import ClassifierConfig, TrainConfig
-from metaflowmaps.training.training_run import (
-    build_classifier,
-    build_map,
-    fitted,
-    run_classifier_training,
-    run_training,
-    tidy,
-)
+from metaflowmaps.training.training_run import run_classifier_training, run_training
 from metaflowmaps.work import ranks
 from metaflowmaps.work.config import override, validated
 from metaflowmaps.work.devices import pick_device

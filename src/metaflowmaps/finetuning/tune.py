@@ -30,7 +30,7 @@ from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.base import describe
 from metaflowmaps.training.loop import Record, TrainingObjective, TrainResult, Watch, train
-from metaflowmaps.training.training_run import starting_point
+from metaflowmaps.training.starting import starting_point
 from metaflowmaps.work.config import differences
 
 

@@ -21,8 +21,9 @@ from metaflowmaps.data import Arrays, DataSource, Images, Latents
 from metaflowmaps.data.latents import INDEX
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.training.building import fitted, like_parent, sized
 from metaflowmaps.training.train_config import DistillConfig, LossConfig, ModelConfig, OptimizerConfig, TimesConfig
-from metaflowmaps.training.training_run import fitted, like_parent, run_training, sized
+from metaflowmaps.training.training_run import run_training
 from metaflowmaps.work.choices import build, choices
 from metaflowmaps.work.claims import claim, release
 from metaflowmaps.work.config import merged

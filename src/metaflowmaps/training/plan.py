@@ -21,20 +21,16 @@ from metaflowmaps.networks import DiT, DiTConfig, MLPConfig, NetworkConfig
 from metaflowmaps.networks.flops import forward_flops, on_meta
 from metaflowmaps.path import make_path
 from metaflowmaps.random import randn
+from metaflowmaps.training.building import build_classifier, build_map, event_shape
 from metaflowmaps.training.classifier_objective import ClassifierObjective
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import losses_of
 from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.parents import exact_teacher
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.training.train_config import ClassifierConfig, RunConfig, TrainConfig
-from metaflowmaps.training.training_run import (
-    build_classifier,
-    build_map,
-    build_objective,
-    event_shape,
-    exact_teacher,
-)
+from metaflowmaps.training.training_run import build_objective
 from metaflowmaps.work import ranks
 
 CPU_STEP_FLOPS = 1e12  # a step of more is not run on a processor: about a minute of one core
