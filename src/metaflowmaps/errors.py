@@ -4,10 +4,27 @@ Every message says what was given, what is allowed and what to type. The command
 stderr and exit code 2; from Python it is a ``ValueError``.
 """
 
+import functools
+import inspect
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SYNONYMS = {  # what people type who know the thing by another name: what it may be called here
+    "seed": ("generator", "seeds"),
+    "generator": ("seed",),
+    "n": ("num_samples",),
+    "num": ("num_samples", "n"),
+    "num_samples": ("num", "n"),
+    "lam": ("strength",),
+    "scale": ("strength", "guidance"),
+    "label": ("cond",),
+    "labels": ("cond",),
+}
 
 
 class InputError(ValueError):
@@ -17,7 +34,8 @@ class InputError(ValueError):
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> InputError:
     """An unknown name, with the nearest allowed one suggested."""
     names = sorted(allowed)
-    near = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    near = [name for name in SYNONYMS.get(str(given), ()) if name in names]
+    near = near or get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {given!r}: {hint}allowed are {', '.join(names)}")
 
@@ -27,6 +45,36 @@ def check_one_of(kind: str, given: object, allowed: Iterable[str]) -> None:
     names = tuple(allowed)
     if given not in names:
         raise unknown(kind, given, names)
+
+
+class UnknownKeyword(InputError, TypeError):
+    """A keyword that there is not, which is a TypeError as Python's own; the message names the right one."""
+
+
+def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose unknown keywords point to the right name."""
+    parameters = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def called(*args: P.args, **given: P.kwargs) -> R:
+        check_keywords(f"argument of {function.__name__}", given, parameters)
+        return function(*args, **given)
+
+    return called
+
+
+def check_keywords(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse keywords that are not allowed.
+
+    Args:
+        kind: what they are called.
+        given: the keywords.
+        allowed: those that there are.
+    """
+    names = tuple(allowed)
+    for name in given:
+        if name not in names:
+            raise UnknownKeyword(str(unknown(kind, name, names)))
 
 
 def warn_caller(message: str) -> None:

@@ -39,7 +39,7 @@ from metaflowmaps._shapes import (
 )
 from metaflowmaps.checkpoint import Pretrained
 from metaflowmaps.context import Context
-from metaflowmaps.errors import InputError, unknown, warn_caller
+from metaflowmaps.errors import InputError, known_keywords, unknown, warn_caller
 from metaflowmaps.guidance import GuidanceLaw, read_law
 from metaflowmaps.parameterization import Chart, chart_class
 from metaflowmaps.path import Path, as_path, make_path
@@ -237,6 +237,7 @@ class MetaFlowMap(Pretrained):
         cond: Cond = None,
     ) -> Tensor: ...
 
+    @known_keywords
     def draw(
         self,
         t: Any,
@@ -284,6 +285,7 @@ class MetaFlowMap(Pretrained):
             )
         return cond
 
+    @known_keywords
     @torch.no_grad()
     def generate(
         self,

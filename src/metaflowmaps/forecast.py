@@ -17,13 +17,14 @@ from torch import Tensor
 from metaflowmaps._shapes import check_count, repeat_cond
 from metaflowmaps.context import Context, ordered
 from metaflowmaps.draws import equal_log_weights, pull_back, tilted_weights, weighted
-from metaflowmaps.errors import InputError, check_one_of
+from metaflowmaps.errors import InputError, check_one_of, known_keywords
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.random import RowNoise, Seed, as_seeds, randn
 from metaflowmaps.rewards.checked import checked_reward
 from metaflowmaps.value import ValueEstimate, ess, log_mean, value_std_err
 
 
+@known_keywords
 @torch.no_grad()
 def roll(
     model: MetaFlowMap, context: Context, times: Sequence[float], num_draws: int, steps: int = 1, seed: Seed = 0
@@ -66,6 +67,7 @@ def _latest(context: Context, most: int) -> Context:
     return Context(seen.values, seen.times, seen.mask & (later <= most), None, context.cond)
 
 
+@known_keywords
 @torch.no_grad()
 def observation_gradient(
     model: MetaFlowMap,

@@ -40,7 +40,7 @@ from metaflowmaps.draws import (
     tilted_weights,
     weighted,
 )
-from metaflowmaps.errors import InputError, check_one_of, unknown
+from metaflowmaps.errors import InputError, check_one_of, known_keywords, unknown
 from metaflowmaps.path import Path
 from metaflowmaps.random import NOISES, Source
 from metaflowmaps.rewards.checked import checked_reward
@@ -319,6 +319,7 @@ class _Estimate(NamedTuple):
         return out
 
 
+@known_keywords
 @torch.no_grad()
 def value_gradient(
     posterior: Any,

@@ -23,27 +23,22 @@ from pydantic.fields import FieldInfo
 from metaflowmaps.cli.context import Argument, Context, Name
 from metaflowmaps.cli.telling import emit, emit_json
 from metaflowmaps.errors import InputError, unknown
-from metaflowmaps.work.choices import Pick, choices, one_line
+from metaflowmaps.work.choices import Pick, choices, one_line, options_of
 from metaflowmaps.work.config import Config, override
 
-COMMANDS = {  # as mfm --help lists them: name -> module
-    "demo": "demo",
-    "doctor": "doctor",
-    "recipes": "recipes",
-    "train": "train",
-    "distill": "distill",
-    "sample": "sample",
-    "posterior": "posterior",
-    "advise": "advise",
-    "steer": "steer",
-    "finetune": "finetune",
-    "eval": "evaluate",
-    "bench": "bench",
-    "run": "run",
-    "report": "report",
-    "convert": "convert",
-    "encode-latents": "encode",
+GROUPS = {  # as mfm --help lists them, by what one wants to do: name -> module
+    "Begin": {"demo": "demo", "doctor": "doctor", "recipes": "recipes", "completion": "completion"},
+    "Make a map": {"train": "train", "distill": "distill", "convert": "convert", "encode-latents": "encode"},
+    "Draw and steer": {
+        "sample": "sample",
+        "posterior": "posterior",
+        "advise": "advise",
+        "steer": "steer",
+        "finetune": "finetune",
+    },
+    "Measure and show": {"eval": "evaluate", "bench": "bench", "run": "run", "report": "report"},
 }
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 SETTING = "Change a setting: key.sub=value (repeatable)."
 BOUNDS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}
 BOUNDS |= {"greater_than": ("greater than", "gt"), "less_than": ("less than", "lt")}
@@ -51,11 +46,26 @@ Run = Callable[[Any, Context], Any]
 
 
 class Commands(click.Group):
-    """Commands that are made when they are asked for."""
+    """Commands that are made when they are asked for.
 
-    def __init__(self, name: str, text: str, members: Mapping[str, str | Run], **more: Any) -> None:
+    Args:
+        name: what they are called together.
+        text: their help.
+        members: each one's module, or function.
+        groups: the names under each title of the help.
+        more: as click takes it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        members: Mapping[str, str | Run],
+        groups: Mapping[str, Iterable[str]] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(name, help=text, no_args_is_help=False, invoke_without_command=True, callback=_asked, **more)
-        self.members = members
+        self.members, self.groups = members, groups or {"Commands": members}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are listed."""
@@ -75,8 +85,9 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without an import of any."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, self._first_line(member)) for name, member in self.members.items()])
+        for title, names in self.groups.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self._first_line(self.members[name])) for name in names])
 
     @staticmethod
     def _first_line(member: str | Run) -> str:
@@ -106,12 +117,39 @@ def main() -> click.Group:
         help="Print the version and exit.",
     )
     text = "Meta flow maps: train, draw, steer, tune, judge. Start with: mfm demo"
-    return Commands("mfm", text, COMMANDS, params=[version])
+    return Commands("mfm", text, COMMANDS, GROUPS, params=[version])
+
+
+class Command(click.Command):
+    """One command; an option that is one of ``--set`` is told so.
+
+    Args:
+        kind: its configuration.
+        given: as click takes it.
+    """
+
+    def __init__(self, kind: type[Config], *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.kind = kind
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """What was typed, as click reads it."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            option = error.option_name.lstrip("-").replace("-", "_")
+            for name, field in self.kind.model_fields.items():
+                pick = next((mark for mark in field.metadata if isinstance(mark, Pick)), None)
+                members = choices(pick.base).values() if pick is not None else ()
+                if any(option in options_of(member) for member in members):
+                    fix = f"it is an option of the {name}: --set {name}.{option}=…"
+                    raise click.UsageError(f"No such option '{error.option_name}': {fix}", ctx) from None
+            raise
 
 
 def command(name: str, run: Run, text: str) -> click.Command:
     """The command that a function and the fields of its configuration make."""
-    kind: type[Config] = get_type_hints(run)["config"]
+    kind = config_of(run)
     fields = {name: (kind, field) for name, field in kind.model_fields.items()}
     shared = getattr(kind, "shared", ())
     fields |= {name: (Context, Context.model_fields[name]) for name in shared}
@@ -138,12 +176,18 @@ def command(name: str, run: Run, text: str) -> click.Command:
 
     arguments = [(p.metavar, made_help(kind, p.name)) for p in parameters if isinstance(p, click.Argument)]
     rows = "".join(f"\n\n{metavar}: {words}" for metavar, words in arguments)
-    return click.Command(name, params=parameters, callback=callback, help=text.strip() + rows)  # type: ignore[arg-type]
+    return Command(kind, name, params=parameters, callback=callback, help=text.strip() + rows)
 
 
 def given_by(settings: Iterable[str]) -> set[str]:
     """The parts of the keys of ``--set``: process.steps=50 says which process, and its steps."""
     return {part for setting in settings for part in setting.partition("=")[0].strip().split(".")}
+
+
+def config_of(run: Run) -> type[Config]:
+    """The configuration that a command's function takes."""
+    kind: type[Config] = get_type_hints(run)["config"]
+    return kind
 
 
 def made_help(kind: type[Config], name: str | None) -> str:

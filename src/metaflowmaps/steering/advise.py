@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metaflowmaps._files import finite
 from metaflowmaps._shapes import Cond, check_count
-from metaflowmaps.errors import InputError
+from metaflowmaps.errors import InputError, known_keywords
 from metaflowmaps.steering.anneal import Anneal
 from metaflowmaps.steering.best_of_n import BestOfN
 from metaflowmaps.steering.diagnostics import TELLING_ESS
@@ -192,6 +192,7 @@ class Advice:
         return {"head": head, "rows": rows}
 
 
+@known_keywords
 def advise(
     model: Any,
     reward: Callable[..., Tensor],

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
-from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.errors import InputError, check_keywords, unknown
 from metaflowmaps.work.own_code import admit
 
 if TYPE_CHECKING:  # pydantic takes as long to load as this package: it comes with the first option that is read
@@ -36,6 +36,12 @@ class Choice:
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """An option that there is not points to the one that is meant."""
+        if dataclasses.is_dataclass(cls):  # pydantic looks by itself
+            check_keywords(f"option of {cls.__name__}", options, options_of(cls))
+        return super().__new__(cls)
 
     @classmethod
     def titled(cls) -> str:
