@@ -23,6 +23,8 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from metaflowmaps.interop.diffusers.family import Family, Request, Size, check_r
 from metaflowmaps.interop.diffusers.latent_decoder import LatentDecoder
 from metaflowmaps.interop.diffusers.prompted_model import GLASS_STEPS, PromptedModel
 from metaflowmaps.interop.diffusers.schedule import FollowedSchedule, follow, steps_alone
+from metaflowmaps.prompted.adapters import load_adapter
 from metaflowmaps.prompted.prompted_output import PromptedOutput
 from metaflowmaps.prompted.scheduler_steps import SchedulerSteps
 from metaflowmaps.random import Seed, as_seeds, fresh_seeds
@@ -219,6 +222,47 @@ class PromptedPipeline:
                 return quiet.steer(prompt, reward, chosen, here, **call | fixed).cost
 
         return extrapolated(trial, steps, Extent(prompts * num_images_per_prompt, prompts * each, batch_size))
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def load_lora_weights(self, source: Any, **options: Any) -> "PromptedPipeline":
+        """As of the pipeline, but a LoRA of another base is refused.
+
+        Args:
+            source: a folder, a file, a hub id or a dictionary of tensors.
+            options: those of diffusers, such as ``adapter_name``.
+        """
+        load_adapter(self.family, source, **options)
+        return self
+
+    def finetune(
+        self,
+        prompt: Texts,
+        reward: Callable[..., Tensor],
+        out: str | PathLike[str],
+        call: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Path:
+        """Put the tilt e^r into a LoRA of the network, by values of the reward alone; the pipeline keeps it.
+
+        Interrupted, the same call goes on from ``out``.
+
+        Args:
+            prompt: as for :meth:`steer`; rows of a step have one of them each.
+            reward: of pictures in [−1, 1], λr.
+            out: the directory of the run.
+            call: what :meth:`steer` takes of the pipeline: embeddings, size, ``guidance_scale`` and other options.
+            settings: of the run: ``method`` ("tilt-matching" or "ram", or one with its options), ``rank``, ``targets``,
+                ``steps``, ``batch_size``, ``micro_batches``, ``optimizer``, ``seed``, ``chunk``, …
+
+        Returns:
+            The file of weights, which diffusers' ``load_lora_weights`` takes; a model card lies beside it.
+        """
+        from metaflowmaps.prompted.tuning import configured, tune_adapter  # which brings training
+
+        asked = self._asked(prompt, None, dict(call or {}))
+        config = configured(asked.model, reward, settings)
+        return tune_adapter(asked.model, self._reward(asked, reward), Path(out), config)
 
     # -- from prompts to a model -------------------------------------------------------------------------------------
 
