@@ -812,6 +812,24 @@ def test_rewards_by_name():
             image_reward(made(), name)
 
 
+def test_rewards_of_looks_names_and_sums_by_name():
+    x = images(4)
+    setup = made(guide=Nearest(x))
+    setup.train.class_names = ("Food & Drink", "Flags", "Animals", "Food")
+    assert image_reward(setup, "margin:anim").label == 2
+    for name, says in (
+        ("margin:f", "names no class: .*Food & Drink, Flags"), ("named:smil", "pictures that have names"),
+        ("colour:bleu", "did you mean 'blue'"), ("symmetry:2", "unknown reward"), ("slant+inc", "unknown reward"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=says):
+            image_reward(setup, name)
+    both = image_reward(setup, "slant+margin:2", 3.0)
+    parts = [image_reward(setup, name) for name in ("slant", "margin:2")]
+    # each over its spread on the held-out images
+    expected = sum(part(x) / scored(part, setup.unseen).std() for part in parts)
+    torch.testing.assert_close(both(x), 3 * expected)
+
+
 def test_a_reward_that_is_the_same_for_all_data_has_a_scale():
     setup = made()
     setup.named = lambda name: lambda x, cond=None: x.new_zeros(len(x))

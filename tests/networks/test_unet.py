@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from conftest import F64, normal
+from metaflowmaps.errors import InputError
 from metaflowmaps.networks.unet import SIZES, Conv, ResidualBlock, UNetConfig, pixel_norm
 
 
@@ -30,6 +32,23 @@ def test_attention_is_where_it_is_asked_for():
     network = UNetConfig(width=8, multipliers=[1, 1, 1], blocks=1, attention=[8, 2]).network((1, 8, 8))
     for levels in (network.down, network.up):
         assert [level[0].attention is not None for level in levels] == [True, False, True]
+
+
+def test_patches_are_the_channels_of_a_smaller_image():
+    """A network of 2 × 2 patches is the one of pixels on images of half the side and four times the channels."""
+    options = {"width": 8, "multipliers": [1, 2], "blocks": 1}
+    patched = seeded(lambda: UNetConfig(patch=2, **options).network((3, 8, 8))).double()
+    plain = UNetConfig(**options).network((12, 4, 4)).double()
+    with torch.no_grad():
+        patched.leave.weight += 0.1  # it is silent at initialisation
+    plain.load_state_dict(patched.state_dict())
+    z, context, t = normal(2, 3, 8, 8), normal(2, 3, 8, 8, seed="context"), torch.full((2,), 0.3, dtype=F64)
+    small = [functional.pixel_unshuffle(x, 2) for x in (z, context)]
+    expected = functional.pixel_shuffle(plain(small[0], t, t, small[1], t), 2)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(patched(z, t, t, context, t), expected, rtol=0, atol=0)
+    with pytest.raises(InputError, match="patch must divide size, got 3 and 8"):
+        UNetConfig(patch=3, **options).network((3, 8, 8))
 
 
 def test_a_convolution_keeps_the_magnitude():

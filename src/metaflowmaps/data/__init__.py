@@ -3,6 +3,7 @@
 from metaflowmaps.data.arrays import Arrays
 from metaflowmaps.data.context_source import ContextSource
 from metaflowmaps.data.data_source import DataSource, SampleSource, read_examples, read_source
+from metaflowmaps.data.emoji import Emoji
 from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.law_source import Mixture
 from metaflowmaps.data.load import Digits, Images, Latents, Mnist
@@ -16,6 +17,7 @@ __all__ = [
     "ContextSource",
     "DataSource",
     "Digits",
+    "Emoji",
     "Examples",
     "ImageSet",
     "Images",

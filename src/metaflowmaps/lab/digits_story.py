@@ -1,6 +1,6 @@
 """The digits' story: draws for noisy digits on the left, steered digits with their costs on the right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable
     """The metrics of the race that the story shows; its figures go into ``out``."""
     setup, _ = open_setup(opened, config)
     raced = Race(setup, config, say).run()
-    _draw(_noisy_digits(setup, config.seed), raced, out)
+    _draw(noisy_images(setup, config.seed), raced, out)
     tables = {HEADLINE: raced.headlines()}
     for name, race in raced.races.items():
         rows = [[title(cell.method), *(shown(cell) for shown in SHORT.values())] for cell in race.scored]
@@ -65,8 +65,8 @@ def tell_story(opened: OpenedModel, config: RaceConfig, out: Path, say: Callable
 
 
 @torch.no_grad()
-def _noisy_digits(setup: ImageSetup, seed: int) -> list[Noisy]:
-    """One digit for each of the story's times."""
+def noisy_images(setup: ImageSetup, seed: int) -> list[Noisy]:
+    """One held-out image for each of the times, with draws of what it may be."""
     model, noisy = setup.model, []
     images, _ = setup.images(len(STORY_TIMES), "story", seed)
     for i, t in enumerate(STORY_TIMES):
@@ -83,12 +83,14 @@ def _draw(noisy: list[Noisy], raced: Raced, out: Path) -> None:
         cells = {cell.key: cell for cell in race.scored}
         for key, label in STEERED:
             cell = cells[key.format(gamma=GAMMA[name])]
-            shown.append(Steered(label, race.shown[cell.key][:6], _price(cell)))
+            price = price_of(cell.reward, cell.distance, cell.cost)
+            shown.append(Steered(label, race.shown[cell.key][:6], price))
         picture = story(noisy, shown, f"From noisy digits to steered digits; the reward says {wanted}")
         figures.save(picture, out / f"story-{name}.png")
 
 
-def _price(cell: RaceCell) -> str:
-    seconds = cell.cost["seconds"]
+def price_of(reward: float, distance: float, cost: Mapping[str, float]) -> str:
+    """What stands beside samples: their mean reward and distance, and what one of them cost."""
+    seconds = cost["seconds"]
     took = f"{1000 * seconds:.2g} ms" if seconds < 1 else f"{seconds:.2g} s"
-    return f"reward {cell.reward:.2f}, diversity {cell.distance:.1f}\n{cell.cost['nfe']:,.0f} NFE, {took}"
+    return f"reward {reward:.2f}, diversity {distance:.1f}\n{cost['nfe']:,.0f} NFE, {took}"

@@ -105,7 +105,7 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
     images = read_examples(opened.checkpoint.config.get("training", {})) is not None
     fitting = [r for r in REWARDS.values() if r.of == "pictures" or r.of == ("images" if images else "mixtures")]
     asked = AskedReward(text or fitting[0].name, opened, strength, data)
-    named = REWARDS.get(asked.kind)
+    named = REWARDS.get(asked.kind.partition("+")[0])  # a sum is of its first part's kind
     if named is not None and named.of == "images" and not images:
         named = None
     if data is not None and (named is None or named.of != "images"):
@@ -199,6 +199,9 @@ _LIST = (
     NamedReward("half", "images", _of_images),
     NamedReward("ink", "images", _of_images),
     NamedReward("mixture", "images", _of_images),
+    NamedReward("colour[:NAME]", "images", _of_images),
+    NamedReward("symmetry", "images", _of_images),
+    NamedReward("named:WORD", "images", _of_images),
     NamedReward("clip:PROMPT", "pictures", _prompted(ClipScore)),
     NamedReward("pickscore:PROMPT", "pictures", _prompted(PickScore)),
     NamedReward("hpsv2:PROMPT", "pictures", _prompted(HPSv2)),
@@ -209,6 +212,6 @@ _LIST = (
 REWARDS = {reward.name: reward for reward in _LIST}
 JUDGES = tuple(reward.name for reward in _LIST if reward.of == "pictures")
 REWARD_HELP = "file.py:function, or " + "; ".join(
-    f"{of}: {', '.join(reward.spelling for reward in _LIST if reward.of == of)}"
+    f"{of}: {', '.join(reward.spelling for reward in _LIST if reward.of == of)}{', or a+b' * (of == 'images')}"
     for of in ("mixtures", "images", "pictures")
 )

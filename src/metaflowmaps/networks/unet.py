@@ -10,7 +10,8 @@ way up. Magnitudes are kept, so that depth needs no normalisation over batch or 
 A block is ``x ← pixel_norm(x);  x + (3/7) conv(act((1 + g) conv(act(x))))``: the residual at EDM2's 0.7 to 0.3, its
 common factor left to the next norm. The gain g per channel is a linear function, 0 at initialisation, of the embedding
 of the three times, the label and the guidance scale. State and context enter as channels, with a channel of ones in
-place of biases; times enter through smooth low-frequency features.
+place of biases; times enter through smooth low-frequency features. With ``patch`` p a square of p × p pixels enters and
+leaves as one position of p² as many channels: the finest level, the dearest, is then p² times cheaper.
 """
 
 import math
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.networks.attention import SelfAttention
-from metaflowmaps.networks.checks import image_shape
+from metaflowmaps.networks.checks import check_divides, image_shape
 from metaflowmaps.networks.compiling import Compilable
 from metaflowmaps.networks.embed import TimeFeatures, embed_guidance, make_guidance, make_labels, silenced
 from metaflowmaps.networks.family import MAX_DEPTH, MAX_WIDTH, NetworkConfig
@@ -46,6 +47,7 @@ class UNetConfig(NetworkConfig):
     blocks: int = Field(2, ge=1, le=MAX_DEPTH)
     attention: tuple[int, ...] | None = None  # sides of the feature maps that attend; None: the smallest
     dropout: float = Field(0.0, ge=0, lt=1)
+    patch: int = Field(1, ge=1, le=64)  # side of the squares of pixels that the finest level has as one
 
     def build(self, event_shape: tuple[int, ...]) -> nn.Module:
         """A :class:`UNet` on square images of this shape."""
@@ -67,7 +69,8 @@ class UNet(Compilable):
     def __init__(self, config: UNetConfig, event_shape: tuple[int, ...], summary: int = 0, frames: int = 0) -> None:
         super().__init__()
         channels, size = image_shape(event_shape, config.name)
-        sizes = _levels(config.multipliers, size)
+        check_divides(config.patch, size, ("patch", "size"))
+        sizes = _levels(config.multipliers, size // config.patch)
         attention = (sizes[-1],) if config.attention is None else config.attention
         if any(s not in sizes for s in attention):
             raise InputError(f"attention must list sizes of levels, which are {sizes}; got {list(attention)}")
@@ -87,12 +90,13 @@ class UNet(Compilable):
             return ResolutionLevel(ResidualBlock(c, n, embedding, attends, config.dropout) for c in inputs)
 
         widths = [width * m for m in config.multipliers]
-        self.enter = Conv(2 * channels + frames + 1, widths[0], 3)
+        pixels = config.patch**2
+        self.enter = Conv((2 * channels + frames) * pixels + 1, widths[0], 3)
         self.down = nn.ModuleList(level(i, widths[max(i - 1, 0)]) for i in range(len(widths)))
         # what comes from below is joined by the level's own state; at the bottom there is nothing below
         joined = [c + n for c, n in zip(widths[1:], widths, strict=False)] + [widths[-1]]
         self.up = nn.ModuleList(level(i, first) for i, first in enumerate(joined))
-        self.leave = silenced(nn.Conv2d(widths[0], channels, 3, padding=1))
+        self.leave = silenced(nn.Conv2d(widths[0], channels * pixels, 3, padding=1))
         self.summary = silenced(nn.Linear(summary, embedding)) if summary else None
 
     def forward(
@@ -115,10 +119,12 @@ class UNet(Compilable):
         if self.summary is not None:
             e = e + self.summary(summary)
         e, observed = self.embed(e), [] if frames is None else [frames]
-        return self.run(torch.cat([z, context, *observed, torch.ones_like(z[:, :1])], 1), e)
+        x = functional.pixel_unshuffle(torch.cat([z, context, *observed], 1), self.config.patch)
+        out = self.run(torch.cat([x, torch.ones_like(x[:, :1])], 1), e)
+        return functional.pixel_shuffle(out, self.config.patch)
 
     def core(self, *inputs: Tensor) -> Tensor:
-        """(B, inputs, H, W), (B, embedding) -> (B, C, H, W)."""
+        """(B, inputs, H, W), (B, embedding) -> (B, C · patch², H, W), of patches."""
         x, e = inputs
         x = self.enter(x)
         states = []

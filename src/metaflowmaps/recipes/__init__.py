@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.recipes.digits import digits, digits_guide, digits_judge
+from metaflowmaps.recipes.emoji import emoji, emoji_guide, emoji_judge
 from metaflowmaps.recipes.gmm import gmm, gmm_from_data
 from metaflowmaps.recipes.imagenet import (
     imagenet_b2,
@@ -25,6 +26,9 @@ RECIPES: dict[str, Callable[..., TrainConfig | ClassifierConfig]] = {
     "digits": digits,
     "digits-guide": digits_guide,
     "digits-judge": digits_judge,
+    "emoji": emoji,
+    "emoji-guide": emoji_guide,
+    "emoji-judge": emoji_judge,
     "mnist": mnist,
     "mnist-guide": mnist_guide,
     "mnist-judge": mnist_judge,

@@ -7,6 +7,8 @@ from metaflowmaps.rewards.class_rewards import ClassifierMixture, LogitMargin
 from metaflowmaps.rewards.compose import Tempered, WeightedSum
 from metaflowmaps.rewards.density import LogDensity
 from metaflowmaps.rewards.inverse import InverseProblem
+from metaflowmaps.rewards.likeness import Likeness
+from metaflowmaps.rewards.looks import Colour, Symmetry
 from metaflowmaps.rewards.micro import MicroBatched
 from metaflowmaps.rewards.operators import Blur, Downsample, Mask
 from metaflowmaps.rewards.style import Ink, Slant
@@ -27,6 +29,7 @@ __all__ = [
     "Blur",
     "ClassifierMixture",
     "ClipScore",
+    "Colour",
     "Downsample",
     "HPSv2",
     "ImageClassifierReward",
@@ -34,6 +37,7 @@ __all__ = [
     "ImageRewardNetwork",
     "Ink",
     "InverseProblem",
+    "Likeness",
     "LinearGaussian",
     "LogDensity",
     "LogitMargin",
@@ -43,6 +47,7 @@ __all__ = [
     "Pixels",
     "Reward",
     "Slant",
+    "Symmetry",
     "Tempered",
     "WeightedSum",
     "call_reward",

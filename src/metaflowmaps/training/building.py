@@ -114,12 +114,15 @@ def sized(event_shape: tuple[int, ...]) -> NetworkConfig:
     channels, size, _ = event_shape
     if size <= 12:
         return MLPConfig(width=256 if channels == 1 else 512, depth=6, modulation=True)
+    if channels > 1 and size % 8 == 0 and size <= 64:  # in patches five times the weights cost no more than in pixels
+        return UNetConfig(patch=2, width=64, multipliers=(1, 2, 3), blocks=1, attention=())
     if size <= 64:
         levels, side = 1, size
         while side % 2 == 0 and side // 2 >= 6 and levels < 4:
             side, levels = side // 2, levels + 1
         attention = (side,) if side <= 16 else ()
-        return UNetConfig(width=32, multipliers=(1, 2, 2, 2)[:levels], blocks=1, attention=attention)
+        width = 32 if channels == 1 else 64
+        return UNetConfig(width=width, multipliers=(1, 2, 2, 2)[:levels], blocks=1, attention=attention)
     patch = next(p for p in range(max(2, size // 32), size + 1) if size % p == 0)
     return DiTConfig(patch=patch, width=192, depth=6, heads=3, encoder_depth=4)
 

@@ -1,11 +1,14 @@
 r"""The rewards of the image experiments, by name.
 
-``margin``   log-odds of one class under the guide: unlike log p it has no ceiling (``margin:7``: that class)
+``margin``   log-odds of one class under the guide: unlike log p it has no ceiling (``margin:7``, ``margin:food``)
 ``slant``    lean to the right, from pixels          ``ink``   stroke weight, from pixels
 ``half``     log-likelihood of the left half of one held-out image
 ``mixture``  log Σ w_i p(y_i | x), w ∝ [0,1,0,1,0,2,0,2,0,4] (paper §7.1.2)
+``colour``   how much of a colour (``colour:blue``)  ``symmetry``  left like right, both from pixels
+``named``    log-odds, in the guide's features, of pictures whose name holds a word (``named:smil``)
+``a+b``      the sum of two or more of these, each over its spread on the held-out images
 
-They disagree with each other, and none saturates on data but the last. A reward of another name is a judge of
+They disagree with each other, and none but ``mixture`` saturates on data. A reward of another name is a judge of
 pictures as ``--reward`` names it, such as ``clip@DIR:a red disc`` (:attr:`ImageSetup.named`).
 
 All are rewards on pictures: on latents they are those of the decoded ones, unless the guide is a classifier of latents.
@@ -23,11 +26,24 @@ from metaflowmaps.interop.autoencoder import Decoded
 from metaflowmaps.lab.evaluate.images.judging import BATCH, PART, takes
 from metaflowmaps.lab.evaluate.images.setup import ImageSetup
 from metaflowmaps.random import stream
-from metaflowmaps.rewards import ClassifierMixture, Ink, InverseProblem, LogitMargin, Mask, Slant, Tempered
+from metaflowmaps.rewards import (
+    ClassifierMixture,
+    Colour,
+    Ink,
+    InverseProblem,
+    Likeness,
+    LogitMargin,
+    Mask,
+    Slant,
+    Symmetry,
+    Tempered,
+    WeightedSum,
+)
 from metaflowmaps.rewards.base import call_reward
 
 WEIGHTS = (0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0, 2.0, 0.0, 4.0)
 LABEL = 3
+LEAST_NAMED = 5  # pictures that a name must hold for
 NOISE = 0.3  # of the half that is seen
 GUIDED = 512  # images that a classifier sees at a time
 RACE = ("margin", "slant", "half")
@@ -51,9 +67,36 @@ def _guide(setup: ImageSetup, name: str) -> tuple[Any, int]:
 
 def _margin(setup: ImageSetup, label: str) -> Any:
     guide, classes = _guide(setup, "margin")
-    if label and not (label.isdecimal() and int(label) < classes):
-        raise InputError(f"margin:{label} names no class: give one of 0 … {classes - 1}, as in margin:{LABEL}")
-    return LogitMargin(guide, int(label) if label else min(LABEL, classes - 1))
+    if label.isdecimal() and int(label) < classes:
+        return LogitMargin(guide, int(label))
+    names = setup.train.class_names
+    meant = [i for i, name in enumerate(names) if label and name.casefold().startswith(label.casefold())]
+    if label and len(meant) != 1:
+        words = "" if all(name.isdecimal() for name in names) else f", or the beginning of one of {', '.join(names)}"
+        raise InputError(f"margin:{label} names no class: give one of 0 … {classes - 1}, as in margin:{LABEL}{words}")
+    return LogitMargin(guide, meant[0] if meant else min(LABEL, classes - 1))
+
+
+def _named(setup: ImageSetup, word: str) -> Any:
+    _guide(setup, "named")
+    names = getattr(setup.train, "names", None)
+    if names is None:
+        raise InputError(f"named:{word} needs pictures that have names, as emoji have; {setup.train.name} have none")
+    chosen = torch.tensor([word.casefold() in name.casefold() for name in names])
+    if not word or int(chosen.sum()) < LEAST_NAMED:
+        raise InputError(
+            f"named:{word} holds for {int(chosen.sum()) if word else 'no'} pictures and takes {LEAST_NAMED}: "
+            "give a part of a name that several have, such as named:smil"
+        )
+    x = setup.train.tensor()
+    return Likeness(setup.guide.features, x[chosen], x[~chosen])  # type: ignore[union-attr, arg-type]
+
+
+def _sum(setup: ImageSetup, name: str) -> Any:
+    """Of parts that are as far apart on the held-out images as each other."""
+    parts = [image_reward(setup, part, on_pictures=True) for part in name.split("+")]
+    seen = setup.decode(setup.unseen)
+    return WeightedSum([(1 / max(float(scored(part, seen).std()), 1e-6), part) for part in parts])
 
 
 def _mixture(setup: ImageSetup) -> Any:
@@ -68,25 +111,31 @@ def _half(setup: ImageSetup) -> Any:
     return InverseProblem.observe(Mask(mask), x, NOISE, stream(0, "half"))
 
 
-PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink}  # they need no setup, but a strength
+# they need no setup, but a strength
+PIXELS: dict[str, Callable[[float], Any]] = {"slant": Slant, "ink": Ink, "symmetry": Symmetry}
+WORDED = ("margin", "colour", "named")  # something may follow their colon
 REWARDS: dict[str, Callable[[ImageSetup, str], Any]] = {  # of a setup, and of what follows the colon
     "margin": _margin,
     "slant": lambda setup, label: Slant(),
     "half": lambda setup, label: _half(setup),
     "ink": lambda setup, label: Ink(),
     "mixture": lambda setup, label: _mixture(setup),
+    "symmetry": lambda setup, label: Symmetry(),
+    "colour": lambda setup, word: Colour(word or "blue"),
+    "named": _named,
 }
 
 
 def image_reward(setup: ImageSetup, name: str, strength: float = 1.0, on_pictures: bool = False) -> Any:
     """The reward of that name, times its strength, on the map's samples or, if they are latents, on their pictures."""
     kind, _, label = name.partition(":")
-    made = None if kind in REWARDS else setup.named(name)
+    several = "+" in name and all(part.partition(":")[0] in REWARDS for part in name.split("+"))
+    made = _sum(setup, name) if several else None if kind in REWARDS else setup.named(name)
     if made is None:
-        if kind not in REWARDS or (label and kind != "margin"):
+        if kind not in REWARDS or (label and kind not in WORDED):
             raise unknown("reward", name, (*REWARDS, *setup.kinds))
         made = REWARDS[kind](setup, label)
-    by_guide = kind in ("margin", "mixture") and setup.guide is not None
+    by_guide = kind in ("margin", "mixture", "named") and not several and setup.guide is not None
     if setup.latent and not on_pictures and not (by_guide and takes(setup.guide, tuple(setup.model.event_shape))):
         made = Decoded(made, setup.codec)
     return made if strength == 1 else Tempered(made, strength)
