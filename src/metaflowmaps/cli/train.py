@@ -183,7 +183,13 @@ def _sampler(config: TrainConfig, out: Path) -> Callable[[MetaFlowMap, int], obj
     picture = _picture(config, 0)
     if picture is None:
         return None
-    return lambda model, step: picture(model, out / "samples" / f"step-{step:08d}.png")
+
+    def draw(model: MetaFlowMap, step: int) -> Path:
+        file = out / "samples" / f"step-{step:08d}.png"
+        picture(model, file)
+        return file
+
+    return draw
 
 
 def _picture(config: TrainConfig, seed: int) -> Callable[[MetaFlowMap, Path], object] | None:

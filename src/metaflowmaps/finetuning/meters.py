@@ -129,12 +129,15 @@ class Meters:
         speed = (states.chart.time_out(ahead) - states.chart.time_out(behind)) / (ahead - behind)
         return float(2 * (apart / sigma * speed).mean() * self.problem.last)
 
-    def draw(self, model: MetaFlowMap, step: int) -> None:
-        """The picture of a step, where there is one to draw."""
-        if self.picture is not None:
-            with self.problem.unbilled():
-                x_1, _ = self._samples(model, PICTURED, "picture")
-            self.picture(x_1, self.out / "samples" / f"step-{step:08d}.png")
+    def draw(self, model: MetaFlowMap, step: int) -> Path | None:
+        """The picture of a step, where there is one to draw: its file."""
+        if self.picture is None:
+            return None
+        with self.problem.unbilled():
+            x_1, _ = self._samples(model, PICTURED, "picture")
+        file = self.out / "samples" / f"step-{step:08d}.png"
+        self.picture(x_1, file)
+        return file
 
     def _samples(self, model: MetaFlowMap, n: int, name: str) -> Samples:
         """n samples of the student's ODE, the same noise at each look."""

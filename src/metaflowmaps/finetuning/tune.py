@@ -174,10 +174,10 @@ class Stage:
         if rule is not None and step and rule.fires(records):
             config = config.model_copy(update={"steps": step})  # it had stopped here already
 
-        def look(model: MetaFlowMap, step: int) -> bool:
+        def look(model: MetaFlowMap, step: int) -> Path | bool | None:
             records.append(meters(model, step))
-            meters.draw(model, step)
-            return rule is not None and rule.fires(records)
+            drawn = meters.draw(model, step)
+            return True if rule is not None and rule.fires(records) else drawn
 
         watch = Watch(context.report, look, stage=self.name)
         return train(student, objective, config, self.out, device=context.device, start=start, watch=watch)

@@ -37,8 +37,10 @@ from metaflowmaps.checkpoint import Checkpoint, CheckpointStore
 from metaflowmaps.errors import InputError
 from metaflowmaps.training.distributed import check_division, clip, share, spread, sum_gradients
 from metaflowmaps.training.state import TrainState, learning_rate, truncate
+from metaflowmaps.training.trackers import Tracker
 from metaflowmaps.training.train_config import RunConfig
 from metaflowmaps.work import ranks
+from metaflowmaps.work.choices import choose
 
 READ_AT_EVERY_STEP = ("cpu",)  # devices that nobody waits for
 
@@ -102,7 +104,8 @@ class Watch:
     """Who is told what while a run lasts."""
 
     report: Callable[[str, Record], None] = lambda stage, record: None
-    on_sample: Callable[[Any, int], object] | None = None  # (averaged model, step), every sample_every steps
+    # (averaged model, step), every sample_every steps: True ends the run, the path of a figure goes to the tracker
+    on_sample: Callable[[Any, int], object] | None = None
     note: Callable[[str], None] = lambda line: None  # how the run is set up, in lines
     stage: str = "map"  # what is trained
 
@@ -176,7 +179,11 @@ class _TrainingRun:
         self.ranks_a_copy = spread(model, config, device)
         self.state = TrainState(model, config.optimizer, objective)
         self.store = CheckpointStore(out / "checkpoints", config.keep_last, config.keep_best)
-        self.tracker = ranks.together(lambda: _Tracker(out, config.track if ranks.rank() == 0 else "none"))
+        tracker = choose(Tracker, config.track if ranks.rank() == 0 else "none")()
+        ranks.together(
+            tracker.module if tracker.package else lambda: None
+        )  # missing, it is missed before the first step
+        self.tracker = tracker
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.readings: list[Reading] = []
         self.enough = False
@@ -189,6 +196,9 @@ class _TrainingRun:
                 self.state.metrics_bytes = 0  # another run's checkpoint: its log stayed there
         self.log = ranks.together(lambda: _Log(self.out, self.state))
         self.began = time.perf_counter() - self.log.seconds_before
+        self.tracked = ranks.together(
+            lambda: self.tracker.begin(self.out, self.config.model_dump(mode="json"), self.state.step)
+        )
 
     @property
     def ended(self) -> bool:
@@ -276,18 +286,25 @@ class _TrainingRun:
         """Whether ``on_sample`` says that this is enough; the first rank shows it a whole model for all."""
         if ranks.size() == 1:
             with self.state.averaged():
-                return bool(see(self.model, self.state.step))
+                return self.told(see(self.model, self.state.step))
         weights = ranks.whole(self.state.ema)
 
         def show() -> bool:
             assert self.shown is not None
             self.shown.load_state_dict(weights)
             try:
-                return bool(see(self.shown.to(self.device), self.state.step))
+                return self.told(see(self.shown.to(self.device), self.state.step))
             finally:
                 self.shown.cpu()
 
         return ranks.first(show)
+
+    def told(self, seen: object) -> bool:
+        """Whether what ``on_sample`` returned ends the run; a figure is handed to the tracker."""
+        if isinstance(seen, Path):
+            self.tracked.picture(self.state.step, f"{self.watch.stage} samples", seen)
+            return False
+        return bool(seen)
 
     def record(self) -> None:
         """Log and report, every ``log_every`` steps and at the end."""
@@ -300,7 +317,7 @@ class _TrainingRun:
         def publish() -> None:
             self.log.write(record)
             if ranks.rank() == 0:
-                self.tracker.write(record)
+                self.tracked.scalars(record.step, record.metrics)
                 self.watch.report(self.watch.stage, record)
 
         ranks.together(publish)
@@ -322,7 +339,7 @@ class _TrainingRun:
     def result(self) -> TrainResult:
         """Where it stands at its end."""
         seconds = time.perf_counter() - self.began
-        self.tracker.close()
+        self.tracked.close()
         return TrainResult(self.state.step, self.state.last_loss, seconds, self.store.path(self.state.step))
 
 
@@ -417,28 +434,6 @@ def _timings(path: Path, last: int) -> list[Mapping[str, float]]:
         except (ValueError, TypeError, KeyError):
             break
     return kept
-
-
-class _Tracker:
-    """TensorBoard, where asked for (the ``track`` extra)."""
-
-    def __init__(self, out: Path, kind: str) -> None:
-        self.writer: Any = None
-        if kind == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("track=tensorboard needs TensorBoard: pip install 'metaflowmaps[track]'") from None
-            self.writer = SummaryWriter(out / "tensorboard")  # type: ignore[no-untyped-call]
-
-    def write(self, record: Record) -> None:
-        if self.writer is not None:
-            for name, value in record.metrics.items():
-                self.writer.add_scalar(name, value, record.step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
 
 
 @contextmanager

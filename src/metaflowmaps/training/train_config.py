@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from metaflowmaps.data import DataSource, Process
 from metaflowmaps.losses import Consistency, LagrangianDifference
 from metaflowmaps.networks import ClassifierNetworkConfig, ConvClassifierConfig, MLPConfig, NetworkConfig
-from metaflowmaps.work.choices import Pick
+from metaflowmaps.training.trackers import Tracker
+from metaflowmaps.work.choices import Pick, choose
 from metaflowmaps.work.config import Config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -112,7 +113,15 @@ class RunConfig(Config):
     keep_last: int = Field(2, ge=1)
     keep_best: bool = True
     sample_every: int = Field(0, ge=0)
-    track: Literal["none", "tensorboard"] = "none"
+    track: str = "none"  # tensorboard, wandb, trackio, or file.py:Name
+
+    @field_validator("track")
+    @classmethod
+    def _known(cls, track: str) -> str:
+        """One that is outside of the package is read when the run begins."""
+        if ":" not in track:
+            choose(Tracker, track)
+        return track
 
     @model_validator(mode="after")
     def _divisible(self) -> "RunConfig":
