@@ -140,6 +140,17 @@ def forecasts(result: dict[str, Any]) -> Rows:
     return [head, *rows]
 
 
+def simulators(result: dict[str, Any]) -> Rows:
+    """C2ST of posteriors of simulators' parameters, with calls a draw."""
+    cells = result["simulators"]
+    head = ["simulator", "training, s", *next(iter(cells.values()))["samplers"]]
+    rows = [
+        [task, number(cell["train_seconds"], 0), *numbers(one["c2st"] for one in cell["samplers"].values())]
+        for task, cell in cells.items()
+    ]
+    return [head, *rows]
+
+
 def precision(result: dict[str, Any]) -> Rows:
     """Errors of derivatives; in bold the default step of each precision."""
     rows = [
@@ -565,6 +576,7 @@ TABLES = {
     "recycling": Table("recycling.json", recycling),
     "value": Table("value.json", value),
     "general-contexts": Table("general-contexts.json", processes),
+    "simulators": Table("general-contexts.json", simulators),
     "sunspots": Table("general-contexts.json", forecasts),
     "precision": Table("precision.json", precision),
     "world-size": Table("world-size.json", world_size),

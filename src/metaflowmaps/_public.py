@@ -115,6 +115,31 @@ def distill(model: Any, data: Any, out: str | PathLike[str], /, device: str = "c
     return distillation.distill(model, data, out, device, **settings)
 
 
+def train(
+    recipe: str, out: str | PathLike[str], data: Any = None, /, device: str = "cpu", **settings: Any
+) -> MetaFlowMap:
+    """A map trained by a recipe in the directory ``out``, as ``mfm train RECIPE --data DATA`` does.
+
+    Interrupted, the same call goes on from ``out``; finished, it returns what is there.
+
+    Args:
+        recipe: its name, as ``mfm recipes`` lists them: ``"sequences"``, ``"simulator"``, ``"images"``, ….
+        out: the directory of the run.
+        data: what it learns from: the path of files, or a data source. Of ``"sequences"`` also an array
+            (n, time, *event), or sequences (time, *event) that a generator yields, which are kept in ``out``; of
+            ``"simulator"`` a function (n, generator) -> (θ, x).
+        device: where it trains.
+        settings: those of ``mfm train --set``, groups as dictionaries, ``steps=3000, data={"num": 5000}``, or by name,
+            ``**{"data.contexts.most": 8}``; ``fast=True`` is ``--fast``.
+
+    Returns:
+        The map, on ``device``.
+    """
+    from metaflowmaps.recipes import train as training  # what trains is loaded by those who train
+
+    return training.train(recipe, out, data, device, **settings)
+
+
 __all__ = [
     "DPS",
     "IMAGES",
@@ -166,6 +191,7 @@ __all__ = [
     "rewards",
     "roll",
     "steer",
+    "train",
     "value_gradient",
     "wrap",
 ]

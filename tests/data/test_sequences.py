@@ -252,7 +252,7 @@ def test_sequences_without_a_file_and_impossible_laws_are_refused():
         ContextLaw(least=5, most=4)
     with pytest.raises(InputError, match=r"data\.options"):
         Process(process="ou", options={"speed": 1.0}).paths()
-    with pytest.raises(InputError, match=r"data\.simulate"):
+    with pytest.raises(InputError, match=r"--data file\.py:name"):
         Simulator().pairs()
 
 

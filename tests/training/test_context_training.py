@@ -1,5 +1,6 @@
 """Training on general contexts: from a process, from a file, from a simulator."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import metaflowmaps as mfm
-from metaflowmaps.data import ContextLaw, Process, Sequences, Simulator
+from metaflowmaps.data import ContextLaw, Process, Sequences
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.context_error import ContextEvalConfig, evaluate_contexts
 from metaflowmaps.networks import MLPConfig, ObservedConfig
@@ -63,16 +64,52 @@ def test_a_file_of_sequences_trains_a_map_with_a_learned_teacher(tmp_path):
     assert model.network.span.tolist() == [0.0, 7.0]
 
 
-def test_a_simulator_trains_a_map_of_its_parameters(tmp_path):
+TINY = {
+    "steps": 2, "drift_steps": 2, "batch_size": 8, "drift_batch_size": 8, "threads": 1, "model.network.width": 8,
+    "model.network.heads": 2, "model.network.body.width": 8, "model.network.body.depth": 2,
+}  # fmt: skip
+
+
+def test_a_function_that_simulates_trains_a_map_of_its_parameters(tmp_path):
     def simulate(n, generator):
         theta = torch.randn(n, 2, generator=generator)
         return theta, torch.cat([theta, theta[:, :1] ** 2], 1)
 
-    config = small(Simulator(simulate=simulate, num=50), "sequences", teacher="none")
-    model = build_map(config)
+    model = mfm.train("simulator", tmp_path / "run", simulate, data={"num": 50}, **TINY)
     assert model.network.observed_shape == (3,)
     draws = model.draw(mfm.Context(torch.zeros(4, 1, 3), torch.zeros(1), query=0.0), 5)
     assert draws.shape == (5, 4, 2)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["data"]["simulate"].endswith("simulate")
+
+
+def test_sequences_that_a_generator_yields_are_kept_and_trained_on(tmp_path):
+    def walks(seed=0):
+        g = np.random.default_rng(seed)
+        for length in (6, 9) * 5:
+            yield g.normal(size=(length, 2)).cumsum(0)
+
+    model = mfm.train("sequences", tmp_path / "run", walks(), **TINY)
+    assert model.event_shape == (2,)
+    assert model.network.span.tolist() == [0.0, 8.0]
+    again = mfm.train("sequences", tmp_path / "run", walks(), **TINY)  # finished: what is there
+    assert torch.equal(again.network.body.input.weight, model.network.body.input.weight)
+    with pytest.raises(InputError, match="other data"):
+        mfm.train("sequences", tmp_path / "run", walks(seed=1), **TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("simulator", 3, "a simulator is a function"),
+        ("sequences", 3, "an array"),
+        ("sequences", [torch.zeros(3, 1), "no"], "sequence 1 is no array"),
+        ("images", torch.zeros(3, 1), "the path of its files"),
+        ("digits-judge", None, "trains a classifier"),
+    ],
+)
+def test_data_that_a_recipe_cannot_take_are_refused(tmp_path, name, data, words):
+    with pytest.raises(InputError, match=words):
+        mfm.train(name, tmp_path / "run", data)
 
 
 def test_contexts_need_a_network_that_reads_them():

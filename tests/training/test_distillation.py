@@ -12,7 +12,7 @@ from metaflowmaps.data import Arrays, Digits, Latents, Mixture
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig, evaluate_posterior
 from metaflowmaps.networks.dit import DiTConfig
-from metaflowmaps.training import distillation, parents, training_run
+from metaflowmaps.training import parents, training_run
 from metaflowmaps.training.distillation import data_named, distilling
 from metaflowmaps.training.loop import Watch
 
@@ -88,7 +88,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_a_whole_one(tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         cut = functools.partial(training_run.run_training, watch=Watch(stop))
-        patch.setattr(distillation, "run_training", cut)
+        patch.setattr(training_run, "run_training", cut)
         with pytest.raises(Stop):
             mfm.distill(wrapped(), SOURCE, tmp_path / "cut", **QUICK)
     again = mfm.distill(wrapped(), SOURCE, tmp_path / "cut", **QUICK)

@@ -7,6 +7,7 @@ from metaflowmaps.data.emoji import Emoji
 from metaflowmaps.data.image_set import Examples, ImageSet
 from metaflowmaps.data.law_source import Mixture
 from metaflowmaps.data.load import Digits, Images, Latents, Mnist
+from metaflowmaps.data.moving_digits import MovingDigits
 from metaflowmaps.data.paths import ContextLaw
 from metaflowmaps.data.sequences import Process, Sequences
 from metaflowmaps.data.simulator import Simulator
@@ -24,6 +25,7 @@ __all__ = [
     "Latents",
     "Mixture",
     "Mnist",
+    "MovingDigits",
     "Process",
     "SampleSource",
     "Sequences",

@@ -5,11 +5,14 @@ returns two sets of examples, or ``law`` the mixture that its samples are drawn 
 """
 
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from metaflowmaps._files import write_whole
 from metaflowmaps.data.image_set import Examples
 from metaflowmaps.errors import InputError
 from metaflowmaps.laws.mixture import GaussianMixture
@@ -73,6 +76,17 @@ class DataSource(Config, Choice):
             )
         return self.model_copy(update={"path": path})
 
+    def given(self, data: Any, folder: Path) -> Self:
+        """The source of what a caller has in Python: here the path of its files.
+
+        Args:
+            data: what was given.
+            folder: of the run, where a source keeps what lies in memory.
+        """
+        if isinstance(data, str | PathLike):
+            return self.moved(str(data))
+        raise InputError(f"data of {spelled(type(self))} is the path of its files, got {type(data).__name__}")
+
     def describe(self) -> str | None:
         """A line for the user, where there are examples: how many, their shape, mean and spread, and their classes."""
         if self.law() is not None:
@@ -86,6 +100,21 @@ class DataSource(Config, Choice):
             f"{len(held_out):,} held out, {'×'.join(map(str, train.event_shape))}, mean {train.mean:.3f}, spread "
             f"{train.std:.3f}, {f'{len(names)} classes ({shown}), {use}' if names else 'no classes'}"
         )
+
+
+def keep(content: bytes, file: Path) -> str:
+    """Data that were given in memory, written beside their run; other data that lie there are refused.
+
+    Args:
+        content: of the file.
+        file: in the folder of the run.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
+    elif file.read_bytes() != content:
+        raise InputError(f"{file.parent} holds a run on other data: choose another out")
+    return str(file.resolve())
 
 
 @named_by_a_file()

@@ -48,15 +48,16 @@ def read_sequences(path: Path, size: int | None = None) -> Timed:
         values = values[..., None]
     if values.ndim < 3 or min(values.shape) < 1 or values.shape[1] < 2:
         raise InputError(f"{path} holds {tuple(values.shape)}: an array (n, time, …) of two times or more is needed")
+    ends = torch.from_numpy(held.get("ends", np.full(len(values), values.shape[1]))).long()
     if "times" not in held:
-        return _whole(values, torch.arange(float(values.shape[1])))
+        return Timed(values, torch.arange(float(values.shape[1])), ends)
     times, order = _times(held["times"], values, path).sort(-1)
     values = values[:, order] if times.ndim == 1 else values[torch.arange(len(values))[:, None], order]
     if bool((times.diff(dim=-1) <= 0).any()):
         raise InputError(f"{path}: two values of one path have the same time: keep one of them")
     if bool((times.float().diff(dim=-1) <= 0).any()):
         raise InputError(f"{path}: float32 does not tell all times apart: count them from the first, in larger units")
-    return _whole(values, times.float())
+    return Timed(values, times.float(), ends)
 
 
 def stacked(sequences: Iterable[Tensor], source: str) -> Timed:
@@ -69,9 +70,8 @@ def stacked(sequences: Iterable[Tensor], source: str) -> Timed:
     held: list[Tensor] = []
     size = 0
     for sequence in sequences:
-        one = torch.as_tensor(sequence).float()
-        one = one[:, None] if one.ndim == 1 else one
-        if one.ndim < 2 or not len(one) or (held and one.shape[1:] != held[0].shape[1:]):
+        one = _as_sequence(sequence, f"{source}: sequence {len(held)}")
+        if not one.numel() or (held and one.shape[1:] != held[0].shape[1:]):
             first = f" after one of {tuple(held[0].shape)}" if held else ""
             raise InputError(
                 f"{source}: sequence {len(held)} has shape {tuple(one.shape)}{first}: give (time, *event), events alike"
@@ -89,6 +89,17 @@ def stacked(sequences: Iterable[Tensor], source: str) -> Timed:
     for row, one in zip(values, held, strict=True):
         row[: len(one)] = one
     return Timed(values, torch.arange(float(length)), torch.tensor([len(one) for one in held]))
+
+
+def _as_sequence(given: Tensor, name: str) -> Tensor:
+    """(time, *event), float32."""
+    try:
+        one = torch.as_tensor(given).detach().cpu().float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is no array of numbers ({error}): give (time, *event)") from None
+    if not one.ndim:
+        raise InputError(f"{name} is a number: give (time, *event)")
+    return one[:, None] if one.ndim == 1 else one
 
 
 def _frames(path: Path, size: int | None) -> Iterator[Tensor]:
@@ -114,10 +125,6 @@ def _numbers(name: str) -> list[tuple[int, str]]:
 
 def _unpack(video: Path) -> str:
     return f"{video} is a video: make a folder of its frames, ffmpeg -i {video.name} {video.stem}/%05d.png"
-
-
-def _whole(values: Tensor, times: Tensor) -> Timed:
-    return Timed(values, times, torch.full((len(values),), values.shape[1]))
 
 
 def _times(given: np.ndarray, values: Tensor, path: Path) -> Tensor:

@@ -1,19 +1,23 @@
 """Sequences as data of general contexts: your own files, and a process whose posteriors are known."""
 
+import io
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps.data.context_source import ContextSource, Fitted
-from metaflowmaps.data.data_source import SampleSource
+from metaflowmaps.data.data_source import SampleSource, keep
 from metaflowmaps.data.paths import ContextLaw, Paths
-from metaflowmaps.data.sequence_files import read_sequences
+from metaflowmaps.data.sequence_files import read_sequences, stacked
 from metaflowmaps.errors import InputError
 from metaflowmaps.laws.processes import PROCESSES, GaussianProcess, ProcessMixture
 from metaflowmaps.random import stream
@@ -94,6 +98,18 @@ class Sequences(PathSource):
     size: int | None = Field(None, ge=1, le=1024)  # side of frames; None: their own, at most 64
     hold_out: float = Field(0.1, gt=0, lt=1)  # of the paths; of a single one its end
     missing: Literal["refuse", "mask"] = "refuse"  # what NaN is taken for: a mistake, or no observation
+
+    def given(self, data: Any, folder: Path) -> Self:
+        """The path of a file or folder; an array (n, time, *event); or sequences (time, *event) one after the other."""
+        if isinstance(data, str | PathLike):
+            return self.moved(str(data))
+        if not isinstance(data, Iterable):
+            raise InputError(f"sequences are a path, an array (n, time, …) or an iterable, got {type(data).__name__}")
+        if isinstance(data, Tensor | np.ndarray) and data.ndim == 1:
+            data = [data]
+        held, content = stacked(data, "data"), io.BytesIO()
+        np.savez(content, **{name: part.numpy() for name, part in held._asdict().items()})
+        return self.moved(keep(content.getvalue(), folder / "data.npz"))
 
     def paths(self) -> tuple[Paths, Paths]:
         """The file in two parts, split by a fixed seed; of a single path the end is held out."""

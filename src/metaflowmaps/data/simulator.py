@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -13,7 +14,7 @@ from metaflowmaps.data.data_source import SampleSource
 from metaflowmaps.data.paths import Pairs
 from metaflowmaps.errors import InputError, warn_caller
 from metaflowmaps.random import stream
-from metaflowmaps.work.choices import PickOutside
+from metaflowmaps.work.choices import PickOutside, outside
 
 Simulate = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 UNLIKE = 10.0  # spreads of θ's coordinates so far apart are warned of
@@ -31,8 +32,20 @@ class Simulator(ContextSource):
     def pairs(self) -> tuple[Pairs, Pairs]:
         """Simulations to train on, and a tenth as many held out; the simulator is called once for each."""
         if self.simulate is None:
-            raise InputError("a simulator is a function (n, generator) -> (θ, x): --set data.simulate=file.py:name")
+            raise InputError("a simulator is a function (n, generator) -> (θ, x): --data file.py:name")
         return _simulated(self.simulate, self.num)
+
+    def moved(self, path: str) -> Self:
+        """The simulator that ``file.py:name`` is."""
+        return self.given(outside(path), Path())
+
+    def given(self, data: Any, folder: Path) -> Self:
+        """A function (n, generator) -> (θ, x), or where it is."""
+        if isinstance(data, str):
+            return self.moved(data)
+        if not callable(data):
+            raise InputError(f"a simulator is a function (n, generator) -> (θ, x), got {type(data).__name__}")
+        return self.model_copy(update={"simulate": data})
 
     def samples(self) -> SampleSource:
         """The simulations to train on."""

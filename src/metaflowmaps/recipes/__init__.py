@@ -15,7 +15,7 @@ from metaflowmaps.recipes.imagenet import (
 from metaflowmaps.recipes.images import images, images_guide, images_judge
 from metaflowmaps.recipes.mixture16 import mixture_16d
 from metaflowmaps.recipes.mnist import mnist, mnist_guide, mnist_judge
-from metaflowmaps.recipes.sequences import process, sequences
+from metaflowmaps.recipes.sequences import moving_digits, process, sequences, simulator
 from metaflowmaps.training.train_config import ClassifierConfig, TrainConfig
 from metaflowmaps.work.choices import outside
 
@@ -38,6 +38,8 @@ RECIPES: dict[str, Callable[..., TrainConfig | ClassifierConfig]] = {
     "latents": latents,
     "sequences": sequences,
     "process": process,
+    "simulator": simulator,
+    "moving-digits": moving_digits,
     "imagenet-b2": imagenet_b2,
     "imagenet-xl2": imagenet_xl2,
 }

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaflowmaps._files import write_whole
 from metaflowmaps.data import Arrays, DataSource, Images, Latents
+from metaflowmaps.data.data_source import keep
 from metaflowmaps.data.latents import INDEX
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.training.building import fitted, like_parent, sized
 from metaflowmaps.training.train_config import DistillConfig, LossConfig, ModelConfig, OptimizerConfig, TimesConfig
-from metaflowmaps.training.training_run import run_training
+from metaflowmaps.training.training_run import trained_map
 from metaflowmaps.work.choices import build, choices
-from metaflowmaps.work.claims import claim, release
 from metaflowmaps.work.config import merged
 
 CHECKED = 64  # examples that a parent's predictions are held to
@@ -108,12 +107,7 @@ def distill(
         raise InputError(f"{min(unknown)} is not set here: it follows from the model and the data")
     config = fitted(merged(config, settings))
     refuse_wrong(config, model)
-    claim(folder, "distill", config.model_dump(mode="json"))
-    try:
-        result = run_training(config, folder, device=device, parent=model)
-    finally:
-        release(folder)
-    return MetaFlowMap.from_pretrained(result.checkpoint).to(device)
+    return trained_map(config, folder, "distill", device, model)
 
 
 def _spread(data: DataSource) -> float | None:
@@ -131,16 +125,9 @@ def _source(data: Any, folder: Path) -> DataSource:
     if not isinstance(data, Tensor | np.ndarray):
         raise InputError(f"data is a path, a tensor (n, *event) or a data source, got {type(data).__name__}")
     array = np.asarray(data.detach().cpu() if isinstance(data, Tensor) else data, dtype=np.float32)
-    kept = folder / KEPT
-    if kept.exists():
-        if not np.array_equal(np.load(kept), array):
-            raise InputError(f"{folder} holds a run on other data: choose another out")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = io.BytesIO()
-        np.save(held, array)
-        write_whole(kept, held.getvalue())
-    return Arrays(path=str(kept.resolve()))
+    content = io.BytesIO()
+    np.save(content, array)
+    return Arrays(path=keep(content.getvalue(), folder / KEPT))
 
 
 def _in_memory(model: Any) -> str:

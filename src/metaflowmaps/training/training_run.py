@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from metaflowmaps.checkpoint import Checkpoint
+from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.networks.low_rank import adapt
 from metaflowmaps.random import stream
 from metaflowmaps.training.building import build_classifier, build_map
@@ -28,6 +29,7 @@ from metaflowmaps.training.train_config import (
     TrainConfig,
 )
 from metaflowmaps.work import ranks
+from metaflowmaps.work.claims import claim, release
 
 
 def build_objective(config: TrainConfig, teacher: Teacher | None) -> Objective:
@@ -82,6 +84,26 @@ def run_training(
         watch.note(line)
     result = train(model, objective, config, out, device=device, start=start, watch=watch)
     return replace(result, seconds=result.seconds + seconds_before)
+
+
+def trained_map(
+    config: TrainConfig, folder: Path, command: str, device: torch.device | str = "cpu", parent: Any = None
+) -> MetaFlowMap:
+    """Train in a folder that is one request's, or go on there, and open the map.
+
+    Args:
+        config: of the run.
+        folder: claimed for it.
+        command: what is asked for, as the folder says it.
+        device: where.
+        parent: as :func:`run_training` has it.
+    """
+    claim(folder, command, config.model_dump(mode="json"))
+    try:
+        result = run_training(config, folder, device=device, parent=parent)
+    finally:
+        release(folder)
+    return MetaFlowMap.from_pretrained(result.checkpoint).to(device)
 
 
 def stream_of(config: TrainConfig, device: torch.device | str, start: Checkpoint | None) -> str:

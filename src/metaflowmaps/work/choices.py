@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # pydantic takes as long to load as this package: it comes wi
 T = TypeVar("T")
 PACKAGE = __name__.partition(".")[0]
 _OUTSIDE = "metaflowmaps_outside_"  # modules read from files, by the hash of their path
+_objects: dict[str, Any] = {}  # classes and functions of the user's, as they were last written
 _adapters: "dict[type[Any], TypeAdapter[Any]]" = {}
 
 
@@ -169,18 +170,31 @@ class Pick:
 
 
 class PickOutside:
-    """A configuration's field that holds a class or function of the user's: the object, or ``file.py:Name``."""
+    """A configuration's field that holds a class or function of the user's: the object, or ``file.py:Name``.
+
+    What this process has written it reads as the same object: a function made in a function is found nowhere else.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
         """How pydantic reads and writes such a field."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_plain_validator_function(
-            lambda given: outside(given) if isinstance(given, str) else given,
+            lambda given: _read_again(given) if isinstance(given, str) else given,
             serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda given: None if given is None else spelled(given)
+                lambda given: None if given is None else _written(given)
             ),
         )
+
+
+def _written(given: Any) -> str:
+    text = spelled(given)
+    _objects[text] = given
+    return text
+
+
+def _read_again(text: str) -> Any:
+    return _objects[text] if text in _objects else outside(text)
 
 
 # -- from outside the package ----------------------------------------------------------------------------------------
@@ -198,6 +212,8 @@ def outside(text: str) -> Any:
 
 def spelled(member: Any) -> str:
     """How a choice's class (or a function) is typed: the inverse of :func:`choose`, wherever it is read again."""
+    if not hasattr(member, "__qualname__"):  # an object that can be called
+        member = type(member)
     module = member.__module__
     if module.startswith(f"{PACKAGE}."):
         return str(getattr(member, "name", member.__name__))

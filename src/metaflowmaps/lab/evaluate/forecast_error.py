@@ -63,6 +63,24 @@ def evaluate_forecasts(
     return {"forecasts": found, "num_forecasts": len(truth), "mean_observations": float(counts.mean())}
 
 
+def ode_draws(model: MetaFlowMap, context: Context, num_draws: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Draws by the ODE of a map's own drift given a context, ``steps`` calls each: (num_draws, B, *event).
+
+    Args:
+        model: a map of general contexts, or the drift that taught one.
+        context: what was observed, and the time that is asked for.
+        num_draws: of each row.
+        steps: of the ODE.
+        generator: of the noise.
+    """
+    encoded = dict(model.encode(model.conditions_of(context)) or {})
+    spread = float(encoded["prior_std"].mean())  # the ODE's steps are equal in the angle of such a spread
+    noise = randn((num_draws * len(context), *model.event_shape), generator, model.dtype)
+    ode = GlassPosterior(model.path, model.drift, steps, data_std=max(spread, 1e-6))
+    drawn = ode.push(noise, 0.0, torch.zeros_like(noise), repeat_cond(encoded, num_draws))
+    return drawn.reshape(num_draws, -1, *model.event_shape)
+
+
 Forecaster = Callable[[Context, int], Tensor]
 
 
@@ -71,15 +89,7 @@ def _forecasters(model: MetaFlowMap, source: ContextSource, config: ForecastEval
         return lambda context, n: model.draw(context, n, steps=steps, generator=stream(config.seed, "noise"))
 
     def by_ode(steps: int) -> Forecaster:
-        def drawn(context: Context, n: int) -> Tensor:
-            encoded = dict(model.encode(model.conditions_of(context)) or {})
-            spread = float(encoded["prior_std"].mean())  # the ODE's steps are equal in the angle of such a spread
-            known = repeat_cond(encoded, n)
-            noise = randn((n * len(context), *model.event_shape), stream(config.seed, "noise"), model.dtype)
-            ode = GlassPosterior(model.path, model.drift, steps, data_std=max(spread, 1e-6))
-            return ode.push(noise, 0.0, torch.zeros_like(noise), known).reshape(n, -1, *model.event_shape)
-
-        return drawn
+        return lambda context, n: ode_draws(model, context, n, steps, stream(config.seed, "noise"))
 
     def gaussian(context: Context, n: int) -> Tensor:
         known = model.encode(context.conditions()) or {}
