@@ -24,8 +24,9 @@ from metaflowmaps.networks.dit import SIZES, DiTConfig
 from metaflowmaps.path import LinearPath
 from metaflowmaps.random import randn, stream
 from metaflowmaps.recipes.gmm import gmm
-from metaflowmaps.training.loop import Record, Watch, train
+from metaflowmaps.training.loop import Watch, train
 from metaflowmaps.training.objective import Objective
+from metaflowmaps.training.run_log import Record
 from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.training.train_config import LossConfig, TimesConfig, TrainConfig
 from metaflowmaps.work import ranks

@@ -17,6 +17,8 @@ from metaflowmaps.data.sources import open_source
 from metaflowmaps.lab.report.html import write_report
 from metaflowmaps.networks.mlp import MLPConfig
 from metaflowmaps.training import loop
+from metaflowmaps.training.run_log import RunLog
+from metaflowmaps.training.trackers import Untracked
 from metaflowmaps.training.train_config import RunConfig
 from metaflowmaps.work.choices import build
 
@@ -133,10 +135,10 @@ def test_the_log_of_a_million_steps_is_small_and_readable(steps, tmp_path):
     config = RunConfig(recipe="any", steps=steps)
     figures = {f"a_long_name_of_{i}": 1 / 3 for i in range(7)}
     state = SimpleNamespace(step=0, metrics_bytes=0, flush=lambda: figures)
-    log = loop._Log(tmp_path, state)
+    log = RunLog(tmp_path, state)
     run = SimpleNamespace(state=state, config=config, ended=False, rate=1e-3, began=0.0, log=log, watch=loop.Watch())
     run.read = lambda: None  # from the device, of the steps since the last record
-    run.tracker = loop._Tracker(tmp_path, "none")
+    run.tracked = Untracked().begin(tmp_path, {}, 0)
     for state.step in range(1, config.steps + 1):
         loop._TrainingRun.record(run)
     sizes = {}
@@ -146,4 +148,4 @@ def test_the_log_of_a_million_steps_is_small_and_readable(steps, tmp_path):
         sizes[name] = (tmp_path / name).stat().st_size
     assert sizes["metrics.jsonl"] < 4.2 * steps  # a record of 100: a figure takes its name and up to 24 characters
     assert sizes["timings.jsonl"] < 2.1 * steps
-    assert seconds(lambda: loop._Log(tmp_path, state)) < 2  # a run that goes on reads them once
+    assert seconds(lambda: RunLog(tmp_path, state)) < 2  # a run that goes on reads them once

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import TINY_RUN, mfm_in_process
 from metaflowmaps.training import loop
+from metaflowmaps.training.run_log import RunLog
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -110,7 +111,7 @@ def test_a_log_that_cannot_be_written_is_one_line(number, tmp_path, monkeypatch,
     def failing(log, record):
         raise OSError(number, os.strerror(number), str(log.metrics))
 
-    monkeypatch.setattr(loop._Log, "write", failing)
+    monkeypatch.setattr(RunLog, "write", failing)
     code, _, err = command("train", "gmm", *TINY_RUN, "--out", tmp_path / "run")
     assert code == 1
     assert "Traceback" not in err

@@ -114,7 +114,8 @@ def _disk_full(error: BaseException | None) -> bool:
 def _failed(error: Exception) -> int:
     """The exit code of what else may end a command, with its line; what nobody foresaw is raised."""
     from metaflowmaps.cli.context import Failed, complain, say
-    from metaflowmaps.training.loop import Interrupted, NonFiniteLoss, RunLost
+    from metaflowmaps.training.loop import Interrupted, NonFiniteLoss
+    from metaflowmaps.training.run_log import RunLost
     from metaflowmaps.work.launch import reported_by_first_rank
     from metaflowmaps.work.ranks import RankLost
 

@@ -29,7 +29,8 @@ from metaflowmaps.networks.compiling import use_compiled
 from metaflowmaps.networks.low_rank import add_low_rank
 from metaflowmaps.random import stream
 from metaflowmaps.rewards.base import describe
-from metaflowmaps.training.loop import Record, TrainingObjective, TrainResult, Watch, train
+from metaflowmaps.training.loop import TrainingObjective, TrainResult, Watch, train
+from metaflowmaps.training.run_log import Record
 from metaflowmaps.training.starting import starting_point
 from metaflowmaps.work.config import differences
 
