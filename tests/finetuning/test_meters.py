@@ -118,6 +118,9 @@ def test_lost_samples_are_counted_and_left_out():
     figures = Meters(case.problem(), MetersConfig(samples=1000), 0, Path()).measure(student)
     assert abs(figures["lost"] - 500) < LEVEL * math.sqrt(250)
     assert math.isfinite(figures["reward"])
+    blind = case.problem()
+    blind.reward = lambda x, cond: torch.full((len(x),), math.nan).index_fill(0, torch.arange(0, len(x), 2), 1.0)
+    assert Meters(blind, MetersConfig(samples=1000), 0, Path()).measure(blind.base)["lost"] == 500
     few = Meters(case.problem(), MetersConfig(samples=8), 0, Path()).measure(student)
     assert few.keys() == {"lost"}
     assert few["lost"] > 0

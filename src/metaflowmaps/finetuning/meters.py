@@ -99,12 +99,15 @@ class Meters:
         else:
             x, cond = self._samples(model, n, "meters")
         finite = x.flatten(1).isfinite().all(1)
-        x, cond, lost = x[finite], select_cond(cond, finite), {"lost": float(int((~finite).sum()))}
+        x, cond = x[finite], select_cond(cond, finite)
+        reward = self.problem.rewards(x, cond) if len(x) else x.new_zeros(0)
+        judged = reward.isfinite()
+        x, cond, reward = x[judged], select_cond(cond, judged), reward[judged]
+        lost = {"lost": float(n - len(x))}  # of what is not finite, samples or rewards
         if len(x) < 8:
             return lost
-        reward = self.problem.rewards(x, cond)
         figures = {
-            "reward": float(reward[reward.isfinite()].mean()) if bool(reward.isfinite().any()) else -torch.inf,
+            "reward": float(reward.mean()),
             **{name: float(r(x, cond).mean()) for name, r in self.others.items()},
             **diversity(self.features(x)),
             **lost,
