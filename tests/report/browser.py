@@ -56,8 +56,9 @@ CONTRAST = """(() => {
   }
   return {worst, seen};
 })()"""
-IMAGES = """Promise.all([...document.images].map(i => i.decode().catch(() => 0).then(() =>
-  ({alt: i.alt, width: i.naturalWidth, shown: i.getBoundingClientRect().width}))))"""
+IMAGES = """(document.querySelectorAll('details').forEach(d => d.open = true), Promise.all(
+  [...document.images].filter(i => !i.closest('[hidden]')).map(i => i.decode().catch(() => 0).then(() =>
+  ({alt: i.alt, width: i.naturalWidth, shown: i.getBoundingClientRect().width})))))"""
 # what sticks out to the right without a scrolling ancestor to hold it
 WIDTH = """({scroll: document.documentElement.scrollWidth, body: document.body.scrollWidth,
   held: [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).length,

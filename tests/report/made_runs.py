@@ -5,6 +5,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from metaflowmaps.lab.figures.plots import new_figure, save
 
 TIMES = ("0.0", "0.4", "0.95")
@@ -88,6 +91,23 @@ def carrying(run: Path) -> Path:
 
 def unknown(run: Path) -> Path:
     return write(run, "dream", {"depth": {"mean": 2.5, "per_image": [1, 2, 3]}, "word": "blue"}, seconds=0.5)
+
+
+def telling(run: Path, words: str = "lean") -> Path:
+    """A story of two times, two noisy pictures with two draws each, and two methods with two samples each."""
+    costs = {"reward": 0.25, "diversity": 3.0, "evaluations": 1000.0, "seconds": 0.5}
+    best = {"title": "best of 4", "method": "best-of-n", "rewards": [0.5, None], **costs}
+    ours = {"title": "MFM-GF", "method": "mfm-gf", "rewards": [1.5, -2.0], "seeds": [7, 2**63 - 1], "reward": 0.75,
+            "diversity": 2.0, "evaluations": 50.0, "seconds": 0.0012}  # fmt: skip
+    story = {
+        "posterior": {"sentence": f"What it may be: {words}", "times": [0.0, 0.5], "seeds": [11, 12]},
+        "steered": [{"wanted": words, "sentence": words, "methods": [best, ours], "first": 1}],
+    }
+    write(run, "demo", {"story": story, "summary": "Once.", "tables": {}}, "mfm demo", seconds=1.0)
+    sizes = {"noisy": (2, 2), "draws": (2, 2, 2), "steered.0.0": (2,), "steered.0.1": (2,)}
+    grey = {name: torch.full((*size, 1, 4, 4), 100, dtype=torch.uint8) for name, size in sizes.items()}
+    save_file(grey, run / "story.safetensors")
+    return run
 
 
 def everything(place: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from browser import CHROMIUM, DESK, PHONE, WIDTH, Browser, faults
-from made_runs import everything, picture
+from made_runs import everything, picture, telling
 
 from metaflowmaps.lab.report.html import write_report
 
@@ -24,7 +24,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
-    return write_report(everything(place), place / "report.html")
+    return write_report([telling(place / "story"), *everything(place)], place / "report.html")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -35,6 +35,7 @@ def test_the_report_is_sound(browser, page, width, scheme):
 
 def test_wide_tables_and_figures_scroll_in_their_own_boxes_and_the_first_column_stays(browser, page):
     browser.open(page.as_uri(), PHONE, "light")
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     sizes = browser.evaluate(WIDTH)
     assert sizes["scroll"] == PHONE
     assert sizes["held"] >= 3  # the steering table, the carried one, the 13-inch figure
@@ -65,6 +66,71 @@ def test_contents_lead_to_sections_and_details_unfold_without_a_script(browser, 
     assert browser.evaluate(folded) is False
     browser.evaluate("document.querySelector('#section-1 summary').click()")
     assert browser.evaluate(folded) is True
+
+
+PANELS = """[...document.querySelectorAll('.card:nth-child({}) .panel')].filter(p => p.checkVisibility())
+  .map(p => p.dataset.name)"""
+READOUT = "document.querySelector('.card:nth-child({}) .readout').textContent"
+
+
+def point(browser, selector):
+    place = browser.evaluate(f"""(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView();
+      const at = e.getBoundingClientRect(); return [at.x + at.width / 2, at.y + at.height / 2]; }})()""")
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
+    return place
+
+
+def press(browser, selector):
+    x, y = point(browser, selector)
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
+def test_a_slider_a_table_and_the_pointer_turn_the_story(browser, page):
+    browser.open(page.as_uri(), DESK, "light")
+    assert browser.evaluate(PANELS.format(1)) == ["t = 0.5"]  # the nearest to 0.3
+    browser.evaluate("""(() => { const s = document.querySelector('input[type=range]'); s.value = 0;
+      s.dispatchEvent(new Event('input')); })()""")
+    assert browser.evaluate(PANELS.format(1)) == ["t = 0"]
+    point(browser, ".panel:not([hidden]) .strip img:nth-child(3)")
+    assert browser.evaluate(READOUT.format(1)) == "draw 2, seed 12"
+
+    assert browser.evaluate(PANELS.format(2))[-1] == "MFM-GF"
+    point(browser, ".card:nth-child(2) .panels .panel:not([hidden]) img")
+    assert browser.evaluate(READOUT.format(2)) == "reward 1.5, seed 7"
+    press(browser, ".card:nth-child(2) tbody button")
+    assert browser.evaluate(PANELS.format(2))[-1] == "best of 4"
+    assert browser.evaluate("document.querySelector('tr.chosen').cells[0].textContent") == "best of 4"
+
+
+def test_small_tables_fit_a_phone(browser, page):
+    """The story's, and the few columns of the steering run."""
+    browser.open(page.as_uri(), PHONE, "light")
+    sticking_out = """(() => { const cells = [...document.querySelectorAll('.card td, .card th, .small td, .small th')]
+        .filter(cell => cell.checkVisibility());
+      return [cells.length, cells.filter(cell => cell.scrollWidth > cell.clientWidth
+        || cell.getBoundingClientRect().right > innerWidth - 8).map(cell => cell.textContent)]; })()"""
+    seen, out = browser.evaluate(sticking_out)
+    assert seen > 30
+    assert out == []
+
+
+def test_nothing_of_a_story_is_lost_without_scripts(browser, page):
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(page.as_uri(), DESK, "light")
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.evaluate(PANELS.format(1)) == ["t = 0", "t = 0.5"]
+    assert browser.evaluate(PANELS.format(2)) == ["lean", "best of 4", "MFM-GF"]
+    assert browser.evaluate("[...document.querySelectorAll('.card .name')].every(n => n.checkVisibility())")
+
+
+def test_a_script_that_a_page_did_not_come_with_does_not_run(browser, tmp_path, page):
+    file = tmp_path / "page.html"
+    file.write_text(page.read_text().replace("</main>", "<script>document.title = 'run'</script></main>"))
+    browser.open(file.as_uri(), DESK, "light")
+    assert browser.evaluate("document.title") == "Meta Flow Maps report"
 
 
 BAD = {

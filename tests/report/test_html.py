@@ -2,16 +2,22 @@
 
 import json
 import re
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
-from made_runs import LONG, carrying, everything, fidelity, picture, steering, training, unknown, write
+import torch
+from made_runs import LONG, carrying, everything, fidelity, picture, steering, telling, training, unknown, write
+from safetensors.torch import load_file, save_file
 
 from metaflowmaps import cli
 from metaflowmaps.cli.telling import print_tables
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.report.html import read_results, tables_of, write_report
+from metaflowmaps.lab.report.page import asset
 from metaflowmaps.lab.report.sections import duration, number
+from metaflowmaps.steering import MFMGF
 
 
 class Outline(HTMLParser):
@@ -55,7 +61,8 @@ def test_every_run_becomes_a_section_with_contents_summary_command_and_folded_de
         "Training: gmm", "Posterior fidelity: gmm", "Steering: gmm-inverse", "mfm eval generation: class-mixture",
         "mfm dream",
     ]  # fmt: skip
-    assert re.findall(r"<h2>(.*?)</h2>", text) == titles == re.findall(r"<li><a href=#section-\d>(.*?)</a>", text)
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [*titles, "The words on this page"]
+    assert titles == re.findall(r"<li><a href=#section-\d>(.*?)</a>", text)
     assert [section["id"] for section in outline.all("section")] == [f"section-{i}" for i in range(1, 6)]
     for said in (
         "A map of 53,122 parameters, trained for 14,000 steps in 1 min 7 s; loss at the end 0.1235.",
@@ -68,7 +75,7 @@ def test_every_run_becomes_a_section_with_contents_summary_command_and_folded_de
         "Reward against diversity.",
     ):
         assert said in text
-    assert len(outline.all("details")) == 5
+    assert text.count("<summary>Command, cost, environment and settings") == 5
     assert all("open" not in details for details in outline.all("details"))
     assert outline.all("script") == []
 
@@ -92,7 +99,7 @@ def test_figures_come_before_tables_in_the_order_of_their_captions(tmp_path):
 def test_metrics_that_bring_tables_are_shown_by_them_and_nothing_else(tmp_path):
     text, _ = page_of(tmp_path, carrying(tmp_path / "a"))
     assert "<h3>Fréchet distances</h3>" in text
-    row = re.findall(r"<td(.*?)>(.*?)</td>", text.split("Fréchet distances")[2])[:6]
+    row = re.findall(r"<td(.*?)>(.*?)</td>", text.split("<h3>Fréchet distances")[1])[:6]
     assert [cell for _, cell in row] == ["map", "one &lt;step&gt;", "3", "–", "yes", "0.1235"]
     assert [kind for kind, _ in row] == ["", "", ' class="number"', "", "", ' class="number"']
     assert "987654321" not in text
@@ -134,6 +141,52 @@ def test_what_runs_hold_is_text_never_markup(tmp_path):
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
 
 
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\""
+
+
+def test_a_story_is_text_and_its_one_script_is_the_pages_own(tmp_path):
+    text, outline = page_of(tmp_path, telling(tmp_path / "a", HOSTILE))
+    assert HOSTILE not in text
+    assert len(outline.all("script")) == 1
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    assert script == asset("page.js")
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    (policy,) = (meta["content"] for meta in outline.all("meta") if "content" in meta and "none" in meta["content"])
+    assert policy.count("script-src") == 1
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert all(not name.startswith("on") for _, attributes in outline.tags for name in attributes)
+
+
+def test_a_story_says_of_each_picture_its_reward_and_seed_and_explains_its_words(tmp_path):
+    text, outline = page_of(tmp_path, telling(tmp_path / "a"))
+    titles = [image["title"] for image in outline.all("img")]
+    assert titles[:3] == ["noisy picture at t = 0", "draw 1, seed 11", "draw 2, seed 12"]
+    assert titles[12:] == ["reward 0.5000", "reward nan", "reward 1.5, seed 7", "reward -2, seed 9223372036854775807"]
+    cells = re.findall("<td.*?>(.*?)</td>", text)
+    assert cells[:10] == ["best of 4", "0.25", "3", "1,000", "0.5", "MFM-GF", "0.75", "2", "50", "0.0012"]
+    assert f"<dt>MFM-GF</dt><dd>{MFMGF.in_words}</dd>" in text
+    assert "<dt>DPS</dt>" not in text  # which nobody speaks of here
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"draws": torch.zeros(2, 2, 3, 1, 4, 4, dtype=torch.uint8)},  # three draws for two seeds
+        {"noisy": torch.zeros(2, 1, 1, 4, 4, dtype=torch.uint8)},
+        {"steered.0.1": torch.zeros(2, 2, 4, 4, dtype=torch.uint8)},
+        {"steered.0.1": torch.zeros(2, 1, 4, 4)},
+        {"steered.0.0": torch.zeros(2, 1, 4, 4000, dtype=torch.uint8)},
+        {"steered.0.0": None},
+    ],
+)
+def test_pictures_that_are_not_the_storys_are_refused(tmp_path, damage):
+    run = telling(tmp_path / "a")
+    pictures = load_file(run / "story.safetensors") | damage
+    save_file({name: x for name, x in pictures.items() if x is not None}, run / "story.safetensors")
+    with pytest.raises(InputError, match=rf"{next(iter(damage))}.*run its command again|noisy and draws"):
+        write_report([run], tmp_path / "report.html")
+
+
 def test_a_directory_of_runs_is_opened_and_no_run_comes_twice(tmp_path):
     runs = everything(tmp_path / "all")
     (tmp_path / "all" / "begun").mkdir()
@@ -145,7 +198,7 @@ def test_a_directory_of_runs_is_opened_and_no_run_comes_twice(tmp_path):
 
 def test_two_runs_of_one_command_are_told_apart_by_their_directories(tmp_path):
     text, _ = page_of(tmp_path, training(tmp_path / "a"), training(tmp_path / "b"))
-    assert [title.rsplit("/", 1)[1] for title in re.findall("<h2>(.*?)</h2>", text)] == ["a)", "b)"]
+    assert [title.rsplit("/", 1)[1] for title in re.findall("<a href=#section.*?>(.*?)</a>", text)] == ["a)", "b)"]
 
 
 def damage_json(run):

@@ -20,6 +20,8 @@ from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import plots as figures
 from metaflowmaps.lab.figures.image_figures import Steered, story
 from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.story import NOISY, SteeredBy, Story, keep_story, noised_and_drawn
+from metaflowmaps.lab.story import Steered as SteeredInReport
 from metaflowmaps.metrics.diversity import mean_pairwise_distance
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import Tempered
@@ -50,10 +52,26 @@ class Told(NamedTuple):
     """Samples of a method with what they reached and what one cost."""
 
     label: str
+    method: str
     samples: Tensor
+    rewards: Tensor
+    seeds: Tensor
     reward: float
     distance: float
     cost: dict[str, float]
+
+    def as_row(self) -> SteeredBy:
+        """As the report shows it."""
+        return SteeredBy(
+            title=self.label,
+            method=self.method,
+            rewards=tuple(self.rewards.tolist()),
+            seeds=tuple(self.seeds.tolist()),
+            reward=self.reward,
+            diversity=self.distance,
+            evaluations=self.cost["nfe"],
+            seconds=self.cost["seconds"],
+        )
 
 
 CHAPTERS = (
@@ -61,6 +79,9 @@ CHAPTERS = (
     Chapter("category", "“be food”", "margin:food"),
     Chapter("both", "“be blue food”", "colour:blue+margin:food"),
 )
+NOISED = "Left, a noisy emoji; right, eight emoji that it may have been, one network call each."
+STEERED = "Emoji from noise, steered; the reward is in units of its spread over emoji that were held out."
+SHOWN_FIRST = 3  # of the methods: MFM-G
 SUMMARY = (
     "Every row of draws comes from one noisy emoji, one network call a draw. Steered emoji come from noise; beside "
     "them is what one sample cost in network and reward evaluations (NFE) and in time here. Best of N asks the map "
@@ -71,7 +92,7 @@ SUMMARY = (
 def tell_emoji_story(opened: OpenedModel, config: EmojiStoryConfig, out: Path, say: Callable[[str], None]) -> Json:
     """The metrics of the story; its figures go into ``out``."""
     setup, _ = open_setup(opened, config)
-    noisy, tables, captions, rewards = noisy_images(setup, config.seed), {}, {}, {}
+    noisy, tables, captions, rewards, chapters = noisy_images(setup, config.seed), {}, {}, {}, []
     for chapter in CHAPTERS:
         told = _chapter(setup, config, chapter, lambda line, to=chapter: say(f"{to.wanted}: {line}"))  # type: ignore[misc]
         file = f"story-{chapter.name}.png"
@@ -83,8 +104,21 @@ def tell_emoji_story(opened: OpenedModel, config: EmojiStoryConfig, out: Path, s
             "Left: an emoji that was held out, its noisy version, and six draws of what it may have been, one network "
             f"call each. Right: emoji steered by a reward that says {chapter.wanted}."
         )
+        chapters.append(told)
         rewards[chapter.reward] = {t.label: {"reward": t.reward, "distance": t.distance, **t.cost} for t in told}
-    return {"rewards": rewards, "tables": tables, "summary": SUMMARY, "captions": captions}
+    turned = _turned(setup, chapters, config.seed, out)
+    return {"rewards": rewards, "tables": tables, "summary": SUMMARY, "captions": captions, "story": turned}
+
+
+def _turned(setup: ImageSetup, chapters: list[list[Told]], seed: int, out: Path) -> Json:
+    """The story that the report lets a reader turn."""
+    posterior, pictures = noised_and_drawn(setup.model, setup.images(NOISY, "turned", seed)[0], seed, NOISED)
+    steered = []
+    for i, (chapter, told) in enumerate(zip(CHAPTERS, chapters, strict=True)):
+        pictures |= {f"steered.{i}.{j}": one.samples for j, one in enumerate(told)}
+        methods = tuple(one.as_row() for one in told)
+        steered.append(SteeredInReport(wanted=chapter.wanted, sentence=STEERED, methods=methods, first=SHOWN_FIRST))
+    return keep_story(Story(posterior=posterior, steered=tuple(steered)), pictures, out)
 
 
 def _chapter(setup: ImageSetup, config: EmojiStoryConfig, chapter: Chapter, say: Callable[[str], None]) -> list[Told]:
@@ -98,8 +132,9 @@ def _chapter(setup: ImageSetup, config: EmojiStoryConfig, chapter: Chapter, say:
         wanted = Tempered(reward, config.strength / spread)
         result = quiet_steer(setup.model, wanted, config.samples, method, process, seed=g)
         x = result.samples
-        reached, apart = float(scored(reward, x).mean()), mean_pairwise_distance(setup.judge.features(x))
-        told.append(Told(label, x, reached / spread, apart, cost_of(result)))
+        rewards, apart = scored(reward, x) / spread, mean_pairwise_distance(setup.judge.features(x))
+        reached = float(rewards.mean())
+        told.append(Told(label, method.name, x, rewards, result.seeds, reached, apart, cost_of(result)))
     return told
 
 

@@ -79,6 +79,9 @@ class Anneal(FromDraws):
 
     name = "mfm-anneal"
     title = "MFM-Anneal"
+    in_words = (
+        "A cloud of samples, each noised and drawn anew, round by round, while the reward comes to count in full."
+    )
     look = ("#5a0f4b", ">")
     moved_by = "draws"
     own_moves: ClassVar[str] = "moves by draws of the posterior"

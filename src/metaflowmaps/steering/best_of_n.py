@@ -22,6 +22,7 @@ class BestOfN(OfCandidates, Unsteered):
 
     name = "best-of-n"
     title = "best of N"
+    in_words = "Makes N samples without steering and keeps the one of highest reward."
     look = ("#e3a410", "P")
 
     source: str = "ode"

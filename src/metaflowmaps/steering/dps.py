@@ -23,6 +23,9 @@ class DPS(GuidedMethod):
 
     name = "dps"
     title = "DPS"
+    in_words = (
+        "Follows the reward's gradient at the mean of what the sample may become, one blurred guess; needs no map."
+    )
     look = ("#8c4480", "X")
     gradients = True
 

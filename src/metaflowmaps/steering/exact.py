@@ -20,6 +20,7 @@ class Exact(GuidedMethod):
 
     name = "exact"
     title = "exact ∇V"
+    in_words = "Follows the exact gradient of the value, which is known of mixtures alone."
     look = ("#16181c", "*")
     exact = True
 

@@ -29,6 +29,7 @@ class Glass(GuidedMethod):
 
     name = "glass"
     title = "GLASS"
+    in_words = "MFM-GF or MFM-G with draws of the flow itself, tens of network calls each, in place of the map's."
     look = ("#d84a10", "h")
     draws = True
 

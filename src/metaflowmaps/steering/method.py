@@ -21,6 +21,7 @@ class Method(Choice, ABC):
     """How samples are steered."""
 
     kind: ClassVar[str] = "method"
+    in_words: ClassVar[str] = ""  # what it does, for those who read no formulas: a sentence or two
     look: ClassVar[tuple[str, str]] = ("#7f848b", ".")  # colour and marker in figures
     draws: ClassVar[bool] = False  # does it draw from the posterior? Then num_draws is one of its fields
     gradients: ClassVar[bool] = False  # does it differentiate the reward?

@@ -48,6 +48,10 @@ class MFMG(FromDraws, GuidedMethod):
 
     name = "mfm-g"
     title = "MFM-G"
+    in_words = (
+        "Each step draws what the sample may become, one network call a draw, and follows the "
+        "reward's gradient through the draws."
+    )
     look = ("#1f6feb", "o")
     gradients: ClassVar[bool] = True
     published: ClassVar[dict[str, Any]] = {"blend": False}

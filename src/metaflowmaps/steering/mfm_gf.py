@@ -30,6 +30,10 @@ class MFMGF(FromDraws, GuidedMethod):
 
     name = "mfm-gf"
     title = "MFM-GF"
+    in_words = (
+        "Each step draws what the sample may become, one network call a draw, and leans to draws "
+        "of high reward; needs no gradient."
+    )
     look = ("#0fc3a0", "s")
     published: ClassVar[dict[str, Any]] = {"recycle": 1}
     weighs: ClassVar[bool] = True

@@ -38,6 +38,7 @@ class Resampling(OfCandidates):
 
     name = "resampling"
     title = "resampling"
+    in_words = "Makes many samples in one call each and picks among them by reward."
     look = ("#88ccff", "<")
     moved_by = "one step"
     own_moves = "makes its samples in one step"

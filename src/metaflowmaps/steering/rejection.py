@@ -39,6 +39,7 @@ class Rejection(Method):
 
     name = "rejection"
     title = "rejection"
+    in_words = "Makes samples in one call each and accepts a share of them, more where the reward is high."
     look = ("#0022cc", "p")
     moved_by = "one step"
     own_moves = "makes its samples in one step"

@@ -37,6 +37,7 @@ class Search(FromDraws):
 
     name = "mfm-search"
     title = "MFM-Search"
+    in_words = "Draws what a sample may become, keeps the best draw, adds noise to it, and again; maximises the reward."
     targets_law = False
     look = ("#c27df5", "v")
     grid = "power"

@@ -29,6 +29,7 @@ class SMC(TwistedSMC, FromDraws):
 
     name = "mfm-smc"
     title = "MFM-SMC"
+    in_words = "Many samples at once; those whose draws promise a high reward are copied, the others dropped."
     look = ("#46107f", "D")
     published: ClassVar[dict[str, Any]] = {"recycle": 1, "temper": 0.0}
     weighs: ClassVar[bool] = True

@@ -21,6 +21,7 @@ class TDS(TwistedSMC):
 
     name = "tds"
     title = "TDS"
+    in_words = "Many samples at once, guided as by DPS; those of high reward are copied, the others dropped."
     look = ("#0d5226", "^")
     gradients = True
 

@@ -16,6 +16,7 @@ class Unsteered(GuidedMethod):
 
     name = "none"
     title = "unsteered"
+    in_words = "The model's own samples; the reward is not asked."
     targets_law = False
 
     def guide(self, problem: SteeringProblem, memory: Any, t: float, x: Tensor) -> Guidance:

@@ -33,6 +33,7 @@ class Section:
     captions: Mapping[str, str] = field(default_factory=dict)
     tables: Callable[[Metrics], Tables] | None = None
     summary: Callable[[Results], str] = lambda results: ""
+    brief: Callable[[Metrics], Tables] = lambda metrics: {}  # few columns: what a page shows of tables that are wide
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Description:
     captions: Mapping[str, str]
     summary: str
     tables: Tables
+    brief: Tables
 
 
 def described(document: Results | Mapping[str, object]) -> Description:
@@ -54,10 +56,13 @@ def described(document: Results | Mapping[str, object]) -> Description:
     known = SECTIONS.get(results.command, Section(f"mfm {results.command}"))
     try:
         spoken, tables = Spoken.of(results.metrics), tables_of(results)
-        summary = spoken.summary or ("" if spoken.tables is not None else known.summary(results))
+        usual = spoken.tables is None
+        summary = spoken.summary or (known.summary(results) if usual else "")
+        brief = known.brief(results.metrics) if usual else {}
     except (InputError, ValueError, LookupError, StopIteration) as error:
         raise InputError(f"metrics of {results.command!r} do not fit ({error})") from None
-    return Description(known.title, {**spoken.captions, **_missing(known.captions, spoken.captions)}, summary, tables)
+    captions = {**spoken.captions, **_missing(known.captions, spoken.captions)}
+    return Description(known.title, captions, summary, tables, brief)
 
 
 def _missing(usual: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
@@ -82,10 +87,10 @@ def tables_of(document: Results | Mapping[str, object]) -> Tables:
 
 
 def leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Numbers and words of nested results, by dotted name; lists, captions and summaries are left out."""
+    """Numbers and words of nested results, by dotted name; lists, captions, summaries and stories are left out."""
     for name, value in values.items():
         if isinstance(value, dict):
-            if prefix or name != "captions":
+            if prefix or name not in ("captions", "story"):
                 yield from leaves(value, f"{prefix}{name}.")
         elif isinstance(value, int | float) or (isinstance(value, str) and (prefix or name != "summary")):
             yield prefix + name, value
@@ -244,6 +249,16 @@ def _steering_tables(metrics: Metrics) -> Tables:
     return {"Steering, costs per returned sample": (STEERING_HEAD, rows)}
 
 
+def _steering_brief(metrics: Metrics) -> Tables:
+    """What each method reaches and costs, in few columns."""
+    rows = []
+    for name, key, cell in Steering.of(metrics).cells():
+        called = (cell.title or name) + (f", N = {key}" if key != "0" else "")
+        cost = (f"{cell.cost.nfe:,.0f}", f"{cell.milliseconds / 1000:.2g}")
+        rows.append([called, f"{cell.ratio:.3g}", f"{cell.reward:.3g}", *cost])
+    return {"Error and cost of a sample": (["method", "SW2 / floor", "reward", "evaluations", "seconds"], rows)}
+
+
 def _steering_summary(results: Results) -> str:
     steering = Steering.of(results.metrics)
     # the exact method knows the law: it is what the others are held against
@@ -298,6 +313,7 @@ TRAJECTORY = (
 )
 
 SECTIONS = {
+    "demo": Section("What a meta flow map does"),
     "train": Section(
         "Training",
         {"posteriors.png": POSTERIORS, "training.png": "Training loss, mean over each logging window."},
@@ -350,6 +366,7 @@ SECTIONS = {
         },
         _steering_tables,
         _steering_summary,
+        _steering_brief,
     ),
     "eval value": Section(
         "Value estimation",

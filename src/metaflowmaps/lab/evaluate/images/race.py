@@ -36,6 +36,7 @@ from metaflowmaps.lab.evaluate.images.race_cells import (
     Cell,
     RaceCell,
     RewardResult,
+    ShownSamples,
     Spread,
     TargetData,
     frontier,
@@ -128,7 +129,7 @@ class Raced:
     @property
     def samples(self) -> dict[str, dict[str, Tensor]]:
         """For each reward the samples that pictures show, by :attr:`RaceCell.key`."""
-        return {name: race.shown for name, race in self.races.items()}
+        return {name: {key: shown.pictures for key, shown in race.shown.items()} for name, race in self.races.items()}
 
     @cached_property
     def metrics(self) -> Json:
@@ -252,6 +253,7 @@ class Made(NamedTuple):
     features: Tensor
     cost: dict[str, float]
     lost: int = 0
+    seeds: Tensor | None = None
 
 
 class RewardRace:
@@ -263,7 +265,8 @@ class RewardRace:
         self.scale = float(self.on_data.std()) or 1.0  # a reward that is the same for all data has no scale
         self.best = self.on_data.topk(min(len(images), max(2 * SUBSET, round(TOP * len(images))))).indices
         self.cells: list[Cell] = []
-        self.shown = {"target data": self._picture(images[self.best[:PICTURED].to(images.device)])}
+        best = self.best[:PICTURED]
+        self.shown = {"target data": self._shown(images[best.to(images.device)], self.on_data[best])}
 
     @cached_property
     def target(self) -> Tensor:
@@ -295,7 +298,7 @@ class RewardRace:
         g = stream(config.seed, "race", self.name, name, repr(strength))
         labels = labels_of(name, setup.labels(config.samples, "race", config.seed))
         x, result = run(setup, v, reward, config.samples, process, g, labels)
-        kept, finite = {"samples": x}, x.flatten(1).isfinite().all(1)
+        kept, finite = {"samples": x, "seeds": result.seeds[: len(x)]}, x.flatten(1).isfinite().all(1)
         x = x[finite]
         if len(x) >= SUBSET:
             cond = setup.cond(None if labels is None else labels[finite], len(x))
@@ -310,7 +313,8 @@ class RewardRace:
             self.cells.append(Cell(method=name, number=strength, lost=lost))
             return
         scores = self.race.by_reward(made.tensors["scores"])
-        self._add(name, strength, Made(x, scores, made.tensors["features"], made.facts["cost"], lost))
+        seeds = made.tensors["seeds"][made.tensors["samples"].flatten(1).isfinite().all(1)]
+        self._add(name, strength, Made(x, scores, made.tensors["features"], made.facts["cost"], lost, seeds))
 
     def result(self) -> RewardResult:
         """The cells, and what they are held against."""
@@ -348,7 +352,8 @@ class RewardRace:
             **asdict(self.spread(made.features)),
         )
         self.cells.append(cell)
-        self.shown[cell.key] = self._picture(made.x[:PICTURED])
+        self.shown[cell.key] = self._shown(made.x, own, made.seeds)
 
-    def _picture(self, x: Tensor) -> Tensor:
-        return self.setup.decode(x).cpu()
+    def _shown(self, x: Tensor, rewards: Tensor, seeds: Tensor | None = None) -> ShownSamples:
+        pictures = self.setup.decode(x[:PICTURED]).cpu()
+        return ShownSamples(pictures, rewards[:PICTURED].cpu(), None if seeds is None else seeds[:PICTURED].cpu())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -138,6 +139,14 @@ class TargetData(Spread):
     base_frechet: float | None
 
 
+class ShownSamples(NamedTuple):
+    """The first samples of a cell: pictures (n, C, H, W), rewards (n,), and seeds (n,) where each has one."""
+
+    pictures: Tensor
+    rewards: Tensor
+    seeds: Tensor | None = None
+
+
 COLUMNS: dict[str, Callable[[RaceCell], object]] = {
     "NFE": lambda cell: round(cell.cost["nfe"]),
     "ms": lambda cell: 1000 * cell.cost["seconds"],
@@ -151,7 +160,7 @@ class RewardResult:
 
     data: TargetData
     cells: list[Cell]
-    shown: dict[str, Tensor]
+    shown: dict[str, ShownSamples]
 
     @property
     def scored(self) -> list[RaceCell]:
