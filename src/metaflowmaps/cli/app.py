@@ -34,6 +34,7 @@ GROUPS = {  # as mfm --help lists them, by what one wants to do: name -> module
         "posterior": "posterior",
         "advise": "advise",
         "steer": "steer",
+        "play": "play",
         "finetune": "finetune",
     },
     "Measure and show": {"eval": "evaluate", "bench": "bench", "run": "run", "report": "report"},

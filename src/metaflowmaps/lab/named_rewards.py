@@ -102,8 +102,8 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
         strength: λ.
         data: where the images are now, for rewards that are made of them.
     """
-    images = read_examples(opened.checkpoint.config.get("training", {})) is not None
-    fitting = [r for r in REWARDS.values() if r.of == "pictures" or r.of == ("images" if images else "mixtures")]
+    images = _of_data(opened) == "images"
+    fitting = [r for r in REWARDS.values() if r.of in ("pictures", _of_data(opened))]
     asked = AskedReward(text or fitting[0].name, opened, strength, data)
     named = REWARDS.get(asked.kind.partition("+")[0])  # a sum is of its first part's kind
     if named is not None and named.of == "images" and not images:
@@ -120,6 +120,16 @@ def choose_reward(text: str | None, opened: OpenedModel, strength: float, data: 
     own, file = outside(asked.text), Path(asked.text.rpartition(":")[0]).expanduser()
     digest = sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return ChosenReward(own if strength == 1 else Tempered(own, strength), asked.text, digest)
+
+
+def offered_rewards(opened: OpenedModel) -> list[NamedReward]:
+    """The named rewards that a map of images has with it: of its own data and classifiers, nothing else is read."""
+    return [reward for reward in REWARDS.values() if reward.of == _of_data(opened) == "images"]
+
+
+def _of_data(opened: OpenedModel) -> str:
+    """What rewards must be about, to be made of what the map was trained on."""
+    return "mixtures" if read_examples(opened.checkpoint.config.get("training", {})) is None else "images"
 
 
 def _with_class(text: str, reward: Any) -> str:

@@ -1,6 +1,7 @@
 """Steering a checkpoint's map as a request: who is steered by what, how the work is cut, and its figures."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from metaflowmaps.lab.sample_pictures import SamplePictures
 from metaflowmaps.posterior import ExactModel
 from metaflowmaps.random import fresh_seeds, stream
 from metaflowmaps.rewards.base import rows_of
-from metaflowmaps.steering import Method, Process, SteeringFailed, SteerResult, log_normaliser, steer
+from metaflowmaps.steering import Method, Process, SteeringFailed, SteerResult, Step, log_normaliser, steer
 from metaflowmaps.work.shards import Shard, ShardInterrupted, Share
 
 DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
@@ -36,6 +37,7 @@ class SteeringRun:
         seed: of all samples.
         only: saved seeds, whose samples are made again; none: fresh ones.
         batch_size: rows of state at a time.
+        callback: is told of every step, in place of a bar.
     """
 
     pictures: SamplePictures
@@ -45,6 +47,7 @@ class SteeringRun:
     seed: int
     only: tuple[int, ...] = ()
     batch_size: int | None = None
+    callback: Callable[[Step], Any] | None = None
 
     @cached_property
     def reward(self) -> Any:
@@ -121,7 +124,8 @@ class SteeringRun:
                     cond=self.pictures.rows(part),
                     seed=stream(self.seed, "steer") if seeds is None else seeds,
                     batch_size=rows,
-                    progress=n == self.pictures.num and sys.stderr.isatty(),
+                    callback=self.callback,
+                    progress=self.callback is None and n == self.pictures.num and sys.stderr.isatty(),
                 )
         except SteeringFailed as failed:
             raise ShardInterrupted(self._as_shard(failed.result), failed) from None
