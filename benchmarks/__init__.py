@@ -33,5 +33,6 @@ BENCHMARKS = {
     "diffusers-families": "diffusers_families:main",
     "weighted-posterior": "weighted_posterior:main",
     "general-contexts": "contexts:main",
+    "simulators": "contexts:simulators",
 }
 """Name of a benchmark -> module of this package and function."""

@@ -576,7 +576,7 @@ TABLES = {
     "recycling": Table("recycling.json", recycling),
     "value": Table("value.json", value),
     "general-contexts": Table("general-contexts.json", processes),
-    "simulators": Table("general-contexts.json", simulators),
+    "simulators": Table("simulators.json", simulators),
     "sunspots": Table("general-contexts.json", forecasts),
     "precision": Table("precision.json", precision),
     "world-size": Table("world-size.json", world_size),

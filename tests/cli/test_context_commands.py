@@ -61,6 +61,44 @@ def test_forecasts_are_judged_beside_their_rivals(run, command, tmp_path):
     assert (tmp_path / "out" / "fan.png").exists()
 
 
+REWARD = """
+import torch
+def crossed(x):
+    return torch.nn.functional.logsigmoid(4 * (x[:, 0] - 2.0))
+"""
+
+
+@pytest.mark.parametrize("method", ["mfm-gf", "mfm-g", "rejection", "best-of-n", "mfm-smc", "dps"])
+def test_forecasts_are_steered_towards_a_threshold(run, command, tmp_path, method):
+    (tmp_path / "my.py").write_text(REWARD)
+    given = ["--observe", "1=0.5", "--query", 5, "--num", 64, "--json", "--steps", 8, "--reward"]
+    means = []
+    for name in ("none", method):
+        arguments = [*given, f"{tmp_path}/my.py:crossed", "--method", name, "--out", tmp_path / name]
+        code, out, err = command("steer", run, *arguments)
+        assert code == 0, err
+        means.append(json.loads(out)["metrics"]["reward_mean"])
+    assert means[1] > means[0] + 1  # unsteered X_5 is about .5 ± 2, and most below the threshold
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--reward", "my.py:crossed"], "--query TIME"),
+        (["--observe", "1=0.5", "--query", "5"], "no usual reward"),
+        (["--observe", "5=0.5", "--query", "5", "--reward", "my.py:crossed"], "nothing to steer"),
+        (["--query", "5", "--reward", "my.py:crossed", "--method", "exact"], "--method exact needs"),
+    ],
+)
+def test_forecasts_that_cannot_be_steered_are_refused(run, command, tmp_path, monkeypatch, arguments, words):
+    (tmp_path / "my.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("steer", run.resolve(), *arguments)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -3,13 +3,36 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
+from metaflowmaps.cli.drawing import DrawingOptions
 from metaflowmaps.context import FINITE, Context
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
+
+
+class ObservingOptions(DrawingOptions):
+    """What was observed, of maps of general contexts."""
+
+    observe: tuple[str, ...] = Field(
+        (), description="What was seen: time=value (vectors: time=1:2:3), or an .npz of values and times (repeatable)."
+    )
+    query: float | None = Field(None, description="The time asked for, of a map of general contexts.")
+
+    def observed(self, model: Any) -> Context | None:
+        """The context (one row) that is typed; None for a map that reads no observations."""
+        if hasattr(getattr(model, "network", None), "encode"):
+            return read_observations(self.observe, self.query, model)
+        if self.observe or self.query is not None:
+            raise InputError(
+                f"{self.checkpoint} reads no observations: leave --observe and --query out, or train "
+                "mfm train sequences"
+            )
+        return None
 
 
 def read_observations(typed: Sequence[str], query: float | None, model: MetaFlowMap) -> Context:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from metaflowmaps._shapes import Cond, first_cond
 from metaflowmaps.cli.context import Context, Results
-from metaflowmaps.cli.drawing import Drawing, DrawingOptions, draw
-from metaflowmaps.cli.observations import read_observations, span_of
+from metaflowmaps.cli.drawing import Drawing, draw
+from metaflowmaps.cli.observations import ObservingOptions, span_of
 from metaflowmaps.cli.results import Request
+from metaflowmaps.context import Context as Observed
 from metaflowmaps.data import Process
 from metaflowmaps.data.sequences import PathSource
 from metaflowmaps.errors import InputError
@@ -22,16 +23,12 @@ from metaflowmaps.random import RowNoise, randn, stream
 from metaflowmaps.work.shards import Shard
 
 
-class PosteriorDraws(DrawingOptions):
+class PosteriorDraws(ObservingOptions):
     """The noisy state, and how many draws."""
 
     t: float = Field(0.4, description="Time of the noisy state, in [0, 1].")
     x: str | None = Field(None, description="The noisy state, as numbers: 1.0,-0.5. Drawn if absent.")
     image: str | None = Field(None, description="A clean picture to noise, in place of --x.")
-    observe: tuple[str, ...] = Field(
-        (), description="What was seen: time=value (vectors: time=1:2:3), or an .npz of values and times (repeatable)."
-    )
-    query: float | None = Field(None, description="The time asked for, of a map of general contexts.")
     num_draws: int | None = Field(None, ge=1, description="How many draws (1024).")
     steps: int = Field(1, ge=1, description="Network calls a draw.")
 
@@ -47,10 +44,9 @@ def run(config: PosteriorDraws, context: Context) -> Results:
     if config.x is not None and config.image is not None:
         raise InputError("--x and --image both say what to draw for: give one of them")
     pictures = config.open(context, config.count(config.num_draws))
-    if hasattr(pictures.opened.model.network, "encode"):
-        return _given_observations(config, context, pictures)
-    if config.observe or config.query is not None:
-        raise InputError(f"{config.checkpoint} reads no observations: give --t and --x, or train mfm train sequences")
+    given = config.observed(pictures.opened.model)
+    if given is not None:
+        return _given_observations(config, context, pictures, given)
     opened, num, seed, t = pictures.opened, pictures.num, context.seed or 0, config.t
     model, x_t = opened.model, _state(config, pictures, stream(seed, "posterior"))
 
@@ -80,10 +76,10 @@ def run(config: PosteriorDraws, context: Context) -> Results:
     return draw(pictures, drawing, context)
 
 
-def _given_observations(config: PosteriorDraws, context: Context, pictures: SamplePictures) -> Results:
+def _given_observations(config: PosteriorDraws, context: Context, pictures: SamplePictures, given: Observed) -> Results:
     """Draws of X_r given what was observed, of a map of general contexts."""
     opened, num, seed = pictures.opened, pictures.num, context.seed or 0
-    model, given = opened.model, read_observations(config.observe, config.query, opened.model)
+    model = opened.model
     known = model.encode(model.conditions_of(given))
 
     def points(seeds: Tensor, cond: Cond) -> Tensor:

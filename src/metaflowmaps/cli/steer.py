@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from metaflowmaps.cli.context import Context, Results
-from metaflowmaps.cli.drawing import Drawing, DrawingOptions, Tensors, draw
+from metaflowmaps.cli.drawing import Drawing, Tensors, draw
+from metaflowmaps.cli.observations import ObservingOptions
 from metaflowmaps.cli.results import Request
 from metaflowmaps.errors import InputError, unknown
 from metaflowmaps.lab.named_rewards import REWARD_HELP, choose_reward
@@ -20,7 +21,7 @@ from metaflowmaps.work.choices import Pick, built, dumped
 from metaflowmaps.work.shards import Shard
 
 
-class Steer(DrawingOptions):
+class Steer(ObservingOptions):
     """The reward, the method and the process."""
 
     reward: str | None = Field(None, description=REWARD_HELP)
@@ -73,6 +74,11 @@ def run(config: Steer, context: Context) -> Results:
     method, process = config.choices()
     pictures = config.open(context, config.count_of(method), needs_map=method.draws)
     opened, seed = pictures.opened, context.seed or 0
+    given = config.observed(opened.model)
+    if given is not None:
+        if config.reward is None:
+            raise InputError("a forecast has no usual reward: --reward my.py:crossed, a function of X at --query")
+        pictures.observe(given)
     chosen = choose_reward(config.reward, opened, config.strength, config.data)
     steering = SteeringRun(pictures, chosen, method, process, seed, config.only, config.batch_size)
     identity = config.identity(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metaflowmaps._files import read_regular, write_whole
 from metaflowmaps._shapes import Cond
+from metaflowmaps.context import Context
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.lab.figures import plots, result_figures
@@ -68,6 +69,14 @@ class SamplePictures:
         if label == ALL_CLASSES and classes:
             return (torch.arange(self.num) % classes).to(device)
         return torch.full((self.num,), self.pipe.label(label), device=device)
+
+    def observe(self, context: Context) -> None:
+        """Let all samples be given what one row of a general context holds; it is read once."""
+        model = self.opened.model
+        known = dict(model.encode(model.conditions_of(context)) or {})
+        if bool((known["prior_std"] == 0).all()):
+            raise InputError("X was observed at the very time that is asked for: there is nothing to steer")
+        self.cond = {name: value.expand(self.num, *value.shape[1:]) for name, value in known.items()}
 
     def rows(self, part: slice) -> Cond:
         """The condition of these samples."""
