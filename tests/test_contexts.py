@@ -218,12 +218,35 @@ def test_the_diagonal_loss_vanishes_at_the_exact_velocity_of_contexts():
         (lambda m: m.draw(mfm.Context(torch.zeros(1, 1, 1, dtype=F64), torch.zeros(1), query=1.0), 2), "convert one"),
         (lambda m: m.draw(0.0, torch.zeros(1, 1), 2), "this map reads observations"),
         (lambda m: m.draw(seen([1.0], [0.0]), 0), "num_draws"),
+        (lambda m: m.draw(seen([1.0], [0.0]), 10**15), "draw fewer at a time"),
+        (lambda m: m.draw(seen([1.0], [0.0]), 2, cond={}), "own conditions"),
+        (lambda m: m.draw(seen([1.0], [0.0]), torch.zeros(1, 1), 2), "no noisy state"),
+        (lambda m: m.conditions_of(torch.zeros(1, 1, 1)), r"mfm\.Context"),
+        (lambda m: seen([1.0], [0.0], query=math.inf), "query must be finite"),
+        (lambda m: seen([1.0], [0.0], query="now"), "query must be numbers"),
+        (lambda m: mfm.Context(torch.zeros(1, 1, 1), None), "times must be numbers"),
+        (lambda m: mfm.Context(torch.zeros(1, 1, 1).numpy(), [0.0]), r"\(B, M, \*event\)"),
+        (lambda m: seen([1.0], [0.0], mask=torch.ones(1, 1, 1).bool()), r"mask must have shape \(1,\)"),
+        (lambda m: seen([1.0], [0.0], mask=torch.ones(1)), "mask must hold bools"),
+        (lambda m: seen([1.0], [0.0], cond=[1]), "cond is a mapping"),
+        (lambda m: seen([1.0], [0.0], cond={"label": torch.zeros(2).long()}), "1 rows"),
+        (lambda m: seen([1.0], [0.0]).seen(torch.zeros(1), 1.0), r"shape \(1, 1\), one a row"),
+        (lambda m: seen([1.0], [0.0]).seen(torch.zeros(1, 1), torch.zeros(3)), "time must have shape"),
+        (lambda m: seen([1.0], [0.0]).repeated(0), "copies must be"),
     ],
 )
 def test_what_is_no_context_is_refused_in_one_line(make, words):
     with pytest.raises(InputError, match=words) as refused:
         make(small_map())
     assert "\n" not in str(refused.value)
+
+
+def test_contexts_without_rows_or_observations_are_drawn_for():
+    model = small_map()
+    assert model.draw(mfm.Context(torch.zeros(0, 2, 1), [0.0, 1.0], query=1.0), 3).shape == (3, 0, 1)
+    unseen = mfm.Context(torch.full((2, 2, 1), math.nan), [0.0, 1.0], "finite", 1.0)
+    none = mfm.Context(torch.zeros(2, 0, 1), [], query=1.0)
+    assert torch.equal(drawn(model, unseen), drawn(model, none))
 
 
 def test_contexts_beyond_those_trained_with_are_told():

@@ -7,6 +7,7 @@ import metaflowmaps as mfm
 from metaflowmaps.errors import InputError
 from metaflowmaps.laws.processes import ornstein_uhlenbeck
 from metaflowmaps.metrics.two_sample import two_sample_test
+from metaflowmaps.networks import MLPConfig
 from metaflowmaps.random import stream
 from test_contexts import small_map
 
@@ -70,8 +71,16 @@ def test_what_no_observation_has_is_refused(model):
         mfm.observation_gradient(model, linear, context, 4, method="gradient-free")
     with pytest.raises(InputError, match="not differentiable"):
         mfm.observation_gradient(model, lambda x: x[:, 0].detach(), context, 4)
-    with pytest.raises(InputError, match="at least one time"):
-        mfm.roll(model, context, [], 4)
+    plain = mfm.MetaFlowMap(MLPConfig(width=8, depth=2).network((1,)), mfm.LinearPath())
+    for given, times, words in (
+        ((model, context), [], "at least one time"),
+        ((model, context), 1.0, "a sequence of numbers"),
+        ((model, context), "ab", "a sequence of numbers"),
+        ((model, torch.zeros(1, 1, 1)), [1.0], r"mfm\.Context"),
+        ((plain, context), [1.0], "reads no observations"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mfm.roll(*given, times, 4)
 
 
 def test_rejection_and_steering_run_given_a_context(model):

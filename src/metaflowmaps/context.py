@@ -14,12 +14,12 @@ time the later in the list wins.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import Cond, repeat_cond
+from metaflowmaps._shapes import Cond, check_count, repeat_cond
 from metaflowmaps.errors import InputError
 
 VALUES, TIMES, MASK, QUERY = OBSERVED = ("values", "times", "mask", "query")
@@ -50,16 +50,22 @@ class Context:
             given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InputError(f"values must be a floating-point tensor (B, M, *event), got {given}")
         self.values, shape = values, tuple(values.shape[:2])
-        self.times = _per_row(torch.as_tensor(times, dtype=values.dtype, device=values.device), shape, "times")
+        self.times = _per_row(_numbers(times, values, "times"), shape, "times")
         self.mask = self._masked(mask, shape)
         self.query: Tensor | None = None
         if query is not None:
-            asked = torch.as_tensor(query, dtype=values.dtype, device=values.device)
-            self.query = _per_row(asked, shape[:1], "query")
+            self.query = _per_row(_numbers(query, values, "query"), shape[:1], "query")
+            if not bool(self.query.isfinite().all()):
+                raise InputError("query must be finite numbers: the times that are asked for")
+        if not bool(self.times[self.mask].isfinite().all()):
+            raise InputError("times must be finite numbers: leave what has no time out by mask=")
+        if cond is not None and not isinstance(cond, Mapping):
+            raise InputError(f'cond is a mapping such as {{"label": labels (B,)}}, got {type(cond).__name__}')
         self.cond = dict(cond or {})
-        for name, part in (("times", self.times[self.mask]), ("query", self.query)):
-            if part is not None and not bool(part.isfinite().all()):
-                raise InputError(f"{name} must be finite numbers: leave what has no time out by mask=")
+        for name, part in self.cond.items():
+            if not isinstance(part, Tensor) or part.shape[:1] != shape[:1]:
+                given = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise InputError(f"condition {name!r} must be a tensor of {shape[0]} rows, as values have, got {given}")
 
     def _masked(self, mask: Tensor | str | None, shape: tuple[int, ...]) -> Tensor:
         """The mask (B, M); what it lets through is finite."""
@@ -87,7 +93,11 @@ class Context:
 
     def seen(self, value: Tensor, time: Tensor | float) -> "Context":
         """With one more observation (B, *event) at a time, a number or (B,); nothing is asked for yet."""
-        time = torch.as_tensor(time, dtype=self.times.dtype, device=self.times.device).expand(len(self))
+        shape = (len(self), *self.values.shape[2:])
+        if not isinstance(value, Tensor) or value.shape != shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"an observation must be a tensor of shape {shape}, one a row, got {given}")
+        time = _per_row(_numbers(time, self.times, "time"), shape[:1], "time")
         true = self.mask.new_ones(len(self), 1)
         return Context(
             torch.cat([self.values, value[:, None].to(self.values)], 1),
@@ -99,6 +109,7 @@ class Context:
 
     def repeated(self, copies: int) -> "Context":
         """``copies`` copies of every row, stacked block by block."""
+        check_count(copies, "copies")
         many = repeat_cond({VALUES: self.values, TIMES: self.times, MASK: self.mask}, copies) or {}
         query = None if self.query is None else self.query.repeat(copies)
         return Context(many[VALUES], many[TIMES], many[MASK], query, repeat_cond(self.cond, copies))
@@ -149,6 +160,14 @@ def _sorted(seen: Observations) -> Observations:
 def beside(part: Tensor, values: Tensor) -> Tensor:
     """A part (B, M) in the shape in which it goes with values (B, M, *event)."""
     return part.reshape(*part.shape, *([1] * (values.ndim - 2)))
+
+
+def _numbers(given: Any, like: Tensor, name: str) -> Tensor:
+    """Numbers as a tensor of the kind of another."""
+    try:
+        return torch.as_tensor(given, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be numbers, got {type(given).__name__} {given!r}") from None
 
 
 def _per_row(part: Tensor, shape: tuple[int, ...], name: str) -> Tensor:

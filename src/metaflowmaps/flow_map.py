@@ -44,6 +44,7 @@ from metaflowmaps.guidance import GuidanceLaw, read_law
 from metaflowmaps.parameterization import Chart, chart_class
 from metaflowmaps.path import Path, as_path, make_path
 from metaflowmaps.random import RowNoise, Source, check_seeds, randn
+from metaflowmaps.work.memory import is_out_of_memory
 
 CONDITIONS = ("guidance", "label")
 PRIOR_MEAN, PRIOR_STD = "prior_mean", "prior_std"  # of X_r given what was observed, as a network that reads it says
@@ -252,6 +253,10 @@ class MetaFlowMap(Pretrained):
         From p_{1|t}(· | x_t), differentiable in x_t; or from p(X_r | C), differentiable in the observed values.
         """
         if isinstance(t, Context):
+            if cond is not None:
+                raise InputError("a context has its own conditions: mfm.Context(…, cond=…)")
+            if x_t is not None and num_draws is not None:
+                raise InputError("a context has no noisy state: draw(context, num_draws)")
             return self._draw_given(t, num_draws if x_t is None else x_t, steps, generator)
         check_state(x_t, "x_t", self.event_shape)
         check_finite(x_t, "x_t")
@@ -267,12 +272,19 @@ class MetaFlowMap(Pretrained):
         """Draws from p(X_r | C): the map's draws at t = 0, given C, which is read once for all of them."""
         check_count(num_draws, "num_draws")
         known = self.encode(self.conditions_of(context))
-        noise = randn((num_draws, len(context), *self.event_shape), generator, self.dtype, self.device)
-        flat = noise.flatten(0, 1)
-        return self.push(flat, 0.0, torch.zeros_like(flat), steps, repeat_cond(known, num_draws)).reshape(noise.shape)
+        try:
+            noise = randn((num_draws, len(context), *self.event_shape), generator, self.dtype, self.device)
+            flat, many = noise.flatten(0, 1), repeat_cond(known, num_draws)
+            return self.push(flat, 0.0, torch.zeros_like(flat), steps, many).reshape(noise.shape)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"{num_draws:,} draws do not fit in memory: draw fewer at a time") from None
 
     def conditions_of(self, context: Context) -> Cond:
         """A context as ``cond``, checked against what was trained."""
+        if not isinstance(context, Context):
+            raise InputError(f"observations are an mfm.Context(values, times), got {type(context).__name__}")
         check = getattr(self.network, "check", None)
         if check is None:
             raise InputError("this map reads no observations: train one with mfm train sequences")

@@ -43,17 +43,22 @@ def roll(
         (N, B, T, *event).
     """
     check_count(num_draws, "num_draws")
-    if not len(times):
+    try:
+        asked = [float(time) for time in times]
+    except (TypeError, ValueError):
+        raise InputError(f"times must be a sequence of numbers, as [1.0, 2.0], got {times!r}") from None
+    if not asked:
         raise InputError("times must name at least one time to draw")
-    batch, most = len(context), int(getattr(model.network, "config", None).max_observations)  # type: ignore[union-attr]
+    model.conditions_of(context.at(asked[0]) if isinstance(context, Context) else context)
+    batch, most = len(context), int(model.network.config.max_observations)  # type: ignore[union-attr, arg-type]
     seeds = as_seeds(seed, num_draws, "roll", "a member").to(model.device)
     source = RowNoise(seeds, "roll")
     members, drawn = context.repeated(num_draws), []
-    for time in times:
+    for time in asked:
         noise = source.normal((batch, *model.event_shape), dtype=model.dtype).flatten(0, 1)
-        cond = model.conditions_of(members.at(float(time)))
+        cond = model.conditions_of(members.at(time))
         drawn.append(model.push(noise, 0.0, torch.zeros_like(noise), steps, cond))
-        members = _latest(members.seen(drawn[-1], float(time)), most)
+        members = _latest(members.seen(drawn[-1], time), most)
     path = torch.stack(drawn, 1)
     return path.reshape(num_draws, batch, *path.shape[1:])
 
