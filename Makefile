@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 
-.PHONY: demo test check bench attack matrix rehearsal clean help
+.PHONY: demo test check bench attack matrix rehearsal docs figures notebooks clean help
 
 help:
 	@echo "make demo   noisy digits, steered digits: runs/demo/digits/report.html"
@@ -18,6 +19,7 @@ help:
 	@echo "make attack what the suite leaves out because it is long: kills, signals, many ranks, long trainings"
 	@echo "make matrix the part of the suite that touches torch most, on the oldest and newest versions, each in a virtualenv"
 	@echo "make bench  the benchmarks (long); results under benchmarks/results"
+	@echo "make docs   the site, in site/: links checked, nothing fetched; make figures, make notebooks: what its pages show"
 	@echo "make clean  remove the virtualenv and caches"
 
 $(CORE): pyproject.toml constraints.txt
@@ -31,6 +33,11 @@ $(CORE): pyproject.toml constraints.txt
 $(DEV): $(CORE)
 	@echo "installing development tools into $(VENV) ..."
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(DOCS): $(CORE)
+	@echo "installing what builds the site into $(VENV) ..."
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 demo: $(CORE)
@@ -60,5 +67,16 @@ matrix: $(CORE)
 rehearsal: $(DEV)
 	$(BIN)/python -m benchmarks.rehearsal
 
+# NO_MKDOCS_2_WARNING: an advertisement of each build
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "to look: $(BIN)/python -m http.server --directory site"
+
+figures: $(CORE)
+	$(BIN)/python docs/figures.py
+
+notebooks: $(DOCS)
+	$(BIN)/python notebooks/run.py
+
 clean:
-	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ def test_the_fine_tuning_page_is_right(monkeypatch, tmp_path):
 def test_every_file_that_the_guides_name_is_there():
     """Files of the repository, or of the package, by their path; what is linked, by where the page stands."""
     root, missing = DOCS.parent, []
-    pages = [*DOCS.glob("*.md"), root / "README.md", root / "CONTRIBUTING.md"]
+    pages = [*DOCS.rglob("*.md"), root / "README.md", root / "CONTRIBUTING.md"]
     for page in pages:
         if page.name == "log.md":  # which speaks of its day
             continue
@@ -110,7 +110,7 @@ def test_every_file_that_the_guides_name_is_there():
 def test_every_test_that_the_guides_name_is_there():
     root = DOCS.parent
     tests = "".join(file.read_text() for file in (root / "tests").rglob("test_*.py"))
-    pages = [*DOCS.glob("*.md"), root / "README.md"]
+    pages = [*DOCS.rglob("*.md"), root / "README.md"]
     named = {name for page in pages if page.name != "log.md" for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert named
     assert named - set(re.findall(r"def (test_\w+)\(", tests)) == set()

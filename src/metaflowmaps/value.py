@@ -71,9 +71,9 @@ class ValueEstimate(NamedTuple):
         Args:
             row: which of the B states.
         """
-        from matplotlib.figure import Figure
+        from metaflowmaps._figure import ShownFigure
 
-        figure = Figure(figsize=(9, 4), layout="constrained")
+        figure = ShownFigure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         rewards = self.rewards[:, row]
         order = rewards.argsort(descending=True)

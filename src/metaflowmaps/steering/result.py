@@ -69,9 +69,9 @@ class SteerResult:
 
     def plot(self) -> "Figure":
         """Samples (points, pictures or a histogram), and the rewards they got: a matplotlib figure."""
-        from matplotlib.figure import Figure
+        from metaflowmaps._figure import ShownFigure
 
-        figure = Figure(figsize=(9, 4), layout="constrained")
+        figure = ShownFigure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         show_samples(left, self.samples, self.rewards)
         left.set_title(f"{len(self.samples)} samples, {self.cost['nfe']:,.0f} evaluations each")

@@ -1,10 +1,12 @@
-"""Progress on stderr: a bar on a terminal, and of long runs a few plain lines elsewhere."""
+"""Progress: a bar on a terminal or below a notebook's cell, and of long runs a few plain lines elsewhere."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol
+
+from metaflowmaps.work.notebook import CellProgress, in_notebook
 
 
 class ForgivingStream:
@@ -38,7 +40,7 @@ class Bar:
     def __init__(self, total: int, title: str) -> None:
         self._progress: Any = None
         if total:
-            self._progress = _progress()
+            self._progress = CellProgress() if in_notebook() else _progress()
             self._task = self._progress.add_task(title, total=total)
 
     def __enter__(self) -> "Bar":

@@ -34,9 +34,10 @@ FRAME = 6.2  # half the side of the plane that is shown
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
     """A figure of so many inches that needs no display and no global state, with its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    from metaflowmaps._figure import ShownFigure
+
+    figure = ShownFigure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
