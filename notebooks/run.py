@@ -1,8 +1,10 @@
 """``python notebooks/run.py [NAME …]``: run the notebooks in a kernel, and store what they show (`make notebooks`).
 
-Stored are outputs alone: no execution times and no kernel's version, so that running again changes what has changed.
+Stored are outputs alone, without times, versions or folders of the machine: what is run again changes where something
+has changed.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,12 +12,18 @@ import nbclient
 import nbformat
 
 HERE = Path(__file__).resolve().parent
+CELL_FILE = re.compile(r"\S*/ipykernel_\d+/\d+\.py:\d+: ")  # what a warning calls the cell that it comes from
 
 
 def run(path: Path) -> None:
     """Execute every cell, in order, in a fresh kernel."""
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": HERE}}).execute()
+    here = {"metadata": {"path": HERE}}
+    nbclient.NotebookClient(notebook, timeout=600, record_timing=False, resources=here).execute()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                output.text = CELL_FILE.sub("", output.text)
     notebook.metadata.language_info = {"name": "python"}
     nbformat.write(notebook, path)
 

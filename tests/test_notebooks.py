@@ -82,7 +82,8 @@ def test_fine_tuning(capsys):
 def test_a_notebook_is_stored_with_what_it_shows(name):
     stored = cells(name)
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(SHORT + LONG)
-    assert [cell["execution_count"] for cell in stored] == list(range(1, len(stored) + 1))  # `make notebooks`, in one go
+    # by `make notebooks`, in one go
+    assert [cell["execution_count"] for cell in stored] == list(range(1, len(stored) + 1))
     outputs = [output for cell in stored for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)

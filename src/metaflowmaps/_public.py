@@ -86,6 +86,16 @@ def finetune(
 
     Returns:
         The tuned map, on ``device``.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> from metaflowmaps.networks import MLPConfig
+        >>> base = mfm.MetaFlowMap(MLPConfig(width=8, depth=1).network((2,)), mfm.LinearPath(), data_std=0.5)
+        >>> reward = lambda x: -(((x[:, 0] - 1) / 0.3) ** 2) / 2
+        >>> settings = {"steps": 2, "batch_size": 8, "map": "none", "meters": {"every": 0}}  # far too few steps
+        >>> tuned = mfm.finetune(base, reward, mkdtemp(), threads=1, **settings)
+        >>> tuned.drift(0.5, torch.zeros(3, 2)).shape
+        torch.Size([3, 2])
     """
     from metaflowmaps.finetuning.tune import tune  # what trains is loaded by those who train
 
@@ -109,6 +119,15 @@ def distill(model: Any, data: Any, out: str | PathLike[str], /, device: str = "c
 
     Returns:
         The map, on ``device``.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> model = mfm.wrap(lambda x, t: 0 * x, "velocity", event_shape=(2,))
+        >>> options = {"steps": 2, "batch_size": 8, "threads": 1, "check": False}  # far too few
+        >>> settings = {**options, "model": {"network": {"name": "mlp", "width": 8, "depth": 1}}}
+        >>> mapped = mfm.distill(model, torch.randn(64, 2), mkdtemp(), **settings)
+        >>> mapped.generate(4).shape
+        torch.Size([4, 2])
     """
     from metaflowmaps.training import distillation  # what trains is loaded by those who train
 
@@ -134,6 +153,13 @@ def train(
 
     Returns:
         The map, on ``device``.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> settings = {"steps": 2, "batch_size": 16, "threads": 1}  # far too few
+        >>> model = mfm.train("gmm", mkdtemp(), **settings)
+        >>> model.draw(0.5, torch.zeros(1, 2), num_draws=3).shape
+        torch.Size([3, 1, 2])
     """
     from metaflowmaps.recipes import train as training  # what trains is loaded by those who train
 

@@ -36,6 +36,14 @@ class Context:
             all are there, and NaN is refused.
         query: a number or (B,), the time r that is asked for.
         cond: further conditions of the rows, as a label.
+
+    Examples:
+        >>> context = mfm.Context(torch.tensor([[[0.4], [1.1]]]), torch.tensor([0.0, 1.0]), query=0.5)
+        >>> len(context), context.values.shape
+        (1, torch.Size([1, 2, 1]))
+        >>> later = context.seen(torch.tensor([[0.9]]), 0.7).at(2.0)  # one more observation, another question
+        >>> later.times
+        tensor([[0.0000, 1.0000, 0.7000]])
     """
 
     def __init__(

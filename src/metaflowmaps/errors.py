@@ -28,7 +28,15 @@ SYNONYMS = {  # what people type who know the thing by another name: what it may
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used; the message names the fix."""
+    """Something the caller gave cannot be used; the message names the fix.
+
+    Examples:
+        >>> try:
+        ...     mfm.MFMGF(num_draws=0)
+        ... except mfm.InputError as error:
+        ...     print(error)
+        num_draws must be at least 1 (a whole number), got 0
+    """
 
 
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> InputError:

@@ -90,6 +90,14 @@ class MetaFlowMap(Pretrained):
 
     ``guidance_law`` is what a published network gives for a label, and how a scale is made of it where the network
     reads none: None for a map whose scales mean what they say. It may be replaced by another one.
+
+    Examples:
+        >>> model = mfm.MetaFlowMap.from_pretrained("digits")  # comes with the package
+        >>> x_t = torch.zeros(2, 1, 8, 8)
+        >>> model.draw(0.5, x_t, num_draws=3).shape
+        torch.Size([3, 2, 1, 8, 8])
+        >>> model.generate(4, steps=2).shape
+        torch.Size([4, 1, 8, 8])
     """
 
     kind = "meta-flow-map"

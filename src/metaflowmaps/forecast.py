@@ -41,6 +41,14 @@ def roll(
 
     Returns:
         (N, B, T, *event).
+
+    Examples:
+        >>> from metaflowmaps.networks import MLPConfig, ObservedConfig
+        >>> network = ObservedConfig(body=MLPConfig(width=8, depth=1), nodes=4, width=8, heads=2).network((1,))
+        >>> model = mfm.MetaFlowMap(network, mfm.LinearPath())  # untrained; `mfm train sequences` trains one
+        >>> context = mfm.Context(torch.tensor([[[0.4], [1.1]]]), torch.tensor([0.0, 1.0]), query=0.5)
+        >>> mfm.roll(model, context, [0.25, 0.5, 0.75], num_draws=6).shape
+        torch.Size([6, 1, 3, 1])
     """
     check_count(num_draws, "num_draws")
     try:
@@ -95,6 +103,15 @@ def observation_gradient(
     Returns:
         The value (B,), its gradient in the values (B, M, *event), 0 where masked, the ESS (B,), standard errors, and
         the draws with their rewards; the gradient's standard error is NaN.
+
+    Examples:
+        >>> from metaflowmaps.networks import MLPConfig, ObservedConfig
+        >>> network = ObservedConfig(body=MLPConfig(width=8, depth=1), nodes=4, width=8, heads=2).network((1,))
+        >>> model = mfm.MetaFlowMap(network, mfm.LinearPath())  # untrained; `mfm train sequences` trains one
+        >>> context = mfm.Context(torch.tensor([[[0.4], [1.1]]]), torch.tensor([0.0, 1.0]), query=0.5)
+        >>> estimate = mfm.observation_gradient(model, lambda x: x[:, 0], context, num_draws=8)
+        >>> estimate.gradient.shape
+        torch.Size([1, 2, 1])
     """
     if method == "gradient-free":
         raise InputError(

@@ -61,7 +61,12 @@ class Bridge(NamedTuple):
 
 
 class Path(ABC):
-    """α and β, their derivatives and divided differences; everything else follows."""
+    """α and β, their derivatives and divided differences; everything else follows.
+
+    Examples:
+        >>> isinstance(mfm.LinearPath(), mfm.Path)
+        True
+    """
 
     name: ClassVar[str]
 
@@ -187,7 +192,13 @@ class Path(ABC):
 
 
 class LinearPath(Path):
-    """α = 1 − t, β = t."""
+    """α = 1 − t, β = t.
+
+    Examples:
+        >>> path = mfm.LinearPath()
+        >>> path.interpolate(torch.zeros(1, 2), torch.ones(1, 2), 0.25)
+        tensor([[0.2500, 0.2500]])
+    """
 
     name = "linear"
 
@@ -238,7 +249,13 @@ class LinearPath(Path):
 
 
 class TrigonometricPath(Path):
-    """α = cos(πt/2), β = sin(πt/2)."""
+    """α = cos(πt/2), β = sin(πt/2).
+
+    Examples:
+        >>> path = mfm.TrigonometricPath()
+        >>> path.interpolate(torch.zeros(1, 2), torch.ones(1, 2), 0.5)
+        tensor([[0.7071, 0.7071]])
+    """
 
     name = "trigonometric"
 
@@ -336,6 +353,13 @@ def glass_drift(path: Path, drift: Drift, s: Time, x_s: Tensor, t: Time, x_t: Te
 
     Returns:
         (B, *event).
+
+    Examples:
+        >>> path, law = mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25)
+        >>> x_s, x_t = torch.zeros(1, 2), torch.tensor([[0.5, 0.0]])
+        >>> drift = lambda t, x: law.drift(path, t, x)
+        >>> mfm.glass_drift(path, drift, 0.5, x_s, 0.3, x_t).shape
+        torch.Size([1, 2])
     """
     check_time(s, "s")
     check_time(t, "t")

@@ -77,6 +77,9 @@ class Pipeline:
         batch_size: pictures made at a time; None: 64, of steered ones 8.
         progress: whether calls show a bar.
         compile: the network by torch.compile: auto (on CUDA, where it computes what is written), true or false.
+
+    Examples:
+        >>> pipe = mfm.Pipeline(mfm.MetaFlowMap.from_pretrained("digits"), progress=False)
     """
 
     def __init__(

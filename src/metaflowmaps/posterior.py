@@ -37,7 +37,13 @@ from metaflowmaps.sampling import INTEGRATORS, integrate, uniform_grid
 
 
 class Posterior(Protocol):
-    """What steering and values ask of a posterior."""
+    """What steering and values ask of a posterior.
+
+    Examples:
+        >>> posterior = mfm.ExactPosterior(mfm.LinearPath(), mfm.GaussianMixture([[0.0, 0.0]], 1.0))
+        >>> posterior.draw(0.5, torch.zeros(3, 2), num_draws=4).shape
+        torch.Size([4, 3, 2])
+    """
 
     def draw(
         self,
@@ -57,6 +63,11 @@ class MapPosterior:
     Args:
         model: the map.
         steps: jumps, and network calls, a draw.
+
+    Examples:
+        >>> posterior = mfm.MapPosterior(mfm.MetaFlowMap.from_pretrained("digits"), steps=2)
+        >>> posterior.draw(0.5, torch.zeros(3, 1, 8, 8), num_draws=4).shape
+        torch.Size([4, 3, 1, 8, 8])
     """
 
     def __init__(self, model: MetaFlowMap, steps: int = 1) -> None:
@@ -95,6 +106,12 @@ class GlassPosterior:
         steps: of the inner ODE.
         method: its integrator.
         data_std: of a coordinate of the data; None for steps equal in s.
+
+    Examples:
+        >>> path, law = mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25)
+        >>> posterior = mfm.GlassPosterior(path, lambda t, x: law.drift(path, t, x), steps=10)
+        >>> posterior.draw(0.5, torch.zeros(3, 2), num_draws=4).shape
+        torch.Size([4, 3, 2])
     """
 
     def __init__(
@@ -197,6 +214,12 @@ class ExactPosterior:
     Args:
         path: the interpolant.
         law: of the data.
+
+    Examples:
+        >>> posterior = mfm.ExactPosterior(mfm.LinearPath(), mfm.GaussianMixture([[-2.0], [2.0]], 0.25))
+        >>> draws = posterior.draw(0.2, torch.zeros(1, 1), 1000, torch.Generator().manual_seed(0))
+        >>> bool((draws > 0).float().mean() - 0.5 < 0.1)  # half of them on either side
+        True
     """
 
     pathwise = False
@@ -226,6 +249,12 @@ class TweediePosterior:
     Args:
         path: of the drift.
         drift: ``drift(t, x)`` or ``drift(t, x, cond)``.
+
+    Examples:
+        >>> path, law = mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25)
+        >>> posterior = mfm.TweediePosterior(path, lambda t, x: law.drift(path, t, x))
+        >>> posterior.draw(0.5, torch.zeros(1, 2), 3).std(0)  # one point, so often as asked
+        tensor([[0., 0.]])
     """
 
     def __init__(self, path: Path, drift: Drift) -> None:
@@ -254,6 +283,11 @@ class ExactModel:
     Args:
         path: the interpolant.
         law: of the data.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> model.draw(0.5, torch.zeros(3, 2), num_draws=4).shape
+        torch.Size([4, 3, 2])
     """
 
     pathwise = False

@@ -32,6 +32,11 @@ class SavedSamples(NamedTuple):
         samples: (n, *event).
         seeds: (n,) int64, with which ``--only`` makes a sample again; None in a file that holds none.
         rewards: (n,), strength included; None where samples were not steered.
+
+    Examples:
+        >>> saved = mfm.SavedSamples(torch.zeros(3, 2), seeds=None, rewards=torch.zeros(3))
+        >>> saved.samples.shape
+        torch.Size([3, 2])
     """
 
     samples: Tensor
@@ -67,6 +72,16 @@ def load_samples(path: str | PathLike[str]) -> SavedSamples:
 
     Returns:
         Tensors on the CPU: samples (n, *event), seeds (n,) and rewards (n,), the last two None where there are none.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> result = mfm.steer(model, lambda x: x[:, 0], 8, mfm.Unsteered(), mfm.ODE(steps=5), seed=0)
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "samples.safetensors"
+        >>> result.save(file)
+        >>> samples, seeds, rewards = mfm.load_samples(file)
+        >>> samples.shape, seeds.shape, rewards.shape
+        (torch.Size([8, 2]), torch.Size([8]), torch.Size([8]))
     """
     file = _found(Path(path).expanduser())
     try:

@@ -79,6 +79,13 @@ class WeightedPosterior:
         nodes: of the integral of the score.
         candidates: proposals a draw, of which ``draw`` picks by weight.
         steps: jumps of the map a draw, equal in time.
+
+    Examples:
+        >>> network = lambda z, r, t: 0 * z  # the average velocities of MeanFlow, say
+        >>> flow = mfm.wrap(network, flow_map=True, event_shape=(2,))
+        >>> posterior = mfm.WeightedPosterior(flow)
+        >>> posterior.draw(0.5, torch.zeros(3, 2), num_draws=4).shape
+        torch.Size([4, 3, 2])
     """
 
     pathwise = False  # of ``draw``: a pick has no gradient

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import metaflowmaps as mfm
+from metaflowmaps.work.notebook import notebook_report
 
 MODEL = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.25))
 
@@ -50,6 +51,20 @@ def test_progress_is_one_line_below_the_cell(ipython, capsys):
     assert kernel.lines[-1]["text/plain"] == "none: 6 of 6"
     assert '<progress value="6" max="6">' in kernel.lines[-1]["text/html"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_training_shows_a_line_a_stage(ipython):
+    kernel, report = ipython(object()), notebook_report()
+    for stage in ("drift", "map"):
+        for step in (50, 100):
+            report(stage, SimpleNamespace(step=step, steps=100))
+    shown = [line["text/plain"] for line in kernel.lines]
+    assert shown[-1] == "map: 100 of 100"
+    assert "drift: 100 of 100" in shown
+    assert any(line.startswith("map: 50 of 100, ") and line.endswith(" s left") for line in shown)
+    kernel = ipython(None)
+    report("map", SimpleNamespace(step=100, steps=100))
+    assert not kernel.lines
 
 
 def test_ipython_on_a_terminal_has_the_terminal_s_bar(ipython, capsys):

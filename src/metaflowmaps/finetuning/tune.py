@@ -33,6 +33,7 @@ from metaflowmaps.training.loop import TrainingObjective, TrainResult, Watch, tr
 from metaflowmaps.training.run_log import Record
 from metaflowmaps.training.starting import starting_point
 from metaflowmaps.work.config import differences
+from metaflowmaps.work.notebook import notebook_report
 
 
 class Tuned(NamedTuple):
@@ -68,7 +69,7 @@ def tune(
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
-    report: Callable[[str, Record], None] = lambda stage, record: None,
+    report: Callable[[str, Record], None] | None = None,
     **settings: Any,
 ) -> MetaFlowMap:
     """:func:`metaflowmaps.finetune`."""
@@ -85,7 +86,8 @@ def tune(
     said = hashlib.sha256(f"{tried.mean:.4g} {tried.std:.4g} {tried.largest:.4g}".encode()).hexdigest()
     config = config.model_copy(update={"reward_sha256": said})
     _check_free(config, Path(out))
-    tuned = run_finetuning(config, base, reward, Path(out), TuningContext(device=device, report=report))
+    context = TuningContext(device=device, report=report or notebook_report())
+    tuned = run_finetuning(config, base, reward, Path(out), context)
     return MetaFlowMap.from_pretrained(tuned.result.checkpoint).to(device)
 
 

@@ -25,6 +25,11 @@ class DynamicThreshold:
     Args:
         quantile: of a sample's coordinates, in absolute value.
         least: the bound of the data's own range; a sample within it stays as it is.
+
+    Examples:
+        >>> clip = mfm.DynamicThreshold(quantile=0.9)
+        >>> clip(torch.tensor([[0.5, -0.5, 4.0]])).abs().max() <= 1
+        tensor(True)
     """
 
     quantile: float = 0.995

@@ -156,6 +156,11 @@ class ForeignModel(nn.Module):
         event_shape: the shape of one sample; None where it is not known.
         num_classes: how many classes it knows; the number itself is the null class.
         clip: holds the predicted data in their range; None leaves them.
+
+    Examples:
+        >>> model = mfm.wrap(lambda x, t: 0 * x, "velocity", event_shape=(2,))
+        >>> type(model).__name__, model.drift(0.5, torch.ones(3, 2)).shape
+        ('ForeignModel', torch.Size([3, 2]))
     """
 
     def __init__(
@@ -353,6 +358,15 @@ def wrap(
     Returns:
         A model whose drift is ``b_t(x) = α̇_t E[ε | x] + β̇_t E[x_1 | x]``; of a network of two times also with ``jump``,
         its map X_{s,u}.
+
+    Examples:
+        >>> def network(x, t):  # yours; here the velocity of data N(0, Id)
+        ...     return ((2 * t - 1) / ((1 - t) ** 2 + t**2))[:, None] * x
+        >>> model = mfm.wrap(network, "velocity", time="data-at-1", event_shape=(2,))
+        >>> model.generate(16, steps=4).shape
+        torch.Size([16, 2])
+        >>> method = mfm.Glass(num_draws=2, glass_steps=4)
+        >>> result = mfm.steer(model, lambda x: x[:, 0], 16, method, mfm.ODE(steps=5), seed=0)
     """
     if flow_map is not False and flow_map is not None:
         conventions = (predicts, time, schedule, time_scale)

@@ -38,6 +38,14 @@ class GaussianMixture:
         means: (K, d).
         covariances: a variance, a number or (K,); or a matrix, (d, d) or (K, d, d).
         weights: (K,), summing to one; None for uniform ones.
+
+    Examples:
+        >>> law = mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25)
+        >>> law.sample(5).shape
+        torch.Size([5, 2])
+        >>> reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, 0.0]), 2.0, 1.0)
+        >>> law.tilt(reward).weights.tolist()[1] > 0.99  # p_1 e^r, exactly
+        True
     """
 
     def __init__(self, means: Any, covariances: Any, weights: Any = None) -> None:

@@ -32,6 +32,11 @@ def from_diffusers(
 
     Returns:
         The pipeline, in evaluation mode.
+
+    Examples:
+        >>> pipe = mfm.from_diffusers("stabilityai/stable-diffusion-3.5-medium", device="cuda")  # doctest: +SKIP
+        >>> made = pipe.steer("a red fox", mfm.rewards.Ink(strength=50.0), mfm.DPS(), seed=0)  # doctest: +SKIP
+        >>> made.images[0].save("fox.png")  # doctest: +SKIP
     """
     pipe = _opened(pipeline, dtype)
     if dtype is not None or device is not None:

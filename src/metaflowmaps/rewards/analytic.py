@@ -18,6 +18,11 @@ class LinearGaussian:
         y: (p,), or a number.
         noise_std: σ of the observation.
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, 0.0]), y=2.0, noise_std=1.0)
+        >>> reward(torch.tensor([[2.0, 5.0], [0.0, 0.0]]))
+        tensor([-0., -2.])
     """
 
     differentiable = True

@@ -15,7 +15,12 @@ from metaflowmaps.errors import InputError
 
 @runtime_checkable
 class Reward(Protocol):
-    """What the package's own rewards offer beyond being callable."""
+    """What the package's own rewards offer beyond being callable.
+
+    Examples:
+        >>> isinstance(mfm.rewards.Ink(), mfm.rewards.Reward)
+        True
+    """
 
     differentiable: bool
     strength: float
@@ -33,6 +38,12 @@ def is_differentiable(reward: Callable[..., Any]) -> bool:
 
     Returns:
         Its ``differentiable``; True where it declares nothing.
+
+    Examples:
+        >>> mfm.rewards.is_differentiable(mfm.rewards.Ink())
+        True
+        >>> mfm.rewards.is_differentiable(mfm.rewards.BlackBox(lambda x: x[:, 0]))
+        False
     """
     return bool(getattr(reward, "differentiable", True))
 
@@ -78,6 +89,10 @@ def call_reward(reward: Callable[..., Any], x: Tensor, cond: Cond = None) -> Any
 
     Returns:
         What the callable does: (B,) where it is a reward.
+
+    Examples:
+        >>> mfm.rewards.call_reward(lambda x: x.sum(1), torch.ones(2, 3))
+        tensor([3., 3.])
     """
     return with_cond(reward)(x, cond)
 

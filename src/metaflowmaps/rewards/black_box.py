@@ -22,6 +22,11 @@ class BlackBox:
         function: of x (B, *event) and maybe cond, to B numbers.
         strength: λ, which the reward is multiplied by.
         device: where the function is given x; None: where x is, for a network on an accelerator.
+
+    Examples:
+        >>> reward = mfm.rewards.BlackBox(lambda x: x.numpy().max(axis=1), strength=2.0)
+        >>> reward(torch.tensor([[0.0, 1.0], [3.0, 2.0]]))
+        tensor([2., 6.])
     """
 
     differentiable = False

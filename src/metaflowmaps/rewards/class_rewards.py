@@ -25,6 +25,12 @@ class ClassifierMixture:
         classifier: (B, *event) -> logits (B, classes).
         weights: w, one a class.
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> classifier = lambda x: x[:, 0, 0, :3]  # logits (B, classes)
+        >>> reward = mfm.rewards.ClassifierMixture(classifier, [0.5, 0.5, 0.0])
+        >>> reward(torch.zeros(4, 1, 8, 8)).shape
+        torch.Size([4])
     """
 
     differentiable = True
@@ -61,6 +67,12 @@ class LogitMargin:
         classifier: (B, *event) -> logits (B, classes).
         label: the class.
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> classifier = lambda x: x  # logits (B, classes)
+        >>> reward = mfm.rewards.LogitMargin(classifier, label=1)
+        >>> reward(torch.tensor([[0.0, 2.0, -50.0]]))  # log-odds of the class
+        tensor([2.])
     """
 
     differentiable = True

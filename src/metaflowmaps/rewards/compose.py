@@ -23,6 +23,11 @@ class WeightedSum:
     Args:
         parts: pairs (w_i, r_i).
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> reward = mfm.rewards.WeightedSum([(1.0, mfm.rewards.Ink()), (0.5, lambda x: x[:, 0, 0, 0])])
+        >>> reward(torch.ones(1, 1, 8, 8))
+        tensor([1.5000])
     """
 
     def __init__(self, parts: Iterable[tuple[float, Callable[..., Any]]], strength: float = 1.0) -> None:
@@ -71,6 +76,10 @@ class Tempered:
     Args:
         reward: ``(x, cond) -> (B,)``.
         strength: λ.
+
+    Examples:
+        >>> mfm.rewards.Tempered(mfm.rewards.Ink(), strength=5.0)(torch.ones(1, 1, 8, 8))
+        tensor([5.])
     """
 
     def __init__(self, reward: Callable[..., Any], strength: float) -> None:

@@ -16,6 +16,11 @@ class LogDensity:
     Args:
         log_prob: log q, (B, *event) -> (B,), or an object that has it.
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> reward = mfm.rewards.LogDensity(mfm.GaussianMixture([[0.0, 0.0]], 1.0))
+        >>> reward(torch.zeros(1, 2))
+        tensor([-1.8379])
     """
 
     differentiable = True

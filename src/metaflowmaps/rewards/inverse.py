@@ -28,6 +28,13 @@ class InverseProblem:
         y: the observation, or one a row.
         noise_std: σ of its noise.
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> half = mfm.rewards.Downsample(2)
+        >>> truth = torch.ones(1, 1, 8, 8)
+        >>> problem = mfm.rewards.InverseProblem.observe(half, truth, noise_std=0.1)
+        >>> problem(torch.cat([truth, -truth])).shape
+        torch.Size([2])
     """
 
     differentiable = True

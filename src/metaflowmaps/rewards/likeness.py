@@ -28,6 +28,12 @@ class Likeness:
         unlike: (m, *event) examples of all else.
         strength: λ, which the reward is multiplied by.
         ridge: ε.
+
+    Examples:
+        >>> features = lambda x: x.flatten(1)
+        >>> reward = mfm.rewards.Likeness(features, like=1 + torch.randn(20, 2), unlike=torch.randn(40, 2) - 1)
+        >>> bool(reward(torch.ones(1, 2)) > reward(-torch.ones(1, 2)))
+        True
     """
 
     differentiable = True

@@ -30,6 +30,12 @@ class Colour:
     Args:
         colour: a name of :data:`COLOURS`, or red, green and blue in [0, 1].
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> blue = mfm.rewards.Colour("blue")
+        >>> picture = torch.tensor([-1.0, -1.0, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 8, 8)
+        >>> bool(blue(picture) > 0 > blue(-picture))
+        True
     """
 
     differentiable = True
@@ -64,6 +70,12 @@ class Symmetry:
 
     Args:
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> picture = torch.zeros(1, 3, 8, 8)
+        >>> picture[..., 0] = 1.0  # a line on the left alone
+        >>> mfm.rewards.Symmetry()(torch.cat([picture, picture + picture.flip(3)]))
+        tensor([-0.0625, -0.0000])
     """
 
     differentiable = True

@@ -78,6 +78,11 @@ class MicroBatched:
     Args:
         reward: ``(x, cond) -> (B,)``.
         rows: at most; None: all, and fewer where memory runs out.
+
+    Examples:
+        >>> reward = mfm.rewards.MicroBatched(mfm.rewards.Ink(), rows=2)  # two pictures at a time
+        >>> reward(torch.ones(3, 1, 8, 8))
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, reward: Callable[..., Any], rows: int | None = None) -> None:

@@ -22,6 +22,12 @@ class Mask:
 
     Args:
         mask: 1 (observed) or 0 (hidden), in the shape of one sample.
+
+    Examples:
+        >>> left = torch.zeros(1, 8, 8)
+        >>> left[..., :4] = 1
+        >>> mfm.rewards.Mask(left)(torch.ones(2, 1, 8, 8)).shape  # what was seen, flat
+        torch.Size([2, 32])
     """
 
     def __init__(self, mask: Any) -> None:
@@ -58,6 +64,11 @@ class Blur:
     Args:
         std: of the kernel, in pixels.
         kernel_size: odd; None: 2⌈3 std⌉ + 1.
+
+    Examples:
+        >>> blur = mfm.rewards.Blur(1.0)
+        >>> blur(torch.ones(1, 1, 8, 8)).shape
+        torch.Size([1, 1, 8, 8])
     """
 
     def __init__(self, std: float, kernel_size: int | None = None) -> None:
@@ -96,6 +107,11 @@ class Downsample:
 
     Args:
         factor: side of a block, in pixels.
+
+    Examples:
+        >>> half = mfm.rewards.Downsample(2)
+        >>> half(torch.ones(1, 1, 8, 8)).shape
+        torch.Size([1, 1, 4, 4])
     """
 
     def __init__(self, factor: int) -> None:

@@ -16,6 +16,10 @@ class Ink:
 
     Args:
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> mfm.rewards.Ink(strength=2.0)(torch.ones(3, 1, 8, 8))
+        tensor([2., 2., 2.])
     """
 
     differentiable = True
@@ -37,6 +41,10 @@ class Slant:
 
     Args:
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> mfm.rewards.Slant()(torch.eye(8).flip(0)[None, None]).shape
+        torch.Size([1])
     """
 
     differentiable = True

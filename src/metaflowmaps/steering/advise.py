@@ -104,6 +104,12 @@ class Advice:
         budget: evaluations a sample, at most.
         num_samples: that are wanted.
         notes: what to know besides.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> advice = mfm.advise(model, lambda x: x[:, 0], budget=100, num_samples=64, pilot=64)
+        >>> advice.method.name, advice.process is None or advice.process.steps > 0
+        ('rejection', True)
     """
 
     options: tuple[Option, ...]
@@ -217,9 +223,12 @@ def advise(
     Returns:
         A table of methods, predictions and one recommendation; ``print`` shows it.
 
-    Example:
-        >>> advice = mfm.advise(model, reward, budget=450)
-        >>> result = mfm.steer(model, reward, 1024, advice.method, advice.process)
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> advice = mfm.advise(model, lambda x: 2 * x[:, 0], budget=100, num_samples=64, pilot=64)
+        >>> result = mfm.steer(model, lambda x: 2 * x[:, 0], 64, advice.method, advice.process, seed=0)
+        >>> bool(result.cost["nfe"] <= 150)
+        True
     """
     check_count(num_samples, "num_samples")
     check_count(pilot, "pilot")

@@ -75,6 +75,13 @@ class Anneal(FromDraws):
         pool: one-step samples a particle to begin with.
         particles: samples that share a cloud; None: all of a batch.
         share: of the particles' weight that a reweighting must leave, as an ESS.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.Anneal(num_draws=1)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "mfm-anneal"

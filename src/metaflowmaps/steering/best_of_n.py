@@ -18,6 +18,13 @@ class BestOfN(OfCandidates, Unsteered):
 
     Args:
         source: ode (the process, with its steps) or map (one-step samples, one call each: the cheap rival).
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.BestOfN(n=8)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "best-of-n"

@@ -19,6 +19,13 @@ class DPS(GuidedMethod):
 
     Args:
         scale: what practitioners tune: a sharp reward's gradient at a point is far larger than ∇V.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.DPS(scale=0.5)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "dps"

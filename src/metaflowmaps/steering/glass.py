@@ -25,6 +25,13 @@ class Glass(GuidedMethod):
         glass_integrator: of the inner ODE: euler, midpoint, heun, rk4.
         data_std: spread of the data, which spaces the inner steps (:class:`metaflowmaps.GlassPosterior`); None: equal.
         estimator: the method whose estimate is used, with its options; its own num_draws does not count.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.Glass(num_draws=2, glass_steps=4)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "glass"

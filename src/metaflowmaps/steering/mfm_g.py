@@ -44,6 +44,13 @@ class MFMG(FromDraws, GuidedMethod):
         blend: with the gradient-free form; without it the method is the paper's.
         correction: none, or jackknife for the 1/N term of the bias.
         passes: 2 differentiates only draws that carry weight.
+
+    Examples:
+        >>> model = mfm.MetaFlowMap.from_pretrained("digits")
+        >>> reward = mfm.rewards.Ink(strength=50.0)
+        >>> result = mfm.steer(model, reward, 4, mfm.MFMG(num_draws=1), mfm.ODE(steps=5), seed=0)
+        >>> result.samples.shape
+        torch.Size([4, 1, 8, 8])
     """
 
     name = "mfm-g"

@@ -26,6 +26,13 @@ class MFMGF(FromDraws, GuidedMethod):
         centre: D from the same draws, or (denoise) from the drift.
         correction: none, or jackknife for the 1/N term of the bias.
         fill: a full pool from the first step on.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.MFMGF(num_draws=4)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "mfm-gf"

@@ -34,6 +34,13 @@ class Resampling(OfCandidates):
     Args:
         particles: samples that share a pool; None: all of a batch.
         resampler: systematic, stratified, multinomial or residual.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.Resampling(n=16)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "resampling"

@@ -102,7 +102,13 @@ class Process(Choice, ABC):
 
 @dataclass(frozen=True)
 class ODE(Process):
-    """dx = (b + c_t (D* − D)) dt (Eq. 39); integrators euler, midpoint, heun, rk4."""
+    """dx = (b + c_t (D* − D)) dt (Eq. 39); integrators euler, midpoint, heun, rk4.
+
+    Examples:
+        >>> process = mfm.ODE(steps=50, grid="power", integrator="heun")
+        >>> process.steps
+        50
+    """
 
     name = "ode"
     integrators = tuple(INTEGRATORS)
@@ -123,7 +129,15 @@ class ODE(Process):
 
 @dataclass(frozen=True)
 class SDE(Process):
-    """The memoryless SDE (Eq. 38) by its bridge; integrators euler, heun."""
+    """The memoryless SDE (Eq. 38) by its bridge; integrators euler, heun.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.MFMGF(num_draws=4)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.SDE(steps=20), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
+    """
 
     name = "sde"
     integrators = ("euler", "heun")

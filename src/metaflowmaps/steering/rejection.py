@@ -35,6 +35,13 @@ class Rejection(Method):
         bound: no reward is larger; None: learned from a pilot pool.
         pilot: one-step samples that the bound is learned from.
         max_proposals: a sample; more are refused, with the fix.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward = lambda x: -(x[:, 0] - 2).square()  # never above 0
+        >>> result = mfm.steer(model, reward, 64, mfm.Rejection(bound=0.0), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "rejection"

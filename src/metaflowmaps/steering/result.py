@@ -31,6 +31,14 @@ class SteerResult:
         info: a step each (K,), averaged over samples: ess, norms …; ``time`` is where each step began.
         interrupted: not all that was asked for.
         notes: what the samples say against themselves (:mod:`metaflowmaps.steering.diagnostics`), each also a warning.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> result = mfm.steer(model, lambda x: x[:, 0], 8, mfm.Unsteered(), mfm.ODE(steps=5), seed=0)
+        >>> again = mfm.steer(model, lambda x: x[:, 0], 1, mfm.Unsteered(), mfm.ODE(steps=5), seed=result.seeds[3:4])
+        >>> torch.allclose(again.samples[0], result.samples[3], atol=1e-5)
+        True
+        >>> figure = result.plot()  # figure.savefig("samples.png")
     """
 
     samples: Tensor

@@ -33,6 +33,13 @@ class Search(FromDraws):
         particles: M, of which the best is returned.
         selection: global (all go on from the best of all) or particle (each from its own best draw).
         transition: stochastic (fresh noise) or deterministic (the noise that x implies).
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.Search(num_draws=2, particles=4)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "mfm-search"

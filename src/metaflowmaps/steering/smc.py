@@ -25,6 +25,13 @@ class SMC(TwistedSMC, FromDraws):
     Args:
         recycle: steps whose draws are used together.
         guide: the proposals': mfm-gf, mfm-g (needs a gradient of the reward) or none.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.SMC(num_draws=4)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "mfm-smc"

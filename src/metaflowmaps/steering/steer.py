@@ -90,6 +90,15 @@ def steer(
 
     Returns:
         Samples (n, *event), rewards and seeds (n,), cost and what was seen on the way.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward = lambda x: 2 * x[:, 0]  # any function (B, *event) -> (B,)
+        >>> result = mfm.steer(model, reward, 64, mfm.MFMGF(num_draws=4), mfm.ODE(steps=10), seed=0)
+        >>> result.samples.shape, result.rewards.shape
+        (torch.Size([64, 2]), torch.Size([64]))
+        >>> bool(result.samples[:, 0].mean() > 1)  # the model's own mean is 0
+        True
     """
     check_count(num_samples, "num_samples")
     made, moves = settled(method, process)

@@ -17,6 +17,13 @@ class TDS(TwistedSMC):
 
     Args:
         scale: of the proposals' shift, as in DPS; the weights make up for whatever it is.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> reward, method = lambda x: 2 * x[:, 0], mfm.TDS(particles=16)
+        >>> result = mfm.steer(model, reward, 64, method, mfm.ODE(steps=10), seed=0)
+        >>> bool(result.samples[:, 0].mean() > 1)
+        True
     """
 
     name = "tds"

@@ -12,7 +12,14 @@ from metaflowmaps.steering.problem import SteeringProblem
 
 @dataclass(frozen=True)
 class Unsteered(GuidedMethod):
-    """D* = D."""
+    """D* = D.
+
+    Examples:
+        >>> model = mfm.ExactModel(mfm.LinearPath(), mfm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], 0.25))
+        >>> result = mfm.steer(model, lambda x: x[:, 0], 64, mfm.Unsteered(), mfm.ODE(steps=10), seed=0)
+        >>> result.cost["nfe"]  # the drift, once a step; the reward is not asked on the way
+        10.0
+    """
 
     name = "none"
     title = "unsteered"

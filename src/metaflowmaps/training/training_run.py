@@ -30,6 +30,7 @@ from metaflowmaps.training.train_config import (
 )
 from metaflowmaps.work import ranks
 from metaflowmaps.work.claims import claim, release
+from metaflowmaps.work.notebook import notebook_report
 
 
 def build_objective(config: TrainConfig, teacher: Teacher | None) -> Objective:
@@ -100,7 +101,8 @@ def trained_map(
     """
     claim(folder, command, config.model_dump(mode="json"))
     try:
-        result = run_training(config, folder, device=device, parent=parent)
+        watch = Watch(report=notebook_report())
+        result = run_training(config, folder, device=device, watch=watch, parent=parent)
     finally:
         release(folder)
     return MetaFlowMap.from_pretrained(result.checkpoint).to(device)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 PERIOD_SECONDS = 0.2  # between two lines
@@ -35,8 +36,12 @@ class CellProgress:
 
     def advance(self, task: int, by: int) -> None:
         """So much more is done."""
-        self._done += by
-        if time.monotonic() - self._written >= PERIOD_SECONDS:
+        self.reach(self._done + by)
+
+    def reach(self, done: int) -> None:
+        """So much is done in all."""
+        self._done = done
+        if done >= self._total or time.monotonic() - self._written >= PERIOD_SECONDS:
             self._write()
 
     def stop(self) -> None:
@@ -54,3 +59,19 @@ class CellProgress:
             text += f", {left:.0f} s left"
         bar = f'<progress value="{self._done}" max="{self._total}"></progress> {text}'
         return {"text/plain": text, "text/html": bar}
+
+
+def notebook_report() -> Callable[[str, Any], None]:
+    """A ``report(stage, step)`` of a training, which shows a line a stage in a notebook and nothing elsewhere."""
+    stages: dict[str, CellProgress] = {}
+
+    def report(stage: str, now: Any) -> None:
+        if not in_notebook():
+            return
+        if stage not in stages:
+            stages[stage] = CellProgress()
+            stages[stage].add_task(stage, total=now.steps)
+            stages[stage].start()
+        stages[stage].reach(now.step)
+
+    return report

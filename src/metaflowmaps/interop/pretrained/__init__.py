@@ -88,6 +88,11 @@ def load(
         A map on the linear path, on CPU and in float32. Of "mfm" it is the released one; of "dmf" the one that equals
         its parent at any context; of "sit" the one whose ``drift`` is SiT's. Harmless tensors that it does not use
         are named in a warning.
+
+    Examples:
+        >>> model = mfm.pretrained.load("adh1s/mfm")  # the hub's weights; a file of yours as well  # doctest: +SKIP
+        >>> cond = {"label": torch.tensor([207])}  # doctest: +SKIP
+        >>> latents = model.generate(1, steps=1, cond=cond)  # (1, 4, 32, 32)  # doctest: +SKIP
     """
     published = load_with_source(path, family, config, revision, check)
     if published.source.note:

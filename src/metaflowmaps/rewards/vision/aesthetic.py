@@ -27,6 +27,10 @@ class AestheticScore(PictureReward):
     Args:
         model: CLIP, or its vision tower.
         head: from the embedding (B, 768) to a rating (B, 1).
+
+    Examples:
+        >>> reward = mfm.rewards.AestheticScore.from_pretrained()  # doctest: +SKIP
+        >>> reward(torch.zeros(2, 3, 512, 512))  # (2,)  # doctest: +SKIP
     """
 
     needs: ClassVar[tuple[str, ...]] = ("vision_model", "visual_projection")

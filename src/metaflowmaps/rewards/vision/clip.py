@@ -153,20 +153,35 @@ class _Published(_Similarity):
 
 
 class ClipScore(_Published):
-    """r(x) = strength · e^s cos(f(x), g(prompt)): how well a picture goes with a prompt, by any CLIP."""
+    """r(x) = strength · e^s cos(f(x), g(prompt)): how well a picture goes with a prompt, by any CLIP.
+
+    Examples:
+        >>> reward = mfm.rewards.ClipScore.from_pretrained(prompt="a red fox")  # doctest: +SKIP
+        >>> reward(torch.zeros(2, 3, 512, 512))  # (2,)  # doctest: +SKIP
+    """
 
     hub = CLIP_L
 
 
 class PickScore(_Published):
-    """r(x) = strength · e^s cos(f(x), g(prompt)) by PickScore v1, a CLIP ViT-H/14 tuned to human choices."""
+    """r(x) = strength · e^s cos(f(x), g(prompt)) by PickScore v1, a CLIP ViT-H/14 tuned to human choices.
+
+    Examples:
+        >>> reward = mfm.rewards.PickScore.from_pretrained(prompt="a red fox", strength=25.0)  # doctest: +SKIP
+        >>> reward(torch.zeros(2, 3, 512, 512))  # (2,)  # doctest: +SKIP
+    """
 
     hub = PICKSCORE
     processor_hub = CLIP_H  # whose tokenizer and preprocessing its model card takes
 
 
 class HPSv2(_Similarity):
-    """r(x) = strength · cos(f(x), g(prompt)) by the human preference score v2.1, a CLIP ViT-H/14."""
+    """r(x) = strength · cos(f(x), g(prompt)) by the human preference score v2.1, a CLIP ViT-H/14.
+
+    Examples:
+        >>> reward = mfm.rewards.HPSv2.from_pretrained(prompt="a red fox")  # doctest: +SKIP
+        >>> reward(torch.zeros(2, 3, 512, 512))  # (2,)  # doctest: +SKIP
+    """
 
     own_pixels = HPS_PIXELS
 

@@ -34,6 +34,10 @@ class ImageClassifierReward(PictureReward):
         label: the class; None: each row's own.
         processor: how it sees pictures.
         kind: ``log-probability`` or ``margin`` (log-odds, without a ceiling).
+
+    Examples:
+        >>> reward = mfm.rewards.ImageClassifierReward.from_pretrained(label="tabby")  # doctest: +SKIP
+        >>> reward(torch.zeros(2, 3, 512, 512))  # (2,)  # doctest: +SKIP
     """
 
     own_pixels: ClassVar[None] = None  # every classifier has its own

@@ -60,6 +60,10 @@ class ImageRewardNetwork(nn.Module):
         vision: tower of the picture.
         text: tower of the prompt, which looks at the picture.
         head: from the text's first token to a number.
+
+    Examples:
+        >>> network = mfm.rewards.ImageRewardNetwork(vision, text, head)  # of transformers  # doctest: +SKIP
+        >>> reward = mfm.rewards.ImageReward(network, "a red fox", tokenizer, processor)  # doctest: +SKIP
     """
 
     def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
@@ -86,6 +90,10 @@ class ImageReward(PictureReward):
         prompt: one text, one a row, or one with ``{label}``.
         tokenizer: BERT's; None where prompts are token ids.
         classes: the names that ``{label}`` stands for.
+
+    Examples:
+        >>> reward = mfm.rewards.ImageReward.from_pretrained(prompt="a red fox")  # doctest: +SKIP
+        >>> reward(torch.zeros(2, 3, 512, 512))  # (2,)  # doctest: +SKIP
     """
 
     needs: ClassVar[tuple[str, ...]] = ("vision", "text", "head")

@@ -40,6 +40,11 @@ class Pixels:
         resample: ``bicubic`` or ``bilinear``.
         scale: what [0, 1] is multiplied by before mean and std.
         clip: to [0, 1] after each pass of resizing, as 8 bits do.
+
+    Examples:
+        >>> pixels = mfm.rewards.Pixels(size=(32, 32), crop=(32, 32))
+        >>> pixels(torch.zeros(2, 3, 48, 64)).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     size: tuple[int, int] = (224, 224)
