@@ -24,6 +24,7 @@ BENCHMARKS = {
     "finetune-mixture": "finetuning:mixture",
     "finetune-digits": "finetuning:digits",
     "images": "images:main",
+    "emoji": "emoji:main",
     "digits-one-setting": "one_setting:main",
     "few-evaluations": "few_evaluations:main",
     "memory": "memory:main",

@@ -1,6 +1,8 @@
-"""Put trained digits models into the package: ``python -m benchmarks.ship [RUNS]`` after the commands below.
+"""Put trained models into the package: ``python -m benchmarks.ship [RUNS]`` after the commands below, of those that are
+in RUNS.
 
     mfm train digits        mfm train digits-guide        mfm train digits-judge
+    mfm train emoji --fast  mfm train emoji-guide --fast  mfm train emoji-judge --fast
 
 Each shipped checkpoint holds the averaged weights, the whole configuration with recipe and seed, and the command.
 """
@@ -14,23 +16,28 @@ from metaflowmaps.checkpoint import export_run
 from metaflowmaps.checkpoint.shipped import FOLDER
 from metaflowmaps.work.claims import read_json
 
-LIMIT = 4_000_000  # bytes, in all
+LIMIT = 10_000_000  # bytes, in all
 MODELS = {
     "digits": "digits",
     "digits-drift": "digits/drift",
     "digits-guide": "digits-guide",
     "digits-judge": "digits-judge",
+    "emoji": "emoji",
+    "emoji-guide": "emoji-guide",
+    "emoji-judge": "emoji-judge",
 }
 
 
 def main() -> None:
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
     for name, place in MODELS.items():
-        shutil.rmtree(FOLDER / name, ignore_errors=True)
         stage = place.partition("/")[0]
+        if not (runs / stage / "results.json").exists():
+            continue
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
         results = read_json(runs / stage / "results.json")
         notes = {
-            "command": f"mfm train {stage}",
+            "command": results["invocation"].partition(" --out")[0],
             "seconds": results["cost"]["seconds"],
             "figures": {k: v for k, v in results["metrics"].items() if isinstance(v, int | float)},
             "environment": results["environment"],

@@ -1,4 +1,4 @@
-"""Trained models that come with the package, by name: digits, digits-drift, digits-guide, digits-judge."""
+"""Trained models that come with the package, by name: digits and emoji, each with -guide and -judge; digits-drift."""
 
 from pathlib import Path
 

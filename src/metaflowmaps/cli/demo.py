@@ -1,9 +1,10 @@
-"""Noisy digits, what they may be, and steered digits, as report.html: about a minute on a laptop."""
+"""Noisy pictures, what they may be, and steered pictures, as report.html: about a minute on a laptop."""
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,6 +15,7 @@ from metaflowmaps.cli.results import Request
 from metaflowmaps.cli.telling import print_tables
 from metaflowmaps.cli.train import resolve, train
 from metaflowmaps.lab.digits_story import RACE, tell_story
+from metaflowmaps.lab.emoji_story import EmojiStoryConfig, tell_emoji_story
 from metaflowmaps.lab.evaluate.images.recovery import RecoveryConfig
 from metaflowmaps.lab.evaluate.on_mixtures import posterior_on_mixture
 from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
@@ -30,15 +32,15 @@ class Demo(Options):
 
     shared = ("out", "seed", "as_json")
 
-    law: Literal["digits", "gmm"] = Field(
-        "digits", description="Which story: digits (shipped models) or gmm (trains a map, minutes)."
+    law: Literal["digits", "emoji", "gmm"] = Field(
+        "digits", description="Which story: digits or emoji (shipped models), or gmm (trains a map, minutes)."
     )
 
 
 def run(config: Demo, context: Context) -> Results | str:
     """The results whose tables are shown, and the report's page."""
     out = context.out or Path("runs/demo") / config.law
-    pages, results = (_digits if config.law == "digits" else _mixture)(out, context)
+    pages, results = {"digits": _digits, "emoji": _emoji, "gmm": _mixture}[config.law](out, context)
     page = str(write_report(pages, out / "report.html"))
     if context.as_json:
         return {**results, "out": page}
@@ -55,7 +57,7 @@ def _digits(out: Path, context: Context) -> tuple[list[Path], Results]:
     """Noisy digits, what they may be, and digits steered: the shipped models, no training."""
     digits = str(shipped("digits") or "digits")  # the shipped map, whatever directory is called digits here
     context.say("digits: what noisy images may be, and a race for two rewards …")
-    story = _story(digits, _part(context, out / "story", "demo"))
+    story = _story(digits, RACE, tell_story, _part(context, out / "story", "demo"))
     context.say("digits: one-step draws against GLASS …")
     settings = RecoveryConfig(samples=512, glass_steps=(1, 4, 16, 30), images=64, seed=context.seed or 0)
     typed = ("samples=512", "glass_steps=[1,4,16,30]", "images=64")
@@ -65,17 +67,32 @@ def _digits(out: Path, context: Context) -> tuple[list[Path], Results]:
     return [out / "story", out / "posterior"], story
 
 
-def _story(digits: str, context: Context) -> Results:
-    """The first figure."""
-    opened = OpenedModel.open(digits, "cpu")
-    config = RACE.model_copy(update={"seed": context.seed or 0})
+def _emoji(out: Path, context: Context) -> tuple[list[Path], Results]:
+    """Noisy emoji, what they may be, and emoji steered to a colour, a category, both: the shipped models."""
+    emoji = str(shipped("emoji") or "emoji")
+    context.say("emoji: what noisy pictures may be, and steering to a colour, a category, both …")
+    told = _part(context, out / "story", "demo --law emoji")
+    return [out / "story"], _story(emoji, EmojiStoryConfig(), tell_emoji_story, told)
+
+
+def _story(checkpoint: str, settings: Any, tell: Callable[..., Results], context: Context) -> Results:
+    """The story's figures and what they say.
+
+    Args:
+        checkpoint: of the map.
+        settings: an ImageEvalConfig, of what ``tell`` does.
+        tell: (opened, settings, out, say) -> metrics.
+        context: of the story.
+    """
+    opened = OpenedModel.open(checkpoint, "cpu")
+    config = settings.model_copy(update={"seed": context.seed or 0})
     assert context.out is not None
     request = Request(context, "demo", {"checkpoint": opened.digest, **config.model_dump()}, context.out)
     done = request.begin()
     if done is not None:
         return done
     began = time.perf_counter()
-    metrics = tell_story(opened, config, request.out, lambda line: context.say(f"demo: {line}"))
+    metrics = tell(opened, config, request.out, lambda line: context.say(f"demo: {line}"))
     return request.write(metrics, {"seconds": time.perf_counter() - began}, opened.device)
 
 

@@ -144,5 +144,5 @@ def _draw(noisy: list[Noisy], shown: Mapping[str, list[ShownCell]], out: Path) -
 def price_of(reward: float, distance: float, cost: Mapping[str, float]) -> str:
     """What stands beside samples: their mean reward and distance, and what one of them cost."""
     seconds = cost["seconds"]
-    took = f"{1000 * seconds:.2g} ms" if seconds < 1 else f"{seconds:.2g} s"
+    took = f"{1000 * seconds:.{0 if seconds > 0.1 else 1}f} ms" if seconds < 1 else f"{seconds:.2g} s"
     return f"reward {reward:.2f}, diversity {distance:.1f}\n{cost['nfe']:,.0f} NFE, {took}"

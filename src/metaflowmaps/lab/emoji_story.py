@@ -33,11 +33,11 @@ SHOWN = 6
 class EmojiStoryConfig(ImageEvalConfig):
     """How many samples a method makes, in how many steps."""
 
-    samples: int = Field(16, ge=2)
-    steps: int = Field(25, ge=1)
+    samples: int = Field(12, ge=2)
+    steps: int = Field(24, ge=1)
     best_of: int = Field(64, ge=2)
     strength: float = Field(8.0, gt=0)  # λσ, of methods that follow the theory
-    rescale: float = Field(1.5, gt=0)  # γ, of MFM-G
+    rescale: float = Field(0.4, gt=0)  # γ, of MFM-G
 
 
 class Chapter(NamedTuple):
@@ -76,8 +76,8 @@ class Told(NamedTuple):
 
 CHAPTERS = (
     Chapter("colour", "“be blue”", "colour:blue"),
-    Chapter("category", "“be food”", "margin:food"),
-    Chapter("both", "“be blue food”", "colour:blue+margin:food"),
+    Chapter("category", "“be a flag”", "margin:flags"),
+    Chapter("both", "“be a blue flag”", "colour:blue+margin:flags"),
 )
 NOISED = "Left, a noisy emoji; right, eight emoji that it may have been, one network call each."
 STEERED = "Emoji from noise, steered; the reward is in units of its spread over emoji that were held out."
@@ -94,7 +94,7 @@ def tell_emoji_story(opened: OpenedModel, config: EmojiStoryConfig, out: Path, s
     setup, _ = open_setup(opened, config)
     noisy, tables, captions, rewards, chapters = noisy_images(setup, config.seed), {}, {}, {}, []
     for chapter in CHAPTERS:
-        told = _chapter(setup, config, chapter, lambda line, to=chapter: say(f"{to.wanted}: {line}"))  # type: ignore[misc]
+        told = _chapter(setup, config, chapter, say)
         file = f"story-{chapter.name}.png"
         steered = [Steered(t.label, t.samples[:SHOWN].cpu(), price_of(t.reward, t.distance, t.cost)) for t in told]
         picture = story(noisy, steered, f"From noisy emoji to steered emoji; the reward says {chapter.wanted}")
@@ -127,7 +127,7 @@ def _chapter(setup: ImageSetup, config: EmojiStoryConfig, chapter: Chapter, say:
     spread = float(scored(reward, setup.unseen).std())
     told = []
     for label, method, process in _methods(config):
-        say(label)
+        say(f"{chapter.wanted}: {label}")
         g = stream(config.seed, "emoji-story", chapter.name, label)
         wanted = Tempered(reward, config.strength / spread)
         result = quiet_steer(setup.model, wanted, config.samples, method, process, seed=g)

@@ -19,6 +19,7 @@ DATA_STD = 0.488  # of a pixel about the mean image
 def emoji(fast: bool = False) -> TrainConfig:
     """The map of 32×32 emoji: a U-Net of pixels for a GPU; --fast: one of 2 × 2 patches for two cores."""
     if fast:
+        # 3,999 s on one core, 39 minutes of it the map: draws at t >= .4 are the emoji, samples of noise are sketches
         return TrainConfig(
             recipe="emoji",
             data=DATA,
@@ -38,6 +39,7 @@ def emoji(fast: bool = False) -> TrainConfig:
             checkpoint_every=300,
             precision="bf16",
         )
+    # not yet run: it wants a GPU
     return TrainConfig(
         recipe="emoji",
         data=DATA,
@@ -62,6 +64,7 @@ def emoji(fast: bool = False) -> TrainConfig:
 
 def emoji_guide(fast: bool = False) -> ClassifierConfig:
     """The classifier of emoji that rewards are made of."""
+    # fast: 601 s on a shared core, 76.9 % of the held-out emoji; 55 % are people
     return guide("emoji-guide", DATA, 300 if fast else 3_000).model_copy(
         update={"network": ConvClassifierConfig(width=16)}
     )
@@ -69,6 +72,7 @@ def emoji_guide(fast: bool = False) -> ClassifierConfig:
 
 def emoji_judge(fast: bool = False) -> ClassifierConfig:
     """The classifier of emoji that samples are judged by: another architecture, another seed."""
-    return judge("emoji-judge", DATA, 300 if fast else 3_000).model_copy(
+    # fast: 1,694 s on a shared core, 85.8 % of the held-out emoji
+    return judge("emoji-judge", DATA, 800 if fast else 3_000).model_copy(
         update={"network": PatchClassifierConfig(patch=4)}
     )
