@@ -103,7 +103,13 @@ def telling(run: Path, words: str = "lean") -> Path:
         "posterior": {"sentence": f"What it may be: {words}", "times": [0.0, 0.5], "seeds": [11, 12]},
         "steered": [{"wanted": words, "sentence": words, "methods": [best, ours], "first": 1}],
     }
-    write(run, "demo", {"story": story, "summary": "Once.", "tables": {}}, "mfm demo", seconds=1.0)
+    write(
+        run,
+        "demo",
+        {"story": story, "summary": "Once.", "tables": {"All": {"head": ["method"], "rows": [["mfm-gf"]]}}},
+        "mfm demo",
+        seconds=1.0,
+    )
     sizes = {"noisy": (2, 2), "draws": (2, 2, 2), "steered.0.0": (2,), "steered.0.1": (2,)}
     grey = {name: torch.full((*size, 1, 4, 4), 100, dtype=torch.uint8) for name, size in sizes.items()}
     save_file(grey, run / "story.safetensors")

@@ -165,6 +165,7 @@ def test_a_story_says_of_each_picture_its_reward_and_seed_and_explains_its_words
     cells = re.findall("<td.*?>(.*?)</td>", text)
     assert cells[:10] == ["best of 4", "0.25", "3", "1,000", "0.5", "MFM-GF", "0.75", "2", "50", "0.0012"]
     assert f"<dt>MFM-GF</dt><dd>{MFMGF.in_words}</dd>" in text
+    assert "<details><summary>All</summary><h3>All</h3>" in text  # tables of what the story has told are folded
     assert "<dt>DPS</dt>" not in text  # which nobody speaks of here
 
 

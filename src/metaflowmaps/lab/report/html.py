@@ -156,7 +156,7 @@ def _section(run: Run, title: str, anchor: str) -> str:
         + (f"<p>{escaped(said.summary)}</p>" if said.summary and not run.story else "")
         + (story_cards(*run.story) + _folded("The same as pictures to share", figures) if run.story else figures)
         + "".join(_table(name, *table) for name, table in said.brief.items())
-        + "".join(_unfolding(name, *table) for name, table in said.tables.items())
+        + "".join(_unfolding(name, *table, told=run.story is not None) for name, table in said.tables.items())
         + _folded("Command, cost, environment and settings", _details(results, typed, where))
         + "</section>"
     )
@@ -166,10 +166,10 @@ def _folded(title: str, body: str) -> str:
     return f"<details><summary>{escaped(title)}</summary>{body}</details>" if body else ""
 
 
-def _unfolding(name: str, head: list[str], rows: list[list[str]]) -> str:
-    """A table: shown where it fits a phone, else folded."""
+def _unfolding(name: str, head: list[str], rows: list[list[str]], told: bool) -> str:
+    """A table: folded where a story has told it, or where it does not fit a phone."""
     table = _table(name, head, rows)
-    return table if len(head) <= MOST_COLUMNS else _folded(name, table)
+    return _folded(name, table) if told or len(head) > MOST_COLUMNS else table
 
 
 def _figures(run: Run, title: str) -> str:
