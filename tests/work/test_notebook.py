@@ -67,7 +67,8 @@ def test_a_training_shows_a_line_a_stage(ipython):
     assert not kernel.lines
 
 
-def test_ipython_on_a_terminal_has_the_terminal_s_bar(ipython, capsys):
+def test_ipython_on_a_terminal_has_the_terminal_s_bar(ipython, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     kernel = ipython(None)
     steered()
     assert not kernel.lines

@@ -1,6 +1,5 @@
 """Steering a checkpoint's map as a request: who is steered by what, how the work is cut, and its figures."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,7 +124,7 @@ class SteeringRun:
                     seed=stream(self.seed, "steer") if seeds is None else seeds,
                     batch_size=rows,
                     callback=self.callback,
-                    progress=self.callback is None and n == self.pictures.num and sys.stderr.isatty(),
+                    progress=self.callback is None and n == self.pictures.num,  # else shards are counted
                 )
         except SteeringFailed as failed:
             raise ShardInterrupted(self._as_shard(failed.result), failed) from None

@@ -1,12 +1,18 @@
 """Progress: a bar on a terminal or below a notebook's cell, and of long runs a few plain lines elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from metaflowmaps.work.durations import spoken, spoken_range
 from metaflowmaps.work.notebook import CellProgress, in_notebook
+
+T = TypeVar("T")
+SILENT_SECONDS = 5.0  # between two lines: what takes less says nothing
 
 
 class ForgivingStream:
@@ -34,12 +40,43 @@ class ForgivingStream:
         return getattr(self._stream, name)
 
 
+def counted(
+    items: Iterable[T], say: Callable[[str], None], what: str, weight: Callable[[T], float] = lambda item: 1.0
+) -> Iterator[T]:
+    """The items; while they are worked through, a line every few seconds says how many are done and what time is left.
+
+    Args:
+        items: what is worked through.
+        say: takes a line.
+        what: the items are called in it.
+        weight: how much work an item is, in any unit.
+    """
+    everything = list(items)
+    total, done = sum(map(weight, everything)), 0.0
+    began = said = time.monotonic()
+    for number, item in enumerate(everything):
+        now = time.monotonic()
+        if done and now - said >= SILENT_SECONDS:
+            left = (now - began) / done * (total - done)
+            say(f"{number} of {len(everything)} {what} done, {spoken_range(left)} left")
+            said = now
+        yield item
+        done += weight(item)
+
+
 class Bar:
-    """A bar of counted work: ``with Bar(total, title) as bar: … bar.advance()``; a total of 0 shows nothing."""
+    """A bar of counted work: ``with Bar(total, title) as bar: … bar.advance()``; a total of 0 shows nothing.
+
+    Where nobody sees a bar it is a line every few seconds.
+    """
 
     def __init__(self, total: int, title: str) -> None:
         self._progress: Any = None
-        if total:
+        self._lines: Iterator[int] | None = None
+        if total and not _is_watched():
+            self._lines = counted(range(total), partial(_plain_line, title), "steps")
+            next(self._lines)
+        elif total:
             self._progress = CellProgress() if in_notebook() else _progress()
             self._task = self._progress.add_task(title, total=total)
 
@@ -58,6 +95,8 @@ class Bar:
         """So much more is done."""
         if self._progress is not None:
             self._progress.advance(self._task, by)
+        for _ in range(by if self._lines is not None else 0):
+            next(self._lines, None)  # type: ignore[arg-type]
 
 
 class StepReport(Protocol):
@@ -111,11 +150,20 @@ def _plain(say: Callable[[str], None]) -> Report:
             return
         shown[stage] = tenth
         rate = _rate(now)
-        left = (now.steps - now.step) / rate if rate else 0.0
-        loss = now.metrics["loss"]
-        say(f"{stage}: step {now.step}/{now.steps}  loss {loss:.3e}  {rate:.0f} steps/s  {left:.0f} s left")
+        left = "" if now.step == now.steps or not rate else f", {spoken((now.steps - now.step) / rate)} left"
+        speed = f"loss {now.metrics['loss']:.3g}, {rate:.0f} steps a second"
+        say(f"{stage}: step {now.step:,} of {now.steps:,}, {speed}{left}")
 
     return report
+
+
+def _plain_line(title: str, line: str) -> None:
+    print(f"{title}: {line}", file=ForgivingStream(sys.stderr), flush=True)
+
+
+def _is_watched() -> bool:
+    """Whether bars are seen: on a terminal, or in a notebook."""
+    return bool(sys.stderr.isatty()) or in_notebook()
 
 
 def _rate(now: StepReport) -> float:

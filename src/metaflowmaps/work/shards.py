@@ -35,6 +35,7 @@ from torch import Tensor
 
 from metaflowmaps._files import lock, locked, read_regular, sweep, write_json, write_whole
 from metaflowmaps.errors import InputError
+from metaflowmaps.work.progress import counted
 
 FOLDERS = ("shards", "cells")  # of samples, of an evaluation
 PLAN = "plan.json"
@@ -191,7 +192,8 @@ class ShardFolder:
             return
         own = self.names if self.worker is None else self.names[self.worker.index :: self.worker.count]
         try:
-            others = [name for name in own if not self.has(name) and not self._make(name, make, wait=False)]
+            mine = counted([name for name in own if not self.has(name)], self.say, "shards")
+            others = [name for name in mine if not self.has(name) and not self._make(name, make, wait=False)]
             for name in others if self.worker is None else []:  # another process is at it: it may yet be killed
                 self._make(name, make, wait=True)
             missing = sum(not self.has(name) for name in self.names)

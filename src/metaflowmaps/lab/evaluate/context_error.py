@@ -22,6 +22,7 @@ from metaflowmaps.metrics.finite import root
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
 from metaflowmaps.random import stream
 from metaflowmaps.work.config import Config
+from metaflowmaps.work.progress import counted
 
 
 class ContextEvalConfig(Config):
@@ -48,7 +49,7 @@ def evaluate_contexts(
     error: dict[str, dict[str, float]] = {name: {} for name in ratio}
     floors: dict[str, float] = {}
     meters = {name: Meter(model.network) for name in ratio}
-    for count in counts:
+    for count in counted(counts, report, "numbers of observations"):
         report(f"{count} observations")
         given = ContextLaw(**{**source.contexts.model_dump(), "least": count, "most": max(count, 1)})
         paths = Paths(held.values, held.times, given)

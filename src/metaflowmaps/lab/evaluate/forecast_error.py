@@ -23,6 +23,7 @@ from metaflowmaps.metrics.scores import coverage, crps, energy_score
 from metaflowmaps.posterior import GlassPosterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.work.config import Config
+from metaflowmaps.work.progress import counted
 
 
 class ForecastEvalConfig(Config):
@@ -46,7 +47,7 @@ def evaluate_forecasts(
     truth, context = source.held_out().sample_given(config.forecasts, stream(config.seed, "forecasts"))
     forecasters = _forecasters(model, source, config)
     found: dict[str, dict[str, Any]] = {}
-    for name, forecaster in forecasters.items():
+    for name, forecaster in counted(forecasters.items(), report, "forecasters"):
         report(name)
         with Meter(model.network) as meter:
             draws = forecaster(context, config.samples)

@@ -27,6 +27,7 @@ from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.metrics.finite import root
 from metaflowmaps.metrics.sliced_w2 import Curves, curves, directions
 from metaflowmaps.random import randn, stream
+from metaflowmaps.work.progress import counted
 
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 GROUPS = 4
@@ -106,7 +107,7 @@ def evaluate_posterior(
     if model.event_shape != (law.dim,):
         raise InputError(f"the model draws samples of shape {model.event_shape}, the law lives in {law.dim} dimensions")
     measurement, at = _Measurement(model, law, config), {}
-    for t in config.times:
+    for t in counted(config.times, report, "times"):
         report(f"t = {t:g}")
         at[_key(t)] = measurement.at(t)
     meters, drawn = measurement.meters, measurement.drawn

@@ -33,6 +33,7 @@ from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.steering import ODE, SDE, Glass, Method, Process, SteerResult, steer
 from metaflowmaps.work.choices import choices
 from metaflowmaps.work.config import Config
+from metaflowmaps.work.progress import counted
 
 
 def default_methods() -> tuple[str, ...]:
@@ -208,7 +209,7 @@ def evaluate_steering(
     """metrics as results.json holds them, and each cell's first samples ("method.num_draws")."""
     planned = list(cells(config, data_std))  # an option that does not exist is refused before the first hour, not after
     judge, found = ExactJudge(law, reward, config.seed), []
-    for variant_of_cell in planned:
+    for variant_of_cell in counted(planned, report, "methods", lambda cell: cell.method.calls_per_step):
         found.append(_cell(model, judge, config, variant_of_cell))
         report(found[-1].line())
     methods: dict[str, dict[str, dict[str, object]]] = {}

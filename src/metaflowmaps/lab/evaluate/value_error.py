@@ -20,6 +20,7 @@ from metaflowmaps.posterior import ExactPosterior, Posterior
 from metaflowmaps.random import randn, stream
 from metaflowmaps.rewards.analytic import LinearGaussian
 from metaflowmaps.value import GradientFree, value_gradient
+from metaflowmaps.work.progress import counted
 
 
 class ValueEvalConfig(DrawsConfig):
@@ -47,7 +48,7 @@ def evaluate_value(
     samplers["exact"] = ExactPosterior(model.path, law)
     errors: dict[str, dict[str, dict[str, float]]] = {name: {} for name in samplers}
     meters, spreads = {name: Meter(model.network) for name in samplers}, {}
-    for t in config.times:
+    for t in counted(config.times, report, "times"):
         report(f"t = {t:g}")
         x_t = _states(model, law, config, t)
         exact = law.value(model.path, t, x_t, reward)
