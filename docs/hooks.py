@@ -13,6 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 import metaflowmaps as mfm
+from metaflowmaps.work.choices import Choice
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\((?P<path>(?:\.\./)[^)#\s]+)(?P<anchor>#[^)]*)?\)")
@@ -43,7 +44,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return found[0] if path is None else f"]({up}{uri(path)}{found['anchor'] or ''})"
 
     def public(found: re.Match[str]) -> str:
-        return f"::: {canonical(found['name'])}\n    options:\n      heading: mfm.{found['name']}"
+        lines = [f"::: {canonical(found['name'])}", "    options:", f"      heading: mfm.{found['name']}"]
+        if is_choice(named(found["name"])):
+            lines.append("      members: false")  # its options are its fields; what it does is the family's affair
+        return "\n".join(lines)
 
     return NAME.sub(public, LINK.sub(link, markdown))
 
@@ -107,11 +111,22 @@ def shown(output: dict[str, Any]) -> str:
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
-def canonical(name: str) -> str:
-    """Where a public name is defined: ``steer`` is ``metaflowmaps.steering.steer.steer``."""
+def named(name: str) -> Any:
+    """What a public name stands for."""
     thing: Any = mfm
     for part in name.split("."):
         thing = getattr(thing, part)
+    return thing
+
+
+def is_choice(thing: Any) -> bool:
+    """Whether it is a method or a process, whose methods are called by `steer` alone."""
+    return isinstance(thing, type) and issubclass(thing, Choice)
+
+
+def canonical(name: str) -> str:
+    """Where a public name is defined: ``steer`` is ``metaflowmaps.steering.steer.steer``."""
+    thing = named(name)
     if hasattr(thing, "__qualname__"):
         return f"{thing.__module__}.{thing.__qualname__}"
     return getattr(thing, "__name__", f"metaflowmaps.steering.presets.{name}")
