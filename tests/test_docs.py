@@ -47,14 +47,17 @@ def test_the_guide_to_methods_runs_and_is_right(capsys):
 
 
 def test_the_images_page_runs_and_is_right(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "images.md").read_text(), re.S)
+    digits, emoji = re.findall(r"```python\n(.*?)```", (DOCS / "images.md").read_text(), re.S)
     names: dict = {}
-    exec(compile(block, "images.md", "exec"), names)
+    exec(compile(digits, "images.md", "exec"), names)
     assert names["digits"].shape == (8, 4, 1, 8, 8)
     # of 16 samples steered to be sevens the judge, which errs on 1 % of digits, calls most so
     assert int((names["judge"](names["steered"].samples).argmax(1) == 7).sum()) >= 12
     torch.testing.assert_close(names["again"].samples[0], names["steered"].samples[3], rtol=1e-4, atol=1e-4)
     assert "tensor" in capsys.readouterr().out
+    exec(compile(emoji, "images.md", "exec"), names)
+    assert "[4, 3, 32, 32]" in capsys.readouterr().out
+    assert names["steered"].rewards.min() > 0  # bluer than grey
 
 
 def tuned_by_the_page(block):

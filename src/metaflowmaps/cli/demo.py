@@ -25,6 +25,11 @@ from metaflowmaps.recipes.gmm import gmm
 from metaflowmaps.steering import DPS, MFMG, MFMGF, SMC, TDS, BestOfN, Exact, Rejection, Resampling, Unsteered
 
 METHODS = [m.name for m in (Unsteered, MFMG, MFMGF, SMC, DPS, TDS, BestOfN, Rejection, Resampling, Exact)]
+NEXT = {
+    "digits": "digits --reward margin:7",
+    "emoji": "emoji --reward colour:green",
+    "gmm": "runs/demo/gmm/train --reward gmm-inverse",
+}
 
 
 class Demo(Options):
@@ -35,6 +40,10 @@ class Demo(Options):
     law: Literal["digits", "emoji", "gmm"] = Field(
         "digits", description="Which story: digits or emoji (shipped models), or gmm (trains a map, minutes)."
     )
+
+    def next_command(self, results: Results, folder: str) -> str:
+        """Steering of one's own, by what is shipped."""
+        return f"mfm steer {NEXT[self.law]}"
 
 
 def run(config: Demo, context: Context) -> Results | str:
