@@ -156,7 +156,7 @@ def test_every_command_does_what_it_says(world, command):
     for wanted in ("adh1s/mfm", "kyungmnlee/DMF", "stabilityai/sd-vae-ft-mse", ("PickScore", "a photo of a tabby cat")):
         assert wanted in world
     (dry,) = (text for line, text in said.items() if "--dry-run" in line)
-    assert "seconds_per_step" in dry
+    assert "seconds per step" in dry
 
 
 def test_the_python_runs_as_it_stands(world, command):

@@ -27,6 +27,7 @@ WORDS = {  # of figures whose name in results.json does not say enough
     "reward_max": "highest reward",
     "nfe": "evaluations a sample",
     "seconds": "time",
+    "wall_seconds": "from start to end",
     "expected_seconds": "time that it will take",
 }
 CHOICES = (  # options that decide what comes out: of those that nobody typed the value is told
