@@ -79,8 +79,9 @@ def test_the_bar_is_as_long_as_the_work(monkeypatch):
 
 
 @pytest.mark.parametrize("method", choices(Method))
-def test_watching_changes_nothing(method, capsys):
-    """A callback, a progress bar, and a graph around the call."""
+def test_watching_changes_nothing(method, capsys, monkeypatch):
+    """A callback, a progress bar on a terminal, and a graph around the call."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     told = []
     plain = run(method)
     watched = run(method, callback=told.append, progress=True)
