@@ -25,7 +25,9 @@ MADE = {
     "encode-latents": ["pictures"],
     "report": ["runs"],
     "demo": [],
+    "completion": ["bash"],
 }
+ELSEWHERE = {"recipes", "doctor", "play"}  # nothing to get wrong; a bad device is a fault that it finds; it serves
 BAD = {
     "an option that is none": ["--stesp", "3"],
     "an option without its value": ["--out"],
@@ -92,7 +94,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_is_attacked():
-    assert {name.split()[0] for name in MADE} | {"recipes"} == set(COMMANDS)
+    assert {name.split()[0] for name in MADE} | ELSEWHERE == set(COMMANDS)
 
 
 @pytest.mark.attack
