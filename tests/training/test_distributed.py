@@ -373,7 +373,7 @@ def test_mfm_train_in_two_ranks(tmp_path):
     assert json.loads(line)["cost"]["steps"] == 4
     assert json.loads((out / "results.json").read_text())["metrics"]["loss"] > 0
     assert done.stderr.count("2 ranks, 1 copy of the weights") == 1
-    assert done.stderr.count("step 4/4") == 1
+    assert done.stderr.count("step 4 of 4") == 1
     drawn = load_map(out).generate(4, generator=torch.Generator().manual_seed(0))
     assert bool(drawn.isfinite().all())
 
