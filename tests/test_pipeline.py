@@ -10,8 +10,8 @@ from PIL import Image
 from tests.tiny_codec import tiny_codec, tiny_vae
 
 import metaflowmaps as mfm
+from metaflowmaps import imagenet_names as imagenet
 from metaflowmaps.checkpoint import Checkpoint
-from metaflowmaps.data import imagenet_names as imagenet
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap

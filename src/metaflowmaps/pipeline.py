@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metaflowmaps import imagenet_names as imagenet
 from metaflowmaps._shapes import Cond, check_count, check_time, select_cond
 from metaflowmaps.checkpoint import save_model
 from metaflowmaps.cost import Extent, Meter, extrapolated
-from metaflowmaps.data import imagenet_names as imagenet
 from metaflowmaps.data.imaging import from_tensor, to_tensor
 from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap

@@ -138,7 +138,7 @@ def test_another_conversion_is_never_taken_for_the_same(command, files, tmp_path
 
 
 def test_a_thousand_other_classes_keep_their_names():
-    from metaflowmaps.data import imagenet_names as imagenet
+    from metaflowmaps import imagenet_names as imagenet
     from metaflowmaps.interop.opening import pipeline_document
 
     with torch.random.fork_rng(devices=[]):

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save
 
 from metaflowmaps._files import STALE_SECONDS
 from metaflowmaps.data import DataSource, Latents
-from metaflowmaps.data.imagenet_names import wnids
 from metaflowmaps.data.latents import INDEX, Encoding, LatentIndex, LatentShard, read_index, verify
 from metaflowmaps.data.sources import centre_crop, open_source, picture
 from metaflowmaps.errors import InputError
+from metaflowmaps.imagenet_names import wnids
 from metaflowmaps.interop.encode_latents import Plan, encode
 from metaflowmaps.random import stream
 from metaflowmaps.work import shards as sharding

@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from metaflowmaps._files import read_regular
-from metaflowmaps.data.imagenet_names import class_index, wnids
 from metaflowmaps.data.pictures import DEEP, SUFFIXES, flat, picture_files
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.imagenet_names import class_index, wnids
 
 NUMBERINGS = ("auto", "own", "imagenet")
 PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}

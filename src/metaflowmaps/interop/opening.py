@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from metaflowmaps import imagenet_names as imagenet
 from metaflowmaps.checkpoint import Checkpoint, resolve_checkpoint
-from metaflowmaps.data import imagenet_names as imagenet
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop import pretrained
 from metaflowmaps.interop.autoencoder import SD_VAE, AutoencoderCodec

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from metaflowmaps.data import read_examples
-from metaflowmaps.data.imagenet_names import class_names
 from metaflowmaps.errors import InputError, unknown
+from metaflowmaps.imagenet_names import class_names
 from metaflowmaps.lab.evaluate.images.assemble import open_setup
 from metaflowmaps.lab.evaluate.images.image_rewards import PIXELS, image_reward
 from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig

@@ -13,10 +13,12 @@ from metaflowmaps.rewards.micro import MicroBatched
 from metaflowmaps.rewards.operators import Blur, Downsample, Mask
 from metaflowmaps.rewards.style import Ink, Slant
 from metaflowmaps.rewards.vision import (
+    OCR,
     AestheticScore,
     ClipScore,
     HPSv2,
     ImageClassifierReward,
+    ImageNetClassifier,
     ImageReward,
     ImageRewardNetwork,
     PickScore,
@@ -24,6 +26,7 @@ from metaflowmaps.rewards.vision import (
 )
 
 __all__ = [
+    "OCR",
     "AestheticScore",
     "BlackBox",
     "Blur",
@@ -33,6 +36,7 @@ __all__ = [
     "Downsample",
     "HPSv2",
     "ImageClassifierReward",
+    "ImageNetClassifier",
     "ImageReward",
     "ImageRewardNetwork",
     "Ink",

@@ -14,7 +14,7 @@ from metaflowmaps.errors import InputError
 
 @cache
 def _lines() -> tuple[tuple[str, str], ...]:
-    text = (files("metaflowmaps.data") / "imagenet_classes.txt").read_text(encoding="utf-8")
+    text = (files("metaflowmaps") / "imagenet_classes.txt").read_text(encoding="utf-8")
     pairs = [line.split(" ", 1) for line in text.splitlines()]
     return tuple((wnid, names) for wnid, names in pairs)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from metaflowmaps.data.imagenet_names import class_index, class_name, class_names, wnids
 from metaflowmaps.errors import InputError
+from metaflowmaps.imagenet_names import class_index, class_name, class_names, wnids
 
 
 def test_a_thousand_classes_in_the_order_of_their_ids():
