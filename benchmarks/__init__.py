@@ -32,6 +32,7 @@ BENCHMARKS = {
     "world-size": "world_size:main",
     "control": "control:main",
     "diffusers-families": "diffusers_families:main",
+    "diffusers-memory": "diffusers_memory:main",
     "weighted-posterior": "weighted_posterior:main",
     "general-contexts": "contexts:main",
     "simulators": "contexts:simulators",
