@@ -16,7 +16,7 @@ import metaflowmaps as mfm
 from benchmarks.common import keep, say
 from benchmarks.tiny_pipelines import FAMILIES
 
-DRAWS, STEPS = (2, 8), 1
+DRAWS, STEPS = (2, 8), 2
 METHODS = {
     "values": lambda n: mfm.Glass(num_draws=n, glass_steps=1),
     "gradients": lambda n: mfm.Glass(num_draws=n, glass_steps=1, estimator=mfm.MFMG()),

@@ -117,6 +117,17 @@ def diffusers_families(result: dict[str, Any]) -> Rows:
     return [["family", "latents − own", "pictures − own", "decoder's gradient", *methods], *rows]
 
 
+def diffusers_memory(result: dict[str, Any]) -> Rows:
+    """Kilobytes of live tensors by number of draws, of methods by values and by gradients."""
+    families, first = result["families"], next(iter(result["families"].values()))
+    head = ["family", *(f"{n} draws, {title}" for title, cells in first.items() for n in cells)]
+    rows = [
+        [name, *(number(peak / 1000, 0) for by in found.values() for peak in by.values())]
+        for name, found in families.items()
+    ]
+    return [head, *rows]
+
+
 def processes(result: dict[str, Any]) -> Rows:
     """Maps of a process with exact posteriors, by number of observations."""
     cells = result["processes"]
@@ -599,6 +610,7 @@ TABLES = {
     "precision": Table("precision.json", precision),
     "world-size": Table("world-size.json", world_size),
     "diffusers-families": Table("diffusers-families.json", diffusers_families),
+    "diffusers-memory": Table("diffusers-memory.json", diffusers_memory),
     "memory": Table("memory.json", memory),
     "weighted-posterior": Table("weighted-posterior.json", weighted_posterior),
     "weighted-by-draws": Table("weighted-posterior.json", weighted_by_draws),

@@ -13,7 +13,8 @@ import metaflowmaps as mfm
 
 WEIGHTS = {  # of others: nothing here can run them
     "from_diffusers", "pretrained.load", "rewards.AestheticScore", "rewards.ClipScore", "rewards.HPSv2",
-    "rewards.ImageClassifierReward", "rewards.ImageReward", "rewards.ImageRewardNetwork", "rewards.PickScore",
+    "rewards.ImageClassifierReward", "rewards.ImageReward", "rewards.ImageRewardNetwork", "rewards.OCR",
+    "rewards.PickScore",
 }  # fmt: skip
 VALUES = {"IMAGES"}  # a tuple of two objects, without a docstring of its own
 MODULES = {"rewards", "pretrained"}

@@ -59,6 +59,12 @@ class ImageNetClassifier(ImageClassifierReward):
         strength: λ, which the reward is multiplied by.
         kind: ``log-probability`` or ``margin`` (log-odds, without a ceiling).
         micro_batch: rows that go through it together; None: all, and fewer where memory runs out.
+
+    Examples:
+        >>> judge = mfm.rewards.ImageNetClassifier("tabby")
+        >>> pictures = torch.zeros(2, 3, 64, 64)
+        >>> judge(pictures).shape, judge.probabilities(pictures).shape, judge.features(pictures).shape
+        (torch.Size([2]), torch.Size([2, 1000]), torch.Size([2, 1280]))
     """
 
     def __init__(

@@ -29,6 +29,11 @@ class OCR(BlackBox):
     Args:
         text: what ought to stand in the picture.
         strength: λ, which the reward is multiplied by.
+
+    Examples:
+        >>> reward = mfm.rewards.OCR("HELLO", strength=20)  # doctest: +SKIP
+        >>> reward.read(torch.ones(1, 3, 64, 64))  # an empty page  # doctest: +SKIP
+        ['']
     """
 
     def __init__(self, text: str, strength: float = 1.0) -> None:
