@@ -18,13 +18,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from metaflowmaps.data.limits import MAX_BYTES
 from metaflowmaps.data.load import Mnist
 from metaflowmaps.data.paths import ContextLaw, Paths
 from metaflowmaps.data.sequences import PathSource
 from metaflowmaps.errors import InputError
 from metaflowmaps.random import stream
 
-DIGITS = 2
+DIGITS, SIDE = 2, 28  # in a sequence; of MNIST's images
 DRAWN_AT_ONCE = 256  # paths
 
 
@@ -46,6 +47,11 @@ class MovingDigits(PathSource):
         """Sequences made by a fixed seed."""
         if self.path is None:
             raise InputError("moving digits need the folder of MNIST's IDX files: --data FOLDER")
+        if 4 * self.num * self.length * self.size**2 > MAX_BYTES:
+            raise InputError(
+                f"{self.num:,} sequences of {self.length} frames take more than {MAX_BYTES / 2**30:.3g} GiB of memory: "
+                "lower data.num or data.length"
+            )
         return _moved(self.model_dump_json())
 
     def describe(self) -> str:
@@ -55,7 +61,7 @@ class MovingDigits(PathSource):
     def frames(self, images: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n sequences (n, length, 1, size, size) of images (k, 1, 28, 28), all in [−1, 1]."""
         side = 7 * self.size // 16
-        small = functional.avg_pool2d(images, 28 // side)
+        small = functional.avg_pool2d(images, SIDE // side)
         chosen = small[torch.randint(len(small), (n, DIGITS), generator=generator)]
         room, lowest, highest = self.size - side, *self.speed
         angle = 2 * math.pi * torch.rand(n, DIGITS, generator=generator)
@@ -87,6 +93,8 @@ def _moved(described: str) -> tuple[Paths, Paths]:
     times, parts = torch.arange(float(source.length)), []
     for part, images in enumerate(Mnist(path=source.path).load()):
         n = max(1, source.num // 10) if part else source.num
+        if images.event_shape != (1, SIDE, SIDE):
+            raise InputError(f"{source.path} holds images of {images.event_shape[1:]}: digits of 28×28 are needed")
         frames = source.frames(images.tensor(), n, stream(0, "moving-digits", part))
         parts.append(Paths(frames, times, source.contexts))
     return parts[0], parts[1]

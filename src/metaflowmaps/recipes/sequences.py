@@ -62,7 +62,7 @@ def simulator(fast: bool = False) -> TrainConfig:
 
 def moving_digits(fast: bool = False) -> TrainConfig:
     """The next frame of two bouncing digits, from one to four past ones (``--data-dir``: MNIST's IDX files)."""
-    body = UNetConfig(width=16, multipliers=(1, 2, 4), blocks=1, attention=())
+    body = UNetConfig(width=32, multipliers=(1, 2, 2), blocks=1, attention=(), patch=2)
     return TrainConfig(
         recipe="moving-digits",
         data=MovingDigits(),
@@ -72,9 +72,9 @@ def moving_digits(fast: bool = False) -> TrainConfig:
         loss=LossConfig(diagonal_share=0.25),
         times=TimesConfig(context_at_zero=0.8, from_noise=0.8),
         optimizer=OptimizerConfig(name="adam", lr=2e-3, betas=(0.9, 0.99), ema=0.995),
-        drift_steps=200 if fast else 1_800,
+        drift_steps=200 if fast else 3_000,
         drift_batch_size=32,
-        steps=100 if fast else 850,
+        steps=100 if fast else 1_500,
         batch_size=32,
         log_every=50,
     )
