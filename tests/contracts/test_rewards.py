@@ -12,20 +12,23 @@ from metaflowmaps.rewards import (
     BlackBox,
     Blur,
     ClassifierMixture,
+    Colour,
     Downsample,
     Ink,
     InverseProblem,
+    Likeness,
     LinearGaussian,
     LogDensity,
     LogitMargin,
     Mask,
     MicroBatched,
     Slant,
+    Symmetry,
     Tempered,
     WeightedSum,
 )
 
-EVENT = (2, 4, 6)
+EVENT = (3, 4, 4)
 SIZE = math.prod(EVENT)
 W = normal(SIZE, 3, seed="W") / SIZE**0.5
 X = normal(5, *EVENT)
@@ -55,6 +58,9 @@ REWARDS = {
     "classifier mixture": lambda strength: ClassifierMixture(classifier, [0.2, 0.0, 0.8], strength),
     "logit margin": lambda strength: LogitMargin(classifier, 1, strength),
     "log-density": lambda strength: LogDensity(lambda x: LAW.log_prob(x.flatten(1)), strength),
+    "colour": lambda strength: Colour("blue", strength),
+    "symmetry": Symmetry,
+    "likeness": lambda strength: Likeness(classifier, X, -X, strength),
     "ink": Ink,
     "slant": Slant,
     "sum": lambda strength: WeightedSum([(0.5, plain), (-2.0, LogitMargin(classifier, 0))], strength),

@@ -64,7 +64,7 @@ def test_contents_lead_to_sections_and_details_unfold_without_a_script(browser, 
     assert abs(browser.evaluate(top)) < 50
     folded = "document.querySelector('#section-1 details pre').checkVisibility()"
     assert browser.evaluate(folded) is False
-    browser.evaluate("document.querySelector('#section-1 summary').click()")
+    browser.evaluate("document.querySelector('#section-1 details:has(pre) summary').click()")
     assert browser.evaluate(folded) is True
 
 

@@ -1,6 +1,5 @@
 """Drifts of others made into meta flow maps: what is taught, what it begins as, and what is refused."""
 
-import functools
 import json
 
 import numpy as np
@@ -87,8 +86,8 @@ def test_an_interrupted_run_ends_with_the_bytes_of_a_whole_one(tmp_path, monkeyp
             raise Stop
 
     with monkeypatch.context() as patch:
-        cut = functools.partial(training_run.run_training, watch=Watch(stop))
-        patch.setattr(training_run, "run_training", cut)
+        run = training_run.run_training
+        patch.setattr(training_run, "run_training", lambda *a, **k: run(*a, **{**k, "watch": Watch(stop)}))
         with pytest.raises(Stop):
             mfm.distill(wrapped(), SOURCE, tmp_path / "cut", **QUICK)
     again = mfm.distill(wrapped(), SOURCE, tmp_path / "cut", **QUICK)
