@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+LONG := $(VENV)/.long
 
 .PHONY: demo test check bench attack matrix rehearsal docs figures notebooks clean help
 
@@ -58,7 +59,12 @@ check: $(DEV)
 bench: $(DEV)
 	$(BIN)/python -m benchmarks
 
-attack: $(DEV)
+# the reader of texts is too large for dev
+$(LONG): $(DEV)
+	@$(PIP) -e '.[ocr]'
+	@touch $@
+
+attack: $(LONG)
 	MFM_ATTACK=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m attack --seed $(SEED)
 
 matrix: $(CORE)

@@ -84,7 +84,3 @@ def peak(name: str, method: Any) -> int:
 def brightness(pictures: Tensor) -> Tensor:
     """The mean of a picture."""
     return 20 * pictures.flatten(1).mean(1)
-
-
-if __name__ == "__main__":
-    main()

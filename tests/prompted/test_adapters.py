@@ -16,6 +16,7 @@ from torch import Tensor
 import metaflowmaps as mfm
 from metaflowmaps.errors import InputError
 from metaflowmaps.prompted.adapters import ATTENTION, WEIGHTS, Adapter
+from metaflowmaps.prompted.call import ask
 from metaflowmaps.prompted.tuning import AdaptedDrift, PromptedProblem
 
 OWN = 1e-5  # as tests/prompted/test_families.py derives it
@@ -151,7 +152,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def drift_of(name: str) -> tuple[Any, AdaptedDrift]:
     ours = opened(name)
-    model = ours._asked(None, None, call_of(name)).model
+    model = ask(ours.family, ours.settings, None, None, call_of(name)).model
     return model, AdaptedDrift(model, Adapter(ours.family, 2, ATTENTION, 0))
 
 

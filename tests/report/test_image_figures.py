@@ -112,7 +112,7 @@ def test_grids_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="story needs"):
         f.story([], [], "title")
     with pytest.raises(InputError, match="mfm-g has shape"):
-        f.story([f.Noisy(a[0], a[1], a)], [f.Steered("mfm-g", a[0], "cost")], "title")
+        f.story([f.Noisy(a[0], a[1], a)], [f.SteeredRow("mfm-g", a[0], "cost")], "title")
     with pytest.raises(InputError, match="spread_maps needs 2"):
         f.spread_maps({"map": (a, a)}, ["one", "two"], "title", a)
 
@@ -120,7 +120,7 @@ def test_grids_that_do_not_fit_are_refused():
 def test_the_story_reads_from_left_to_right_with_its_costs():
     noisy = [f.Noisy(pictures(1)[0], pictures(1, seed="n")[0], pictures(5, seed=f"d{k}")) for k in range(2)]
     steered = [
-        f.Steered(name, pictures(4, seed=name), f"{i} NFE\n{i} s")
+        f.SteeredRow(name, pictures(4, seed=name), f"{i} NFE\n{i} s")
         for i, name in enumerate(("best-of-1000", "dps", "mfm-g"))
     ]
     figure = f.story(noisy, steered, "From noise to choice")

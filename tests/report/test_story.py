@@ -14,10 +14,13 @@ def test_draws_of_a_story_are_those_of_their_seeds_for_one_noise_at_every_time(t
     noisy, draws = pictures["noisy"], pictures["draws"]
     for t, x_t in zip(told.times, noisy, strict=True):  # noisy[0] is the noise itself
         torch.testing.assert_close(x_t, model.path.interpolate(noisy[0], images, t))
-    alone = RowNoise(torch.tensor(told.seeds[3:4]), "posterior").normal(model.event_shape)
-    with torch.no_grad():
-        again = model.push(alone, told.times[4], noisy[4][1:])
-    torch.testing.assert_close(draws[4, 1, 3:4], again, atol=1e-4, rtol=0)  # other rows beside it: rounding
+    for image in range(2):
+        for draw in (2, 3):
+            alone = RowNoise(torch.tensor(told.seeds[draw : draw + 1]), "posterior").normal(model.event_shape)
+            with torch.no_grad():
+                again = model.push(alone, told.times[4], noisy[4][image : image + 1])
+            # other rows beside it: rounding
+            torch.testing.assert_close(draws[4, image, draw : draw + 1], again, atol=1e-4, rtol=0)
 
     story, kept = read_story({"story": keep_story(Story(posterior=told), pictures, tmp_path)}, tmp_path)
     assert story.posterior == told

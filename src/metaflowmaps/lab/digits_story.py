@@ -14,8 +14,7 @@ from metaflowmaps.lab.evaluate.images.setup import ImageSetup, table
 from metaflowmaps.lab.evaluate.images.steered import image_variant
 from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import plots as figures
-from metaflowmaps.lab.figures.image_figures import Noisy, story
-from metaflowmaps.lab.figures.image_figures import Steered as SteeredFigure
+from metaflowmaps.lab.figures.image_figures import Noisy, SteeredRow, story
 from metaflowmaps.lab.opened import OpenedModel
 from metaflowmaps.lab.story import NOISY, Steered, SteeredBy, Story, keep_story, noised_and_drawn
 from metaflowmaps.random import randn, stream
@@ -134,7 +133,7 @@ def _draw(noisy: list[Noisy], shown: Mapping[str, list[ShownCell]], out: Path) -
     """A figure a reward."""
     for name, cells in shown.items():
         rows = [
-            SteeredFigure(label, samples.pictures[:6], price_of(cell.reward, cell.distance, cell.cost))
+            SteeredRow(label, samples.pictures[:6], price_of(cell.reward, cell.distance, cell.cost))
             for (_, label), (cell, samples) in zip(STEERED, cells, strict=True)
         ]
         picture = story(noisy, rows, f"From noisy digits to steered digits; the reward says {WANTED[name]}")

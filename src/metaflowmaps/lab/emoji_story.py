@@ -18,10 +18,9 @@ from metaflowmaps.lab.evaluate.images.setup import ImageEvalConfig, ImageSetup, 
 from metaflowmaps.lab.evaluate.images.steered import quiet_steer
 from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.lab.figures import plots as figures
-from metaflowmaps.lab.figures.image_figures import Steered, story
+from metaflowmaps.lab.figures.image_figures import SteeredRow, story
 from metaflowmaps.lab.opened import OpenedModel
-from metaflowmaps.lab.story import NOISY, SteeredBy, Story, keep_story, noised_and_drawn
-from metaflowmaps.lab.story import Steered as SteeredInReport
+from metaflowmaps.lab.story import NOISY, Steered, SteeredBy, Story, keep_story, noised_and_drawn
 from metaflowmaps.metrics.diversity import mean_pairwise_distance
 from metaflowmaps.random import stream
 from metaflowmaps.rewards import Tempered
@@ -96,7 +95,7 @@ def tell_emoji_story(opened: OpenedModel, config: EmojiStoryConfig, out: Path, s
     for chapter in CHAPTERS:
         told = _chapter(setup, config, chapter, say)
         file = f"story-{chapter.name}.png"
-        steered = [Steered(t.label, t.samples[:SHOWN].cpu(), price_of(t.reward, t.distance, t.cost)) for t in told]
+        steered = [SteeredRow(t.label, t.samples[:SHOWN].cpu(), price_of(t.reward, t.distance, t.cost)) for t in told]
         picture = story(noisy, steered, f"From noisy emoji to steered emoji; the reward says {chapter.wanted}")
         figures.save(picture, out / file)
         tables[f"The reward says {chapter.wanted}: {chapter.reward}"] = _table(told)
@@ -117,7 +116,7 @@ def _turned(setup: ImageSetup, chapters: list[list[Told]], seed: int, out: Path)
     for i, (chapter, told) in enumerate(zip(CHAPTERS, chapters, strict=True)):
         pictures |= {f"steered.{i}.{j}": one.samples for j, one in enumerate(told)}
         methods = tuple(one.as_row() for one in told)
-        steered.append(SteeredInReport(wanted=chapter.wanted, sentence=STEERED, methods=methods, first=SHOWN_FIRST))
+        steered.append(Steered(wanted=chapter.wanted, sentence=STEERED, methods=methods, first=SHOWN_FIRST))
     return keep_story(Story(posterior=posterior, steered=tuple(steered)), pictures, out)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from metaflowmaps.checkpoint.shipped import shipped
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
@@ -38,7 +39,8 @@ def value_error() -> float:
 @torch.no_grad()
 def device_error(device: torch.device) -> float:
     """How far samples of the shipped map on a device are from those on the processor: the largest difference."""
-    model, generator = MetaFlowMap.from_pretrained("digits"), torch.Generator().manual_seed(0)
+    model = MetaFlowMap.from_pretrained(shipped("digits") or "digits")  # whatever directory is called digits here
+    generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, *model.event_shape, generator=generator)
     here = model.push(noise, 0.0, torch.zeros_like(noise))
     there = model.to(device).push(noise.to(device), 0.0, torch.zeros_like(noise).to(device)).cpu()

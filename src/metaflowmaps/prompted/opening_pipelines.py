@@ -6,7 +6,8 @@ import torch
 
 from metaflowmaps.errors import InputError
 from metaflowmaps.interop.diffusers import Family, family_of
-from metaflowmaps.prompted.prompted_pipeline import PromptedPipeline, Settings
+from metaflowmaps.prompted.call import Settings
+from metaflowmaps.prompted.prompted_pipeline import PromptedPipeline
 from metaflowmaps.work.choices import with_options
 
 

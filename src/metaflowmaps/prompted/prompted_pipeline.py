@@ -21,8 +21,8 @@ scheduler makes the steps (:class:`.scheduler_steps.SchedulerSteps`), so an unst
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaflowmaps._shapes import check_count
 from metaflowmaps.cost import Extent, extrapolated
 from metaflowmaps.errors import InputError, warn_caller
 from metaflowmaps.interop.autoencoder import Decoded
-from metaflowmaps.interop.diffusers.family import Family, Request, Size, check_rows
+from metaflowmaps.interop.diffusers.family import Family, Size
 from metaflowmaps.interop.diffusers.latent_decoder import LatentDecoder
-from metaflowmaps.interop.diffusers.prompted_model import GLASS_STEPS, PromptedModel
-from metaflowmaps.interop.diffusers.schedule import FollowedSchedule, follow, steps_alone
+from metaflowmaps.interop.diffusers.schedule import FollowedSchedule, steps_alone
 from metaflowmaps.prompted.adapters import load_adapter
+from metaflowmaps.prompted.call import Asked, Settings, Texts, ask, event_shape, setting, size_of
 from metaflowmaps.prompted.prompted_output import PromptedOutput
 from metaflowmaps.prompted.scheduler_steps import SchedulerSteps
 from metaflowmaps.random import Seed, as_seeds, fresh_seeds
@@ -49,47 +48,8 @@ from metaflowmaps.steering.diagnostics import without_pilot_pool
 from metaflowmaps.steering.presets import USUAL
 from metaflowmaps.work.choices import built
 
-AT_A_TIME = 4  # samples, where nobody says
 HOOKS = ("generator", "latents", "callback_on_step_end")
 OUTPUTS = ("pil", "np", "pt", "latent")
-Texts = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A call, made ready: the model, which prompt each sample has, and the scheduler's times."""
-
-    model: PromptedModel
-    schedule: FollowedSchedule
-    prompts: Tensor  # (n,)
-    each: int  # samples a prompt
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a pipeline computes: what bounds its memory, and what changes no sample.
-
-    Args:
-        batch_size: samples at a time.
-        micro_batch: rows that the network is given at a time; None: all of them.
-        decoded_at_a_time: rows that are decoded at a time.
-        glass_steps: of draws, for methods that draw from the model.
-        checkpointing: whether gradients recompute blocks of the network and the decoder instead of remembering them.
-        progress: whether calls show a bar.
-    """
-
-    batch_size: int = AT_A_TIME
-    micro_batch: int | None = None
-    decoded_at_a_time: int = 1
-    glass_steps: int = GLASS_STEPS
-    checkpointing: bool = True
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "decoded_at_a_time", "glass_steps"):
-            check_count(getattr(self, name), name)
-        if self.micro_batch is not None:
-            check_count(self.micro_batch, "micro_batch")
 
 
 class PromptedPipeline:
@@ -109,7 +69,7 @@ class PromptedPipeline:
             network.eval()
             if self.settings.checkpointing and getattr(network, "_supports_gradient_checkpointing", False):
                 network.enable_gradient_checkpointing()
-        self.followed = steps_alone(self.pipe.scheduler, self._setting(3, self._event_shape(self._size(None, None))))
+        self.followed = steps_alone(self.pipe.scheduler, setting(family, 3, event_shape(family, size_of(family))))
         if not self.followed:
             warn_caller(
                 f"{type(self.pipe.scheduler).__name__} draws noise of its own: its times are taken, and Euler's steps"
@@ -171,7 +131,7 @@ class PromptedPipeline:
             )
         hooks = {name: call.pop(name, None) for name in HOOKS}
         asked_for = None if process is None or isinstance(process, str) else process.steps
-        asked = self._asked(prompt, call.pop("num_inference_steps", asked_for), call)
+        asked = ask(self.family, self.settings, prompt, call.pop("num_inference_steps", asked_for), call)
         moves = self._process(chosen, process, asked.schedule)
         try:
             result = self._steered(asked, reward, chosen, moves, self._seeds(asked, chosen, seed, hooks), hooks)
@@ -260,73 +220,9 @@ class PromptedPipeline:
         """
         from metaflowmaps.prompted.tuning import configured, tune_adapter  # which brings training
 
-        asked = self._asked(prompt, None, dict(call or {}))
+        asked = ask(self.family, self.settings, prompt, None, dict(call or {}))
         config = configured(asked.model, reward, settings)
         return tune_adapter(asked.model, self._reward(asked, reward), Path(out), config)
-
-    # -- from prompts to a model -------------------------------------------------------------------------------------
-
-    def _asked(self, prompt: Texts, steps: int | None, call: dict[str, Any]) -> Asked:
-        """The call, encoded."""
-        family = self.family
-        steps = int(family.defaults["num_inference_steps"]) if steps is None else steps
-        check_count(steps, "num_inference_steps")
-        each = call.pop("num_images_per_prompt", 1)
-        check_count(each, "num_images_per_prompt")
-        size = self._size(call.pop("height", None), call.pop("width", None), call.pop("num_frames", None))
-        until = float(call.pop("guidance_until", 1.0))
-        negative = call.pop("negative_prompt", None)
-        given = {name: call.pop(name) for name in list(call) if name.removeprefix("negative_") in family.embeddings}
-        options = family.settle(call)
-        texts = _texts(prompt, "prompt")
-        if (texts is None) == (not given):
-            raise InputError("give either prompts or embeddings (prompt_embeds=…), one of the two")
-        shape = self._event_shape(size)
-        schedule = follow(self.pipe.scheduler, self._setting(steps, shape))
-        positive, other = self._encoded(texts, _texts(negative, "negative_prompt"), given, options)
-        request = Request(positive, other, size, options, schedule.grid.times[:-1], until)
-        model = PromptedModel(family, request, schedule, shape, self.settings.micro_batch, self.settings.glass_steps)
-        return Asked(model, schedule, torch.arange(request.prompts).repeat_interleave(each), each)
-
-    def _encoded(
-        self,
-        texts: list[str] | None,
-        negative: list[str] | None,
-        given: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> tuple[Any, Any]:
-        family = self.family
-        count = len(texts) if texts is not None else len(next(iter(given.values())))
-        if negative is not None and len(negative) == 1:
-            negative = negative * count
-        if negative is not None and len(negative) != count:
-            raise InputError(f"{len(negative)} negative prompts for {count} prompts: give one, or one a prompt")
-        guided = family.needs_negative(options, negative is not None or family.negatives(given))
-        if texts is None and guided and not family.negatives(given):
-            name = f"negative_{next(iter(given))}"
-            raise InputError(f"guidance compares with a negative prompt: give {name}=…, or a scale without guidance")
-        given = {name: _moved(value, family.device) for name, value in given.items()}
-        positive, other = family.encode(texts, negative, given, options)
-        rows = check_rows(positive, "embeddings of prompts")
-        if other is not None and check_rows(other, "embeddings of negative prompts") != rows:
-            raise InputError(f"{rows} prompts and {check_rows(other, '')} negative ones: give one a prompt")
-        return positive, other
-
-    def _size(self, height: int | None, width: int | None, frames: int | None = None) -> Size:
-        usual, multiple = self.family.usual_size(), self.family.multiple()
-        size = Size(height or usual.height, width or usual.width, (frames or usual.frames) if self.family.video else 0)
-        if frames and not self.family.video:
-            raise InputError(f"{type(self.pipe).__name__} makes pictures: leave num_frames out")
-        for name, pixels in (("height", size.height), ("width", size.width)):
-            if pixels % multiple:
-                raise InputError(f"{name} must be a multiple of {multiple} for this pipeline, got {pixels}")
-        return size
-
-    def _event_shape(self, size: Size) -> tuple[int, ...]:
-        return tuple(self.family.noise(1, size, torch.Generator(self.family.device).manual_seed(0)).shape[1:])
-
-    def _setting(self, steps: int, shape: tuple[int, ...]) -> Callable[[Any], None]:
-        return lambda scheduler: self.family.set_timesteps(scheduler, steps, shape)
 
     # -- steering ----------------------------------------------------------------------------------------------------
 
@@ -444,23 +340,6 @@ class PromptedPipeline:
         return self.pipe.image_processor.postprocess(pictures, output_type=output_type)
 
 
-def _texts(given: Texts, name: str) -> list[str] | None:
-    if given is None:
-        return None
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} is a text or a list of texts, got {given!r}")
-    return texts
-
-
 def _embedded(call: Mapping[str, Any]) -> Any:
     """The first of the embeddings that a call gives."""
     return next((value for name, value in call.items() if name.endswith("_embeds")), [""])
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list | tuple):
-        return [_moved(row, device) for row in value]
-    if not isinstance(value, Tensor):
-        raise InputError(f"embeddings are tensors, one row a prompt, got {type(value).__name__}")
-    return value.to(device)

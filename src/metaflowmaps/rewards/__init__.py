@@ -8,10 +8,9 @@ from metaflowmaps.rewards.compose import Tempered, WeightedSum
 from metaflowmaps.rewards.density import LogDensity
 from metaflowmaps.rewards.inverse import InverseProblem
 from metaflowmaps.rewards.likeness import Likeness
-from metaflowmaps.rewards.looks import Colour, Symmetry
 from metaflowmaps.rewards.micro import MicroBatched
 from metaflowmaps.rewards.operators import Blur, Downsample, Mask
-from metaflowmaps.rewards.style import Ink, Slant
+from metaflowmaps.rewards.style import Colour, Ink, Slant, Symmetry
 from metaflowmaps.rewards.vision import (
     OCR,
     AestheticScore,

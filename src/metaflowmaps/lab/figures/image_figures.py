@@ -56,7 +56,7 @@ class Noisy(NamedTuple):
     draws: Tensor
 
 
-class Steered(NamedTuple):
+class SteeredRow(NamedTuple):
     """What a method is called, its samples (m, C, H, W), and what one of them cost."""
 
     label: str
@@ -67,7 +67,7 @@ class Steered(NamedTuple):
 HEADINGS = ("image", "noisy", "plausible images, one network call each", "steered, and what one sample cost")
 
 
-def story(noisy: Sequence[Noisy], steered: Sequence[Steered], title: str) -> "Figure":
+def story(noisy: Sequence[Noisy], steered: Sequence[SteeredRow], title: str) -> "Figure":
     """Rows of noisy images and their draws at the left, of steered samples and their costs at the right."""
     if not noisy or not steered:
         raise InputError("story needs at least one (image, noisy, draws) and one (label, samples, cost)")

@@ -22,7 +22,6 @@ from metaflowmaps.rewards.vision.pixels import Pixels
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 # the published evaluation cuts an eighth off each picture's sides; here all of it is seen
 PIXELS = Pixels(size=(224, 224), fit="shortest", crop=(224, 224), mean=MEAN, std=STD)
-FEATURES = 1280
 
 
 class Lite0(nn.Module):

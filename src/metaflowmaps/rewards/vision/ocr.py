@@ -99,6 +99,8 @@ def _reader() -> Any:
     files = {part: sorted(folder.glob(f"*_{part.lower()}_*.onnx")) for part in PARTS}
     missing = [part for part, found in files.items() if not found]
     if missing:
-        raise InputError(f"rapidocr came without its models ({', '.join(missing)} in {folder}): {EXTRA} --force")
+        raise InputError(
+            f"rapidocr came without its models ({', '.join(missing)} in {folder}): {EXTRA} --force-reinstall"
+        )
     paths = {f"{part}.model_path": str(found[-1]) for part, found in files.items()}
     return rapidocr.RapidOCR(params={"Global.log_level": "error", **paths})
