@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MAX_WHEEL_BYTES = 10 * 2**20  # the emoji's four and the shipped maps' two, and as much again
+MAX_WHEEL_BYTES = 16 * 2**20  # the emoji's 4, their map's 5 and 4 of the other shipped ones, and a quarter more
+# pydantic pins its core to itself; a kernel that shows figures has IPython, and nothing else asks for it
+WITH_OTHERS = {"pydantic-core", "ipython"}
 NORMAL = re.compile(r"[-_.]+")
 
 
@@ -32,7 +34,7 @@ def test_everything_that_is_imported_is_declared():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for name in {name.partition(".")[0] for name in names} - {"metaflowmaps"} - sys.stdlib_module_names:
                 owners = {NORMAL.sub("-", owner).lower() for owner in known.get(name, [name])}
-                if not owners & (declared | {"pydantic-core"}):  # pydantic pins it to itself
+                if not owners & (declared | WITH_OTHERS):
                     undeclared.setdefault(name, file.name)
     assert undeclared == {}
 
