@@ -158,21 +158,32 @@ def test_steering_raises_the_reward_and_is_that_of_steer(pipe):
         pipe.steer("goldfish", bright_left, "mfm_g")
 
 
-def test_what_does_not_fit_memory_is_made_in_smaller_batches(pipe):
+@pytest.mark.parametrize("what", ["reward", "network"])
+def test_what_does_not_fit_memory_is_made_in_smaller_batches(pipe, what):
     most = []
 
-    def hungry(x):
-        most.append(len(x))
-        if len(x) > 2:
+    def hungry(rows):
+        most.append(rows)
+        if rows > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def reward(x):
+        if what == "reward":
+            hungry(len(x))
         return bright_left(x)
 
     options = {"num_images": 4, "process": mfm.ODE(steps=2), "seed": torch.arange(4)}
-    out = in_batches(pipe, 4).steer("goldfish", hungry, mfm.MFMG(1), **options)
+    easy = in_batches(pipe, 2).steer("goldfish", bright_left, mfm.MFMG(1), **options)
+    if what == "reward":  # which is judged in smaller parts, in batches as they were
+        with pytest.warns(UserWarning, match="micro_batch=2"):
+            out = in_batches(pipe, 4).steer("goldfish", reward, mfm.MFMG(1), **options)
+    else:
+        hook = pipe.model.network.register_forward_pre_hook(lambda _module, given: hungry(len(given[0])))
+        out = in_batches(pipe, 4).steer("goldfish", reward, mfm.MFMG(1), **options)
+        hook.remove()
     assert max(most) == 4
     assert most[-1] <= 2
     assert 2 in most  # halved, not given up
-    easy = in_batches(pipe, 2).steer("goldfish", bright_left, mfm.MFMG(1), **options)
     torch.testing.assert_close(out.latents, easy.latents, rtol=1e-4, atol=1e-5)
 
     def broken(x):

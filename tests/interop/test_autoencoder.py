@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,26 @@ def test_a_decoded_reward_is_the_reward_of_the_picture_with_its_gradient(exact):
     h = 1e-6  # as above
     slope = float((reward(z + h * direction) - reward(z - h * direction)).sum()) / (2 * h)
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_decoded_reward_holds_the_pictures_of_one_part(gradient):
+    codec, pictures, judged = tiny_codec(micro_batch=2), [], []
+    codec.register_forward_hook(lambda _module, _given, out: pictures.append(weakref.ref(out)))
+
+    def watched(x, cond):
+        judged.append((len(x), sum(picture() is not None for picture in pictures)))
+        return cond["weight"] * brightness(x)
+
+    z, cond = normal(7, 4, 2, 2, seed="z").float().requires_grad_(gradient), {"weight": torch.arange(7.0)}
+    r = Decoded(watched, codec)(z, cond)
+    assert judged == [(2, 1)] * 3 + [(1, 1)]
+    assert not any(picture() is not None for picture in pictures)
+    torch.testing.assert_close(r, cond["weight"] * brightness(codec.decode(z)), rtol=0, atol=6 * ROUNDING)
+    if gradient:
+        (found,) = torch.autograd.grad(r.sum(), z)
+        (whole,) = torch.autograd.grad((cond["weight"] * brightness(codec.decode(z))).sum(), z)
+        torch.testing.assert_close(found, whole, rtol=0, atol=6 * ROUNDING)
 
 
 def test_a_decoded_reward_passes_on_what_the_reward_declares(codec):

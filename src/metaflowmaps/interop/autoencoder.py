@@ -8,7 +8,8 @@ unit size (scale .18215 for ``stabilityai/sd-vae-ft-mse``, shift 0):
 A reward on pictures becomes one on latents as ``Decoded(reward, codec)``: r(D(z)). Its gradient goes through the
 decoder, whose activations are a thousand times the size of a latent. Therefore rows are decoded ``micro_batch`` at a
 time, and under a gradient each such part is checkpointed: only its latents and pictures are kept, and it is decoded
-again when the gradient comes back. Memory then does not grow with the number of rows, for one more decode a row.
+again when the gradient comes back. A reward judges each part before the next is decoded
+(:mod:`metaflowmaps.rewards.micro`), with or without a gradient: of a part its values and ∂r/∂z stay, and no picture.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from metaflowmaps.errors import InputError
 from metaflowmaps.random import Source, randn
 from metaflowmaps.rewards.base import describe, is_differentiable, rows_of
 from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.rewards.micro import Parts
 
 SD_VAE = "stabilityai/sd-vae-ft-mse"
 HUB_SECONDS = 10.0  # that the hub has to answer
@@ -222,7 +224,9 @@ def decoded_in_parts(
 
 
 class Decoded:
-    """A reward on pictures as one on latents, r(z) = reward(decode(z)).
+    """A reward on pictures as one on latents, r(z) = reward(decode(z)), of the codec's ``micro_batch`` rows at a time.
+
+    Its gradient goes to z alone, once.
 
     Args:
         reward: A reward of (B, 3, H, W).
@@ -234,10 +238,14 @@ class Decoded:
         self.codec = codec
         self.differentiable = is_differentiable(reward)
         self.strength = float(getattr(reward, "strength", 1.0))
+        self.parts = Parts(getattr(codec, "micro_batch", None))
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            return self.reward(self.codec.decode(x), cond)
+            return self.parts.judged(self._judge, x, cond, self.rows_for(x))
+
+    def _judge(self, x: Tensor, cond: Cond) -> Tensor:
+        return self.reward(self.codec.decode(x), cond)
 
     def rows_for(self, x: Tensor) -> int | None:
         """How many samples the reward is about, row by row, judged by a blank picture."""

@@ -24,7 +24,7 @@ class Settings:
     Args:
         batch_size: samples at a time.
         micro_batch: rows that the network is given at a time; None: all of them.
-        decoded_at_a_time: rows that are decoded at a time.
+        decoded_at_a_time: rows that are decoded, and judged by their pictures, at a time.
         glass_steps: of draws, for methods that draw from the model.
         checkpointing: whether gradients recompute blocks of the network and the decoder instead of remembering them.
         progress: whether calls show a bar.

@@ -56,6 +56,12 @@ class Parts:
         value: Tensor = _Differentiated.apply(x, evaluated)
         return value
 
+    def judged(self, reward: Callable[[Tensor, Cond], Tensor], x: Tensor, cond: Cond, together: int | None) -> Tensor:
+        """reward(x, cond), (B,), part by part, what ``cond`` has a row each of parted with the rows."""
+        given = dict(cond or {})
+        per_row = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.shape[:1] == x.shape[:1]}
+        return self(lambda part, rows: reward(part, {**given, **rows}), x, per_row, together or 1)
+
     def _in_parts(self, part: Callable[[int, int], Part], rows: int, together: int) -> list[Part]:
         made: list[Part] = []
         begin = 0
@@ -93,12 +99,8 @@ class MicroBatched:
 
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
-        given = dict(cond or {})
-        per_row = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.shape[:1] == x.shape[:1]}
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            return self.parts(
-                lambda part, rows: self.reward(part, {**given, **rows}), x, per_row, rows_of(self.reward, x) or 1
-            )
+            return self.parts.judged(self.reward, x, cond, rows_of(self.reward, x))
 
     def __repr__(self) -> str:
         return f"MicroBatched({describe(self.reward.reward)}, rows={self.parts.rows}, strength={self.strength:g})"
