@@ -3,7 +3,7 @@
 ``own`` is the largest difference of latents from those of diffusers' pipeline on the same noise, over plain and guided
 calls, relative to the largest latent (or to 1); ``pictures`` that of decoded pictures. ``gradient`` is the decoder's
 directional derivative against a central difference. Methods report by how much the mean reward rises above that of
-unsteered samples of the same seeds, in its standard deviations over them, and network calls a sample.
+unsteered samples of the same process and noise, in its standard deviations over them, and network calls a sample.
 """
 
 from typing import Any
@@ -20,10 +20,12 @@ from metaflowmaps.interop.diffusers.latent_decoder import LatentDecoder
 from metaflowmaps.prompted import PromptedPipeline
 
 SAMPLES, STEPS = 8, 4
+UNFELT = 1e-4  # an exponent under which particles all live
 METHODS = {
     "DPS": mfm.DPS(),
     "GLASS": mfm.Glass(num_draws=16, glass_steps=2),
-    "SMC": mfm.SMC(num_draws=4, particles=SAMPLES),
+    "SMC": mfm.SMC(num_draws=4, particles=SAMPLES, guide="none"),
+    "SMC, guided by values": mfm.SMC(num_draws=4, particles=SAMPLES),
     "best of 4": mfm.BestOfN(n=4),
 }
 
@@ -62,15 +64,15 @@ def steered(pipe: PromptedPipeline, name: str) -> dict[str, dict[str, float]]:
     given = tiny.embeds | (tiny.negative if call != "plain" else {})
     arguments: dict[str, Any] = {key: value[:1] for key, value in given.items()} | options | tiny.size
     arguments |= {"num_images_per_prompt": SAMPLES, "num_inference_steps": STEPS, "seed": 5, "output_type": "latent"}
-    base = pipe.steer(reward=brightness(1.0), method=mfm.BestOfN(n=1), **arguments).rewards
-    spread = float(base.std())
-    reward = brightness(1 / spread)  # an exponent that tilts by a standard deviation, whatever the decoder's gain
     rows = {}
     for title, method in METHODS.items():
+        alike = method if isinstance(method, mfm.SMC) else mfm.BestOfN(n=1)  # SMC moves by the SDE
+        base = pipe.steer(reward=brightness(UNFELT), method=alike, **arguments).rewards / UNFELT
+        spread = float(base.std())
+        reward = brightness(1 / spread)  # an exponent that tilts by a standard deviation, whatever the decoder's gain
         made = pipe.steer(reward=reward, method=method, **arguments)
-        gain = float(made.rewards.mean() - base.mean() / spread)
         rows[title] = {
-            "gain": gain,
+            "gain": float(made.rewards.mean() - base.mean() / spread),
             "calls": made.cost["forwards"] / SAMPLES,
             "decodes": made.cost["decodes"] / SAMPLES,
         }
