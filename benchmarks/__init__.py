@@ -33,6 +33,7 @@ BENCHMARKS = {
     "control": "control:main",
     "diffusers-families": "diffusers_families:main",
     "diffusers-memory": "diffusers_memory:main",
+    "quick-decoder": "quick_decoder:main",
     "weighted-posterior": "weighted_posterior:main",
     "general-contexts": "contexts:main",
     "simulators": "contexts:simulators",
