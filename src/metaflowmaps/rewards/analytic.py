@@ -21,8 +21,8 @@ class LinearGaussian:
 
     Examples:
         >>> reward = mfm.rewards.LinearGaussian(torch.tensor([1.0, 0.0]), y=2.0, noise_std=1.0)
-        >>> reward(torch.tensor([[2.0, 5.0], [0.0, 0.0]]))
-        tensor([-0., -2.])
+        >>> reward(torch.tensor([[1.0, 5.0], [0.0, 0.0]]))
+        tensor([-0.5000, -2.0000])
     """
 
     differentiable = True
