@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from benchmarks.tiny_pipelines import FAMILIES
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,6 +39,8 @@ def made_by(pipe: Any, name: str) -> Tensor:
 
 def published(name: str, folder: Path) -> Path:
     """A LoRA for a family, random in both factors, as diffusers saves it."""
+    import peft  # seconds, which no other worker of the suite needs to spend
+
     pipe = FAMILIES[name].make()
     part = "unet" if hasattr(pipe, "unet") else "transformer"
     network = getattr(pipe, part)
@@ -48,7 +48,7 @@ def published(name: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         network.add_adapter(settings, adapter_name="style")
-    weights = {k: v.contiguous() for k, v in get_peft_model_state_dict(network, adapter_name="style").items()}
+    weights = {k: v.contiguous() for k, v in peft.get_peft_model_state_dict(network, adapter_name="style").items()}
     metadata = {f"{part}_lora_adapter_metadata": network.peft_config["style"].to_dict()}
     type(pipe).save_lora_weights(folder, **{f"{part}_lora_layers": weights}, **metadata)
     return folder
