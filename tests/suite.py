@@ -3,6 +3,7 @@
 Its last lines say how much memory each worker took, and what was skipped and why.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -70,6 +71,13 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers take files in this order, with ``--no-loadscope-reorder``."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: the garbage collector need not walk over it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000)  # of 700; of garbage in cycles alone, and the memory of a worker is watched below
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def gradients(loss, flow, theta):
 @both
 def test_data_targets_have_no_gradient_on_average(path, chart, which):
     """E[d loss/dθ] = 0 at the exact map: within 4 standard errors (level 6e-5); far outside off it."""
-    n = 4_000
+    n = 1_500
     p = Problem(path, chart, n=n, steps=8, high=0.9)
     p.a, p.b = 0.9 * p.a, 0.9 * p.b
     z, target = p.couple(p.a)

@@ -111,7 +111,9 @@ KINDS = {
 }
 
 
-ALIKE = ("none", "self-normalised", "draft", "low rank", "with classes")  # keep nothing that another does not
+# they keep nothing that another does not: a learned baseline is in "direct", its distilled map in "running", and
+# optimizers are resumed in tests/training
+ALIKE = ("none", "self-normalised", "draft", "low rank", "with classes", "learned", "draws", "adam and micro-batches")
 
 
 @pytest.mark.usefixtures("no_sync")

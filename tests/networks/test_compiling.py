@@ -209,7 +209,7 @@ def traced(monkeypatch, network):
     return network
 
 
-@pytest.mark.parametrize("name", ["unet", "dit", pytest.param("mlp", marks=pytest.mark.attack)])
+@pytest.mark.parametrize("name", ["unet", *(pytest.param(n, marks=pytest.mark.attack) for n in ("dit", "mlp"))])
 def test_nothing_is_compiled_again_in_steady_state(name, monkeypatch):
     """A step's calls: with gradient, without one, and of as many rows as guidance moves, which changes."""
     plain = awake(name)
