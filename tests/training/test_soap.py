@@ -141,3 +141,22 @@ def test_bases_become_eigenvectors_and_stay_orthonormal(shape: tuple[int, int]) 
         assert (q.T @ q - torch.eye(len(q), dtype=torch.float64)).abs().max() < 1e-12
         assert torch.allclose(turned.diagonal(), eigenvalues, rtol=0.02)  # the factor itself swings by 1 − β₂ = 0.03
         assert (turned - turned.diagonal().diag()).abs().max() < 0.1 * eigenvalues[0]
+
+
+def test_a_state_of_version_0_1_goes_on() -> None:
+    """It keeps the first moment in the coordinates of the weight."""
+    shape = (4, 3)
+    given, weight = gradients(shape), torch.ones(shape, dtype=torch.float64)
+    stop = REFRESH + 2  # the basis has turned and is on its way
+    whole, _ = run(weight, given)
+    half, old = run(weight, given[:stop])
+    stored = old.state_dict()
+    state = stored["state"][0]
+    state["m"] = state["q_left"] @ state.pop("m_rotated") @ state["q_right"].T
+    p = torch.nn.Parameter(half.clone())
+    resumed = SOAP([p])
+    resumed.load_state_dict(stored)
+    for g in given[stop:]:
+        p.grad = g.clone()
+        resumed.step()
+    assert (p.detach() - whole).abs().max() < ROUNDING

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from metaflowmaps._shapes import check_count
 from metaflowmaps.errors import InputError
@@ -64,7 +65,7 @@ class MLP(Compilable):
         self.hidden = nn.Sequential(*layers)
         self.modulation: nn.ModuleList | None = None
         if config.modulation:
-            self.modulation = nn.ModuleList(silenced(nn.Linear(times, 2 * width)) for _ in range(layers_after))
+            self.modulation = nn.ModuleList(silenced(Modulation(times, 2 * width)) for _ in range(layers_after))
         self.output = silenced(nn.Linear(width, dim))
         if self.labels is not None:
             nn.init.zeros_(self.labels.weight)
@@ -110,6 +111,14 @@ class MLP(Compilable):
         first, *layers = self.hidden
         h = first(h)
         for linear, activation, modulate in zip(layers[::2], layers[1::2], self.modulation, strict=True):
-            scale, shift = modulate(times).chunk(2, 1)
-            h = h + activation(linear(h) * (1 + scale) + shift)
+            factor, shift = modulate(times)
+            h = h + activation(torch.addcmul(shift, linear(h), factor))
         return h
+
+
+class Modulation(nn.Linear):
+    """Features of the times -> (1 + scale, shift); of the weight's halves, whose gradients are put together for little."""
+
+    def forward(self, times: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (scale, shift), (scale_bias, shift_bias) = self.weight.chunk(2), self.bias.chunk(2)
+        return functional.linear(times, scale, 1 + scale_bias), functional.linear(times, shift, shift_bias)

@@ -2,7 +2,8 @@ r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., arXiv
 
 For a weight matrix with gradient G keep ``L ← EMA(G Gᵀ)``, ``R ← EMA(Gᵀ G)`` and their eigenvectors Q_L, Q_R, refreshed
 every few steps by one orthogonal iteration. Adam's second moment lives in the rotated coordinates ``Q_Lᵀ G Q_R``; the
-step is rotated back. Vectors and scalars get plain Adam.
+step is rotated back. Both moments are kept there: the first is turned into new coordinates where they change, and is not
+rotated at every step. Vectors and scalars get plain Adam.
 
 Teacher targets carry no noise, so training a small map is function approximation, where a curvature-aware step pays:
 docs/log.md has the comparison with Adam at equal time.
@@ -43,20 +44,21 @@ class SOAP(torch.optim.Optimizer):
     def _update(self, p: Tensor, grad: Tensor, state: Slots, group: Slots) -> None:
         beta_1, beta_2 = group["betas"]
         g = grad.flatten(1) if grad.ndim > 1 else grad
+        matrix = g.ndim == 2
         if not state:
             _initialise(state, g)
+        elif matrix and "m" in state:  # of version 0.1, in the coordinates of the weight
+            state["m_rotated"] = _rotate(state.pop("m"), state)
         state["step"] += 1
-        m, v = state["m"], state["v"]
-        m.lerp_(g, 1 - beta_1)
-        rotated = _rotate(g, state) if g.ndim == 2 else g
+        rotated = _rotate(g, state) if matrix else g
+        m, v = state["m_rotated" if matrix else "m"].lerp_(rotated, 1 - beta_1), state["v"]
         v.mul_(beta_2).addcmul_(rotated, rotated, value=1 - beta_2)
         correction_1, correction_2 = 1 - beta_1 ** state["step"], 1 - beta_2 ** state["step"]
-        scale = (v / correction_2).sqrt_().add_(group["eps"])
-        update = (_rotate(m, state) if g.ndim == 2 else m) / scale
-        if g.ndim == 2:
-            update = state["q_left"] @ update @ state["q_right"].T
-            state["left"].lerp_(g @ g.T, 1 - beta_2)
-            state["right"].lerp_(g.T @ g, 1 - beta_2)
+        update = m / (v / correction_2).sqrt_().add_(group["eps"])
+        if matrix:
+            update = _rotate_back(update, state)
+            state["left"].addmm_(g, g.T, beta=beta_2, alpha=1 - beta_2)
+            state["right"].addmm_(g.T, g, beta=beta_2, alpha=1 - beta_2)
             if state["step"] % group["refresh"] == 0:
                 _refresh(state)
         if group["weight_decay"]:
@@ -65,8 +67,8 @@ class SOAP(torch.optim.Optimizer):
 
 
 def _initialise(state: Slots, g: Tensor) -> None:
-    state["step"] = 0
-    state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
+    state["step"], state["v"] = 0, torch.zeros_like(g)
+    state["m_rotated" if g.ndim == 2 else "m"] = torch.zeros_like(g)
     if g.ndim == 2:
         state["left"], state["right"] = g @ g.T, g.T @ g
         # LAPACK answers in column order; a state read back from disk is in row order, and a product rounds by it
@@ -87,11 +89,19 @@ def _rotate(g: Tensor, state: Slots) -> Tensor:
     return rotated
 
 
+def _rotate_back(rotated: Tensor, state: Slots) -> Tensor:
+    back: Tensor = state["q_left"] @ rotated @ state["q_right"].T
+    return back
+
+
 def _refresh(state: Slots) -> None:
     """One orthogonal iteration a side, columns kept in order of their eigenvalue estimates, v permuted along."""
+    m = _rotate_back(state["m_rotated"], state)
     for side, axis in (("left", 0), ("right", 1)):
         matrix, q = state[side], state[f"q_{side}"]
         image = matrix @ q
         order = (q * image).sum(0).argsort(descending=True)
         state["v"] = state["v"].index_select(axis, order)
-        state[f"q_{side}"] = torch.linalg.qr(image[:, order])[0].contiguous()
+        # Q of linalg.qr to the bit, without its R
+        state[f"q_{side}"] = torch.linalg.householder_product(*torch.geqrf(image[:, order])).contiguous()
+    state["m_rotated"] = _rotate(m, state)
