@@ -39,15 +39,16 @@ def test_examples_of_own_networks_fit_on_a_screen(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 100
 
 
-def test_chains_under_an_energy_swell(monkeypatch, capsys):
-    """With 8 draws the tilt is not whole: of the energy that it takes away, more than half must be gone."""
+def test_steered_chains_have_the_energy_of_eight_draws(monkeypatch, capsys):
     printed = run_example(monkeypatch, capsys, "chain.py", 32)
     assert "check: None" in printed
     energies = re.findall(r"energy in kT free ([\d.]+), repelling ([\d.]+), steered ([\d.]+)", printed)
     assert len(energies) == 3
     free, exact, steered = torch.tensor([[float(n) for n in row] for row in energies]).sum(0)
     assert exact < free
-    assert steered < (exact + free) / 2
+    # 640 chains of each length have 3.13, where the whole tilt has 2.50; the means of 32, with deviations of .70, .95
+    # and 1.25, scatter by .30 in sum. Half the reward gives 5.03, twice the reward 1.53
+    assert float(steered) == pytest.approx(3.13, abs=4 * 0.30)
 
 
 def test_the_own_network_tutorial_runs(monkeypatch, capsys, tmp_path):
