@@ -128,6 +128,31 @@ def diffusers_memory(result: dict[str, Any]) -> Rows:
     return [head, *rows]
 
 
+def quick_decoder(result: dict[str, Any]) -> Rows:
+    """Seconds and memory of a picture's reward and of its gradient by two decoders, and their ratios."""
+    cells = {
+        found["kind"]: [
+            found["weights"],
+            *(found[by][of] for by in ("values", "gradients") for of in ("seconds", "bytes")),
+        ]
+        for found in result["decoders"].values()
+    }
+    rows = [
+        [
+            kind,
+            number(weights / 1e6, 1),
+            number(value, 1),
+            number(held / 1e6, 0),
+            number(slope, 1),
+            number(most / 1e6, 0),
+        ]
+        for kind, (weights, value, held, slope, most) in cells.items()
+    ]
+    ratios = [number(full / quick, 1) for full, quick in zip(*cells.values(), strict=True)]
+    head = ["decoder", "M weights", "reward, s", "its memory, MB", "gradient, s", "its memory, MB"]
+    return [head, *rows, ["ratio", *ratios]]
+
+
 def processes(result: dict[str, Any]) -> Rows:
     """Maps of a process with exact posteriors, by number of observations."""
     cells = result["processes"]
@@ -611,6 +636,7 @@ TABLES = {
     "world-size": Table("world-size.json", world_size),
     "diffusers-families": Table("diffusers-families.json", diffusers_families),
     "diffusers-memory": Table("diffusers-memory.json", diffusers_memory),
+    "quick-decoder": Table("quick-decoder.json", quick_decoder),
     "memory": Table("memory.json", memory),
     "weighted-posterior": Table("weighted-posterior.json", weighted_posterior),
     "weighted-by-draws": Table("weighted-posterior.json", weighted_by_draws),
