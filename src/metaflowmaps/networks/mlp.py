@@ -117,7 +117,7 @@ class MLP(Compilable):
 
 
 class Modulation(nn.Linear):
-    """Features of the times -> (1 + scale, shift); of the weight's halves, whose gradients are put together for little."""
+    """Features of the times -> (1 + scale, shift); of the weight's halves, whose gradients join for little."""
 
     def forward(self, times: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         (scale, shift), (scale_bias, shift_bias) = self.weight.chunk(2), self.bias.chunk(2)

@@ -2,8 +2,8 @@ r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., arXiv
 
 For a weight matrix with gradient G keep ``L ← EMA(G Gᵀ)``, ``R ← EMA(Gᵀ G)`` and their eigenvectors Q_L, Q_R, refreshed
 every few steps by one orthogonal iteration. Adam's second moment lives in the rotated coordinates ``Q_Lᵀ G Q_R``; the
-step is rotated back. Both moments are kept there: the first is turned into new coordinates where they change, and is not
-rotated at every step. Vectors and scalars get plain Adam.
+step is rotated back. Both moments are kept there: the first is turned into new coordinates where they change, not at
+every step. Vectors and scalars get plain Adam.
 
 Teacher targets carry no noise, so training a small map is function approximation, where a curvature-aware step pays:
 docs/log.md has the comparison with Adam at equal time.
