@@ -224,6 +224,27 @@ def test_bfloat16_is_near_float32(pipe):
         half.to(dtype=torch.float64)
 
 
+def test_halved_weights_make_the_same_pictures(pipe, tmp_path):
+    """To the bit: autocast rounds the same matrices at every use. Saving them, or float32 again, is refused."""
+    rounded, halved = (mfm.Pipeline(make_map(), tiny_codec(), imagenet.class_names(), progress=False) for _ in range(2))
+    rounded.to(dtype=torch.bfloat16)
+    assert halved.halve().halve() is halved
+    held = {name for name, p in halved.model.network.named_parameters() if p.dtype == torch.bfloat16}
+    parts = ("attention.qkv", "attention.out", "mlp.0", "mlp.2")  # times, what scales by them and patches stay whole
+    assert held == {f"blocks.{block}.{part}.weight" for block in range(2) for part in parts}
+    seeds = torch.arange(2)
+    a, b = (p("goldfish", steps=2, num_images=2, seed=seeds) for p in (rounded, halved))
+    assert torch.equal(a.latents, b.latents)
+    assert b.latents.dtype == torch.float32
+    method = mfm.MFMG(num_draws=1), mfm.ODE(steps=2)
+    a, b = (p.steer("goldfish", bright_left, *method, seed=seeds[:1]) for p in (rounded, halved))
+    assert torch.equal(a.latents, b.latents)
+    with pytest.raises(InputError, match="before halve"):
+        halved.save_pretrained(tmp_path / "halved")
+    with pytest.raises(InputError, match="open the map again"):
+        halved.to(dtype=torch.float32)
+
+
 def test_pixel_models_need_no_autoencoder():
     digits = mfm.Pipeline.from_pretrained("digits")
     digits.progress = False

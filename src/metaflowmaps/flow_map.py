@@ -141,9 +141,10 @@ class MetaFlowMap(Pretrained):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        first = next(self.network.parameters(), None)
-        return torch.get_default_dtype() if first is None else first.dtype
+        """The dtype of the weights; of those that are not rounded, where a pipeline holds some in bfloat16."""
+        dtypes = (p.dtype for p in self.network.parameters())
+        first = next(dtypes, torch.get_default_dtype())
+        return first if first != torch.bfloat16 else next((d for d in dtypes if d != torch.bfloat16), first)
 
     @property
     def device(self) -> torch.device:

@@ -36,6 +36,7 @@ from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.interop.autoencoder import AutoencoderCodec, Decoded
 from metaflowmaps.interop.opening import DOCUMENT, codec_of, names_of, open_map, pipeline_document, stored
 from metaflowmaps.networks.compiling import Compile, Precision, use_compiled
+from metaflowmaps.networks.precision import hold_rounded
 from metaflowmaps.random import Seed, as_seeds, randn
 from metaflowmaps.steering import Method, Process, steer
 from metaflowmaps.steering.presets import settled
@@ -96,7 +97,7 @@ class Pipeline:
         self.model, self.codec = model.eval().requires_grad_(False), codec
         self.class_names = tuple(class_names)
         self.guidance, self.batch_size, self.progress = guidance, batch_size, progress
-        self.precision, self.compile = torch.float32, compile
+        self.precision, self.compile, self.halved = torch.float32, compile, False
         self._told: tuple[Any, str | None] = (None, None)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise InputError(f"{len(self.class_names)} names for {self.num_classes} classes: give one a class")
@@ -133,6 +134,8 @@ class Pipeline:
 
     def save_pretrained(self, path: str | FilePath, vae: str | None = None) -> None:
         """A checkpoint with ``pipeline.json``; ``vae`` names the autoencoder, None writes it beside the map."""
+        if self.halved:
+            raise InputError("halved weights are rounded: save the pipeline before halve(), or copy its checkpoint")
         place = None if self.codec is None else vae or "vae"
         document = pipeline_document(self.model, self.class_names, place, self.guidance)
         save_model(self.model, path, documents={DOCUMENT: document})
@@ -142,6 +145,8 @@ class Pipeline:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         """Move it, and set what the networks compute in: torch.float32 or torch.bfloat16."""
         if dtype is not None:
+            if self.halved and dtype != torch.bfloat16:
+                raise InputError(f"weights that were halved compute in torch.bfloat16, not {dtype}: open the map again")
             if dtype not in (torch.float32, torch.bfloat16):
                 raise InputError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
             self.precision = dtype  # by autocast: weights stay as they are, and can be saved
@@ -149,6 +154,22 @@ class Pipeline:
             self.model.to(device)
             if self.codec is not None:
                 self.codec.to(device)
+        return self
+
+    def halve(self) -> "Pipeline":
+        """Compute in bfloat16, and hold in it the matrices that it rounds at every use: the same pictures, to the bit.
+
+        For sampling and serving: the map cannot be saved from here on, nor compute in float32. Weights of a transformer
+        take two thirds of their memory (what scales its tokens by the times stays float32); those of a ``unet``, whose
+        convolutions normalise them at every use, as much as before.
+        """
+        if not self.halved:
+            use_compiled(self.model.network, False, self.device)  # hooks see layers that are not compiled alone
+            self._told = (None, None)
+            state = torch.zeros((1, *self.model.event_shape), dtype=self.model.dtype, device=self.device)
+            cond = self.condition(None, None, 1)
+            hold_rounded(self.model.network, lambda: self.model.drift(0.5, state, cond), self.device, torch.bfloat16)
+            self.precision, self.halved = torch.bfloat16, True
         return self
 
     # -- what it is --------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ all of the cost, are left to autocast. Errors of the products are not seen by a 
 step of a difference depends on the precision (docs/scale.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def autocasting(device: torch.device) -> bool:
@@ -28,3 +30,37 @@ def unrounded(*inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return
     with torch.autocast(device.type, enabled=False):
         yield tuple(x if x.dtype == torch.float64 else x.float() for x in inputs)
+
+
+@torch.no_grad()
+def hold_rounded(network: nn.Module, call: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> int:
+    """Hold in ``dtype`` the matrices that autocast rounds to it at every use: nothing that it computes changes.
+
+    Args:
+        network: changed in place; not compiled, and frozen.
+        call: runs every part of it once.
+        device: where it is.
+        dtype: bfloat16, say.
+
+    Returns:
+        How many matrices were rounded.
+    """
+    rounded: dict[nn.Module, bool] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rounded[layer] = rounded.get(layer, True) and autocasting(device)
+
+    layers = [
+        m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d) and not parametrize.is_parametrized(m)
+    ]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with torch.autocast(device.type, dtype):
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chosen = [layer for layer in layers if rounded.get(layer)]
+    for layer in chosen:
+        layer.weight.data = layer.weight.data.to(dtype)  # type: ignore[union-attr, operator]
+    return len(chosen)
