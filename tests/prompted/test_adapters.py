@@ -152,7 +152,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def drift_of(name: str) -> tuple[Any, AdaptedDrift]:
     ours = opened(name)
-    model = ask(ours.family, ours.settings, None, None, call_of(name)).model
+    model = ask(ours.family, ours.settings, None, 3, call_of(name)).model
     return model, AdaptedDrift(model, Adapter(ours.family, 2, ATTENTION, 0))
 
 

@@ -230,6 +230,12 @@ def test_an_estimate_counts_what_the_call_will_cost():
         assert guessed[key] == made.cost[key]
 
 
+def test_a_process_by_name_has_the_familys_steps(monkeypatch):
+    monkeypatch.setitem(flux().family.defaults, "num_inference_steps", 4)
+    call = FLUX.embeds | FLUX.size | {"process": "ode", "output_type": "latent"}
+    assert flux().estimate(**call)["forwards"] == flux()(**call).cost["forwards"] == 4 * 2
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

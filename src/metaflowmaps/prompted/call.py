@@ -54,17 +54,16 @@ class Asked:
     each: int  # samples a prompt
 
 
-def ask(family: Family, settings: Settings, prompt: Texts, steps: int | None, call: dict[str, Any]) -> Asked:
+def ask(family: Family, settings: Settings, prompt: Texts, steps: int, call: dict[str, Any]) -> Asked:
     """The call, encoded.
 
     Args:
         family: of the pipeline.
         settings: how it computes.
         prompt: texts; None where ``call`` has embeddings.
-        steps: of the scheduler; None: as the family has them.
+        steps: of the scheduler.
         call: the call's other arguments; those that are used are taken out.
     """
-    steps = int(family.defaults["num_inference_steps"]) if steps is None else steps
     check_count(steps, "num_inference_steps")
     each = call.pop("num_images_per_prompt", 1)
     check_count(each, "num_images_per_prompt")

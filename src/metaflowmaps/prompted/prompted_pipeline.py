@@ -42,7 +42,7 @@ from metaflowmaps.prompted.prompted_output import PromptedOutput
 from metaflowmaps.prompted.scheduler_steps import SchedulerSteps
 from metaflowmaps.random import Seed, as_seeds, fresh_seeds
 from metaflowmaps.rewards.base import no_reward
-from metaflowmaps.rewards.checked import checked_reward
+from metaflowmaps.rewards.micro import MicroBatched
 from metaflowmaps.steering import ODE, Method, Process, SteerResult, Unsteered, steer
 from metaflowmaps.steering.diagnostics import without_pilot_pool
 from metaflowmaps.steering.presets import USUAL
@@ -130,8 +130,7 @@ class PromptedPipeline:
                 "without gradients, such as mfm.Glass() or mfm.BestOfN()"
             )
         hooks = {name: call.pop(name, None) for name in HOOKS}
-        asked_for = None if process is None or isinstance(process, str) else process.steps
-        asked = ask(self.family, self.settings, prompt, call.pop("num_inference_steps", asked_for), call)
+        asked = ask(self.family, self.settings, prompt, self._steps(process, call), call)
         moves = self._process(chosen, process, asked.schedule)
         try:
             result = self._steered(asked, reward, chosen, moves, self._seeds(asked, chosen, seed, hooks), hooks)
@@ -165,8 +164,7 @@ class PromptedPipeline:
         plain = Unsteered() if reward is None and method is None else method
         chosen = built(Method, USUAL.method if plain is None else plain)
         moves = None if process is None else built(Process, process)
-        asked = self.family.defaults["num_inference_steps"] if moves is None else moves.steps
-        steps = call.pop("num_inference_steps", asked)
+        steps = self._steps(process, call)
         call = {name: value for name, value in call.items() if name not in ("seed", "output_type", *HOOKS)}
         prompts = 1 if isinstance(prompt, str) else len(prompt or _embedded(call))
         system, batch_size = chosen.system or num_images_per_prompt, self.settings.batch_size
@@ -220,11 +218,18 @@ class PromptedPipeline:
         """
         from metaflowmaps.prompted.tuning import configured, tune_adapter  # which brings training
 
-        asked = ask(self.family, self.settings, prompt, None, dict(call or {}))
+        options = dict(call or {})
+        asked = ask(self.family, self.settings, prompt, self._steps(None, options), options)
         config = configured(asked.model, reward, settings)
         return tune_adapter(asked.model, self._reward(asked, reward), Path(out), config)
 
     # -- steering ----------------------------------------------------------------------------------------------------
+
+    def _steps(self, process: Process | str | None, call: dict[str, Any]) -> int:
+        """As the call says (which is taken out of it), or the process with its options, or the family."""
+        usual = process.steps if isinstance(process, Process) else self.family.defaults["num_inference_steps"]
+        steps: int = call.pop("num_inference_steps", usual)
+        return steps
 
     def _process(self, method: Method, process: Process | str | None, schedule: FollowedSchedule) -> Process:
         """On the scheduler's times, unless a grid is asked for."""
@@ -329,7 +334,8 @@ class PromptedPipeline:
         if len(latents) and (judged_again or output_type != "latent"):
             pictures = self._decoder(asked.model.request.size).decode(latents)
             if reward is not None and judged_again:
-                rewards = checked_reward(reward)(pictures, {"prompt": prompts.to(latents.device)})
+                in_parts = MicroBatched(reward, self.settings.decoded_at_a_time)
+                rewards = in_parts(pictures, {"prompt": prompts.to(latents.device)})
             images = latents if output_type == "latent" else self._processed(pictures, output_type)
         rest = (rewards, result.info, result.interrupted)
         return PromptedOutput(images, latents, prompts, result.seeds, result.cost, *rest)
