@@ -2,7 +2,7 @@
 # On a bare machine with one GPU, python3 and torch, and no network: everything that docs/scale.md wants to know.
 #
 #   benchmarks/gpu.sh PART [OUT]        each part fits in nine minutes and leaves what it found in OUT (runs/gpu)
-#   benchmarks/gpu.sh all [OUT]         all of them, one after the other
+#   benchmarks/gpu.sh all [OUT]         all of them, one after the other, past those that fail
 #
 # install   wheels of WHEELS (the project's own and what it needs) into OUT/site, from where the other parts import it;
 #           without WHEELS the checkout is used, with what python3 has
@@ -13,7 +13,7 @@
 #                     mfm bench, the class mixture
 # images, images-eval 2,000 + 1,500 steps on 32×32 pictures (PICTURES: a folder or an .npz) by a U-Net of 5 M parameters
 #
-# DEVICE=cpu QUICK=1 rehearses a part anywhere, all of it tiny; SAY=1 says what would run.
+# DEVICE=cpu QUICK=1 rehearses a part anywhere: tiny tables, two steps of each training; SAY=1 says what would run.
 set -eu
 parts="install tests xl xl-compiled b b-compiled mnist mnist-judges mnist-eval mnist-steering images images-eval"
 part=${1:?"say a part: $parts, or all"}
@@ -21,6 +21,7 @@ out=${2:-runs/gpu}
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${QUICK:-} xl=XL b=B
 [ -z "$quick" ] || xl=nano b=nano
+steps() { [ -n "$quick" ] && echo "--set drift_steps=2 --set steps=2" || echo "--set drift_steps=$1 --set steps=$2"; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 if [ -d "$out/site" ]; then export PYTHONPATH="$out/site:$here${PYTHONPATH:+:$PYTHONPATH}"
@@ -47,7 +48,12 @@ small() { # in files that travel
 data() { [ -n "$2" ] || { echo "$part needs $1, the data it trains on" >&2; exit 2; }; }
 
 case $part in
-all) for each in $parts; do "$0" "$each" "$out"; done ;;
+all) # what one part lacks is no reason to leave the next out; without what is installed none runs
+    code=0
+    for each in $parts; do
+        sh "$0" "$each" "$out" || { code=$?; [ "$each" != install ] || exit $code; }
+    done
+    exit $code ;;
 install)
     [ -n "${WHEELS:-}" ] || exit 0
     run install "$python" -m pip install --no-index --no-deps --target "$out/site" "$WHEELS"/*.whl ;;
@@ -60,11 +66,14 @@ b) table b "$b" --batch 1024 ;;
 b-compiled) table b-compiled "$b" --batch 1024 --compile ;;
 mnist)
     data MNIST "${MNIST:-}"
-    mfm mnist train mnist --data "$MNIST" --out "$out/mnist" --set drift_steps=2500 --set steps=3000
+    # shellcheck disable=SC2046  # words
+    mfm mnist train mnist --data "$MNIST" --out "$out/mnist" $(steps 2500 3000)
     small mnist ;;
 mnist-judges)
     data MNIST "${MNIST:-}"
-    for each in judge guide; do mfm "mnist-$each" train "mnist-$each" --data "$MNIST" --out "$out/mnist-$each"; done ;;
+    for each in judge guide; do
+        mfm "mnist-$each" train "mnist-$each" --data "$MNIST" --out "$out/mnist-$each" ${quick:+--max-steps 2}
+    done ;;
 mnist-eval)
     mfm mnist-posterior eval posterior "$out/mnist" --out "$out/mnist-posterior" --set judge="$out/mnist-judge"
     mfm mnist-bench bench "$out/mnist" --precision bf16 --out "$out/mnist-bench" ;;
@@ -73,7 +82,8 @@ mnist-steering)
         --set judge="$out/mnist-judge" --set guide="$out/mnist-guide" ;;
 images)
     data PICTURES "${PICTURES:-}"
-    mfm images train images --data "$PICTURES" --out "$out/images" --set drift_steps=2000 --set steps=1500 \
+    # shellcheck disable=SC2046  # words
+    mfm images train images --data "$PICTURES" --out "$out/images" $(steps 2000 1500) \
         --set batch_size=256 --set drift_batch_size=256 --set precision=bf16 \
         --set 'model.network={"name": "unet", "width": 64, "multipliers": [1, 2, 3], "blocks": 2, "attention": [8]}'
     small images ;;

@@ -74,6 +74,14 @@ def test_every_part_says_what_it_runs(tmp_path):
     assert sum(p.numel() for p in config.model.network.network((3, 32, 32)).parameters()) >= 5_000_000
 
 
+def test_all_goes_past_a_part_that_fails(tmp_path):
+    done = script("all", tmp_path, SAY="1", MNIST="", PICTURES="/pictures", QUICK="1")
+    assert done.returncode == 2
+    assert "mnist needs MNIST" in done.stderr
+    trained = next(line for line in done.stdout.splitlines() if line.startswith("images: "))
+    assert "drift_steps=2 --set steps=2 " in trained
+
+
 def test_a_part_is_rehearsed_without_a_gpu(tmp_path):
     done = script("xl", tmp_path, DEVICE="cpu", QUICK="1")
     assert done.returncode == 0, done.stderr
