@@ -258,7 +258,10 @@ def test_a_dry_run_counts_calls_and_writes_nothing(capsys, run, tmp_path, monkey
     before = sorted(run.rglob("*"))
     code, text, err = mfm(capsys, *[run if word == "RUN" else word for word in arguments], "--dry-run", "--json")
     assert code == 0, err
-    assert json.loads(text)["metrics"]["calls"] == calls
+    metrics = json.loads(text)["metrics"]
+    assert metrics["calls"] == calls
+    assert ("expected_seconds" in metrics) == (arguments[0] == "steer")
+    assert metrics.get("expected_seconds", 1) > 0
     assert list(tmp_path.iterdir()) == []
     assert sorted(run.rglob("*")) == before
 

@@ -55,7 +55,8 @@ def run(config: Doctor, context: Context) -> Results:
     for fault in faults:
         context.say(f"fault: {fault}")
     metrics = {**{finding.what: finding.says for finding in found}, "faults": faults}
-    cost = {"seconds": time.perf_counter() - began}
+    # the self-test promises seconds of an idle processor: on a busy one the clock says more
+    cost = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time()}
     return {"schema": 1, "command": "doctor", "config": {}, "metrics": metrics, "cost": cost, "failed": bool(faults)}
 
 

@@ -135,6 +135,7 @@ class Drawing:
         make: the samples of a range.
         finish: writes all of them, and the results.
         keep: writes what there is where work that nobody shares breaks off.
+        expected: seconds that it will take, by a probe; None where a probe does not tell.
     """
 
     command: str
@@ -144,12 +145,16 @@ class Drawing:
     make: Callable[[slice], Shard]
     finish: Callable[[Request, Shard], Results]
     keep: Callable[[Request, Tensors], None] | None = None
+    expected: Callable[[], float | None] = lambda: None
 
 
 def draw(pictures: SamplePictures, drawing: Drawing, context: Context, folder: str | None = None) -> Results:
     """Make all the samples of a request, or this worker's share of them; the results lie in ``folder`` by default."""
     if context.dry_run:
-        return context.plan(drawing.command, drawing.identity, pictures.opened.cost_of(drawing.calls))
+        cost, seconds = pictures.opened.cost_of(drawing.calls), drawing.expected()
+        if seconds is not None:
+            cost["expected_seconds"] = seconds
+        return context.plan(drawing.command, drawing.identity, cost)
     request = Request(context, drawing.command, drawing.identity, pictures.opened.beside(folder or drawing.command))
     share = context.share
     in_one = share.worker is None and pictures.num <= (share.size or drawing.size)

@@ -105,5 +105,10 @@ def run(config: Steer, context: Context) -> Results:
         return request.write(steering.metrics(result), result.cost, opened.device)
 
     calls = pictures.num * process.steps * method.calls_per_step
-    drawing = Drawing("steer", identity, calls, steering.size(context.share), steering.make, finish, keep)
+    size = steering.size(context.share)
+
+    def expected() -> float | None:
+        return steering.expected_seconds(context.share)
+
+    drawing = Drawing("steer", identity, calls, size, steering.make, finish, keep, expected)
     return draw(pictures, drawing, context, f"steer-{method.name}")

@@ -28,6 +28,7 @@ WORDS = {  # of figures whose name in results.json does not say enough
     "nfe": "evaluations a sample",
     "seconds": "time",
     "wall_seconds": "from start to end",
+    "processor_seconds": "of the processor, imports included",
     "expected_seconds": "time that it will take",
 }
 CHOICES = (  # options that decide what comes out: of those that nobody typed the value is told

@@ -1,7 +1,9 @@
 """Steering a checkpoint's map as a request: who is steered by what, how the work is cut, and its figures."""
 
+import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from metaflowmaps.steering import Method, Process, SteeringFailed, SteerResult, 
 from metaflowmaps.work.shards import Shard, ShardInterrupted, Share
 
 DECODED = 8  # samples at a time, and a shard, where a gradient may go through a decoder
+PROBE_STEPS = (2, 6)  # of an estimate: what is the same for any number of steps, and what is not
+PROBE_SECONDS = 2  # that its longer part takes at least, where there are samples enough: few rows cost as much as one
 CALLS = ("forwards", "backwards", "reward_calls", "reward_backwards")
 
 
@@ -131,6 +135,36 @@ class SteeringRun:
         if result.interrupted:
             raise ShardInterrupted(self._as_shard(result), KeyboardInterrupt())
         return self._as_shard(result)
+
+    def expected_seconds(self, share: Share) -> float | None:
+        """What all samples will take, by a probe of a few steps; None where so few steps lead to no sample.
+
+        Seconds are a line in the steps, through two points, of as many samples as take ``PROBE_SECONDS``, or a shard.
+        """
+        num = self.pictures.num
+        most = min(num, self.size(share))
+        n = num if self.observed else self.unit or 1
+        short, longer = (min(steps, self.process.steps) for steps in PROBE_STEPS)
+        self.pictures.settle()
+        try:
+            self._timed(n, short)  # the first call of anything takes longer
+            while (seconds := self._timed(n, longer)) < PROBE_SECONDS and n < most:
+                n = min(4 * n, most)
+            each = seconds / longer if short == longer else max(0.0, seconds - self._timed(n, short)) / (longer - short)
+        except ShardInterrupted as stopped:
+            if isinstance(stopped.cause, KeyboardInterrupt):
+                raise stopped.cause from None
+            return None
+        return (seconds + each * (self.process.steps - longer)) * num / n
+
+    def _timed(self, n: int, steps: int) -> float:
+        """Seconds for the first samples in so many steps, whatever they are worth."""
+        probe = replace(self, process=replace(self.process, steps=steps), callback=lambda step: None)
+        began = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            probe.make(slice(0, n))
+        return time.perf_counter() - began
 
     def _as_shard(self, result: SteerResult) -> Shard:
         """A shard of steered samples: rows, means over rows, and what there is one of for each system."""
