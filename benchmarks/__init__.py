@@ -37,5 +37,6 @@ BENCHMARKS = {
     "weighted-posterior": "weighted_posterior:main",
     "general-contexts": "contexts:main",
     "simulators": "contexts:simulators",
+    "moving-digits": "moving_digits:main",
 }
 """Name of a benchmark -> module of this package and function."""

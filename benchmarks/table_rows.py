@@ -187,6 +187,24 @@ def simulators(result: dict[str, Any]) -> Rows:
     return [head, *rows]
 
 
+def next_frames(result: dict[str, Any]) -> Rows:
+    """Forecasts of frames, by forecaster."""
+    head = ["forecaster", "calls", "energy", "CRPS"]
+    cells = sorted(result["forecasts"].items(), key=lambda item: item[1]["energy"])
+    return [head, *([name, number(c["calls"], 0), number(c["energy"]), number(c["crps"], 4)] for name, c in cells)]
+
+
+def frames_observed(result: dict[str, Any]) -> Rows:
+    """One-step forecasts of frames, by how many were given."""
+    head = ["frames given", "energy", "last frame", "linear", "spread of the centre, px", "error of its mean, px",
+            "in the middle half, %", "outermost, %"]  # fmt: skip
+    rows = []
+    for count, cell in result["observed"].items():
+        scores = numbers(cell[key] for key in ("energy", "energy_last", "energy_linear", "centre_spread", "centre_error"))
+        rows.append([count, *scores, *(number(100 * cell[key], 0) for key in ("inside_half", "outermost"))])
+    return [head, *rows]
+
+
 def precision(result: dict[str, Any]) -> Rows:
     """Errors of derivatives; in bold the default step of each precision."""
     rows = [
@@ -632,6 +650,8 @@ TABLES = {
     "general-contexts": Table("general-contexts.json", processes),
     "simulators": Table("simulators.json", simulators),
     "sunspots": Table("general-contexts.json", forecasts),
+    "moving-digits": Table("moving-digits.json", next_frames),
+    "moving-digits-observed": Table("moving-digits.json", frames_observed),
     "precision": Table("precision.json", precision),
     "world-size": Table("world-size.json", world_size),
     "diffusers-families": Table("diffusers-families.json", diffusers_families),

@@ -233,6 +233,12 @@ def test_the_diagonal_loss_vanishes_at_the_exact_velocity_of_contexts():
         (lambda m: seen([1.0], [0.0]).seen(torch.zeros(1), 1.0), r"shape \(1, 1\), one a row"),
         (lambda m: seen([1.0], [0.0]).seen(torch.zeros(1, 1), torch.zeros(3)), "time must have shape"),
         (lambda m: seen([1.0], [0.0]).repeated(0), "copies must be"),
+        (lambda m: seen([1.0], [1j]), "times must be real numbers"),
+        (lambda m: seen([1.0], [0.0], cond={"values": torch.zeros(1, 9)}), "cannot be called 'values'"),
+        (lambda m: m.draw(seen([1.0], [0.0], cond={"summary": torch.zeros(1, 16)}), 2), "this map reads observations"),
+        (lambda m: m.drift(0.5, torch.zeros(1, 1), cond={"query": torch.zeros(1)}), "this map reads observations"),
+        (lambda m: m.draw(seen([1.0], [0.0]), 2, generator=5), r"generator must be a torch\.Generator"),
+        (lambda m: mfm.observation_gradient(m, lambda x: x[:, 0], None, 4), r"mfm\.Context"),
     ],
 )
 def test_what_is_no_context_is_refused_in_one_line(make, words):

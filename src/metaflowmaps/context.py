@@ -70,6 +70,8 @@ class Context:
         if cond is not None and not isinstance(cond, Mapping):
             raise InputError(f'cond is a mapping such as {{"label": labels (B,)}}, got {type(cond).__name__}')
         self.cond = dict(cond or {})
+        if taken := [name for name in OBSERVED if name in self.cond]:
+            raise InputError(f"a condition cannot be called {taken[0]!r}: a context's own are {', '.join(OBSERVED)}")
         for name, part in self.cond.items():
             if not isinstance(part, Tensor) or part.shape[:1] != shape[:1]:
                 given = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
@@ -172,6 +174,8 @@ def beside(part: Tensor, values: Tensor) -> Tensor:
 
 def _numbers(given: Any, like: Tensor, name: str) -> Tensor:
     """Numbers as a tensor of the kind of another."""
+    if isinstance(given, Tensor) and given.is_complex():
+        raise InputError(f"{name} must be real numbers, got {given.dtype}")
     try:
         return torch.as_tensor(given, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):

@@ -120,10 +120,10 @@ def observation_gradient(
         )
     check_one_of("method", method, ("gradient",))
     check_count(num_draws, "num_draws")
-    looked, batch = checked_reward(reward), len(context)
+    conditions, looked, batch = model.conditions_of(context), checked_reward(reward), len(context)
     values = context.repeated(num_draws).values.detach().requires_grad_()
     with torch.enable_grad():
-        known = repeat_cond(model.conditions_of(context), num_draws) or {}
+        known = repeat_cond(conditions, num_draws) or {}
         noise = randn((num_draws * batch, *model.event_shape), generator, model.dtype, model.device)
         x_1 = model.push(noise, 0.0, torch.zeros_like(noise), 1, {**known, "values": values})
         rewards = looked(x_1, None)

@@ -211,7 +211,13 @@ def rand(
 
 def _home(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
     """Where numbers are drawn: where the generator lives, or else where they are wanted."""
-    return generator.device if generator is not None else torch.device(device or "cpu")
+    if generator is None:
+        return torch.device(device or "cpu")
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}: torch.Generator().manual_seed(0)"
+        )
+    return generator.device
 
 
 def _of_rows(noise: RowNoise, rows: int) -> RowNoise:

@@ -124,9 +124,10 @@ class Observed(nn.Module):
 
     def encode(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Conditions with the observations read: a summary, the Gaussian answer, and for images channels."""
-        if SUMMARY in cond:
+        given = [name for name in OBSERVED if name in cond]
+        if SUMMARY in cond and not given:
             return dict(cond)
-        if QUERY not in cond:
+        if SUMMARY in cond or len(given) < len(OBSERVED):
             raise InputError("this map reads observations: draw(mfm.Context(values, times, query=r), num_draws)")
         seen, query = ordered(cond, self.config.max_observations), cond[QUERY]
         if seen.values.shape[2:] != self.observed_shape:

@@ -7,7 +7,7 @@ and autoregressions are such processes), ``last``, the observation nearest in ti
 of X_r without any observation. Of a process ``exact`` is its own posterior.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,10 +42,11 @@ def evaluate_forecasts(
     source: ContextSource,
     config: ForecastEvalConfig,
     report: Callable[[str], None] = lambda line: None,
+    rivals: "Mapping[str, Forecaster] | None" = None,
 ) -> dict[str, Any]:
-    """CRPS, energy score, coverage, calls and seconds of each forecaster."""
+    """CRPS, energy score, coverage, calls and seconds of each forecaster, and of ``rivals`` from outside."""
     truth, context = source.held_out().sample_given(config.forecasts, stream(config.seed, "forecasts"))
-    forecasters = _forecasters(model, source, config)
+    forecasters = _forecasters(model, source, config) | dict(rivals or {})
     found: dict[str, dict[str, Any]] = {}
     for name, forecaster in counted(forecasters.items(), report, "forecasters"):
         report(name)
