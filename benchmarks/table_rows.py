@@ -200,7 +200,8 @@ def frames_observed(result: dict[str, Any]) -> Rows:
             "in the middle half, %", "outermost, %"]  # fmt: skip
     rows = []
     for count, cell in result["observed"].items():
-        scores = numbers(cell[key] for key in ("energy", "energy_last", "energy_linear", "centre_spread", "centre_error"))
+        shown = ("energy", "energy_last", "energy_linear", "centre_spread", "centre_error")
+        scores = numbers(cell[key] for key in shown)
         rows.append([count, *scores, *(number(100 * cell[key], 0) for key in ("inside_half", "outermost"))])
     return [head, *rows]
 
