@@ -117,7 +117,7 @@ def centre(frames: Tensor) -> Tensor:
 
 @torch.no_grad()
 def futures(model: MetaFlowMap, held_out: Paths) -> Any:
-    """Past frames, what came, draws of it and what they do not agree on: the straightest path, the one that turns most."""
+    """Past frames, what came, draws and their spread: of the straightest path, and of the one that turns most."""
     frames = held_out.values[:, : AT + 1]
     moves = centre(frames).diff(dim=1)
     turn = moves.diff(dim=1)[:, -2].norm(dim=-1)  # between the last frames given
