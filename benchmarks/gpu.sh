@@ -13,7 +13,7 @@
 #                     mfm bench, the class mixture
 # images, images-eval 2,000 + 1,500 steps on 32×32 pictures (PICTURES: a folder or an .npz) by a U-Net of 5 M parameters
 #
-# DEVICE=cpu QUICK=1 rehearses a part anywhere: tiny tables, two steps of each training; SAY=1 says what would run.
+# DEVICE=cpu QUICK=1 rehearses a part: tiny tables, two small steps of each training (minutes on a core); SAY=1 says what would run.
 set -eu
 parts="install tests xl xl-compiled b b-compiled mnist mnist-judges mnist-eval mnist-steering images images-eval"
 part=${1:?"say a part: $parts, or all"}
@@ -21,7 +21,10 @@ out=${2:-runs/gpu}
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${QUICK:-} xl=XL b=B
 [ -z "$quick" ] || xl=nano b=nano
-steps() { [ -n "$quick" ] && echo "--set drift_steps=2 --set steps=2" || echo "--set drift_steps=$1 --set steps=$2"; }
+steps() { # DRIFT MAP
+    if [ -n "$quick" ]; then echo "--set drift_steps=2 --set steps=2 --set batch_size=8 --set drift_batch_size=8"
+    else echo "--set drift_steps=$1 --set steps=$2"; fi
+}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 if [ -d "$out/site" ]; then export PYTHONPATH="$out/site:$here${PYTHONPATH:+:$PYTHONPATH}"
@@ -83,8 +86,8 @@ mnist-steering)
 images)
     data PICTURES "${PICTURES:-}"
     # shellcheck disable=SC2046  # words
-    mfm images train images --data "$PICTURES" --out "$out/images" $(steps 2000 1500) \
-        --set batch_size=256 --set drift_batch_size=256 --set precision=bf16 \
+    mfm images train images --data "$PICTURES" --out "$out/images" --set batch_size=256 --set drift_batch_size=256 \
+        $(steps 2000 1500) --set precision=bf16 \
         --set 'model.network={"name": "unet", "width": 64, "multipliers": [1, 2, 3], "blocks": 2, "attention": [8]}'
     small images ;;
 images-eval)
