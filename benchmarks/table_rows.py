@@ -523,16 +523,16 @@ def inverse(result: dict[str, Any]) -> Rows:
     return [["accuracy, spread, p; PSNR of the mean", *problems], *rows.values()]
 
 
-def emoji_samples(result: dict[str, Any]) -> Rows:
-    """Samples of the map of emoji that were told no class, and what the images trained on have."""
+def map_samples(result: dict[str, Any]) -> Rows:
+    """Samples of a map that were told no class, and what the images trained on have."""
     (table,) = result["generation"]["tables"].values()
     places = (0, 0, 1, 1, 1, 2, 0)
     rows = [[number(cell, p) for cell, p in zip(row, places, strict=True)] for row in table["rows"]]
     return [[str(head) for head in table["head"]], *rows]
 
 
-def emoji_draws(result: dict[str, Any]) -> Rows:
-    """Fréchet distances of draws at noised held-out emoji."""
+def map_draws(result: dict[str, Any]) -> Rows:
+    """Fréchet distances of draws at noised held-out images."""
     posterior = result["posterior"]
     rows = [
         [name, *(number(at[name], 1) for at in posterior["frechet"].values())] for name in posterior["cost_per_draw"]
@@ -670,6 +670,8 @@ TABLES = {
     "digits-race": Table("digits/race.json", kept(RACE, (0, 1, 2, 3, 6, 7, 8, 9, 10), (0, 0, 2, 2, 0, 0, 1, 1, 1))),
     "digits-mixture": Table("digits/mixture.json", kept(FREQUENCIES, (0, 7, 1, 2, 9), (0, 0, 3, 3, 0))),
     "digits-inverse": Table("digits/inverse.json", inverse),
-    "emoji-samples": Table("emoji.json", emoji_samples),
-    "emoji-draws": Table("emoji.json", emoji_draws),
+    "emoji-samples": Table("emoji.json", map_samples),
+    "emoji-draws": Table("emoji.json", map_draws),
+    "mnist-samples": Table("mnist.json", map_samples),
+    "mnist-draws": Table("mnist.json", map_draws),
 }  # fmt: skip
