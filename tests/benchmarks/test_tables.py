@@ -105,12 +105,12 @@ def test_check_says_that_it_skips_ages_without_git(page, capsys, monkeypatch):
     assert "no git checkout" in said
 
 
-def test_every_table_stands_in_the_docs_and_agrees_with_its_file(capsys):
+def test_every_table_stands_in_the_docs():
+    """And agrees with its file: ``make check`` asks that of all."""
     text = "".join(
         page.read_text() for page in (provenance.ROOT / "README.md", *(provenance.ROOT / "docs").glob("*.md"))
     )
     assert {mark["name"] for mark in tables.MARK.finditer(text)} == set(TABLES)
-    assert tables.main(["--check"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TABLES)
