@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from metaflowmaps.checkpoint import resolve_checkpoint
-from metaflowmaps.cli.context import IN_SHARDS, Context, Name, OnCheckpoint, Results
+from metaflowmaps.cli.context import IN_SHARDS, Argument, Context, Name, OnCheckpoint, Results
 from metaflowmaps.cli.drawing import left_to_others, shared_claim
 from metaflowmaps.cli.results import Request
 from metaflowmaps.errors import InputError, unknown
@@ -27,7 +27,7 @@ from metaflowmaps.lab.evaluate.posterior_error import PosteriorEvalConfig
 from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig
 from metaflowmaps.lab.named_rewards import JUDGES, judge_of_pictures
-from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.opened import OpenedModel, is_own
 from metaflowmaps.work.config import C, override, validated
 from metaflowmaps.work.shards import Unfinished, discard
 
@@ -44,7 +44,15 @@ class Evaluation(OnCheckpoint):
     )
 
 
-class PosteriorEvaluation(Evaluation):
+class OfModels(Evaluation):
+    """Of what a user's own network can do too."""
+
+    checkpoint: Annotated[str, Argument("CHECKPOINT")] = Field(
+        description="A run or checkpoint directory, a hub id, digits, or file.py:make, a wrapped network."
+    )
+
+
+class PosteriorEvaluation(OfModels):
     """Of posterior draws."""
 
     law: str = Field("gmm", description="Mixtures: the law whose posteriors are known: gmm, or file.py:Name.")
@@ -72,7 +80,7 @@ class SteeringEvaluation(Evaluation):
     samples: int | None = Field(None, ge=2, description="Samples a run (mixtures: 4096).")
 
 
-class ValueEvaluation(Evaluation):
+class ValueEvaluation(OfModels):
     """Of value estimates."""
 
     task: str = Field("gmm-inverse", description="Mixtures: gmm-inverse or mixture-16d.")
@@ -92,8 +100,8 @@ def posterior(config: PosteriorEvaluation, context: Context) -> Results:
     """
     if _of_images(config):
         return _experiment("posterior", config, context, config.samples)
-    opened = OpenedModel.open(config.checkpoint, context.device)
-    if source_of(opened) is not None:
+    opened = None if is_own(config.checkpoint) else OpenedModel.open(config.checkpoint, context.device)
+    if opened is not None and source_of(opened) is not None:
         return measure(
             posterior_on_process(opened, _settings(ContextEvalConfig, config, context, config.samples)), context
         )
@@ -191,7 +199,9 @@ def measure_images(name: str, checkpoint: str, config: ImageEvalConfig, context:
 
 
 def _of_images(config: Evaluation) -> bool:
-    return config.checkpoint != EXACT and on_images(resolve_checkpoint(config.checkpoint))
+    if config.checkpoint == EXACT or is_own(config.checkpoint):
+        return False
+    return on_images(resolve_checkpoint(config.checkpoint))
 
 
 def _experiment(name: str, config: Evaluation, context: Context, samples: int | None = None) -> Results:

@@ -1,6 +1,7 @@
 """A checkpoint that is open: its map, what is known of where it came from, and the law or the data of its training."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from metaflowmaps.data import DataSource, read_examples, read_source
 from metaflowmaps.errors import InputError
 from metaflowmaps.finetuning.tuning_config import tuned_parts
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop.foreign import ForeignModel
 from metaflowmaps.interop.opening import codec_of, is_latent, names_of, stored
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.networks import read_network
 from metaflowmaps.networks.flops import forward_flops
+from metaflowmaps.training.distillation import in_memory
+from metaflowmaps.training.parents import open_parent
 from metaflowmaps.work.devices import pick_device
 
 
@@ -35,6 +39,11 @@ class OpenedModel:
             device: auto, cpu, cuda or one of several GPUs.
             needs_map: whether draws are wanted of it.
         """
+        if is_own(name):
+            raise InputError(
+                f"{name} is no checkpoint: mfm distill {name} --data DIR makes one (mfm eval posterior and mfm eval "
+                "value take the network itself, and judge it by a law)"
+            )
         target, checkpoint = pick_device(device), resolve_checkpoint(name)
         if needs_map and checkpoint.tuned and not tuned_parts(checkpoint.config["training"])["map"]:
             raise InputError(
@@ -119,6 +128,62 @@ class OpenedModel:
         """Where results on it go: into the run that made it; for one from elsewhere, under runs/."""
         run = self.checkpoint.run
         return run / name if run is not None else Path("runs") / f"{Path(self.name).name}-{name}"
+
+
+@dataclass(frozen=True)
+class OpenedNetwork:
+    """What ``file.py:make`` makes, such as ``mfm.wrap(network, …)``: a model without a checkpoint, a law or data."""
+
+    name: str
+    model: Any
+    digest: str
+
+    @classmethod
+    def open(cls, name: str, device: str = "auto") -> "OpenedNetwork":
+        """Make it, on a device.
+
+        Args:
+            name: ``file.py:make``.
+            device: auto, cpu, cuda or one of several GPUs.
+        """
+        model, file = open_parent(name), Path(name.rpartition(":")[0]).expanduser()
+        if not isinstance(model, ForeignModel):
+            raise InputError(
+                f"{name} makes a {type(model).__name__}: return mfm.wrap(network, …), or give a checkpoint"
+            )
+        code = file.read_bytes() if file.is_file() else b""
+        digest = sha256(f"{name} {in_memory(model)} ".encode() + code).hexdigest()
+        return cls(name, model.to(pick_device(device)), digest)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return torch.device(self.model.device)
+
+    def cost_of(self, calls: float) -> dict[str, float]:
+        """What so many evaluations of the network take."""
+        return {"parameters": sum(p.numel() for p in self.model.parameters()), "calls": calls}
+
+    def judging_law(self, source: DataSource, option: str) -> GaussianMixture:
+        """The law of an option: the user says that the network was trained on it."""
+        law = source.law()
+        if law is None:
+            raise InputError(f"{option} knows no law: give one that does")
+        return law
+
+    def beside(self, name: str) -> Path:
+        """Where results on it go."""
+        return Path("runs") / f"{self.name.rpartition(':')[2]}-{name}"
+
+
+def is_own(name: str) -> bool:
+    """Is this ``file.py:make``, a user's own network, and no checkpoint?"""
+    return ":" in name and not Path(name).expanduser().exists()
+
+
+def opened(name: str, device: str = "auto") -> OpenedModel | OpenedNetwork:
+    """A checkpoint, or a user's own network."""
+    return OpenedNetwork.open(name, device) if is_own(name) else OpenedModel.open(name, device)
 
 
 def images_of(checkpoint: Checkpoint) -> DataSource | None:

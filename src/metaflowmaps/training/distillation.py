@@ -101,7 +101,7 @@ def distill(
     """:func:`metaflowmaps.distill`."""
     folder = Path(out)
     source = _source(data, folder)
-    config = distilling(_in_memory(model), model, source, settings.pop("fast", False))
+    config = distilling(in_memory(model), model, source, settings.pop("fast", False))
     unknown = {"parent", "data", "teacher"} & set(settings)
     if unknown:
         raise InputError(f"{min(unknown)} is not set here: it follows from the model and the data")
@@ -130,7 +130,7 @@ def _source(data: Any, folder: Path) -> DataSource:
     return Arrays(path=keep(content.getvalue(), folder / KEPT))
 
 
-def _in_memory(model: Any) -> str:
+def in_memory(model: Any) -> str:
     """What a run's configuration calls a model in memory: its kind, and a hash of its weights."""
     if not all(hasattr(model, part) for part in ("path", "drift")):
         raise InputError(

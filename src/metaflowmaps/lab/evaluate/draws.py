@@ -3,13 +3,16 @@
 map-K           K steps of the map
 glass-K         K steps of GLASS on the map's own drift
 drift-glass-K   the same on a drift that was trained alone
+
+A wrapped network is no map: it draws by GLASS alone.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from metaflowmaps.errors import InputError
 from metaflowmaps.flow_map import MetaFlowMap
 from metaflowmaps.path import Drift
 from metaflowmaps.posterior import GlassPosterior, MapPosterior
@@ -42,7 +45,7 @@ class DrawsConfig(Config):
 
 
 def posteriors(
-    model: MetaFlowMap,
+    model: Any,
     config: DrawsConfig,
     integrator: str = "euler",
     data_std: float | None = None,
@@ -51,18 +54,31 @@ def posteriors(
     """The posteriors that are compared, by name.
 
     Args:
-        model: the map.
+        model: the map, or a wrapped network.
         config: in how many steps.
         integrator: of GLASS.
         data_std: for GLASS steps that are equal in the angle; None: equal in s.
         drift_alone: another drift that GLASS runs on too.
     """
-    found: dict[str, DrawsPosterior] = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
+    found: dict[str, DrawsPosterior] = {}
+    if isinstance(model, MetaFlowMap):
+        found = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
+    elif not config.glass_steps:
+        raise InputError("a wrapped network draws by GLASS alone: give glass_steps")
     drifts = {"glass": model.drift, **({} if drift_alone is None else {"drift-glass": drift_alone})}
     for name, drift in drifts.items():
         for k in config.glass_steps:
             found[f"{name}-{k}"] = GlassPosterior(model.path, drift, k, integrator, data_std)
     return found
+
+
+def spread_of(model: Any, spacing: str) -> float | None:
+    """What GLASS steps equal in the angle are spaced by; None for steps equal in s."""
+    if spacing != "angle":
+        return None
+    if not isinstance(model, MetaFlowMap):
+        raise InputError("a wrapped network does not know the spread of its data: set glass_spacing=uniform")
+    return model.data_std
 
 
 def steps_of(name: str) -> int:

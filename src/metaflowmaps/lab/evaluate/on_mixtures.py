@@ -19,7 +19,7 @@ from metaflowmaps.lab.evaluate.steering_error import SteeringEvalConfig, cells, 
 from metaflowmaps.lab.evaluate.value_error import ValueEvalConfig, evaluate_value
 from metaflowmaps.lab.evaluate.variants import variant
 from metaflowmaps.lab.figures import plots, result_figures, steering_figures
-from metaflowmaps.lab.opened import OpenedModel
+from metaflowmaps.lab.opened import OpenedModel, OpenedNetwork, opened
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.path import LinearPath
 from metaflowmaps.posterior import ExactModel
@@ -70,15 +70,15 @@ class _Judged(NamedTuple):
     task: SteeringTask
     model: Any
     law: GaussianMixture
-    opened: OpenedModel | None  # None: the mixture itself
+    opened: OpenedModel | OpenedNetwork | None  # None: the mixture itself
 
     @classmethod
-    def open(cls, checkpoint: str, task: str, device: str) -> "_Judged":
+    def open(cls, checkpoint: str, task: str, device: str, read: Any = OpenedModel.open) -> "_Judged":
         known = steering_task(task)
         if checkpoint == EXACT:
             return cls(known, ExactModel(LinearPath(), known.law), known.law, None)
-        opened = OpenedModel.open(checkpoint, device)
-        return cls(known, opened.model, opened.judging_law(known.source, f"--task {task}"), opened)
+        subject = read(checkpoint, device)
+        return cls(known, subject.model, subject.judging_law(known.source, f"--task {task}"), subject)
 
     def measurement(
         self, command: str, config: SteeringEvalConfig | ValueEvalConfig, planned: Json, measure: Any
@@ -120,7 +120,7 @@ def value_on_mixture(checkpoint: str, task: str, config: ValueEvalConfig, device
     """V̂ of map and GLASS against the exact value."""
     if checkpoint == EXACT:
         raise InputError("mfm eval value judges a checkpoint; the exact value is what it compares with")
-    judged = _Judged.open(checkpoint, task, device)
+    judged = _Judged.open(checkpoint, task, device, opened)
     reward = judged.task.reward(config.reward)
 
     def measure(say: Say) -> tuple[Json, Draw]:
@@ -135,19 +135,19 @@ def value_on_mixture(checkpoint: str, task: str, config: ValueEvalConfig, device
 
 def posterior_on_mixture(checkpoint: str, law: str, config: PosteriorEvalConfig, device: str = "auto") -> Measurement:
     """Relative sliced W2 at each t for the map and for GLASS with the map's own drift."""
-    opened = OpenedModel.open(checkpoint, device)
-    judging = opened.judging_law(law_named(law), f"--law {law}")
+    subject = opened(checkpoint, device)
+    judging = subject.judging_law(law_named(law), f"--law {law}")
 
     def measure(say: Say) -> tuple[Json, Draw]:
-        measured = evaluate_posterior(opened.model, judging, config, say)
+        measured = evaluate_posterior(subject.model, judging, config, say)
         metrics = measured.metrics()
 
         def draw(out: Path) -> None:
-            plots.save(result_figures.panels(opened.model, judging, config.seed), out / "posteriors.png")
+            plots.save(result_figures.panels(subject.model, judging, config.seed), out / "posteriors.png")
             plots.save(steering_figures.posterior_error(metrics), out / "error-against-calls.png")
 
         return {**metrics, "cost": {"seconds_by_sampler": measured.seconds}}, draw
 
-    identity = {"checkpoint": opened.digest, "law": law, **config.model_dump()}
-    out = opened.beside(f"eval-posterior-{config.samples}")
-    return Measurement("eval posterior", identity, out, opened.device, opened.cost_of(0), measure)
+    identity = {"checkpoint": subject.digest, "law": law, **config.model_dump()}
+    out = subject.beside(f"eval-posterior-{config.samples}")
+    return Measurement("eval posterior", identity, out, subject.device, subject.cost_of(0), measure)

@@ -6,14 +6,14 @@ show what the number of draws alone allows.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from metaflowmaps.cost import Meter
-from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.lab.evaluate.draws import DrawsConfig, pearson, posteriors, rmse
+from metaflowmaps.lab.evaluate.draws import DrawsConfig, pearson, posteriors, rmse, spread_of
 from metaflowmaps.lab.evaluate.rows import Json
 from metaflowmaps.laws.mixture import GaussianMixture
 from metaflowmaps.posterior import ExactPosterior, Posterior
@@ -36,14 +36,14 @@ class ValueEvalConfig(DrawsConfig):
 
 
 def evaluate_value(
-    model: MetaFlowMap,
+    model: Any,
     law: GaussianMixture,
     reward: LinearGaussian,
     config: ValueEvalConfig,
     report: Callable[[str], None] = lambda line: None,
 ) -> Json:
     """metrics.by_sampler[name][t] = {pearson, rmse, bias}, with calls a draw and seconds by sampler."""
-    data_std = model.data_std if config.glass_spacing == "angle" else None
+    data_std = spread_of(model, config.glass_spacing)
     samplers: dict[str, Posterior] = {**posteriors(model, config, config.glass_method, data_std)}
     samplers["exact"] = ExactPosterior(model.path, law)
     errors: dict[str, dict[str, dict[str, float]]] = {name: {} for name in samplers}
@@ -71,7 +71,8 @@ def evaluate_value(
     }
 
 
-def _states(model: MetaFlowMap, law: GaussianMixture, config: ValueEvalConfig, t: float) -> Tensor:
+def _states(model: Any, law: GaussianMixture, config: ValueEvalConfig, t: float) -> Tensor:
     g = stream(config.seed, "states", str(t))
     x_1 = law.sample(config.states, g).double()
-    return model.path.interpolate(randn(tuple(x_1.shape), g, torch.float64), x_1, t)
+    x_t: Tensor = model.path.interpolate(randn(tuple(x_1.shape), g, torch.float64), x_1, t)
+    return x_t

@@ -4,13 +4,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from metaflowmaps.data import Examples
 from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop.foreign import GLASS_STEPS
 from metaflowmaps.lab.evaluate.images import race_cells
 from metaflowmaps.lab.evaluate.images.class_mixture import Mixed
 from metaflowmaps.lab.evaluate.images.generation import Generated
@@ -300,7 +301,7 @@ def generation(found: Generated, out: Path) -> dict[str, str]:
 # -- mixtures --------------------------------------------------------------------------------------------------------
 
 
-def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> "Figure":
+def panels(model: Any, law: GaussianMixture, seed: int) -> "Figure":
     """Draws for one noisy state a time: of eight seeded ones, the one whose posterior is the widest."""
     contexts, draws = [], []
     for t in PANEL_TIMES:
@@ -312,7 +313,8 @@ def panels(model: MetaFlowMap, law: GaussianMixture, seed: int) -> "Figure":
         with torch.no_grad():
             draws.append(model.draw(t, x_t, 1000, generator=g)[:, 0].cpu())
         contexts.append(x_t[0].cpu())
-    title = "Draws of the map in one call, exact posteriors as contours"
+    by = "the map in one call" if isinstance(model, MetaFlowMap) else f"GLASS in {GLASS_STEPS} calls"
+    title = f"Draws of {by}, exact posteriors as contours"
     return plots.posterior_panels(model.path, law, PANEL_TIMES, contexts, draws, title)
 
 

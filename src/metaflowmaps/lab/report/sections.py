@@ -200,9 +200,10 @@ def _steer_summary(results: Results) -> str:
 def _posterior_tables(metrics: Metrics) -> Tables:
     """One map step against its floor, and every sampler."""
     errors = PosteriorErrors.of(metrics)
+    leading = "one map step" if "map-1" in errors.by_sampler else _most_calls(errors)
     head = ["t", *map(at, errors.relative_sw2)]
     one = [
-        ["one map step", *numbers(errors.relative_sw2)],
+        [leading, *numbers(errors.relative_sw2)],
         ["floor (two exact samples)", *numbers(errors.floor)],
         ["ratio to floor", *numbers(errors.ratio)],
         ["± of a ratio (standard error)", *numbers(errors.spread)],
@@ -214,9 +215,15 @@ def _posterior_tables(metrics: Metrics) -> Tables:
         ["GLASS calls to match one map step", *(str(calls or "more") for calls in matched)],
     ]
     return {
-        "Relative sliced W2 of one map step": (head, one),
+        f"Relative sliced W2 of {leading}": (head, one),
         "By sampler, on the first of the contexts": (head, every),
     }
+
+
+def _most_calls(errors: PosteriorErrors | ValueErrors) -> str:
+    """What leads where there is no map: GLASS in the most calls."""
+    calls = errors.network_calls_per_draw
+    return max(calls, key=lambda name: calls[name])
 
 
 def _called(name: str, errors: PosteriorErrors | ValueErrors) -> str:
@@ -294,10 +301,12 @@ def _value_tables(metrics: Metrics) -> Tables:
 
 def _value_summary(results: Results) -> str:
     errors = ValueErrors.of(results.metrics)
-    one = {t: fit.pearson for t, fit in errors.by_sampler["map-1"].items()}
-    t = worst(one, -1)
+    leading = "map-1" if "map-1" in errors.by_sampler else _most_calls(errors)
+    one = {t: fit.pearson for t, fit in errors.by_sampler[leading].items()}
+    t, calls = worst(one, -1), errors.network_calls_per_draw[leading]
+    each = "one network call" if calls == 1 else f"{calls:g} network calls"
     return (
-        f"The value from {errors.num_draws} draws of one network call each correlates with the exact one at "
+        f"The value from {errors.num_draws} draws of {each} each correlates with the exact one at "
         f"r ≥ {one[t]:.3f} (t = {at(t)})."
     )
 
