@@ -22,6 +22,14 @@ def test_a_sound_installation_passes_its_self_test(command: Command):
     assert metrics["faults"] == []
 
 
+def test_an_extra_names_once_what_brings_all_it_lacks(monkeypatch):
+    wanted = [("numpy", "1.0", "some"), ("no-such-package", None, "some"), ("nor-this", None, "some")]
+    monkeypatch.setattr(doctor, "_requirements", lambda: wanted)
+    found = list(doctor._versions())[-1]
+    lacks = "without no-such-package, nor-this: pip install 'metaflowmaps[some]'"
+    assert (found.what, found.says) == ("extra some", f"numpy {metadata.version('numpy')}, {lacks}")
+
+
 def test_each_fault_is_a_line_that_names_the_fix(command: Command, monkeypatch):
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "1.2.9" if name == "numpy" else version(name))

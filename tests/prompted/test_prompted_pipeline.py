@@ -1,7 +1,9 @@
 """The conventions of diffusers, schedulers of every kind, texts, memory, and one line for bad input."""
 
 import functools
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -267,6 +269,23 @@ def test_bad_input_gets_one_line(name):
     with pytest.raises(InputError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_the_page_runs_without_weights():
+    page = (Path(__file__).parents[2] / "docs" / "text-to-image.md").read_text()
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "tiny_pipelines" in code)
+    names: dict[str, Any] = {}
+    exec(compile(block, "text-to-image.md", "exec"), names)
+    assert len(names["made"].images) == 2
+
+
+def test_a_pipeline_that_lacks_a_package_names_what_brings_it(monkeypatch):
+    def lacking(*_: Any, **__: Any) -> Any:
+        raise ImportError("SanaPipeline requires the transformers library")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lacking)
+    with pytest.raises(InputError, match=r"ImportError: .*pip install 'metaflowmaps\[latent,rewards\]'"):
+        mfm.from_diffusers("a-lab/a-pipeline")
 
 
 def test_guidance_without_negative_embeddings_is_refused():

@@ -324,8 +324,8 @@ def test_methods_come_back_from_their_dumps(method):
 
 def test_results_come_back_from_disk(tmp_path):
     result = run("mfm-gf")
-    result.save(tmp_path / "result.safetensors")
-    again = mfm.SteerResult.load(tmp_path / "result.safetensors")
+    result.save(tmp_path / "new" / "result.safetensors")  # as commands do, it makes its folder
+    again = mfm.SteerResult.load(tmp_path / "new" / "result.safetensors")
     assert torch.equal(again.samples, result.samples)
     assert torch.equal(again.seeds, result.seeds)
     assert again.cost == result.cost
@@ -333,6 +333,13 @@ def test_results_come_back_from_disk(tmp_path):
     (tmp_path / "other.txt").write_text("no tensors")
     with pytest.raises(mfm.InputError, match="no saved result"):
         mfm.SteerResult.load(tmp_path / "other.txt")
+
+
+def test_results_print_one_line():
+    cost, rewards = {"nfe": 90.0}, torch.tensor([1.0, 2.0])
+    result = mfm.SteerResult(torch.zeros(2, 3, 4, 4), rewards, torch.arange(2), cost, {}, True, ("few draws",))
+    line = "SteerResult(2×3×4×4, mean reward 1.5, 90 evaluations each, interrupted, notes=['few draws'])"
+    assert repr(result) == line
 
 
 @pytest.mark.parametrize("shape", [(2,), (3,), (1, 4, 4), (3, 4, 4)])

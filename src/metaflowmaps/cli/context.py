@@ -118,7 +118,7 @@ class OnCheckpoint(Options):
     """The base of a command on a checkpoint."""
 
     checkpoint: Annotated[str, Argument("CHECKPOINT")] = Field(
-        description="A run or checkpoint directory, a hub id, or digits."
+        description="A run or checkpoint directory, a hub id, or a shipped one: digits, emoji."
     )
 
     @property

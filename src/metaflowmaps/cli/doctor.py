@@ -79,19 +79,22 @@ def _versions() -> Iterator[Finding]:
 
     yield Finding("python", platform.python_version())
     yield Finding(PACKAGE, __version__)
-    extras: dict[str, list[str]] = {}
+    extras: dict[str, tuple[list[str], list[str]]] = {}  # what is there, what is missing
     for name, least, extra in _requirements():
         if extra in UNNAMED_EXTRAS:
             continue
         finding = _package(name, least)
         if extra is None:
             yield finding
-        elif finding.fault is None:
-            extras.setdefault(extra, []).append(f"{name} {finding.says}")
+            continue
+        present, missing = extras.setdefault(extra, ([], []))
+        if finding.fault is None:
+            present.append(f"{name} {finding.says}")
         else:
-            extras.setdefault(extra, []).append(f"without {name}: pip install '{PACKAGE}[{extra}]'")
-    for extra, packages in extras.items():
-        yield Finding(f"extra {extra}", ", ".join(packages))
+            missing.append(name)
+    for extra, (present, missing) in extras.items():
+        lacks = [f"without {', '.join(missing)}: pip install '{PACKAGE}[{extra}]'"] if missing else []
+        yield Finding(f"extra {extra}", ", ".join(present + lacks))
 
 
 def _requirements() -> Iterator[tuple[str, str | None, str | None]]:

@@ -19,7 +19,7 @@ class Play(Options):
     shared = ("device",)
 
     checkpoint: Annotated[str, Argument("[CHECKPOINT]")] = Field(
-        "digits", description="A run or checkpoint directory, a hub id, or digits, which is the default."
+        "digits", description="A run or checkpoint directory, a hub id, or a shipped one: digits (the default), emoji."
     )
     reward: tuple[str, ...] = Field((), description="A reward to offer besides the map's own (repeatable).")
     host: str = Field("127.0.0.1", description="Address to listen at; any but this one lets other machines in.")

@@ -62,10 +62,11 @@ def _opened(pipeline: Any, dtype: torch.dtype | None) -> Any:
         return DiffusionPipeline.from_pretrained(pipeline, torch_dtype=dtype)
     except Exception as error:  # the hub, the disk and the parsers have many kinds
         reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"the pipeline {pipeline} cannot be loaded ({type(error).__name__}: {reason}): give a folder in diffusers' "
-            "layout or a hub id"
-        ) from error
+        fix = "give a folder in diffusers' layout or a hub id"
+        if isinstance(error, ImportError):  # text encoders need more than diffusers asks for
+            fix = "pip install 'metaflowmaps[latent,rewards]' brings diffusers and transformers"
+        kind = type(error).__name__
+        raise InputError(f"the pipeline {pipeline} cannot be loaded ({kind}: {reason}): {fix}") from error
 
 
 def _check_devices(pipe: Any) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass
+@dataclass(repr=False)
 class SteerResult:
     """Steered samples.
 
@@ -49,13 +49,22 @@ class SteerResult:
     interrupted: bool = False
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.samples.shape))
+        nfe = self.cost.get("nfe", float("nan"))
+        mean = float(self.rewards.float().mean())
+        said = f", notes={list(self.notes)}" if self.notes else ""
+        cut = ", interrupted" if self.interrupted else ""
+        return f"SteerResult({shape}, mean reward {mean:.4g}, {nfe:,.0f} evaluations each{cut}{said})"
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file, whole or not at all; its folder is made."""
         tensors = {"samples": self.samples, "rewards": self.rewards, "seeds": self.seeds}
         tensors |= {f"info.{name}": value for name, value in self.info.items()}
         facts = {"cost": json.dumps(self.cost), "interrupted": json.dumps(self.interrupted)}
         facts["notes"] = json.dumps(self.notes)
         kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(path), save(kept, metadata=facts))
 
     @classmethod
