@@ -40,6 +40,7 @@ BAD = {
     "no such device": (["train", "gmm", "--device", "tpu9"], "auto, cpu or cuda"),
     "unwritable output": (["train", "gmm", "--out", "/proc/nowhere"], "choose another directory"),
     "output is a file": (["train", "gmm", "--out", __file__], "directory"),
+    "misspelt map": (["sample", "digit"], "did you mean 'digits'?"),
     "missing checkpoint": (["sample", "/no/such/place"], "no such file or directory"),
     "unknown law": (["eval", "posterior", "x", "--law", "gm"], "did you mean 'gmm'"),
     "one sample": (["eval", "posterior", "x", "--samples", "1"], "samples"),

@@ -147,7 +147,8 @@ def refused(match, method="mfm-gf", error=mfm.InputError, **options):
 WRONG = {
     "a matrix": (lambda x: x, r"shape \(\d+,\), got \(\d+, 2\)"),
     "a number": (lambda x: 1.0, "must return a tensor of shape"),
-    "a sum over the batch": (lambda x: x.sum(), r"one number a sample"),
+    "a sum over the batch": (lambda x: x.sum(), r"one number a sample.*all dimensions but the first"),
+    "nothing": (lambda x: None, r"got NoneType; does it end with return"),
     "nan": (lambda x: x[:, 0] * math.nan, "is nan for"),
     "inf": (lambda x: x[:, 0] * 0 + math.inf, "is inf for"),
     "elsewhere": (lambda x: x.sum(1).to("meta"), "move it there"),

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -239,9 +240,11 @@ def resolve_checkpoint(path: str | FilePath, revision: str | None = None) -> Che
         return read_checkpoint(carried)
     if HUB_ID.fullmatch(str(path)):
         return read_checkpoint(_download(str(path), revision))
+    near = get_close_matches(str(path), names(), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
     raise CheckpointError(
         path,
-        f"no such file or directory: give a checkpoint (a directory with {MANIFEST}), a training run "
+        f"no such file or directory: {hint}give a checkpoint (a directory with {MANIFEST}), a training run "
         f"(a directory with checkpoints/) or {', '.join(['a hub id (owner/name)', *names()])}",
     )
 

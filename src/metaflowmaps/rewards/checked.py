@@ -11,6 +11,7 @@ from metaflowmaps._shapes import Cond, check_plain
 from metaflowmaps.errors import InputError
 from metaflowmaps.rewards.base import is_differentiable, with_cond
 
+BLACK_BOX = "mfm.rewards.BlackBox"
 MOODY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)  # other in training than in use
 
 
@@ -45,22 +46,20 @@ class CheckedReward:
         except (Exception, SystemExit) as error:  # the user's own code: in one line, with its traceback behind it
             text = " ".join(str(error).split())[:200]
             if "to numpy" in text or "to NumPy" in text:  # of a tensor on an accelerator, or that requires a gradient
-                text += " (wrap it as mfm.rewards.BlackBox, which is given tensors on the CPU)"
+                text += f" (wrap it as {BLACK_BOX}, which is given tensors on the CPU)"
             raise InputError(f"the reward raised {type(error).__name__}: {text}") from error
         if _version(given) != version or not _same(given, x):
             raise InputError("the reward changed its input in place: begin it with x = x.clone()")
         if not isinstance(out, Tensor):
-            raise InputError(
-                f"the reward must return a tensor of shape ({len(x)},), got {type(out).__name__}; "
-                "wrap functions that are not written in torch as mfm.rewards.BlackBox"
-            )
+            fix = "does it end with return?" if out is None else f"wrap what is not written in torch as {BLACK_BOX}"
+            raise InputError(f"the reward must return a tensor of shape ({len(x)},), got {type(out).__name__}; {fix}")
         if out.device != x.device:
             raise InputError(f"the reward returned a tensor on {out.device} for samples on {x.device}: move it there")
         check_plain(out, "the reward's answer")
         if tuple(out.shape) != (len(x),):
             raise InputError(
                 f"the reward must return one number a sample, shape ({len(x)},), got {tuple(out.shape)}; "
-                "sum or mean over the other dimensions"
+                "sum or mean over all dimensions but the first"
             )
         if out.is_complex():
             raise InputError("the reward must return real numbers, got complex ones")
