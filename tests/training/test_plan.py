@@ -132,6 +132,14 @@ def test_a_small_run_is_tried_as_it_is():
     assert again["tflops_per_step"] == pytest.approx(figures["tflops_per_step"] * (weight + 1.25) / weight)
 
 
+def test_the_drift_that_teaches_is_part_of_the_time():
+    figures = plan(small(teacher="learned", drift_steps=1_000, drift_batch_size=16, steps=1))
+    assert figures["drift_steps"] == 1_000
+    steps = figures["seconds_per_step"] + 1_000 * figures["seconds_per_drift_step"]
+    assert figures["expected_seconds"] == pytest.approx(steps)
+    assert figures["expected_seconds"] > 10 * figures["seconds_per_step"]  # a step is not a hundred of the drift's
+
+
 def test_the_mean_image_of_data_is_not_looked_for():
     """A plan reads no data, so it centres by nothing where the run will by the data's mean image."""
     config = small()

@@ -26,7 +26,7 @@ from metaflowmaps.training.classifier_objective import ClassifierObjective
 from metaflowmaps.training.derivative import prepare
 from metaflowmaps.training.loop import losses_of
 from metaflowmaps.training.objective import Objective
-from metaflowmaps.training.parents import exact_teacher
+from metaflowmaps.training.parents import drift_config, exact_teacher
 from metaflowmaps.training.state import TrainState
 from metaflowmaps.training.teachers import GlassTeacher
 from metaflowmaps.training.train_config import ClassifierConfig, RunConfig, TrainConfig
@@ -68,10 +68,13 @@ def plan(config: TrainConfig | ClassifierConfig, device: torch.device | str = "c
     too_large = _too_large(sum(memory.values()), 4 * flops * config.batch_size, device)
     if too_large is None:
         trial = try_steps(_prepared(config, device), config, device)
+        drift = _drift(config, device)
         measured: dict[str, Any] = {
             "peak_memory_bytes": trial.peak_memory_bytes,
             "seconds_per_step": trial.seconds,
-            "expected_seconds": trial.seconds * config.steps,
+            **drift,
+            "expected_seconds": trial.seconds * config.steps
+            + drift.get("drift_steps", 0) * drift.get("seconds_per_drift_step", 0.0),
         }
     else:
         assert isinstance(config, TrainConfig), "classifiers are small"
@@ -92,6 +95,15 @@ def plan(config: TrainConfig | ClassifierConfig, device: torch.device | str = "c
         "steps": config.steps,
         **measured,
     }
+
+
+def _drift(config: TrainConfig | ClassifierConfig, device: torch.device) -> dict[str, Any]:
+    """Of the flow matching that makes a learned teacher, before the map's own steps."""
+    if not isinstance(config, TrainConfig) or config.teacher != "learned":
+        return {}
+    drift = drift_config(config)
+    trial = try_steps(_prepared(drift, device), drift, device)
+    return {"drift_steps": drift.steps, "seconds_per_drift_step": trial.seconds}
 
 
 def count(network: nn.Module) -> int:
