@@ -27,7 +27,7 @@ from metaflowmaps.steering import MFMG, ODE, Unsteered
 OUT = Path("docs/images/first.png")
 SHOWN, STEPS = 6, 25
 LARGE_INCHES, SMALL_INCHES, BETWEEN_INCHES = 0.8, 0.56, 1.0
-DRAWS_AT = 1.75  # in pictures
+DRAWS_AT, HEAD = 1.75, 0.6  # in pictures: where draws begin, the room of the second heading
 
 
 class Block(NamedTuple):
@@ -35,6 +35,10 @@ class Block(NamedTuple):
 
     noisy: dict[str, tuple[Tensor, Tensor]]
     steered: dict[str, Tensor]
+
+    def height(self) -> float:
+        """In pictures."""
+        return (len(self.noisy) + len(self.steered)) * STEP + HEAD
 
 
 class From(MetaFlowMap):
@@ -69,6 +73,7 @@ def main() -> None:
     coloured = {
         "unsteered": _steered(emoji, begun, None, 0.4),
         "“be blue”": _steered(emoji, begun, "colour:blue", 0.4),
+        "“be red”": _steered(emoji, begun, "colour:red", 0.4),
     }
     plots.save(_drawn(mnist, Block(noisy, coloured)), OUT)
 
@@ -99,19 +104,19 @@ def _steered(setup: ImageSetup, model: Any, reward: str | None, start: float) ->
 
 def _drawn(large: Block, small: Block) -> Any:
     """Both, side by side."""
-    width, rows = DRAWS_AT + SHOWN * STEP, len(large.noisy) + len(large.steered)
+    width = DRAWS_AT + SHOWN * STEP
     right = BETWEEN_INCHES + width * SMALL_INCHES
     words = Words("", heading="x", right=right, left=0.6)
-    figure, axis = layout.canvas((width, rows * STEP), words, LARGE_INCHES)
+    figure, axis = layout.canvas((width, large.height()), words, LARGE_INCHES)
     _block(axis, large, width)
     whole, high = figure.get_size_inches()
     box = axis.get_position()
     side = figure.add_axes(
-        (1 - (RIM_INCHES + width * SMALL_INCHES) / whole, box.y1 - rows * STEP * SMALL_INCHES / high,
-         width * SMALL_INCHES / whole, rows * STEP * SMALL_INCHES / high)
+        (1 - (RIM_INCHES + width * SMALL_INCHES) / whole, box.y1 - small.height() * SMALL_INCHES / high,
+         width * SMALL_INCHES / whole, small.height() * SMALL_INCHES / high)
     )  # fmt: skip
     side.set_axis_off()
-    side.set(xlim=(0, width), ylim=(rows * STEP, 0))
+    side.set(xlim=(0, width), ylim=(small.height(), 0))
     side.set_autoscale_on(False)
     _block(side, small, width)
     return figure
@@ -122,10 +127,12 @@ def _block(axis: Any, block: Block, width: float) -> None:
     for i, (name, (x_t, draws)) in enumerate(block.noisy.items()):
         layout.row(axis, layout.shown(torch.cat([x_t, draws]), name), [0.0, *places], i * STEP, name)
         layout.arrow(axis, 1.1, DRAWS_AT - 0.1, i * STEP + 0.5)
-    for i, (name, samples) in enumerate(block.steered.items(), len(block.noisy)):
-        layout.row(axis, layout.shown(samples, name), places, i * STEP, name)
+    below = len(block.noisy) * STEP + HEAD
+    for i, (name, samples) in enumerate(block.steered.items()):
+        layout.row(axis, layout.shown(samples, name), places, below + i * STEP, name)
     layout.heading(axis, 0.0, 1.0, "noisy")
     layout.heading(axis, DRAWS_AT, width, "what it may be, one call each")
+    layout.heading(axis, DRAWS_AT, width, "steered by a reward", below)
 
 
 if __name__ == "__main__":

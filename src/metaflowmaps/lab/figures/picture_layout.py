@@ -108,11 +108,11 @@ def _tile(axis: "Axes", picture: Array, x: float, y: float) -> None:
     axis.add_patch(Rectangle((x, y), wide, high, fill=False, edgecolor="#9aa0a6", linewidth=0.5, clip_on=False))
 
 
-def heading(axis: "Axes", start: float, stop: float, text: str) -> None:
-    """A title over columns start … stop; over several, with a rule."""
+def heading(axis: "Axes", start: float, stop: float, text: str, y: float = 0.0) -> None:
+    """A title over columns start … stop of the rows from y down; over several, with a rule."""
     if stop - start > 1.5:
-        axis.plot([start, stop], [-0.1, -0.1], color=QUIET, linewidth=1.0, clip_on=False)
-    axis.text((start + stop) / 2, -0.2, text, ha="center", va="bottom", fontsize=LABEL_POINTS)
+        axis.plot([start, stop], [y - 0.1, y - 0.1], color=QUIET, linewidth=1.0, clip_on=False)
+    axis.text((start + stop) / 2, y - 0.2, text, ha="center", va="bottom", fontsize=LABEL_POINTS)
 
 
 def arrow(axis: "Axes", start: float, stop: float, y: float, weight: float = 1.6) -> None:
