@@ -672,4 +672,6 @@ TABLES = {
     "digits-inverse": Table("digits/inverse.json", inverse),
     "emoji-samples": Table("emoji.json", map_samples),
     "emoji-draws": Table("emoji.json", map_draws),
+    "mnist-samples": Table("mnist.json", map_samples),
+    "mnist-draws": Table("mnist.json", map_draws),
 }  # fmt: skip
