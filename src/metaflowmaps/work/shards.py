@@ -41,6 +41,7 @@ FOLDERS = ("shards", "cells")  # of samples, of an evaluation
 PLAN = "plan.json"
 SHARD_SIZE = 64  # samples, where work is shared and nobody says
 WHOLE_SIZE = 4096  # rows, where nobody shares it
+FEW = 24  # shards, each of which is told of when it is made
 Say = Callable[[str], None]
 Facts = dict[str, Any]  # JSON
 
@@ -289,7 +290,7 @@ class ShardFolder:
             data = save(shard.tensors)
             write_whole(self.tensors_of(name), data)
             self.vouch(name, ShardEntry(sha256(data).hexdigest(), len(data), shard.facts))
-            if len(self.names) > 1:
+            if 1 < len(self.names) <= FEW or self.worker is not None:  # of many, alone, the progress tells
                 self.say(f"{name} is made: {sum(map(self.has, self.names))} of {len(self.names)} are there")
         return True
 
