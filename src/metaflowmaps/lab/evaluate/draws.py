@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from metaflowmaps.errors import InputError
-from metaflowmaps.flow_map import MetaFlowMap
+from metaflowmaps.interop.foreign import ForeignModel
 from metaflowmaps.path import Drift
 from metaflowmaps.posterior import GlassPosterior, MapPosterior
 from metaflowmaps.work.config import Config
@@ -61,7 +61,7 @@ def posteriors(
         drift_alone: another drift that GLASS runs on too.
     """
     found: dict[str, DrawsPosterior] = {}
-    if isinstance(model, MetaFlowMap):
+    if not isinstance(model, ForeignModel):
         found = {f"map-{k}": MapPosterior(model, k) for k in config.map_steps}
     elif not config.glass_steps:
         raise InputError("a wrapped network draws by GLASS alone: give glass_steps")
@@ -76,9 +76,10 @@ def spread_of(model: Any, spacing: str) -> float | None:
     """What GLASS steps equal in the angle are spaced by; None for steps equal in s."""
     if spacing != "angle":
         return None
-    if not isinstance(model, MetaFlowMap):
+    if isinstance(model, ForeignModel):
         raise InputError("a wrapped network does not know the spread of its data: set glass_spacing=uniform")
-    return model.data_std
+    spread: float | None = model.data_std
+    return spread
 
 
 def steps_of(name: str) -> int:

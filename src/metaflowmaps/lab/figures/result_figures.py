@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaflowmaps.data import Examples
 from metaflowmaps.flow_map import MetaFlowMap
-from metaflowmaps.interop.foreign import GLASS_STEPS
+from metaflowmaps.interop.foreign import GLASS_STEPS, ForeignModel
 from metaflowmaps.lab.evaluate.images import race_cells
 from metaflowmaps.lab.evaluate.images.class_mixture import Mixed
 from metaflowmaps.lab.evaluate.images.generation import Generated
@@ -313,7 +313,7 @@ def panels(model: Any, law: GaussianMixture, seed: int) -> "Figure":
         with torch.no_grad():
             draws.append(model.draw(t, x_t, 1000, generator=g)[:, 0].cpu())
         contexts.append(x_t[0].cpu())
-    by = "the map in one call" if isinstance(model, MetaFlowMap) else f"GLASS in {GLASS_STEPS} calls"
+    by = f"GLASS in {GLASS_STEPS} calls" if isinstance(model, ForeignModel) else "the map in one call"
     title = f"Draws of {by}, exact posteriors as contours"
     return plots.posterior_panels(model.path, law, PANEL_TIMES, contexts, draws, title)
 
