@@ -5,6 +5,7 @@ Options of the method and of the process: --set method.recycle=8 --set process.g
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -105,10 +106,6 @@ def run(config: Steer, context: Context) -> Results:
         return request.write(steering.metrics(result), result.cost, opened.device)
 
     calls = pictures.num * process.steps * method.calls_per_step
-    size = steering.size(context.share)
-
-    def expected() -> float | None:
-        return steering.expected_seconds(context.share)
-
+    size, expected = steering.size(context.share), partial(steering.expected_seconds, context.share)
     drawing = Drawing("steer", identity, calls, size, steering.make, finish, keep, expected)
     return draw(pictures, drawing, context, f"steer-{method.name}")

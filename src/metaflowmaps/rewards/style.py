@@ -118,7 +118,9 @@ class Colour:
     def __call__(self, x: Tensor, cond: Cond = None) -> Tensor:
         """r(x): (B,)."""
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[1:]:
-            raise InputError(f"Colour works on pictures in colour (B, 3, H, W), got {tuple(x.shape)}")
+            raise InputError(
+                f"Colour is of pictures in colour (B, 3, H, W), got {tuple(x.shape)}: take a map of such, as emoji"
+            )
         # the direction sums to 0 over channels, so a pixel's own grey drops out
         mean = (x.mean((2, 3)) + 1) / 2
         along: Tensor = mean @ self.direction.to(x)

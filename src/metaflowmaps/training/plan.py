@@ -2,7 +2,8 @@ r"""What a training run will take, before it is begun: parameters, the memory of
 
 The network is built on the meta device: parameters, bytes and FLOPs of a call are read off shapes. Two steps are then
 run and the meter read, on the same losses: with the network itself, for the time and the peak of memory, where it is
-small enough for this device; else with a small network of the same kind, for the calls alone. A run that says the
+small enough for this device (two more of the drift where one is learned first: the time is that of both); else with a
+small network of the same kind, for the calls alone. A run that says the
 shape of its samples needs neither its data nor its parent: noise and an untrained copy stand in for them. A call that
 is differentiated in forward mode counts as one, and a backward pass through it is not seen.
 """
